@@ -1,0 +1,1 @@
+"""One hospital: its data, its policy, its training."""

@@ -1,0 +1,1 @@
+"""A hospital's images, in whatever format they are kept."""

@@ -1,0 +1,183 @@
+"""One site's part in one study: its images prepared, its network at hand."""
+
+import logging
+import platform
+from collections.abc import Sequence
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from client import trainer
+from client.data.holdout import Parts, split
+from client.data.records import Record
+from client.features import Prepared, Recipe, prepare
+from client.policy import agree
+from client.site import Site
+from client.trainer import Examples
+from common import files
+from common.errors import BackboneError, ContractError, DataError, StudyError, complaint
+from common.metrics import Counts
+from common.network import Network, assemble
+from common.seeds import derive
+from common.study import Study
+from common.wire import JoinReply, Tensors
+
+log = logging.getLogger(__name__)
+
+PARTS = ("train", "validation", "test")
+
+
+class Session:
+    """A site in a study, ready for rounds.
+
+    Opening it reads the data, cuts it by patient, asks the policy, and runs the frozen prefix over every
+    image the cache does not have yet.
+
+    Raises:
+      ConsiliumError: whatever keeps this site from taking part, with its remedy.
+    """
+
+    def __init__(self, site: Site, study: Study) -> None:
+        self.site, self.study = site, study
+        self.classes = len(study.classes)
+        self.parts = cut(site, study)
+        agree(site, study, patients(self.parts.train))
+        self.network = assemble(study, _weights(site, study))
+        self.device = _device(site.device)
+        self.network.model.to(self.device)
+        self.examples = {part: self._examples(part) for part in PARTS}
+        if site.role == "train" and not len(self.examples["train"]):
+            raise DataError(_nothing(site, "training image"))
+
+    def _examples(self, part: str) -> Examples:
+        augment = self.study.images.augment
+        views = augment.views if part == "train" else 1
+        records: Sequence[Record] = getattr(self.parts, part)
+        prepared = prepare(
+            [record.image for record in records],
+            recipe=_recipe(self.network, augment.ops if views > 1 else ()),
+            views=views,
+            cache=self.site.cache_folder,
+            skip_unreadable=self.study.images.unreadable == "skip",
+        )
+        labels = torch.tensor([records[i].label for i in prepared.kept], dtype=torch.int64)
+        return Examples(prepared, labels)
+
+    def joined(self) -> JoinReply:
+        """What this site tells the server about itself."""
+        shown = {part: getattr(self.parts, part) for part in PARTS}
+        counts = {p: e.labels.bincount(minlength=self.classes) for p, e in self.examples.items()}
+        return JoinReply(
+            name=self.site.name,
+            role=self.site.role,
+            contract=self.network.contract,
+            weight=len(self.examples["train"]),
+            patients={part: patients(records) for part, records in shown.items()},
+            images={part: tuple(count.tolist()) for part, count in counts.items()},
+            versions=versions(),
+        )
+
+    def train(self, tensors: Tensors, round_number: int, proximal_mu: float) -> float:
+        """Train the received tensors on this site's training patients; returns the mean loss.
+
+        The result is in `self.network.tensors`.
+        """
+        self.network.load(tensors)
+        plan = self.study.train
+        return trainer.train(
+            self.network.split.suffix,
+            self.examples["train"],
+            plan,
+            classes=self.classes,
+            lr=trainer.learning_rate(plan, round_number),
+            seed=derive(self.study.seed, self.site.name, round_number, "train"),
+            proximal_mu=proximal_mu,
+        )
+
+    def evaluate(self, tensors: Tensors, part: str) -> Counts:
+        """Counts of the received tensors on one part of this site's patients."""
+        self.network.load(tensors)
+        return trainer.evaluate(self.network.split.suffix, self.examples[part], self.classes)
+
+
+def cut(site: Site, study: Study) -> Parts:
+    """The site's records, cut by patient; at a site that only evaluates, all are test patients."""
+    records = site.data.records(study.classes)
+    if site.role == "evaluate":
+        return Parts(train=[], validation=[], test=records)
+    return split(records, study.holdout, site.secret())
+
+
+def patients(records: Sequence[Record]) -> int:
+    """How many patients these records belong to."""
+    return len({record.patient for record in records})
+
+
+def versions() -> dict[str, str]:
+    """What runs here: shown, not enforced."""
+    names = ("flwr", "torch", "torchvision", "numpy")
+    return {"python": platform.python_version()} | {name: version(name) for name in names}
+
+
+@lru_cache(maxsize=8)
+def _recipe(network: Network, ops: tuple[str, ...]) -> Recipe:
+    return Recipe(prefix=network.split.prefix, preprocess=network.preprocess, ops=ops)
+
+
+def _nothing(site: Site, what: str) -> str:
+    remedy = "Add patients, lower holdout, or set role: evaluate."
+    return complaint(f"{site.source}: data", expected=f"at least one {what}", got=0, remedy=remedy)
+
+
+def _weights(site: Site, study: Study) -> str:
+    """Where this machine has the study's weights; the study names the file only."""
+    name = study.model.weights
+    if study.model.weights_file is None:
+        return name
+    if site.weights is None:
+        where, remedy = f"{site.source}: weights", "Set it to the folder that holds the file."
+        got = "nothing"
+        raise BackboneError(complaint(where, expected=f"a folder with {name}", got=got, remedy=remedy))
+    return str(site.weights / Path(name).name)
+
+
+def _device(wanted: str) -> torch.device:
+    if wanted != "auto":
+        return torch.device(wanted)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def remember(site: Site, proposal: str) -> Study:
+    """Keep an agreed proposal in the state folder, so that rounds need to name only its id.
+
+    Raises:
+      ContractError: the proposal is not a valid study.
+    """
+    study = _parse(proposal)
+    files.write(site.private("studies") / f"{study.id}.json", proposal, mode=0o600)
+    return study
+
+
+def _parse(proposal: str) -> Study:
+    try:
+        return Study.model_validate_json(proposal)
+    except (ValueError, StudyError) as ex:
+        raise ContractError(f"the proposal is not a valid study: {ex}") from None
+
+
+@lru_cache(maxsize=1024)
+def open_session(site_file: Path, study_id: str) -> Session:
+    """The session of a site in a study it has joined; loaded once per process.
+
+    Raises:
+      ContractError: this site never joined that study.
+    """
+    site = Site.read(site_file)
+    path = site.state / "studies" / f"{Path(study_id).name}.json"
+    if not path.is_file():
+        raise ContractError(f"this site has not joined study {study_id!r}")
+    return Session(site, _parse(path.read_text(encoding="utf-8")))

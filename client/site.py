@@ -1,0 +1,76 @@
+"""The site: what one hospital says about itself, as frozen models of its `site.yaml`. It always wins."""
+
+import os
+import secrets
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field
+
+from client.data.formats import Data
+from common.errors import SiteError, complaint
+from common.study import Unfreeze
+from common.yaml import Section, YamlFile
+
+
+class Policy(Section):
+    """What this hospital agrees to; a study that asks for more is refused."""
+
+    require_privacy: bool = False
+    """Refuse studies without differential privacy."""
+    min_patients: Annotated[int, Field(ge=1)] = 1
+    """Refuse to train on fewer training patients."""
+    unfreeze: tuple[Unfreeze, ...] | None = None
+    """The depths allowed; without it, any."""
+
+
+class Site(YamlFile):
+    """One hospital."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+    data: Data
+    state: Path
+    """Private folder (mode 0700): the site's secret and the studies it joined."""
+    cache: Path | None = None
+    """Folder for prepared images, which are patient data; by default inside `state`."""
+    weights: Path | None = None
+    """Folder that holds backbone weights files."""
+    role: Literal["train", "evaluate"] = "train"
+    """`evaluate`: never trains; all of its patients are test patients."""
+    policy: Policy = Policy()
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """The site in `path`; relative paths in it are relative to it.
+
+        Raises:
+          SiteError: naming file, key, what was expected, and the nearest valid name.
+        """
+        return cls.load(path, SiteError).anchored(path.resolve().parent)
+
+    @property
+    def cache_folder(self) -> Path:
+        """Where prepared images are kept."""
+        return self.cache or self.state / "cache"
+
+    def private(self, *parts: str) -> Path:
+        """A folder under `state`, made on demand, readable by this user alone."""
+        folder = self.state.joinpath(*parts)
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as ex:
+            where = f"{self.source}: state"
+            raise SiteError(complaint(where, expected="a folder to write", got=ex)) from None
+        return folder
+
+    def secret(self) -> bytes:
+        """256 bits that key the holdout; drawn once from the operating system."""
+        path = self.private() / "secret"
+        try:
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        except FileExistsError:
+            return path.read_bytes()
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(secrets.token_bytes(32))
+        return path.read_bytes()

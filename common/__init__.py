@@ -1,0 +1,1 @@
+"""What server, hospital and simulator must agree on. Pure: knows no role."""

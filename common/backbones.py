@@ -1,0 +1,352 @@
+"""Backbones: torchvision's pretrained classifiers with one new head, cut into named blocks.
+
+Adding a backbone is one entry in `REGISTRY`.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torchvision import models
+
+from common import weights as checkpoints
+from common.errors import BackboneError, StudyError, complaint, did_you_mean
+from common.images import Preprocess
+from common.weights import Fit
+
+
+class Head(nn.Sequential):
+    """Dropout → Linear on pooled features [n, width]; logits [n, classes].
+
+    Zero at first: every class starts equally likely, whatever the seed, and with or without noise
+    the first step is already useful.
+    """
+
+    def __init__(self, width: int, classes: int, dropout: float) -> None:
+        linear = nn.utils.skip_init(nn.Linear, width, classes)
+        nn.init.zeros_(linear.weight)
+        nn.init.zeros_(linear.bias)
+        super().__init__(OrderedDict(dropout=nn.Dropout(dropout), linear=linear))
+
+
+@dataclass(frozen=True)
+class Block:
+    """One of an architecture's own stages: a name, and the modules or parameters in it."""
+
+    name: str
+    modules: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What one `unfreeze` means for a backbone: float32 parameters trained and sent."""
+
+    unfreeze: str
+    parameters: int
+
+    @property
+    def bytes(self) -> int:
+        """Size of one update, in bytes."""
+        return 4 * self.parameters
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A pretrained image classifier whose own head is replaced by ours."""
+
+    name: str
+    make: Callable[[], nn.Module]
+    """torchvision's model, randomly initialised, its pooled features ready for the head."""
+    head: str
+    """Module path of our head: the place of torchvision's own."""
+    width: int
+    """Number of pooled features the head reads."""
+    blocks: tuple[Block, ...]
+    """From input to output; with the head they hold every parameter once."""
+    dropped: tuple[str, ...] = ()
+    """Prefixes of checkpoint keys that are not used, beside the head's own."""
+
+    def build(self, *, classes: int, dropout: float, weights: str, seed: int) -> nn.Module:
+        """The classifier in eval mode: uint8-normalised images [n, 3, H, W] → logits [n, classes].
+
+        Args:
+          classes: number of logits.
+          dropout: probability in the head, in [0, 1).
+          weights: `DEFAULT` (torchvision's own), `none` (random), or a checkpoint file.
+          seed: draws the random weights of `none`; the global generators are left alone.
+
+        Raises:
+          BackboneError: the weights cannot be had, read, or belong to another architecture.
+        """
+        if weights == "none":
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(seed)
+                model = self.make()
+        else:
+            model = self._load(weights)
+        model.set_submodule(self.head, Head(self.width, classes, dropout))
+        return model.eval()
+
+    def _load(self, weights: str) -> nn.Module:
+        """torchvision's model holding the given weights, its own head left without any."""
+        if weights == "DEFAULT":
+            state = checkpoints.download(self._published(weights))
+        else:
+            state = checkpoints.read(Path(weights))
+        fit, model = self._fit(state)
+        if not fit.exact:
+            owner = next((b.name for b in REGISTRY.values() if b._fit(state)[0].exact), None)
+            remedy = f"It is a {owner}: set model.backbone to that, or give other weights."
+            raise BackboneError(
+                complaint(
+                    weights,
+                    expected=f"the weights of {self.name}",
+                    got=f"{fit} keys",
+                    remedy=remedy if owner else "",
+                )
+            )
+        model.load_state_dict(fit.tensors, strict=False, assign=True)
+        return model
+
+    def _fit(self, state: dict[str, torch.Tensor]) -> tuple[Fit, nn.Module]:
+        model = self._bare()
+        return Fit.of(state, model, ignore=(f"{self.head}.", *self.dropped)), model
+
+    def _bare(self) -> nn.Module:
+        """The architecture without memory for its weights: built at once, and never initialised."""
+        with torch.device("meta"):
+            return self.make()
+
+    def _published(self, weights: str) -> Any:
+        """torchvision's entry for `weights`: the one whose file it is, or else its default."""
+        entries = models.get_model_weights(self.name)
+        file = Path(weights).name
+        return next((e for e in entries if Path(e.url).name == file), entries.DEFAULT)
+
+    def preprocess(self, weights: str) -> Preprocess:
+        """The resize, crop and normalisation that `weights` were trained with.
+
+        A file under the name torchvision publishes it by brings its own; anything else has the
+        architecture's default.
+        """
+        own = self._published(weights).transforms()
+        return Preprocess(
+            resize=own.resize_size[0],
+            crop=own.crop_size[0],
+            mean=tuple(own.mean),
+            std=tuple(own.std),
+            interpolation=own.interpolation.value,
+        )
+
+    def check_size(self, size: int) -> None:
+        """Refuse square images of a side, in pixels, that the architecture cannot take.
+
+        Raises:
+          StudyError: naming the size that fits.
+        """
+        try:
+            self._bare().eval()(torch.empty(1, 3, size, size, device="meta"))
+        except (RuntimeError, AssertionError):
+            usual = self.preprocess("DEFAULT").crop
+            expected = f"a size that {self.name} can take, such as {usual}"
+            raise StudyError(complaint("images.size", expected=expected, got=size)) from None
+
+    def trainable(self, model: nn.Module, unfreeze: str) -> tuple[str, ...]:
+        """Names of the parameters that are trained and sent, in the order of `state_dict`.
+
+        Args:
+          model: what `build` returned.
+          unfreeze: `head`, `last:<k>` (the head and the last k blocks) or `all`.
+
+        Raises:
+          StudyError: there are fewer than k blocks.
+        """
+        if unfreeze == "all":
+            return tuple(name for name, _ in model.named_parameters())
+        count = 0 if unfreeze == "head" else int(unfreeze.removeprefix("last:"))
+        if count > len(self.blocks):
+            expected = f"at most last:{len(self.blocks)} for {self.name}"
+            raise StudyError(complaint("model.unfreeze", expected=expected, got=unfreeze))
+        last = self.blocks[len(self.blocks) - count :]
+        parts = (self.head, *(module for block in last for module in block.modules))
+        return tuple(name for name, _ in model.named_parameters() if _within(name, parts))
+
+    def choices(self, classes: int) -> list[Choice]:
+        """Every `unfreeze`, from the smallest, for a head of `classes` logits."""
+        model = self._bare()
+        model.set_submodule(self.head, Head(self.width, classes, dropout=0.0))
+        options = ["head", *(f"last:{k}" for k in range(1, len(self.blocks))), "all"]
+        sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+        return [Choice(o, sum(sizes[n] for n in self.trainable(model, o))) for o in options]
+
+
+def _within(name: str, parts: tuple[str, ...]) -> bool:
+    return any(name == part or name.startswith(f"{part}.") for part in parts)
+
+
+def _blocks(*specs: str) -> tuple[Block, ...]:
+    """Blocks written as `name: module module`, or as one module that is its own name."""
+    blocks = []
+    for spec in specs:
+        name, _, modules = spec.partition(": ")
+        blocks.append(Block(name, tuple(modules.split()) or (name,)))
+    return tuple(blocks)
+
+
+def _features(count: int) -> tuple[Block, ...]:
+    return _blocks(*(f"features.{index}" for index in range(count)))
+
+
+def _fires(*indices: int) -> tuple[Block, ...]:
+    fires = (f"fire{n}: features.{index}" for n, index in enumerate(indices, start=2))
+    return _blocks("stem: features.0", *fires)
+
+
+def _stages(final: str) -> tuple[Block, ...]:
+    """Four stages, each from the second on after its downsampling; the last with its norm."""
+    return _blocks(
+        "stem: features.0",
+        "stage1: features.1",
+        "stage2: features.2 features.3",
+        "stage3: features.4 features.5",
+        f"stage4: features.6 features.7 {final}",
+    )
+
+
+def _vgg16() -> nn.Module:
+    """VGG without its hidden classifier layers: features pooled to 1×1."""
+    model: Any = models.vgg16()
+    model.avgpool = nn.AdaptiveAvgPool2d(1)
+    return model
+
+
+def _squeezenet(make: Callable[[], Any]) -> Callable[[], nn.Module]:
+    """SqueezeNet pooled before its head; its own ends in a ReLU and never learns from zero."""
+
+    def pooled() -> nn.Module:
+        model = make()
+        model.features.extend([nn.AdaptiveAvgPool2d(1), nn.Flatten()])
+        return model
+
+    return pooled
+
+
+def _inception_v3() -> nn.Module:
+    """Inception without its auxiliary head, on ImageNet-normalised input as its weights expect."""
+    return models.inception_v3(
+        aux_logits=False, transform_input=True, dropout=0.0, init_weights=True
+    )
+
+
+_RESNET = _blocks("stem: conv1 bn1", "layer1", "layer2", "layer3", "layer4")
+
+REGISTRY = {
+    backbone.name: backbone
+    for backbone in (
+        Backbone("resnet18", models.resnet18, "fc", 512, _RESNET),
+        Backbone("resnet50", models.resnet50, "fc", 2048, _RESNET),
+        Backbone(
+            "vgg16",
+            _vgg16,
+            "classifier",
+            512,
+            _blocks(
+                "stage1: features.0 features.2",
+                "stage2: features.5 features.7",
+                "stage3: features.10 features.12 features.14",
+                "stage4: features.17 features.19 features.21",
+                "stage5: features.24 features.26 features.28",
+            ),
+        ),
+        Backbone(
+            "inception_v3",
+            _inception_v3,
+            "fc",
+            2048,
+            _blocks(
+                *("Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3"),
+                *("Conv2d_3b_1x1", "Conv2d_4a_3x3"),
+                *("Mixed_5b", "Mixed_5c", "Mixed_5d"),
+                *("Mixed_6a", "Mixed_6b", "Mixed_6c", "Mixed_6d", "Mixed_6e"),
+                *("Mixed_7a", "Mixed_7b", "Mixed_7c"),
+            ),
+            dropped=("AuxLogits.",),
+        ),
+        Backbone(
+            "densenet121",
+            models.densenet121,
+            "classifier",
+            1024,
+            _blocks(
+                "stem: features.conv0 features.norm0",
+                "denseblock1: features.denseblock1 features.transition1",
+                "denseblock2: features.denseblock2 features.transition2",
+                "denseblock3: features.denseblock3 features.transition3",
+                "denseblock4: features.denseblock4 features.norm5",
+            ),
+        ),
+        Backbone("efficientnet_b0", models.efficientnet_b0, "classifier", 1280, _features(9)),
+        Backbone("mobilenet_v2", models.mobilenet_v2, "classifier", 1280, _features(19)),
+        Backbone(
+            "mobilenet_v3_small", models.mobilenet_v3_small, "classifier", 576, _features(13)
+        ),
+        Backbone(
+            "shufflenet_v2_x0_5",
+            models.shufflenet_v2_x0_5,
+            "fc",
+            1024,
+            _blocks("stem: conv1", "stage2", "stage3", "stage4", "conv5"),
+        ),
+        Backbone(
+            "squeezenet1_0",
+            _squeezenet(models.squeezenet1_0),
+            "classifier",
+            512,
+            _fires(3, 4, 5, 7, 8, 9, 10, 12),
+        ),
+        Backbone(
+            "squeezenet1_1",
+            _squeezenet(models.squeezenet1_1),
+            "classifier",
+            512,
+            _fires(3, 4, 6, 7, 9, 10, 11, 12),
+        ),
+        Backbone("convnext_tiny", models.convnext_tiny, "classifier.2", 768, _stages("classifier.0")),
+        Backbone("swin_t", models.swin_t, "head", 768, _stages("norm")),
+        Backbone(
+            "vit_b_16",
+            models.vit_b_16,
+            "heads",
+            768,
+            _blocks(
+                "stem: conv_proj class_token encoder.pos_embedding",
+                *(
+                    f"encoder_layer_{n}: encoder.layers.encoder_layer_{n}"
+                    for n in range(11)
+                ),
+                "encoder_layer_11: encoder.layers.encoder_layer_11 encoder.ln",
+            ),
+        ),
+    )
+}
+
+
+def names() -> list[str]:
+    """Every registered backbone."""
+    return sorted(REGISTRY)
+
+
+def get(name: str) -> Backbone:
+    """The backbone of that name.
+
+    Raises:
+      StudyError: there is none; names the nearest.
+    """
+    if name not in REGISTRY:
+        where, remedy = "model.backbone", did_you_mean(name, REGISTRY)
+        raise StudyError(complaint(where, expected="a known backbone", got=repr(name), remedy=remedy))
+    return REGISTRY[name]

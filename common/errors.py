@@ -1,0 +1,70 @@
+"""Errors a person can act on.
+
+Each class has a fixed public `code`. Between machines only the code travels; the text, which may name
+a path or a patient, stays where it was raised.
+"""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+from typing import ClassVar
+
+
+class ConsiliumError(Exception):
+    """A mistake with a known remedy. Its text reads: where, expected, got, remedy."""
+
+    code: ClassVar[str] = "internal"
+
+
+class StudyError(ConsiliumError):
+    """The study file asks for something impossible or unknown."""
+
+    code = "study"
+
+
+class SiteError(ConsiliumError):
+    """The site file, or what it points to, is wrong."""
+
+    code = "site"
+
+
+class DataError(ConsiliumError):
+    """A hospital's images or labels cannot be used as they are."""
+
+    code = "data"
+
+
+class BackboneError(ConsiliumError):
+    """The backbone's weights are missing here or belong to another architecture."""
+
+    code = "backbone"
+
+
+class RefusedError(ConsiliumError):
+    """The hospital's own policy says no to this study."""
+
+    code = "refused"
+
+
+class ContractError(ConsiliumError):
+    """A message does not fit what was agreed at join."""
+
+    code = "contract"
+
+
+class RunError(ConsiliumError):
+    """A run folder, or the run itself, cannot go on."""
+
+    code = "run"
+
+
+def complaint(where: object, *, expected: str, got: object, remedy: str = "") -> str:
+    """One line: `where: expected …, got …. remedy`."""
+    text = f"{where}: expected {expected}, got {got}"
+    return f"{text}. {remedy}" if remedy else text
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`Did you mean 'x'?` for the nearest known name, or all the known names."""
+    names = sorted(known)
+    near = get_close_matches(word, names, n=1, cutoff=0.5)
+    return f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(names)}."

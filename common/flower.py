@@ -1,0 +1,34 @@
+"""The private names of flwr 1.41 that we rely on, in one place, and the switches that keep it quiet."""
+
+import logging
+import os
+
+# Read by flwr when it is imported: no telemetry, no update check, no package installation.
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+os.environ.setdefault("FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION", "1")
+
+from flwr.app import Error, Message  # noqa: E402
+from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode  # noqa: E402
+from flwr.common.serde import recorddict_from_proto, recorddict_to_proto  # noqa: E402
+from flwr.clientapp.typing import ClientAppCallable  # noqa: E402
+from flwr.supercore.run import Run  # noqa: E402
+from flwr.supercore.task_identity import TaskIdentity  # noqa: E402
+
+__all__ = [
+    "ClientAppCallable",
+    "SUPERLINK_NODE_ID",
+    "ErrorCode",
+    "Run",
+    "TaskIdentity",
+    "error_reply",
+    "recorddict_from_proto",
+    "recorddict_to_proto",
+]
+
+logging.getLogger("flwr").setLevel(logging.ERROR)
+
+
+def error_reply(message: Message, reason: str) -> Message:
+    """A reply that says no, with a public code as its only text."""
+    return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)

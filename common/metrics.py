@@ -1,0 +1,285 @@
+"""Metrics from counts that add up: figures of the union of images, never a mean of means."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from common.errors import ContractError, RunError, complaint
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+Sparse = dict[str, int | float | list[int] | list[float]]
+
+BINS = 2048
+REACH = 8.0
+"""Histograms are uniform in asinh(log-odds) over ±REACH: bins of 1/128 near even odds, 1 % apart
+in the tails, up to log-odds of ±1490. A clip at ±16 would tie most scores of a confident model."""
+
+CENTRES: Floats = np.sinh((np.arange(BINS) + 0.5) * (2 * REACH / BINS) - REACH)
+"""The log-odds in the middle of each bin."""
+
+MOST = 10**9
+"""More images than one site can hold; larger counts are refused before they can overflow a sum."""
+
+
+@dataclass(frozen=True, eq=False)
+class Counts:
+    """What a model did on some images; `a + b` is what it did on both sets together.
+
+    Attributes:
+      confusion: int64 [K, K], images by true class (row) and predicted class (column).
+      positive: int64 [K, BINS], for each class, its images by the log-odds given to that class.
+      negative: int64 [K, BINS], the same for the images of all other classes.
+      loss_sum: cross-entropy in nats, summed over the images.
+    """
+
+    confusion: Ints
+    positive: Ints
+    negative: Ints
+    loss_sum: float
+
+    @property
+    def n(self) -> int:
+        """How many images were counted."""
+        return int(self.confusion.sum())
+
+    @property
+    def classes(self) -> int:
+        """K, the number of classes."""
+        return len(self.confusion)
+
+    @classmethod
+    def zero(cls, classes: int) -> Self:
+        """The counts of no images."""
+        square, wide = (classes, classes), (classes, BINS)
+        confusion, positive, negative = (np.zeros(s, np.int64) for s in (square, wide, wide))
+        return cls(confusion, positive, negative, 0.0)
+
+    @classmethod
+    def of(cls, logits: torch.Tensor, labels: torch.Tensor) -> Self:
+        """Count one batch: logits float [n, K], labels int [n] in 0..K-1.
+
+        Raises:
+          RunError: a logit is NaN or infinite.
+        """
+        z = logits.detach().cpu().double().numpy()
+        truth = labels.detach().cpu().long().numpy()
+        if not np.isfinite(z).all():
+            remedy = "The model diverged: lower train.lr."
+            raise RunError(complaint("logits", expected="numbers", got="NaN or inf", remedy=remedy))
+        classes = z.shape[1]
+        log_p, log_odds = _log_scores(z)
+        bins = np.floor((np.arcsinh(log_odds) + REACH) * (BINS / (2 * REACH)))
+        cell = np.clip(bins, 0, BINS - 1).astype(np.int64) + np.arange(classes) * BINS
+        own = np.arange(classes) == truth[:, None]
+        return cls(
+            _histogram(truth * classes + z.argmax(1), classes, classes),
+            _histogram(cell[own], classes, BINS),
+            _histogram(cell[~own], classes, BINS),
+            float((-log_p[own]).sum()),
+        )
+
+    def __add__(self, other: Self) -> Self:
+        return type(self)(
+            self.confusion + other.confusion,
+            self.positive + other.positive,
+            self.negative + other.negative,
+            self.loss_sum + other.loss_sum,
+        )
+
+    def sparse(self) -> Sparse:
+        """These counts for the wire: of each array, [index, count, …] of the cells that are not 0."""
+        return {
+            "confusion": _pairs(self.confusion),
+            "positive": _pairs(self.positive),
+            "negative": _pairs(self.negative),
+            "loss_sum": self.loss_sum,
+        }
+
+    @classmethod
+    def from_sparse(cls, record: Mapping[str, object], classes: int) -> Self:
+        """The counts another machine sent, trusting none of it.
+
+        Args:
+          record: what `sparse` gave there.
+          classes: K as agreed at join; sizes come from here, never from the record.
+
+        Raises:
+          ContractError: a key, type, index, count or total is not what `sparse` could have given.
+        """
+        keys = {"confusion", "positive", "negative", "loss_sum"}
+        if set(record) != keys:
+            raise _bad("", f"the keys {sorted(keys)}", f"{len(record)} keys that are not those")
+        confusion = _dense("confusion", record["confusion"], classes, classes)
+        positive = _dense("positive", record["positive"], classes, BINS)
+        negative = _dense("negative", record["negative"], classes, BINS)
+        images = confusion.sum(axis=1)
+        if (positive.sum(axis=1) != images).any():
+            raise _bad("positive", "as many images of each class as in confusion", "others")
+        if (negative.sum(axis=1) != images.sum() - images).any():
+            raise _bad("negative", "as many images outside each class as in confusion", "others")
+        return cls(confusion, positive, negative, _loss_sum(record["loss_sum"], int(images.sum())))
+
+
+def _log_scores(z: Floats) -> tuple[Floats, Floats]:
+    """Log-probability and log-odds of every class [n, K], exact even where a probability is 1.
+
+    The log-odds of class k are z_k - logsumexp(z of the others).
+    """
+    rows, top = np.arange(len(z)), z.argmax(1)
+    z = z - z[rows, top][:, None]
+    others = z.copy()
+    others[rows, top] = -np.inf
+    rest = np.logaddexp.reduce(others, axis=1)
+    log_p = z - np.logaddexp(0, rest)[:, None]
+    with np.errstate(divide="ignore"):
+        log_odds = log_p - np.log1p(-np.exp(log_p))
+    log_odds[rows, top] = -rest
+    return log_p, log_odds
+
+
+def _histogram(cells: Ints, rows: int, columns: int) -> Ints:
+    counts = np.bincount(cells.ravel(), minlength=rows * columns)
+    return counts.reshape(rows, columns).astype(np.int64)
+
+
+def _pairs(counts: Ints) -> list[int]:
+    flat = counts.ravel()
+    (at,) = flat.nonzero()
+    pairs: list[int] = np.stack([at, flat[at]], axis=1).ravel().tolist()
+    return pairs
+
+
+def _bad(key: str, expected: str, got: object) -> ContractError:
+    where = f"counts: {key}" if key else "counts"
+    return ContractError(complaint(where, expected=expected, got=got))
+
+
+def _dense(key: str, pairs: object, rows: int, columns: int) -> Ints:
+    """The array [rows, columns] behind `_pairs`, or a ContractError."""
+    size = rows * columns
+    if not isinstance(pairs, list) or len(pairs) % 2 or len(pairs) > 2 * size:
+        raise _bad(key, f"a list of at most {size} pairs", type(pairs).__name__)
+    if any(type(number) is not int or not 0 <= number <= MOST for number in pairs):
+        raise _bad(key, f"whole numbers from 0 to {MOST}", "something else")
+    at, count = np.array(pairs, np.int64).reshape(-1, 2).T
+    if (np.diff(at) <= 0).any() or (at >= size).any():
+        raise _bad(key, f"rising indices below {size}", "others")
+    if (count < 1).any() or count.sum() > rows * MOST:
+        raise _bad(key, f"counts from 1, {rows * MOST} together at most", "others")
+    flat = np.zeros(size, np.int64)
+    flat[at] = count
+    return flat.reshape(rows, columns)
+
+
+def _loss_sum(value: object, n: int) -> float:
+    if not isinstance(value, float) or not np.isfinite(value) or value < 0 or (n == 0 and value):
+        raise _bad("loss_sum", "a finite sum of losses, at least 0, and 0 without images", value)
+    return value
+
+
+# --- figures of counts ---
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One figure of merit: its name for people, how it is computed, and which way is better."""
+
+    label: str
+    of: Callable[[Counts], float | None]
+    higher: bool = True
+
+
+def sensitivity(counts: Counts, k: int) -> float | None:
+    """Share of class k's images that were called k; None without such images."""
+    return _number(_recalls(counts)[k])
+
+
+def specificity(counts: Counts, k: int) -> float | None:
+    """Share of the other classes' images that were not called k; None without such images."""
+    others = np.delete(counts.confusion, k, axis=0)
+    return _number(_ratio(others.sum() - others[:, k].sum(), others.sum()))
+
+
+def class_auroc(counts: Counts, k: int) -> float | None:
+    """Area under the ROC curve of class k against the rest, ties one half; None if undefined."""
+    return _number(_aurocs(counts)[k])
+
+
+def _accuracy(counts: Counts) -> float | None:
+    return _number(_ratio(np.trace(counts.confusion), counts.n))
+
+
+def _balanced_accuracy(counts: Counts) -> float | None:
+    return _macro(_recalls(counts))
+
+
+def _f1(counts: Counts) -> float | None:
+    """Macro F1 over the classes that have images."""
+    right = np.diagonal(counts.confusion)
+    true, called = counts.confusion.sum(axis=1), counts.confusion.sum(axis=0)
+    return _macro(np.where(true > 0, _ratio(2 * right, true + called), np.nan))
+
+
+def _auroc(counts: Counts) -> float | None:
+    """Macro one-vs-rest; two classes share one curve, which is counted once."""
+    areas = _aurocs(counts)
+    return _macro(areas[1:] if counts.classes == 2 else areas)
+
+
+def _loss(counts: Counts) -> float | None:
+    return _number(_ratio(counts.loss_sum, counts.n))
+
+
+METRICS: Mapping[str, Metric] = {
+    "accuracy": Metric("accuracy", _accuracy),
+    "balanced_accuracy": Metric("balanced accuracy", _balanced_accuracy),
+    "f1": Metric("macro F1", _f1),
+    "auroc": Metric("AUROC", _auroc),
+    "loss": Metric("loss", _loss, higher=False),
+}
+"""What a study can select and report. A class without images is left out of every mean."""
+
+
+def value(counts: Counts, name: str) -> float | None:
+    """The metric called `name`, one of METRICS; None where the counts leave it undefined."""
+    return METRICS[name].of(counts)
+
+
+def better(name: str, a: float | None, b: float | None) -> bool:
+    """Whether `a` beats `b` in the metric called `name`; an undefined value beats nothing."""
+    if a is None or b is None:
+        return a is not None
+    return a > b if METRICS[name].higher else a < b
+
+
+def _recalls(counts: Counts) -> Floats:
+    return _ratio(np.diagonal(counts.confusion), counts.confusion.sum(axis=1))
+
+
+def _aurocs(counts: Counts) -> Floats:
+    """Per class, the chance that its image outscores another's: Mann and Whitney's U."""
+    below = counts.negative.cumsum(axis=1) - counts.negative / 2
+    pairs = counts.positive.sum(axis=1, dtype=np.float64) * counts.negative.sum(axis=1)
+    return _ratio((counts.positive * below).sum(axis=1), pairs)
+
+
+def _ratio(part: object, whole: object) -> Floats:
+    """The share of `part` in `whole`, NaN where that is 0; NaN never leaves this file."""
+    above, below = np.asarray(part, np.float64), np.asarray(whole, np.float64)
+    shares: Floats = np.full(above.shape, np.nan)
+    np.divide(above, below, out=shares, where=below > 0)
+    return shares
+
+
+def _macro(values: Floats) -> float | None:
+    defined = values[~np.isnan(values)]
+    return float(defined.mean()) if defined.size else None
+
+
+def _number(ratio: Floats) -> float | None:
+    return None if np.isnan(ratio) else float(ratio)

@@ -1,0 +1,75 @@
+"""The study's network, built the same way by every party."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from torch import Tensor, nn
+
+from common import backbones
+from common.contract import contract
+from common.cut import Split, split
+from common.errors import ContractError
+from common.images import Preprocess
+from common.seeds import derive
+from common.study import Study
+
+
+@dataclass(frozen=True, eq=False)
+class Network:
+    """One backbone with the study's head, cut into a frozen prefix and a trainable suffix."""
+
+    model: nn.Module
+    split: Split
+    trainable: tuple[str, ...]
+    preprocess: Preprocess
+    contract: dict[str, str]
+    initial: dict[str, Tensor]
+    """The tensors that travel as they were when the study was assembled."""
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that travel, by name; the model's own, not copies."""
+        return {name: self.model.get_parameter(name).data for name in self.trainable}
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Their shapes."""
+        return {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Overwrite the tensors that travel; raises `ContractError` unless all of them are given."""
+        own = self.tensors
+        if tensors.keys() != own.keys():
+            raise ContractError("tensors with other names than agreed")
+        for name, tensor in tensors.items():
+            own[name].copy_(tensor)
+
+
+def assemble(study: Study, weights: str) -> Network:
+    """The network of `study` from `weights` (`DEFAULT`, `none` or a file on this machine).
+
+    Returns:
+      The one network of this process for these arguments: whoever uses it loads its tensors first.
+
+    Raises:
+      StudyError: unknown backbone or impossible `unfreeze`.
+      BackboneError: the weights are missing or belong to another architecture.
+    """
+    return _assemble(study.proposal(), weights)
+
+
+@lru_cache(maxsize=1)
+def _assemble(proposal: str, weights: str) -> Network:
+    study = Study.model_validate_json(proposal)
+    backbone = backbones.get(study.model.backbone)
+    seed = derive(study.seed, "initial weights")
+    classes, dropout = len(study.classes), study.model.dropout
+    model = backbone.build(classes=classes, dropout=dropout, weights=weights, seed=seed)
+    trainable = backbone.trainable(model, study.model.unfreeze)
+    preprocess = backbone.preprocess(weights).with_size(study.images.size)
+    state = model.state_dict()
+    frozen = {name: tensor for name, tensor in state.items() if name not in trainable}
+    shapes = {name: tuple(state[name].shape) for name in trainable}
+    parts = contract(study=study.id, frozen=frozen, shapes=shapes, preprocess=preprocess)
+    initial = {name: state[name].clone() for name in trainable}
+    return Network(model, split(model, trainable), trainable, preprocess, parts, initial)

@@ -1,0 +1,194 @@
+"""The study: what the coordinator asks for, as frozen models of `study.yaml`."""
+
+import hashlib
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, Field, field_validator, model_validator
+
+from common.errors import StudyError, complaint
+from common.yaml import Section, YamlFile, dump
+
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[float, Field(gt=0)]
+
+
+
+def _unfreeze(text: str) -> str:
+    if not re.fullmatch(r"head|all|last:[1-9]\d*", text):
+        raise ValueError(f"expected head, last:<k> or all, got {text!r}")
+    return text
+
+
+Unfreeze = Annotated[str, AfterValidator(_unfreeze)]
+
+
+class Model(Section):
+    """Which backbone, with which weights, and how much of it trains."""
+
+    backbone: str
+    weights: str = "DEFAULT"
+    """`DEFAULT` (torchvision's own), `none` (random), or a file relative to the study."""
+    unfreeze: Unfreeze = "head"
+    dropout: Fraction = 0.0
+    init: str | None = None
+    """A run folder whose best model is the starting point."""
+
+    @property
+    def weights_file(self) -> Path | None:
+        """The local weights file, if the weights are one."""
+        return None if self.weights in ("DEFAULT", "none") else Path(self.weights)
+
+
+class Augment(Section):
+    """Label-safe views of each training image; one of them is drawn each epoch."""
+
+    views: Annotated[int, Field(ge=1, le=64)] = 1
+    ops: tuple[Literal["flip", "rotate", "crop", "brightness"], ...] = ()
+
+    @model_validator(mode="after")
+    def _views_need_ops(self) -> Self:
+        if (self.views > 1) != bool(self.ops):
+            raise ValueError("expected both views > 1 and some ops, or neither")
+        return self
+
+
+class Images(Section):
+    """How an image becomes the backbone's input."""
+
+    size: Annotated[int, Field(ge=32, le=1024)] | None = None
+    """Side in pixels; without it, the backbone's own resize and crop."""
+    unreadable: Literal["refuse", "skip"] = "refuse"
+    augment: Augment = Augment()
+
+
+class Train(Section):
+    """Local training at each site, each round, from a fresh optimizer."""
+
+    rounds: Annotated[int, Field(ge=1)]
+    local_epochs: Annotated[int, Field(ge=1)] | None = None
+    local_steps: Annotated[int, Field(ge=1)] | None = None
+    batch_size: Annotated[int, Field(ge=1)] = 32
+    optimizer: Literal["sgd", "adam", "adamw"] = "adamw"
+    lr: Positive = 1e-3
+    momentum: Fraction = 0.9
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    schedule: Literal["constant", "cosine"] = "constant"
+    imbalance: Literal["none", "weighted", "focal"] = "none"
+    class_weights: tuple[Positive, ...] | None = None
+    patience: Annotated[int, Field(ge=1)] | None = None
+    """Stop after this many rounds without a better `select` metric."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if self.local_epochs and self.local_steps:
+            raise ValueError("expected local_epochs or local_steps, got both. Remove one.")
+        if self.class_weights and self.imbalance == "weighted":
+            raise ValueError(
+                "expected class_weights or imbalance: weighted, got both. "
+                "class_weights are constants, weighted computes them from each site's counts."
+            )
+        return self
+
+
+class Holdout(Section):
+    """Shares of each site's patients kept out of training (ignored where the data has a split)."""
+
+    validation: Fraction = 0.15
+    test: Fraction = 0.2
+
+    @model_validator(mode="after")
+    def _leaves_some(self) -> Self:
+        if self.validation + self.test >= 1:
+            raise ValueError("expected validation + test < 1, so that some patients train")
+        return self
+
+
+class Aggregate(Section):
+    """How the replies of a round become the next model."""
+
+    strategy: str = "fedavg"
+    options: dict[str, float] = {}
+    """The strategy's own parameters, such as `proximal_mu`."""
+    fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the training sites asked in each round."""
+    quorum: Annotated[int, Field(ge=1)] = 1
+    """Fewest good replies that make a round count."""
+    round_timeout: Positive = 3600.0
+    """Seconds to wait for a round's replies."""
+
+
+class Privacy(Section):
+    """Which privacy mechanism protects training patients."""
+
+    mechanism: Literal["none"] = "none"
+
+
+class Study(YamlFile):
+    """One federated study; the coordinator's request, which a site may refuse."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+    classes: Annotated[tuple[str, ...], Field(min_length=2)]
+    model: Model
+    images: Images = Images()
+    train: Train
+    holdout: Holdout = Holdout()
+    select: Literal["accuracy", "balanced_accuracy", "f1", "auroc", "loss"] = "balanced_accuracy"
+    aggregate: Aggregate = Aggregate()
+    privacy: Privacy = Privacy()
+    seed: Annotated[int, Field(ge=0)] = 0
+
+    @field_validator("classes", mode="after")
+    @classmethod
+    def _distinct(cls, classes: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(classes)) != len(classes):
+            raise ValueError("expected distinct class names")
+        return classes
+
+    @model_validator(mode="after")
+    def _weights_fit_classes(self) -> Self:
+        weights = self.train.class_weights
+        if weights and len(weights) != len(self.classes):
+            raise ValueError(
+                f"expected train.class_weights with one number per class ({len(self.classes)}), "
+                f"got {len(weights)}"
+            )
+        return self
+
+    @classmethod
+    def read(cls, path: Path, changes: tuple[str, ...] = ()) -> Self:
+        """The study in `path`, its own relative paths made absolute.
+
+        Raises:
+          StudyError: naming file, key, what was expected, and the nearest valid name.
+        """
+        study = cls.load(path, StudyError, changes)
+        update: dict[str, Any] = {}
+        if study.model.weights_file:
+            update["weights"] = str((path.parent / study.model.weights).resolve())
+        if study.model.init:
+            update["init"] = str(Path(study.model.init).resolve())
+        resolved = study.model_copy(update={"model": study.model.model_copy(update=update)})
+        resolved._source = study.source
+        return resolved
+
+    def error(self, key: str, *, expected: str, got: object, remedy: str = "") -> StudyError:
+        """A `StudyError` about one key of this study, naming its file."""
+        where = f"{self.source}: {key}"
+        return StudyError(complaint(where, expected=expected, got=got, remedy=remedy))
+
+    def yaml(self) -> str:
+        """This study as YAML text."""
+        return dump(self.model_dump(mode="json"))
+
+    def proposal(self) -> str:
+        """What sites are shown: canonical JSON without this machine's paths."""
+        weights = self.model.weights_file.name if self.model.weights_file else self.model.weights
+        model = self.model.model_copy(update={"weights": weights, "init": None})
+        return self.model_copy(update={"model": model}).model_dump_json()
+
+    @property
+    def id(self) -> str:
+        """16 hex digits naming this exact proposal."""
+        return hashlib.sha256(self.proposal().encode()).hexdigest()[:16]

@@ -1,0 +1,120 @@
+"""Pretrained weights: a checkpoint, from a file or from torchvision, onto a model, key by key."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from common.errors import BackboneError, complaint
+
+# Older torchvision releases wrote these names; their published files still carry them.
+RENAMED = (
+    (re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)"), r"\1\2"),
+    (re.compile(r"\.mlp\.linear_1\."), ".mlp.0."),
+    (re.compile(r"\.mlp\.linear_2\."), ".mlp.3."),
+)
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    """The tensors in a checkpoint file; no code in it is ever run.
+
+    Args:
+      path: `.safetensors`, or what `torch.save(model.state_dict(), path)` writes.
+
+    Raises:
+      BackboneError: the file is missing, damaged, or not a mapping of names to tensors.
+    """
+    expected = "a state dict in a .pth, .pt or .safetensors file"
+    try:
+        with path.open("rb"):
+            pass
+        if path.suffix == ".safetensors":
+            return _modern(load_file(path))
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as ex:
+        raise BackboneError(complaint(path, expected=expected, got=ex.strerror)) from None
+    # A damaged file can fail anywhere in the readers, with nearly any class.
+    except Exception:
+        got = "one that is damaged, incomplete or not only tensors"
+        raise BackboneError(complaint(path, expected=expected, got=got)) from None
+    if not isinstance(content, dict) or not all(isinstance(t, Tensor) for t in content.values()):
+        remedy = "Save it by torch.save(model.state_dict(), path)."
+        got = f"a {type(content).__name__} of other things"
+        raise BackboneError(complaint(path, expected=expected, got=got, remedy=remedy))
+    return _modern(content)
+
+
+def download(weights: Any) -> dict[str, Tensor]:
+    """The tensors of one member of a torchvision weights enum, from its cache or its site.
+
+    Raises:
+      BackboneError: the download failed or its hash is wrong.
+    """
+    try:
+        state = weights.get_state_dict(check_hash=True, map_location="cpu", weights_only=True)
+    except (OSError, HTTPException, RuntimeError) as ex:
+        remedy = "Fetch the file on another machine and name it in model.weights."
+        where = f"weights {weights}"
+        expected = f"a download of {weights.url}"
+        raise BackboneError(complaint(where, expected=expected, got=ex, remedy=remedy)) from None
+    return _modern(state)
+
+
+def _modern(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {_rename(key): tensor for key, tensor in state.items()}
+
+
+def _rename(key: str) -> str:
+    for old, new in RENAMED:
+        key = old.sub(new, key)
+    return key
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How a checkpoint fits a model: the tensors that do, and the keys that do not."""
+
+    tensors: dict[str, Tensor]
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    misshaped: tuple[str, ...]
+
+    @classmethod
+    def of(cls, state: dict[str, Tensor], model: nn.Module, ignore: tuple[str, ...]) -> Self:
+        """Compare `state` with `model`, leaving out the keys that start with one of `ignore`."""
+        given = {key: tensor for key, tensor in state.items() if not key.startswith(ignore)}
+        wanted = {k: t for k, t in model.state_dict().items() if not k.startswith(ignore)}
+        shared = [key for key in wanted if key in given]
+        good = [key for key in shared if _same_kind(given[key], wanted[key])]
+        # BatchNorm's batch counter is absent from old checkpoints and used by no evaluation.
+        missing = [k for k in wanted if k not in given and not k.endswith("num_batches_tracked")]
+        return cls(
+            tensors={key: given[key].to(wanted[key].dtype).contiguous() for key in good},
+            missing=tuple(missing),
+            unexpected=tuple(key for key in given if key not in wanted),
+            misshaped=tuple(key for key in shared if key not in good),
+        )
+
+    @property
+    def exact(self) -> bool:
+        """Whether every tensor of the model, and nothing else, was given."""
+        return not (self.missing or self.unexpected or self.misshaped)
+
+    def __str__(self) -> str:
+        kinds = {"missing": self.missing, "unexpected": self.unexpected, "mis-shaped": self.misshaped}
+        return ", ".join(_count(kind, keys) for kind, keys in kinds.items() if keys)
+
+
+def _same_kind(given: Tensor, wanted: Tensor) -> bool:
+    return given.shape == wanted.shape and given.is_floating_point() == wanted.is_floating_point()
+
+
+def _count(kind: str, keys: Iterable[str]) -> str:
+    first, *more = keys
+    return f"{1 + len(more)} {kind} (such as {first})"

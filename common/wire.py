@@ -1,0 +1,238 @@
+"""Every message between server and site, as typed values to and from Flower records.
+
+The only file that spells a record key. Both sides treat what they read as hostile: anything that is not
+exactly what the protocol says raises `ContractError`.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from pydantic import Field, ValidationError
+from torch import Tensor
+
+from common.errors import ContractError
+from common.metrics import Counts
+from common.yaml import Section
+
+VERSION = 1
+ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
+WEIGHT = "weight"
+_LAST, _BEST = "last", "best"
+_JSON, _STUDY, _ROUND, _PROXIMAL = "json", "study", "server-round", "proximal-mu"
+_LOSS = "train-loss"
+_LONGEST_JSON = 1_000_000
+
+Shapes = Mapping[str, tuple[int, ...]]
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class JoinRequest:
+    """What the server proposes, once, before the first round."""
+
+    proposal: str
+    """The study as canonical JSON."""
+
+    def record(self) -> RecordDict:
+        """As Flower sends it."""
+        return RecordDict({CONFIG: ConfigRecord({_JSON: self.proposal})})
+
+    @classmethod
+    def read(cls, record: RecordDict) -> "JoinRequest":
+        """Back from Flower; raises `ContractError`."""
+        return cls(proposal=_value(record, CONFIG, _JSON, str))
+
+
+class JoinReply(Section):
+    """What a site agrees to, and what it says about itself."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+    role: Literal["train", "evaluate"]
+    contract: dict[str, str]
+    """The parts all sites must share, hashed (see `common.contract`)."""
+    weight: Annotated[int, Field(ge=0)]
+    """Weight in FedAvg: the number of training images."""
+    patients: dict[str, Annotated[int, Field(ge=0)]]
+    """Patients per part: train, validation, test."""
+    images: dict[str, tuple[Annotated[int, Field(ge=0)], ...]]
+    """Images per part and class."""
+    versions: dict[str, str]
+
+    def record(self) -> RecordDict:
+        """As Flower sends it."""
+        return RecordDict({CONFIG: ConfigRecord({_JSON: self.model_dump_json()})})
+
+    @classmethod
+    def read(cls, record: RecordDict) -> "JoinReply":
+        """Back from Flower; raises `ContractError`."""
+        try:
+            return cls.model_validate_json(_value(record, CONFIG, _JSON, str))
+        except ValidationError as ex:
+            raise ContractError(f"a join reply that does not fit: {ex.error_count()}") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundRequest:
+    """Evaluate these tensors on your validation patients, then train them and send them back.
+
+    The server's half is made by the Flower strategy from `round_config`.
+    """
+
+    study: str
+    round: int
+    proximal_mu: float
+    arrays: ArrayRecord
+
+    @classmethod
+    def read(cls, record: RecordDict) -> "RoundRequest":
+        """From Flower; the arrays are still unchecked. Raises `ContractError`."""
+        config = _only(record.config_records, CONFIG)
+        mu = config.get(_PROXIMAL, 0.0)
+        if not isinstance(mu, float | int) or not math.isfinite(mu) or mu < 0:
+            raise ContractError("a proximal term that is not a number >= 0")
+        number = _value(record, CONFIG, _ROUND, int)
+        study = _value(record, CONFIG, _STUDY, str)
+        arrays = _only(record.array_records, ARRAYS)
+        return cls(study=study, round=number, proximal_mu=float(mu), arrays=arrays)
+
+
+def round_config(study: str) -> ConfigRecord:
+    """The part of a round's request that Flower's strategies do not write themselves."""
+    return ConfigRecord({_STUDY: study})
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundReply:
+    """What a site sends after a round."""
+
+    tensors: Tensors
+    weight: int
+    train_loss: float
+    counts: Counts
+    """Of the tensors received, on the site's validation patients."""
+
+    def record(self) -> RecordDict:
+        """As Flower sends it."""
+        metrics = MetricRecord({WEIGHT: self.weight, _LOSS: self.train_loss})
+        counts = MetricRecord(self.counts.sparse())
+        return RecordDict({ARRAYS: to_arrays(self.tensors), METRICS: metrics, _LAST: counts})
+
+    @classmethod
+    def read(cls, record: RecordDict, shapes: Shapes, weight: int, classes: int) -> "RoundReply":
+        """Back from Flower; raises `ContractError` unless it is exactly as agreed."""
+        metrics = _only(record.metric_records, METRICS)
+        if set(metrics) != {WEIGHT, _LOSS}:
+            raise ContractError("metrics other than the agreed ones")
+        if metrics[WEIGHT] != weight:
+            raise ContractError("a weight other than the one agreed at join")
+        loss = metrics[_LOSS]
+        if not isinstance(loss, float) or not math.isfinite(loss):
+            raise ContractError("a loss that is not a finite number")
+        tensors = from_arrays(_only(record.array_records, ARRAYS), shapes)
+        counts = Counts.from_sparse(_only(record.metric_records, _LAST), classes)
+        return cls(tensors=tensors, weight=weight, train_loss=loss, counts=counts)
+
+
+def strategy_record(tensors: Tensors, weight: float) -> RecordDict:
+    """A checked reply in the one form that every Flower strategy accepts."""
+    metrics = MetricRecord({WEIGHT: float(weight)})
+    return RecordDict({ARRAYS: to_arrays(tensors), METRICS: metrics})
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinalRequest:
+    """Evaluate the last model and the best so far."""
+
+    study: str
+    last: ArrayRecord
+    best: ArrayRecord
+
+    def record(self) -> RecordDict:
+        """As Flower sends it."""
+        config = ConfigRecord({_STUDY: self.study})
+        return RecordDict({_LAST: self.last, _BEST: self.best, CONFIG: config})
+
+    @classmethod
+    def read(cls, record: RecordDict) -> "FinalRequest":
+        """Back from Flower; the arrays are still unchecked. Raises `ContractError`."""
+        last = _only(record.array_records, _LAST)
+        best = _only(record.array_records, _BEST)
+        return cls(study=_value(record, CONFIG, _STUDY, str), last=last, best=best)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinalReply:
+    """Counts of the last model on validation patients, and of both on test patients."""
+
+    validation_last: Counts
+    test_last: Counts
+    test_best: Counts
+
+    def record(self) -> RecordDict:
+        """As Flower sends it."""
+        parts = (self.validation_last, self.test_last, self.test_best)
+        records = (MetricRecord(counts.sparse()) for counts in parts)
+        return RecordDict(dict(zip(_FINAL_PARTS, records, strict=True)))
+
+    @classmethod
+    def read(cls, record: RecordDict, classes: int) -> "FinalReply":
+        """Back from Flower; raises `ContractError`."""
+        parts = (_only(record.metric_records, part) for part in _FINAL_PARTS)
+        validation, last, best = (Counts.from_sparse(part, classes) for part in parts)
+        return cls(validation_last=validation, test_last=last, test_best=best)
+
+
+_FINAL_PARTS = ("validation-last", "test-last", "test-best")
+
+
+def to_arrays(tensors: Mapping[str, Tensor]) -> ArrayRecord:
+    """Float32 tensors, by name, as Flower sends them."""
+    return ArrayRecord({name: Array(tensor.detach().cpu()) for name, tensor in tensors.items()})
+
+
+def from_arrays(arrays: ArrayRecord, shapes: Shapes) -> Tensors:
+    """The tensors of a message; raises `ContractError` unless names, shapes and type are as agreed.
+
+    Every value is float32 and finite.
+    """
+    if set(arrays) != set(shapes):
+        raise ContractError("tensors with other names than agreed")
+    return {name: _tensor(arrays[name], shape) for name, shape in shapes.items()}
+
+
+def _tensor(array: Array, shape: tuple[int, ...]) -> Tensor:
+    # The size is checked before parsing, so that no message makes us allocate more than agreed.
+    if len(array.data) > 4 * math.prod(shape) + 1024:
+        raise ContractError("a tensor larger than agreed")
+    try:
+        values = array.numpy()
+    except Exception:
+        raise ContractError("a tensor that cannot be read") from None
+    if values.dtype != np.float32 or values.shape != shape:
+        raise ContractError("a tensor of another type or shape than agreed")
+    if not np.isfinite(values).all():
+        raise ContractError("a tensor with values that are not finite")
+    return torch.from_numpy(np.ascontiguousarray(values))
+
+
+def payload(arrays: ArrayRecord) -> int:
+    """Bytes that a record of tensors puts on the wire."""
+    return sum(len(array.data) for array in arrays.values())
+
+
+def _only(records: Mapping[str, Any], key: str) -> Any:
+    if key not in records:
+        raise ContractError(f"no {key!r} in the message")
+    return records[key]
+
+
+def _value(record: RecordDict, section: str, key: str, kind: type[Any]) -> Any:
+    value = _only(record.config_records, section).get(key)
+    if type(value) is not kind or (kind is str and len(value) > _LONGEST_JSON):
+        raise ContractError(f"no usable {key!r} in the message")
+    return value

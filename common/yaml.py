@@ -1,0 +1,179 @@
+"""YAML files into frozen pydantic models, with errors that name the file, the key and the remedy."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
+from pydantic_core import ErrorDetails
+
+from common.errors import ConsiliumError, complaint, did_you_mean
+
+
+S = TypeVar("S", bound="Section")
+
+
+# Where pydantic's own words speak of Python.
+PLAIN = {
+    "path_type": "a path",
+    "model_type": "a mapping of keys to values",
+    "model_attributes_type": "a mapping of keys to values",
+}
+
+
+class Section(BaseModel):
+    """A block of keys in a YAML file: immutable, unknown keys refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class YamlFile(Section):
+    """The top level of a YAML file; remembers which file it came from, to name it in errors."""
+
+    _source: str = PrivateAttr(default="(no file)")
+
+    @classmethod
+    def load(cls, path: Path, error: type[ConsiliumError], changes: Sequence[str] = ()) -> Self:
+        """Read and validate `path`, after applying `key=value` changes (dotted keys, YAML values).
+
+        Raises:
+          error: the file is missing, is not YAML, or does not fit; every problem on its own line.
+        """
+        content = _read(path, error)
+        for change in changes:
+            _apply(content, change, error)
+        return cls.parse(content, str(path), error)
+
+    @classmethod
+    def parse(cls, content: object, source: str, error: type[ConsiliumError]) -> Self:
+        """Validate an already read mapping; `source` names it in errors."""
+        try:
+            parsed = cls.model_validate(content)
+        except ValidationError as ex:
+            lines = [_explain(cls, source, problem) for problem in ex.errors()]
+            raise error("\n".join(lines)) from None
+        parsed._source = source
+        return parsed
+
+    def anchored(self, folder: Path) -> Self:
+        """A copy whose relative paths start at `folder`."""
+        copy = _anchor(self, folder)
+        copy._source = self._source
+        return copy
+
+    @property
+    def source(self) -> str:
+        """The file this was read from, for error messages on this machine only."""
+        return self._source
+
+
+def _anchor(section: S, folder: Path) -> S:
+    update: dict[str, Any] = {}
+    for name in type(section).model_fields:
+        value = getattr(section, name)
+        if isinstance(value, Path):
+            update[name] = folder / value
+        elif isinstance(value, Section):
+            update[name] = _anchor(value, folder)
+    return section.model_copy(update=update)
+
+
+def _read(path: Path, error: type[ConsiliumError]) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as ex:
+        reason = getattr(ex, "strerror", None) or "not UTF-8 text"
+        raise error(complaint(path, expected="a readable YAML file", got=reason)) from None
+    except yaml.YAMLError as ex:
+        raise error(complaint(path, expected="valid YAML", got=" ".join(str(ex).split()))) from None
+    if not isinstance(content, dict):
+        got = type(content).__name__
+        raise error(complaint(path, expected="a mapping of keys to values", got=got))
+    return content
+
+
+def _apply(content: dict[str, Any], change: str, error: type[ConsiliumError]) -> None:
+    key, found, value = change.partition("=")
+    if not found or not key:
+        raise error(complaint("--set", expected="key=value", got=repr(change)))
+    *parents, last = key.split(".")
+    place = content
+    for parent in parents:
+        inner = place.get(parent)
+        if not isinstance(inner, dict):
+            inner = place[parent] = {}
+        place = inner
+    try:
+        place[last] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise error(complaint(f"--set {key}", expected="a YAML value", got=repr(value))) from None
+
+
+def _explain(model: type[BaseModel], source: str, problem: ErrorDetails) -> str:
+    """One validation problem as *file: key: expected, got, remedy*."""
+    section, keys = _locate(model, problem["loc"])
+    kind, got = problem["type"], problem["input"]
+    if kind.startswith("union_tag"):
+        keys = [*keys, problem["ctx"]["discriminator"].strip("'")]
+        got = problem["ctx"].get("tag")
+    where = f"{source}: {'.'.join(keys)}" if keys else source
+    if kind == "extra_forbidden":
+        hint = did_you_mean(keys[-1], section.model_fields)
+        return f"{where}: expected a known key, got {keys[-1]!r}. {hint}"
+    if kind in ("missing", "union_tag_not_found"):
+        return f"{where}: expected a value, got nothing. Add the key."
+    if kind == "value_error":
+        return f"{where}: {problem['ctx']['error']}"
+    expected = PLAIN.get(kind) or problem["msg"].removeprefix("Input should be ")
+    if kind == "union_tag_invalid":
+        expected = problem["ctx"]["expected_tags"]
+    return complaint(where, expected=expected, got=repr(got), remedy=_near(got, problem))
+
+
+def _near(got: object, problem: ErrorDetails) -> str:
+    """The nearest allowed word, where the key takes one of a few."""
+    context = problem.get("ctx", {})
+    words = str(context.get("expected_tags") or context.get("expected"))
+    if problem["type"] not in ("literal_error", "union_tag_invalid") or not isinstance(got, str):
+        return ""
+    allowed = words.replace(" or ", ", ").split(", ")
+    hint = did_you_mean(got, [word.strip("'") for word in allowed])
+    return hint if hint.startswith("Did") else ""
+
+
+def _locate(
+    model: type[BaseModel], location: Sequence[int | str]
+) -> tuple[type[BaseModel], list[str]]:
+    """The section a problem is in, and its keys as the file has them.
+
+    Pydantic's own location also names the chosen kind of a section, as in `data.manifest.root`.
+    """
+    sections, keys = [model], []
+    for part in location:
+        chosen = [section for section in sections if part in _tags(section)]
+        if len(sections) > 1 and chosen:
+            sections = chosen
+            continue
+        keys.append(str(part))
+        if part in (fields := sections[0].model_fields):
+            sections = _sections(fields[str(part)].annotation) or sections
+    return sections[0], keys
+
+
+def _tags(section: type[BaseModel]) -> set[str]:
+    """The words that choose this section among others: values of its `Literal` keys."""
+    types = (field.annotation for field in section.model_fields.values())
+    return {word for kind in types if get_origin(kind) is Literal for word in get_args(kind)}
+
+
+def _sections(annotation: object) -> list[type[BaseModel]]:
+    """Every kind of section in a type such as `Section | None` or `list[Section]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [section for inner in get_args(annotation) for section in _sections(inner)]
+
+
+def dump(content: Mapping[str, Any]) -> str:
+    """YAML text with keys in their own order."""
+    return yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True)

@@ -1,0 +1,1 @@
+"""The coordinator: joins sites, runs the rounds, keeps the run folder."""

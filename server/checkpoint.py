@@ -1,0 +1,153 @@
+"""The run folder: everything a run leaves behind, and all it needs to go on.
+
+A round is finished once `last.safetensors`, which holds the model and the strategy's state, has been
+renamed into place; whatever a crash left beyond it is dropped on resume.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import yaml
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from common import files
+from common.errors import RunError, complaint
+from common.study import Study
+from common.wire import Tensors
+
+_STATE = "strategy-state/"
+_META = "consilium"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A model of the run: the tensors after `round` rounds, and what is known of them."""
+
+    round: int
+    tensors: Tensors
+    state: Tensors
+    """The strategy's, in `last` only."""
+    score: float | None = None
+    """The study's `select` metric on pooled validation patients, in `best` only."""
+
+
+class RunFolder:
+    """One run on disk."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def create(cls, path: Path, study: Study) -> Self:
+        """A new run; raises `RunError` if the folder already holds one."""
+        if (path / "study.yaml").exists():
+            remedy = f"Go on with --resume {path}, or choose another folder."
+            raise RunError(complaint(path, expected="no run yet", got="a run", remedy=remedy))
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            files.write(path / "study.yaml", study.yaml())
+        except OSError as ex:
+            raise RunError(complaint(path, expected="a folder to write", got=ex.strerror)) from None
+        return cls(path)
+
+    @classmethod
+    def resume(cls, path: Path, study: Study | None = None) -> Self:
+        """A run to go on with; raises `RunError` if there is none or it is of another study."""
+        if not (path / "study.yaml").is_file():
+            raise RunError(complaint(path, expected="a run folder", got="no study.yaml in it"))
+        folder = cls(path)
+        if study is not None:
+            folder._same(study)
+        return folder
+
+    def _same(self, study: Study) -> None:
+        ours, theirs = self.study.model_dump(mode="json"), study.model_dump(mode="json")
+        differ = [key for key in ours if ours[key] != theirs[key]]
+        if differ:
+            expected, got = "the study this run began with", f"another {', '.join(differ)}"
+            remedy = "Resume without a study file, or start a new run."
+            raise RunError(complaint(self.path, expected=expected, got=got, remedy=remedy))
+
+    @property
+    def study(self) -> Study:
+        """The study as resolved when the run began."""
+        return Study.read(self.path / "study.yaml")
+
+    def last(self) -> Checkpoint | None:
+        """The newest finished round, if any."""
+        return self._load("last")
+
+    def best(self) -> Checkpoint | None:
+        """The best model so far, if any was scored."""
+        return self._load("best")
+
+    def save_last(self, checkpoint: Checkpoint) -> None:
+        """Finish a round."""
+        self._save("last", checkpoint)
+
+    def save_best(self, checkpoint: Checkpoint) -> None:
+        """Keep the best model so far."""
+        self._save("best", checkpoint)
+
+    def _save(self, name: str, checkpoint: Checkpoint) -> None:
+        facts = {"round": checkpoint.round, "score": checkpoint.score}
+        state = {f"{_STATE}{key}": tensor for key, tensor in checkpoint.state.items()}
+        data = save({**checkpoint.tensors, **state}, {_META: json.dumps(facts)})
+        self.write(f"{name}.safetensors", data)
+        self.write(f"{name}.json", json.dumps(facts, indent=2))
+
+    def _load(self, name: str) -> Checkpoint | None:
+        path = self.path / f"{name}.safetensors"
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                facts = json.loads(file.metadata()[_META])
+                loaded = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError, KeyError, ValueError) as ex:
+            raise RunError(complaint(path, expected="an intact checkpoint", got=ex)) from None
+        tensors = {key: value for key, value in loaded.items() if not key.startswith(_STATE)}
+        state = {k.removeprefix(_STATE): v for k, v in loaded.items() if k.startswith(_STATE)}
+        return Checkpoint(tensors=tensors, state=state, **facts)
+
+    def log(self, lines: list[dict[str, Any]]) -> None:
+        """Append a finished round's lines to `metrics.jsonl`."""
+        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)
+
+    def history(self) -> list[dict[str, Any]]:
+        """Every line of `metrics.jsonl`."""
+        path = self.path / "metrics.jsonl"
+        if not path.exists():
+            return []
+        lines: list[dict[str, Any]] = []
+        for text in path.read_text(encoding="utf-8").splitlines():
+            try:
+                lines.append(json.loads(text))
+            except ValueError:
+                break  # a crash while the last line was written
+        return lines
+
+    def forget_after(self, round_number: int) -> None:
+        """Drop log lines of rounds that were not finished."""
+        kept = [line for line in self.history() if line["round"] <= round_number]
+        self.write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+
+    def write(self, name: str, content: bytes | str) -> None:
+        """Replace one file of the run in one step; raises `RunError` if it cannot be written."""
+        path = self.path / name
+        try:
+            files.write(path, content)
+        except OSError as ex:
+            remedy = "Free some space and resume the run."
+            raise RunError(
+                complaint(path, expected="a file to write", got=ex.strerror, remedy=remedy)
+            ) from None
+
+    def write_facts(self, facts: Mapping[str, Any]) -> None:
+        """Versions, contract and sites, in `run.yaml`."""
+        self.write("run.yaml", yaml.safe_dump(dict(facts), sort_keys=False))

@@ -1,0 +1,109 @@
+"""Strategies by name. Adding one is one entry in `REGISTRY`."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from flwr.app import ConfigRecord, Message
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, FedProx
+
+from common import wire
+from common.errors import did_you_mean
+from common.study import Study
+from common.wire import Tensors
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A Flower strategy: its class, its options with defaults, and the attributes it carries over."""
+
+    make: type[FedAvg]
+    options: Mapping[str, float] = field(default_factory=dict)
+    state: tuple[str, ...] = ()
+
+
+REGISTRY: dict[str, Entry] = {
+    "fedavg": Entry(FedAvg),
+    "fedprox": Entry(FedProx, {"proximal_mu": 0.01}),
+    "fedavgm": Entry(
+        FedAvgM, {"server_learning_rate": 1.0, "server_momentum": 0.9}, ("momentum_vector",)
+    ),
+    "fedadam": Entry(
+        FedAdam, {"eta": 0.01, "beta_1": 0.9, "beta_2": 0.99, "tau": 1e-3}, ("m_t", "v_t")
+    ),
+}
+
+
+class Aggregator:
+    """A Flower strategy as the round loop uses it: who to send what, and what the replies become.
+
+    Raises:
+      StudyError: a strategy or option that is not in the registry.
+    """
+
+    def __init__(self, study: Study, names: tuple[str, ...]) -> None:
+        self._names = names
+        self._entry = _entry(study)
+        options = {**self._entry.options, **study.aggregate.options}
+        # One reply is enough for Flower: the quorum is the round loop's own.
+        self._strategy = self._entry.make(
+            fraction_train=1.0,
+            fraction_evaluate=1.0,
+            min_train_nodes=1,
+            min_evaluate_nodes=1,
+            min_available_nodes=1,
+            weighted_by_key=wire.WEIGHT,
+            arrayrecord_key=wire.ARRAYS,
+            configrecord_key=wire.CONFIG,
+            **options,  # type: ignore[arg-type]
+        )
+
+    def requests(
+        self, round_number: int, tensors: Tensors, config: ConfigRecord, cohort: Grid
+    ) -> list[Message]:
+        """One message for each node of `cohort`."""
+        arrays = wire.to_arrays(tensors)
+        messages = self._strategy.configure_train(round_number, arrays, config, cohort)
+        return list(messages)
+
+    def merge(self, round_number: int, replies: list[Message]) -> Tensors:
+        """The next tensors from checked replies, float32; every reply holds a `strategy_record`."""
+        arrays, _ = self._strategy.aggregate_train(round_number, replies)
+        if arrays is None:
+            raise ValueError("expected at least one reply to merge")
+        merged = {name: torch.from_numpy(arrays[name].numpy()).float() for name in self._names}
+        return merged
+
+    def state(self) -> Tensors:
+        """What the strategy carries from round to round."""
+        tensors: Tensors = {}
+        for attribute in self._entry.state:
+            value = getattr(self._strategy, attribute)
+            # FedAvgM keeps a list in the order of the arrays, FedOpt a dict.
+            named = zip(self._names, value, strict=True) if isinstance(value, list) else value
+            for name, array in dict(named or {}).items():
+                tensors[f"{attribute}/{name}"] = torch.from_numpy(array)
+        return tensors
+
+    def restore(self, tensors: Tensors) -> None:
+        """Take up a saved `state`."""
+        for attribute in self._entry.state:
+            names = [name for name in self._names if f"{attribute}/{name}" in tensors]
+            arrays = {name: tensors[f"{attribute}/{name}"].numpy() for name in names}
+            as_list = self._entry.make is FedAvgM
+            setattr(self._strategy, attribute, (list(arrays.values()) if as_list else arrays) or None)
+
+
+def _entry(study: Study) -> Entry:
+    name = study.aggregate.strategy
+    if name not in REGISTRY:
+        known = ", ".join(REGISTRY)
+        remedy = did_you_mean(name, REGISTRY)
+        raise study.error("aggregate.strategy", expected=known, got=repr(name), remedy=remedy)
+    entry = REGISTRY[name]
+    for option in study.aggregate.options:
+        if option not in entry.options:
+            expected = f"an option of {name} ({', '.join(entry.options) or 'it has none'})"
+            raise study.error(f"aggregate.options.{option}", expected=expected, got=repr(option))
+    return entry
