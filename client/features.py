@@ -1,15 +1,16 @@
 """The frozen prefix's activations, computed once per image and kept on disk.
 
-A store is a folder named by everything its rows depend on; a row is named by its image's SHA-256. Rows
-come in immutable shards, each named by the SHA-256 of its own bytes: a pass that is interrupted keeps
-the shards it finished, two processes can write side by side, and a damaged shard is noticed and redone.
-What is kept is patient data: it can be inverted into something like the image.
+A store is a folder named by everything its rows depend on; a row is named by its image's SHA-256.
+Rows come in immutable shards, each named by the SHA-256 of its own bytes: a pass that is interrupted
+keeps the shards it finished, two processes can write side by side, and a damaged shard is noticed
+and redone. What is kept is patient data: it can be inverted into something like the image.
 """
 
 import hashlib
 import json
 import logging
 import os
+import time
 import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,8 +30,9 @@ from common.images import Preprocess, view
 
 log = logging.getLogger(__name__)
 
-_BATCH = 64
+_BATCH = 32
 _SHARD = 512
+_QUIET = 5.0
 _IN_MEMORY = 1 << 30
 # A prefix whose activations take more room than this many images is not worth caching.
 _WORTH = 2.0
@@ -68,9 +70,11 @@ class Recipe:
 
     def _run(self, pixels: Tensor, module: nn.Module) -> Tensor:
         device = next((p.device for p in module.parameters()), torch.device("cpu"))
+        inputs = self.preprocess.normalise(pixels.to(device))
         with torch.inference_mode():
-            output: Tensor = module(self.preprocess.normalise(pixels.to(device)))
-        return output.cpu()
+            # Convolutions run up to twice as fast on this layout.
+            output: Tensor = module(inputs.contiguous(memory_format=torch.channels_last))
+        return output.cpu().contiguous()
 
     def rows(self, images: Sequence[Tensor], activations: bool) -> Tensor:
         """Rows of decoded uint8 images, as stored."""
@@ -88,6 +92,9 @@ class Rows:
 
     def __len__(self) -> int:
         return len(self._places)
+
+    def __add__(self, other: "Rows") -> "Rows":
+        return Rows([*self._places, *other._places])
 
     def __getitem__(self, indices: Tensor) -> Tensor:
         """Rows [len(indices), …] in the stored type."""
@@ -164,13 +171,11 @@ class Prepared:
     Attributes:
       rows: `views` rows per image, those of one image side by side.
       front: What a batch of rows still needs before the suffix, without gradients.
-      kept: Positions of the images that could be read.
     """
 
     rows: Rows
     views: int
     front: nn.Module
-    kept: tuple[int, ...]
 
 
 class _Front(nn.Module):
@@ -187,8 +192,11 @@ class _Front(nn.Module):
 
 def prepare(
     images: Sequence[Image], *, recipe: Recipe, views: int, cache: Path, skip_unreadable: bool
-) -> Prepared:
+) -> tuple[Prepared, list[int]]:
     """Rows for `images`, computing those the cache does not have.
+
+    Returns:
+      The rows, and the positions of the images that could be read.
 
     Raises:
       DataError: images that cannot be read, named and counted, unless they are to be skipped.
@@ -201,12 +209,14 @@ def prepare(
     wanted = [i for i in range(len(images)) if i not in bad]
     jobs = [(i, v, f"{names[i]}/{v}") for i in wanted for v in range(views)]
     todo = [jobs[j] for j in store.missing([name for _, _, name in jobs])]
+    if todo:
+        log.info("preparing %d images, once; they are kept in %s", len(todo), cache)
     _fill(store, images, todo, recipe, activations, bad)
     _complain(images, bad, skip_unreadable)
-    kept = tuple(i for i in range(len(images)) if i not in bad)
+    kept = [i for i in range(len(images)) if i not in bad]
     rows = store.rows([f"{names[i]}/{v}" for i in kept for v in range(views)])
     front = nn.Identity() if activations else _Front(recipe.preprocess, recipe.prefix)
-    return Prepared(rows, views, front, kept)
+    return Prepared(rows, views, front), kept
 
 
 def _digests(images: Sequence[Image], bad: dict[int, str]) -> Iterator[str]:
@@ -237,6 +247,7 @@ def _fill(
         seed = int(name[:12], 16) + number
         return view(square, recipe.ops, seed) if number else square
 
+    told = time.monotonic()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in range(0, len(todo), _SHARD):
             jobs = todo[start : start + _SHARD]
@@ -245,14 +256,18 @@ def _fill(
             for first in range(0, len(jobs), _BATCH):
                 batch = jobs[first : first + _BATCH]
                 decoded = list(pool.map(pixels, batch))
-                good = [(j, p) for j, p in zip(batch, decoded, strict=True) if isinstance(p, Tensor)]
+                good = [
+                    (j, p) for j, p in zip(batch, decoded, strict=True) if isinstance(p, Tensor)
+                ]
                 bad |= {j[0]: p for j, p in zip(batch, decoded, strict=True) if isinstance(p, str)}
                 if good:
                     rows.append(recipe.rows([p for _, p in good], activations))
                     names.extend(job[2] for job, _ in good)
+                if time.monotonic() - told > _QUIET:
+                    told = time.monotonic()
+                    log.info("  prepared %d of %d", start + first + len(batch), len(todo))
             if names:
                 store.add(names, torch.cat(rows))
-            log.info("prepared %d of %d images", min(start + _SHARD, len(todo)), len(todo))
 
 
 def _complain(images: Sequence[Image], bad: dict[int, str], skip: bool) -> None:

@@ -6,9 +6,11 @@ from common.study import Study
 
 
 def agree(site: Site, study: Study, training_patients: int) -> None:
-    """Return if this site takes part in `study`; raise `RefusedError` otherwise.
+    """Return if this site takes part in a study; raise `RefusedError` otherwise.
 
     Args:
+      site: Whose policy decides.
+      study: The request.
       training_patients: Patients that would train here; 0 at a site that only evaluates.
     """
     policy, where = site.policy, f"{site.source}: policy"

@@ -12,7 +12,7 @@ import torch
 from client import trainer
 from client.data.holdout import Parts, split
 from client.data.records import Record
-from client.features import Prepared, Recipe, prepare
+from client.features import Recipe, prepare
 from client.policy import agree
 from client.site import Site
 from client.trainer import Examples
@@ -32,8 +32,8 @@ PARTS = ("train", "validation", "test")
 class Session:
     """A site in a study, ready for rounds.
 
-    Opening it reads the data, cuts it by patient, asks the policy, and runs the frozen prefix over every
-    image the cache does not have yet.
+    Opening it reads the data, cuts it by patient, asks the policy, and runs the frozen prefix over
+    every image the cache does not have yet.
 
     Raises:
       ConsiliumError: whatever keeps this site from taking part, with its remedy.
@@ -55,14 +55,14 @@ class Session:
         augment = self.study.images.augment
         views = augment.views if part == "train" else 1
         records: Sequence[Record] = getattr(self.parts, part)
-        prepared = prepare(
+        prepared, kept = prepare(
             [record.image for record in records],
             recipe=_recipe(self.network, augment.ops if views > 1 else ()),
             views=views,
             cache=self.site.cache_folder,
             skip_unreadable=self.study.images.unreadable == "skip",
         )
-        labels = torch.tensor([records[i].label for i in prepared.kept], dtype=torch.int64)
+        labels = torch.tensor([records[i].label for i in kept], dtype=torch.int64)
         return Examples(prepared, labels)
 
     def joined(self) -> JoinReply:
@@ -139,7 +139,9 @@ def _weights(site: Site, study: Study) -> str:
     if site.weights is None:
         where, remedy = f"{site.source}: weights", "Set it to the folder that holds the file."
         got = "nothing"
-        raise BackboneError(complaint(where, expected=f"a folder with {name}", got=got, remedy=remedy))
+        raise BackboneError(
+            complaint(where, expected=f"a folder with {name}", got=got, remedy=remedy)
+        )
     return str(site.weights / Path(name).name)
 
 

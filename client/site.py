@@ -1,6 +1,5 @@
-"""The site: what one hospital says about itself, as frozen models of its `site.yaml`. It always wins."""
+"""The site: what one hospital says about itself in its `site.yaml`. It always wins."""
 
-import os
 import secrets
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -8,6 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field
 
 from client.data.formats import Data
+from common import files
 from common.errors import SiteError, complaint
 from common.study import Unfreeze
 from common.yaml import Section, YamlFile
@@ -67,10 +67,6 @@ class Site(YamlFile):
     def secret(self) -> bytes:
         """256 bits that key the holdout; drawn once from the operating system."""
         path = self.private() / "secret"
-        try:
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        except FileExistsError:
-            return path.read_bytes()
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(secrets.token_bytes(32))
+        if not path.exists():
+            files.create(path, secrets.token_bytes(32), mode=0o600)
         return path.read_bytes()

@@ -27,6 +27,12 @@ class Examples:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def __add__(self, other: "Examples") -> "Examples":
+        """These examples and those, prepared in the same way."""
+        rows = self.prepared.rows + other.prepared.rows
+        prepared = Prepared(rows, self.prepared.views, self.prepared.front)
+        return Examples(prepared, torch.cat([self.labels, other.labels]))
+
     def batch(self, indices: Tensor, views: Tensor | int, device: torch.device) -> Tensor:
         """Inputs of the suffix for these examples, each in the view given for it."""
         rows = self.prepared.rows[indices * self.prepared.views + views].to(device)
@@ -85,14 +91,17 @@ def train(
     lr: float,
     seed: int,
     proximal_mu: float = 0.0,
-    optimizer: torch.optim.Optimizer | None = None,
 ) -> float:
     """Train `suffix` in place for the plan's local epochs or steps.
 
     Args:
+      suffix: Activations → logits; what requires a gradient trains.
+      examples: The training images; at least one.
+      plan: The study's local training.
+      classes: Number of logits.
+      lr: Learning rate of this round.
       proximal_mu: FedProx (Li et al., 2020): adds μ/2 · ‖w − w_start‖² to the loss.
       seed: Of the order of examples, their views and dropout.
-      optimizer: To go on with; by default a fresh one.
 
     Returns:
       Mean loss over the examples seen, without the proximal term.
@@ -100,7 +109,7 @@ def train(
     device = next(suffix.parameters()).device
     weights = class_weights(plan, examples.labels, classes)
     weights = weights.to(device) if weights is not None else None
-    optimizer = optimizer or make_optimizer(suffix, plan, lr)
+    optimizer = make_optimizer(suffix, plan, lr)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     start = [p.detach().clone() for p in trained] if proximal_mu else []
     total, seen = 0.0, 0

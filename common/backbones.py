@@ -1,6 +1,6 @@
 """Backbones: torchvision's pretrained classifiers with one new head, cut into named blocks.
 
-Adding a backbone is one entry in `REGISTRY`.
+Adding a backbone is one line in `_BACKBONES`.
 """
 
 from collections import OrderedDict
@@ -27,7 +27,9 @@ class Head(nn.Sequential):
     """
 
     def __init__(self, width: int, classes: int, dropout: float) -> None:
-        linear = nn.utils.skip_init(nn.Linear, width, classes)
+        with torch.device("meta"):  # draws nothing from the global generator
+            linear = nn.Linear(width, classes)
+        linear.to_empty(device="cpu")
         nn.init.zeros_(linear.weight)
         nn.init.zeros_(linear.bias)
         super().__init__(OrderedDict(dropout=nn.Dropout(dropout), linear=linear))
@@ -39,19 +41,6 @@ class Block:
 
     name: str
     modules: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What one `unfreeze` means for a backbone: float32 parameters trained and sent."""
-
-    unfreeze: str
-    parameters: int
-
-    @property
-    def bytes(self) -> int:
-        """Size of one update, in bytes."""
-        return 4 * self.parameters
 
 
 @dataclass(frozen=True)
@@ -71,7 +60,7 @@ class Backbone:
     """Prefixes of checkpoint keys that are not used, beside the head's own."""
 
     def build(self, *, classes: int, dropout: float, weights: str, seed: int) -> nn.Module:
-        """The classifier in eval mode: uint8-normalised images [n, 3, H, W] → logits [n, classes].
+        """The classifier in eval mode: normalised images [n, 3, H, W] → logits [n, classes].
 
         Args:
           classes: number of logits.
@@ -92,37 +81,35 @@ class Backbone:
         return model.eval()
 
     def _load(self, weights: str) -> nn.Module:
-        """torchvision's model holding the given weights, its own head left without any."""
+        """The architecture holding the given weights, its own head left without any."""
         if weights == "DEFAULT":
             state = checkpoints.download(self._published(weights))
         else:
             state = checkpoints.read(Path(weights))
         fit, model = self._fit(state)
         if not fit.exact:
-            owner = next((b.name for b in REGISTRY.values() if b._fit(state)[0].exact), None)
-            remedy = f"It is a {owner}: set model.backbone to that, or give other weights."
-            raise BackboneError(
-                complaint(
-                    weights,
-                    expected=f"the weights of {self.name}",
-                    got=f"{fit} keys",
-                    remedy=remedy if owner else "",
-                )
+            owners = [other.name for other in _BACKBONES if other._fit(state)[0].exact]
+            remedy = (
+                f"It fits {owners[0]}: change model.backbone or model.weights." if owners else ""
             )
+            expected = f"a checkpoint of {self.name}"
+            raise BackboneError(complaint(weights, expected=expected, got=f"{fit}", remedy=remedy))
         model.load_state_dict(fit.tensors, strict=False, assign=True)
         return model
 
     def _fit(self, state: dict[str, torch.Tensor]) -> tuple[Fit, nn.Module]:
-        model = self._bare()
+        model = self._outline()
         return Fit.of(state, model, ignore=(f"{self.head}.", *self.dropped)), model
 
-    def _bare(self) -> nn.Module:
-        """The architecture without memory for its weights: built at once, and never initialised."""
+    def _outline(self, classes: int = 1) -> nn.Module:
+        """The model without memory for its parameters: made at once, and nothing is drawn."""
         with torch.device("meta"):
-            return self.make()
+            model = self.make()
+        model.set_submodule(self.head, Head(self.width, classes, dropout=0.0).to("meta"))
+        return model
 
     def _published(self, weights: str) -> Any:
-        """torchvision's entry for `weights`: the one whose file it is, or else its default."""
+        """The entry of torchvision for `weights`: the one whose file it is, or else its default."""
         entries = models.get_model_weights(self.name)
         file = Path(weights).name
         return next((e for e in entries if Path(e.url).name == file), entries.DEFAULT)
@@ -149,7 +136,7 @@ class Backbone:
           StudyError: naming the size that fits.
         """
         try:
-            self._bare().eval()(torch.empty(1, 3, size, size, device="meta"))
+            self._outline().eval()(torch.empty(1, 3, size, size, device="meta"))
         except (RuntimeError, AssertionError):
             usual = self.preprocess("DEFAULT").crop
             expected = f"a size that {self.name} can take, such as {usual}"
@@ -165,9 +152,8 @@ class Backbone:
         Raises:
           StudyError: there are fewer than k blocks.
         """
-        if unfreeze == "all":
-            return tuple(name for name, _ in model.named_parameters())
-        count = 0 if unfreeze == "head" else int(unfreeze.removeprefix("last:"))
+        fixed = {"head": 0, "all": len(self.blocks)}
+        count = fixed[unfreeze] if unfreeze in fixed else int(unfreeze.removeprefix("last:"))
         if count > len(self.blocks):
             expected = f"at most last:{len(self.blocks)} for {self.name}"
             raise StudyError(complaint("model.unfreeze", expected=expected, got=unfreeze))
@@ -175,13 +161,12 @@ class Backbone:
         parts = (self.head, *(module for block in last for module in block.modules))
         return tuple(name for name, _ in model.named_parameters() if _within(name, parts))
 
-    def choices(self, classes: int) -> list[Choice]:
-        """Every `unfreeze`, from the smallest, for a head of `classes` logits."""
-        model = self._bare()
-        model.set_submodule(self.head, Head(self.width, classes, dropout=0.0))
-        options = ["head", *(f"last:{k}" for k in range(1, len(self.blocks))), "all"]
+    def choices(self, classes: int) -> dict[str, int]:
+        """Parameters trained and sent, as float32, for every `unfreeze`, smallest first."""
+        model = self._outline(classes)
         sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-        return [Choice(o, sum(sizes[n] for n in self.trainable(model, o))) for o in options]
+        options = ["head", *(f"last:{k}" for k in range(1, len(self.blocks))), "all"]
+        return {o: sum(sizes[name] for name in self.trainable(model, o)) for o in options}
 
 
 def _within(name: str, parts: tuple[str, ...]) -> bool:
@@ -219,125 +204,88 @@ def _stages(final: str) -> tuple[Block, ...]:
 
 def _vgg16() -> nn.Module:
     """VGG without its hidden classifier layers: features pooled to 1×1."""
-    model: Any = models.vgg16()
+    model: nn.Module = models.vgg16()
     model.avgpool = nn.AdaptiveAvgPool2d(1)
     return model
 
 
-def _squeezenet(make: Callable[[], Any]) -> Callable[[], nn.Module]:
+def _squeezenet1_0() -> nn.Module:
+    return _pooled(models.squeezenet1_0())
+
+
+def _squeezenet1_1() -> nn.Module:
+    return _pooled(models.squeezenet1_1())
+
+
+def _pooled(model: Any) -> nn.Module:
     """SqueezeNet pooled before its head; its own ends in a ReLU and never learns from zero."""
-
-    def pooled() -> nn.Module:
-        model = make()
-        model.features.extend([nn.AdaptiveAvgPool2d(1), nn.Flatten()])
-        return model
-
-    return pooled
+    model.features.extend([nn.AdaptiveAvgPool2d(1), nn.Flatten()])
+    squeezenet: nn.Module = model
+    return squeezenet
 
 
 def _inception_v3() -> nn.Module:
     """Inception without its auxiliary head, on ImageNet-normalised input as its weights expect."""
-    return models.inception_v3(
+    model: nn.Module = models.inception_v3(
         aux_logits=False, transform_input=True, dropout=0.0, init_weights=True
     )
+    return model
 
 
 _RESNET = _blocks("stem: conv1 bn1", "layer1", "layer2", "layer3", "layer4")
+_VGG16 = _blocks(
+    "stage1: features.0 features.2",
+    "stage2: features.5 features.7",
+    "stage3: features.10 features.12 features.14",
+    "stage4: features.17 features.19 features.21",
+    "stage5: features.24 features.26 features.28",
+)
+_INCEPTION = _blocks(
+    *("Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "Conv2d_3b_1x1", "Conv2d_4a_3x3"),
+    *("Mixed_5b", "Mixed_5c", "Mixed_5d"),
+    *("Mixed_6a", "Mixed_6b", "Mixed_6c", "Mixed_6d", "Mixed_6e"),
+    *("Mixed_7a", "Mixed_7b", "Mixed_7c"),
+)
+_DENSENET = _blocks(
+    "stem: features.conv0 features.norm0",
+    "denseblock1: features.denseblock1 features.transition1",
+    "denseblock2: features.denseblock2 features.transition2",
+    "denseblock3: features.denseblock3 features.transition3",
+    "denseblock4: features.denseblock4 features.norm5",
+)
+_SHUFFLENET = _blocks("stem: conv1", "stage2", "stage3", "stage4", "conv5")
+_VIT = _blocks(
+    "stem: conv_proj class_token encoder.pos_embedding",
+    *(f"encoder_layer_{n}: encoder.layers.encoder_layer_{n}" for n in range(11)),
+    "encoder_layer_11: encoder.layers.encoder_layer_11 encoder.ln",
+)
+_SQUEEZENET1_0 = _fires(3, 4, 5, 7, 8, 9, 10, 12)
+_SQUEEZENET1_1 = _fires(3, 4, 6, 7, 9, 10, 11, 12)
 
-REGISTRY = {
-    backbone.name: backbone
-    for backbone in (
-        Backbone("resnet18", models.resnet18, "fc", 512, _RESNET),
-        Backbone("resnet50", models.resnet50, "fc", 2048, _RESNET),
-        Backbone(
-            "vgg16",
-            _vgg16,
-            "classifier",
-            512,
-            _blocks(
-                "stage1: features.0 features.2",
-                "stage2: features.5 features.7",
-                "stage3: features.10 features.12 features.14",
-                "stage4: features.17 features.19 features.21",
-                "stage5: features.24 features.26 features.28",
-            ),
-        ),
-        Backbone(
-            "inception_v3",
-            _inception_v3,
-            "fc",
-            2048,
-            _blocks(
-                *("Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3"),
-                *("Conv2d_3b_1x1", "Conv2d_4a_3x3"),
-                *("Mixed_5b", "Mixed_5c", "Mixed_5d"),
-                *("Mixed_6a", "Mixed_6b", "Mixed_6c", "Mixed_6d", "Mixed_6e"),
-                *("Mixed_7a", "Mixed_7b", "Mixed_7c"),
-            ),
-            dropped=("AuxLogits.",),
-        ),
-        Backbone(
-            "densenet121",
-            models.densenet121,
-            "classifier",
-            1024,
-            _blocks(
-                "stem: features.conv0 features.norm0",
-                "denseblock1: features.denseblock1 features.transition1",
-                "denseblock2: features.denseblock2 features.transition2",
-                "denseblock3: features.denseblock3 features.transition3",
-                "denseblock4: features.denseblock4 features.norm5",
-            ),
-        ),
-        Backbone("efficientnet_b0", models.efficientnet_b0, "classifier", 1280, _features(9)),
-        Backbone("mobilenet_v2", models.mobilenet_v2, "classifier", 1280, _features(19)),
-        Backbone(
-            "mobilenet_v3_small", models.mobilenet_v3_small, "classifier", 576, _features(13)
-        ),
-        Backbone(
-            "shufflenet_v2_x0_5",
-            models.shufflenet_v2_x0_5,
-            "fc",
-            1024,
-            _blocks("stem: conv1", "stage2", "stage3", "stage4", "conv5"),
-        ),
-        Backbone(
-            "squeezenet1_0",
-            _squeezenet(models.squeezenet1_0),
-            "classifier",
-            512,
-            _fires(3, 4, 5, 7, 8, 9, 10, 12),
-        ),
-        Backbone(
-            "squeezenet1_1",
-            _squeezenet(models.squeezenet1_1),
-            "classifier",
-            512,
-            _fires(3, 4, 6, 7, 9, 10, 11, 12),
-        ),
-        Backbone("convnext_tiny", models.convnext_tiny, "classifier.2", 768, _stages("classifier.0")),
-        Backbone("swin_t", models.swin_t, "head", 768, _stages("norm")),
-        Backbone(
-            "vit_b_16",
-            models.vit_b_16,
-            "heads",
-            768,
-            _blocks(
-                "stem: conv_proj class_token encoder.pos_embedding",
-                *(
-                    f"encoder_layer_{n}: encoder.layers.encoder_layer_{n}"
-                    for n in range(11)
-                ),
-                "encoder_layer_11: encoder.layers.encoder_layer_11 encoder.ln",
-            ),
-        ),
-    )
-}
+# name, torchvision's model, place of the head, pooled features, blocks
+_BACKBONES = (
+    Backbone("convnext_tiny", models.convnext_tiny, "classifier.2", 768, _stages("classifier.0")),
+    Backbone("densenet121", models.densenet121, "classifier", 1024, _DENSENET),
+    Backbone("efficientnet_b0", models.efficientnet_b0, "classifier", 1280, _features(9)),
+    Backbone("inception_v3", _inception_v3, "fc", 2048, _INCEPTION, dropped=("AuxLogits.",)),
+    Backbone("mobilenet_v2", models.mobilenet_v2, "classifier", 1280, _features(19)),
+    Backbone("mobilenet_v3_small", models.mobilenet_v3_small, "classifier", 576, _features(13)),
+    Backbone("resnet18", models.resnet18, "fc", 512, _RESNET),
+    Backbone("resnet50", models.resnet50, "fc", 2048, _RESNET),
+    Backbone("shufflenet_v2_x0_5", models.shufflenet_v2_x0_5, "fc", 1024, _SHUFFLENET),
+    Backbone("squeezenet1_0", _squeezenet1_0, "classifier", 512, _SQUEEZENET1_0),
+    Backbone("squeezenet1_1", _squeezenet1_1, "classifier", 512, _SQUEEZENET1_1),
+    Backbone("swin_t", models.swin_t, "head", 768, _stages("norm")),
+    Backbone("vgg16", _vgg16, "classifier", 512, _VGG16),
+    Backbone("vit_b_16", models.vit_b_16, "heads", 768, _VIT),
+)
+
+REGISTRY = {backbone.name: backbone for backbone in _BACKBONES}
 
 
 def names() -> list[str]:
     """Every registered backbone."""
-    return sorted(REGISTRY)
+    return list(REGISTRY)
 
 
 def get(name: str) -> Backbone:
@@ -347,6 +295,8 @@ def get(name: str) -> Backbone:
       StudyError: there is none; names the nearest.
     """
     if name not in REGISTRY:
-        where, remedy = "model.backbone", did_you_mean(name, REGISTRY)
-        raise StudyError(complaint(where, expected="a known backbone", got=repr(name), remedy=remedy))
+        remedy = did_you_mean(name, REGISTRY)
+        raise StudyError(
+            complaint("model.backbone", expected="a known one", got=repr(name), remedy=remedy)
+        )
     return REGISTRY[name]

@@ -51,7 +51,9 @@ def fingerprint(parts: Mapping[str, str]) -> str:
 
 def differences(ours: Mapping[str, str], theirs: Mapping[str, str]) -> list[str]:
     """Names of the parts that differ."""
-    return sorted(part for part in ours.keys() | theirs.keys() if ours.get(part) != theirs.get(part))
+    return sorted(
+        part for part in ours.keys() | theirs.keys() if ours.get(part) != theirs.get(part)
+    )
 
 
 def _hash(value: object) -> str:

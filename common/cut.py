@@ -1,7 +1,8 @@
 """The freeze boundary: one model into a frozen prefix and a trainable suffix, bit for bit."""
 
 import operator
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
+from itertools import takewhile
 from typing import NamedTuple
 
 from torch import nn
@@ -16,34 +17,33 @@ class Split(NamedTuple):
     """A model in two parts, `suffix(prefix(images)) == model(images)`, sharing its parameters."""
 
     prefix: nn.Module
-    """Frozen, in eval mode: images → one activation. The identity if nothing comes before."""
+    """Frozen: images → one activation. The identity if nothing frozen comes first."""
     suffix: nn.Module
-    """Activation → logits; its parameters keep the names they have in the model."""
+    """Activation → logits. Its parameters keep the names they have in the model."""
     at: str
-    """The activation between them: a name among `legal_cuts`, or `input`."""
+    """The activation between them: one of `legal_cuts`, or `input`."""
 
 
-def split(model: nn.Module, trainable: Sequence[str]) -> Split:
+def split(model: nn.Module, trainable: Collection[str]) -> Split:
     """Cut `model` as late as possible before the first use of a trainable parameter.
 
-    The model is put in eval mode; exactly the trainable parameters are left requiring gradients.
+    Puts the model in eval mode, and leaves exactly the trainable parameters requiring gradients.
 
     Args:
       model: a classifier as `Backbone.build` returns it.
       trainable: names of parameters of the model.
 
     Raises:
-      BackboneError: a trainable parameter is unknown, unused, or would be left in the prefix.
+      BackboneError: some of them are not in the suffix, because the model does not use them.
     """
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trainable)
     graph = _trace(model)
-    nodes = list(graph.nodes)
-    first = next((i for i, node in enumerate(nodes) if _trains(node, model)), len(nodes))
-    cuts = [node for node in _cuts(graph, model) if node in set(nodes[:first])]
-    parts = _at(model, graph, cuts[-1]) if cuts else _whole(model)
-    if not list(parts.prefix.parameters()):
-        parts = _whole(model)
+    frozen = set(takewhile(lambda node: not _trains(node, model), graph.nodes))
+    cuts = [node for node in _cuts(graph, model) if node in frozen]
+    parts = _parts(graph, model, cuts[-1]) if cuts else None
+    if parts is None or not any(True for _ in parts.prefix.parameters()):
+        parts = Split(nn.Identity(), model, "input")
     _check(parts, trainable)
     return parts
 
@@ -53,16 +53,16 @@ def legal_cuts(model: nn.Module) -> tuple[str, ...]:
     return tuple(node.name for node in _cuts(_trace(model), model))
 
 
-def cut(model: nn.Module, at: str) -> Split:
+def cut_at(model: nn.Module, at: str) -> Split:
     """Cut `model` at one of its `legal_cuts`."""
     graph = _trace(model)
-    return _at(model, graph, next(node for node in _cuts(graph, model) if node.name == at))
+    return _parts(graph, model, next(node for node in _cuts(graph, model) if node.name == at))
 
 
 def train_mode(module: nn.Module) -> None:
-    """`module.train()`, but BatchNorm keeps using its pretrained statistics.
+    """`module.train()`, but BatchNorm keeps its pretrained statistics.
 
-    Batch statistics would mix the images of a batch, and move buffers that nobody sends.
+    Statistics of a batch would mix its images, and move buffers that are never sent.
     """
     module.train()
     for part in module.modules():
@@ -71,68 +71,83 @@ def train_mode(module: nn.Module) -> None:
 
 
 class _Tracer(Tracer):
-    """Keeps whole what has no parts, torch's own layers, the head, and what reads `training`.
+    """Keeps whole torch's own layers, what has no parts, what reads `training`, and the head.
 
-    Tracing freezes the value of `self.training`, so a module that reads it must stay a module. The
-    head's dropout must train with its linear layer, not end up in the frozen prefix.
+    A traced module would have its present `training` written into the graph for good. The head's
+    dropout belongs with its linear layer, not at the end of a frozen prefix.
     """
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return (
-            not any(True for _ in m.children())
-            or isinstance(m, Head)
+            super().is_leaf_module(m, module_qualified_name)
+            or not any(True for _ in m.children())
             or "training" in m.forward.__code__.co_names
-            or super().is_leaf_module(m, module_qualified_name)
+            or isinstance(m, Head)
         )
 
 
 def _trace(model: nn.Module) -> Graph:
-    graph = _Tracer().trace(model.eval())
-    graph.eliminate_dead_code()
-    return graph
+    return _Tracer().trace(model.eval())
 
 
 def _cuts(graph: Graph, model: nn.Module) -> list[Node]:
-    """Nodes after which their own value is the only one still needed, and is left as it is.
+    """The nodes after which no earlier value is needed, from input to output.
 
-    Parameters read directly (`get_attr`) are no obstacle: the suffix reads them again.
+    Parameters read directly (`get_attr`) do not count: either side can read them.
     """
-    nodes = [node for node in graph.nodes if node.op != "get_attr"]
+    images, *nodes = [node for node in graph.nodes if node.op != "get_attr"]
     position = {node: i for i, node in enumerate(nodes)}
-    cuts, needed_until = [], 0
-    for i, node in enumerate(nodes[:-1]):
-        alone = needed_until <= i
-        needed_until = max([needed_until, *(position[user] for user in node.users)])
-        if alone and node.op != "placeholder" and needed_until < len(nodes) - 1:
-            if node.users and not any(_unfit(user, node, model) for user in node.users):
-                cuts.append(node)
+    needed = max(position[user] for user in images.users)
+    cuts = []
+    for i, node in enumerate(nodes[:-2]):  # not the logits, nor the output
+        if needed <= i and all(_cacheable(user, model) for user in node.users):
+            cuts.append(node)
+        needed = max([needed, *(position[user] for user in node.users)])
     return cuts
 
 
-def _unfit(user: Node, value: Node, model: nn.Module) -> bool:
-    """Whether `user` shows that `value` is a tuple, or overwrites it, which a cache must not see."""
+def _cacheable(user: Node, model: nn.Module) -> bool:
+    """Whether `user` takes its input as one tensor, not a tuple, and does not overwrite it."""
     if user.op == "call_module":
-        return bool(getattr(model.get_submodule(str(user.target)), "inplace", False))
+        return not getattr(model.get_submodule(str(user.target)), "inplace", False)
     picks = user.target is operator.getitem and isinstance(user.args[1], int)
-    return picks or bool(user.kwargs.get("inplace"))
+    return not picks and not user.kwargs.get("inplace", False)
 
 
 def _trains(node: Node, model: nn.Module) -> bool:
-    """Whether a node reads a parameter that requires a gradient."""
+    """Whether the node reads a parameter that requires a gradient."""
     if node.op == "call_module":
-        return any(p.requires_grad for p in model.get_submodule(str(node.target)).parameters())
-    owner, _, name = str(node.target).rpartition(".")
-    return node.op == "get_attr" and getattr(model.get_submodule(owner), name).requires_grad
+        part = model.get_submodule(str(node.target))
+        return any(parameter.requires_grad for parameter in part.parameters())
+    if node.op == "get_attr":
+        return bool(operator.attrgetter(str(node.target))(model).requires_grad)
+    return False
 
 
-def _at(model: nn.Module, graph: Graph, at: Node) -> Split:
-    """Copy the graph's two sides into modules that share the model's own parts."""
+def _parts(graph: Graph, model: nn.Module, at: Node) -> Split:
+    """The graph's two sides as modules that share the model's own parts."""
     prefix, suffix = Graph(), Graph()
     before: dict[Node, Node] = {}
     after = {at: suffix.placeholder("activation")}
-    side, copies = prefix, before
+    passed = False
     for node in graph.nodes:
-        if node.op == "get_attr":
-            pass
-        side ...
+        either = node.op == "get_attr"
+        if either or not passed:
+            before[node] = prefix.node_copy(node, before.__getitem__)
+        if either or passed:
+            after[node] = suffix.node_copy(node, after.__getitem__)
+        passed = passed or node is at
+    prefix.output(before[at])
+    for node in (*prefix.nodes, *suffix.nodes):
+        if node.op == "get_attr" and not node.users:
+            node.graph.erase_node(node)
     return Split(GraphModule(model, prefix), GraphModule(model, suffix), at.name)
+
+
+def _check(parts: Split, trainable: Collection[str]) -> None:
+    lost = set(trainable) - {name for name, _ in parts.suffix.named_parameters()}
+    frozen = {name for name, _ in parts.prefix.named_parameters()}
+    if wrong := sorted(lost | frozen.intersection(trainable)):
+        expected = f"the {len(trainable)} trainable parameters after it, and none before"
+        got = f"{len(wrong)} elsewhere, such as {wrong[0]}"
+        raise BackboneError(complaint(f"cut at {parts.at}", expected=expected, got=got))

@@ -1,7 +1,7 @@
 """Errors a person can act on.
 
-Each class has a fixed public `code`. Between machines only the code travels; the text, which may name
-a path or a patient, stays where it was raised.
+Each class has a fixed public `code`. Between machines only the code travels; the text, which may
+name a path or a patient, stays where it was raised.
 """
 
 from collections.abc import Iterable

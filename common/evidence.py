@@ -8,6 +8,7 @@ import numpy as np
 
 from common.metrics import CENTRES, Counts, Floats, Ints, better, value
 
+
 @dataclass(frozen=True)
 class Estimate:
     """A figure with its 95 % interval, in the figure's own unit."""
@@ -32,11 +33,13 @@ def intervals(
       counts: of one model on one set of images.
       names: of METRICS.
       seed: of the resampling; equal seeds give equal intervals.
-      draws: how often the images are resampled; 1000 take about half a second.
+      draws: how often the images are resampled; 1000 take about a second.
 
     Returns:
       An estimate per name, None where the metric is undefined.
     """
+    if not counts.n:
+        return dict.fromkeys(names)
     figures = {name: value(counts, name) for name in names}
     # Fixed totals per class: a metric defined once is defined in every draw.
     drawn = np.array(

@@ -2,11 +2,28 @@
 
 import os
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
 def write(path: Path, content: bytes | str, mode: int = 0o644) -> None:
     """Replace `path` by `content` in one step, on disk before returning."""
+    with _part(path, content, mode) as part:
+        part.replace(path)
+    _sync(path.parent)
+
+
+def create(path: Path, content: bytes | str, mode: int = 0o644) -> None:
+    """Write `path` unless it is there; of two writers at once the first wins, for both."""
+    with _part(path, content, mode) as part, suppress(FileExistsError):
+        path.hardlink_to(part)
+    _sync(path.parent)
+
+
+@contextmanager
+def _part(path: Path, content: bytes | str, mode: int) -> Iterator[Path]:
+    """The whole content in a file beside `path`, gone afterwards."""
     data = content.encode() if isinstance(content, str) else content
     part = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.part"
     try:
@@ -14,11 +31,9 @@ def write(path: Path, content: bytes | str, mode: int = 0o644) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        part.replace(path)
-    except OSError:
+        yield part
+    finally:
         part.unlink(missing_ok=True)
-        raise
-    _sync(path.parent)
 
 
 def _sync(folder: Path) -> None:

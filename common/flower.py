@@ -1,4 +1,4 @@
-"""The private names of flwr 1.41 that we rely on, in one place, and the switches that keep it quiet."""
+"""The private names of flwr 1.41 that we rely on, and the switches that keep it quiet."""
 
 import logging
 import os
@@ -8,16 +8,16 @@ os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 os.environ.setdefault("FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION", "1")
 
-from flwr.app import Error, Message  # noqa: E402
-from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode  # noqa: E402
-from flwr.common.serde import recorddict_from_proto, recorddict_to_proto  # noqa: E402
-from flwr.clientapp.typing import ClientAppCallable  # noqa: E402
-from flwr.supercore.run import Run  # noqa: E402
-from flwr.supercore.task_identity import TaskIdentity  # noqa: E402
+from flwr.app import Error, Message
+from flwr.clientapp.typing import ClientAppCallable
+from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
+from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
 
 __all__ = [
-    "ClientAppCallable",
     "SUPERLINK_NODE_ID",
+    "ClientAppCallable",
     "ErrorCode",
     "Run",
     "TaskIdentity",

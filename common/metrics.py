@@ -92,7 +92,7 @@ class Counts:
         )
 
     def sparse(self) -> Sparse:
-        """These counts for the wire: of each array, [index, count, …] of the cells that are not 0."""
+        """These counts for the wire: each array as [index, count, …] of its non-zero cells."""
         return {
             "confusion": _pairs(self.confusion),
             "positive": _pairs(self.positive),

@@ -37,7 +37,7 @@ class Network:
         return {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Overwrite the tensors that travel; raises `ContractError` unless all of them are given."""
+        """Overwrite the tensors that travel; raises `ContractError` unless all are given."""
         own = self.tensors
         if tensors.keys() != own.keys():
             raise ContractError("tensors with other names than agreed")

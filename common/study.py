@@ -14,7 +14,6 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 
 
-
 def _unfreeze(text: str) -> str:
     if not re.fullmatch(r"head|all|last:[1-9]\d*", text):
         raise ValueError(f"expected head, last:<k> or all, got {text!r}")

@@ -107,7 +107,11 @@ class Fit:
         return not (self.missing or self.unexpected or self.misshaped)
 
     def __str__(self) -> str:
-        kinds = {"missing": self.missing, "unexpected": self.unexpected, "mis-shaped": self.misshaped}
+        kinds = {
+            "missing": self.missing,
+            "unexpected": self.unexpected,
+            "mis-shaped": self.misshaped,
+        }
         return ", ".join(_count(kind, keys) for kind, keys in kinds.items() if keys)
 
 

@@ -1,7 +1,7 @@
 """Every message between server and site, as typed values to and from Flower records.
 
-The only file that spells a record key. Both sides treat what they read as hostile: anything that is not
-exactly what the protocol says raises `ContractError`.
+The only file that spells a record key. Both sides treat what they read as hostile: anything that is
+not exactly what the protocol says raises `ContractError`.
 """
 
 import math

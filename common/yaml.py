@@ -1,4 +1,4 @@
-"""YAML files into frozen pydantic models, with errors that name the file, the key and the remedy."""
+"""YAML files into frozen pydantic models; errors name the file, the key and the remedy."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,7 +9,6 @@ from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
 from pydantic_core import ErrorDetails
 
 from common.errors import ConsiliumError, complaint, did_you_mean
-
 
 S = TypeVar("S", bound="Section")
 

@@ -1,7 +1,7 @@
 """The run folder: everything a run leaves behind, and all it needs to go on.
 
-A round is finished once `last.safetensors`, which holds the model and the strategy's state, has been
-renamed into place; whatever a crash left beyond it is dropped on resume.
+A round is finished once `last.safetensors`, which holds the model and the strategy's state, has
+been renamed into place; whatever a crash left beyond it is dropped on resume.
 """
 
 import json

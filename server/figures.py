@@ -2,23 +2,28 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator
 
 from common.evidence import Estimate
-from common.metrics import METRICS, Counts, Floats
+from common.metrics import METRICS, Counts
+
+Row = Mapping[str, Any]
 
 # Okabe and Ito (2008): told apart with any colour vision. Black is kept for the overall figure.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 MARKERS = ("o", "s", "D", "^", "v", "P")
-INK, GREY = "#222222", "#9AA0A6"
+INK, GREY, PALE, PALEST = "#222222", "#9AA0A6", "#E3E6E9", "#F3F4F6"
 
-STYLE = {
+STYLE: Any = {
     "font.size": 10,
+    "text.color": INK,
+    "axes.labelcolor": INK,
     "axes.titlesize": 11,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
@@ -26,51 +31,161 @@ STYLE = {
     "axes.spines.right": False,
     "axes.edgecolor": GREY,
     "axes.axisbelow": True,
-    "grid.color": "#E6E8EB",
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "grid.color": PALE,
     "legend.frameon": False,
+    "figure.constrained_layout.w_pad": 0.1,
+    "figure.constrained_layout.h_pad": 0.1,
     "savefig.dpi": 150,
-    # Names of sites and classes are text, never formulas.
-    "text.parse_math": False,
+    "text.parse_math": False,  # names of sites and classes are text, never formulas
 }
 
 
-def curves(rows: Sequence[Mapping[str, object]], path: Path) -> None:
-    """Draw every measured key over the rounds: overall thick, each site thin.
+def curves(rows: Sequence[Row], path: Path) -> None:
+    """Every measured key over the rounds: overall thick, each site thin.
 
     Args:
       rows: one per round and site, with the keys `round`, `site` (None for overall), `loss` (of
-        training) and validation metrics by their names in METRICS; None where not disclosed.
+        training) and any validation metrics by name; None where a site did not disclose it.
       path: the PNG to write.
     """
     keys = dict.fromkeys(key for row in rows for key in row if key not in ("round", "site"))
     shown = [key for key in keys if any(row.get(key) is not None for row in rows)]
-    sites = sorted({str(row["site"]) for row in rows if row["site"] is not None})
 
     def draw(figure: Figure) -> None:
-        figure.set_size_inches(1.5 + 4.5 * max(1, len(shown)), 3.8)
+        figure.set_size_inches(1.5 + 4.2 * max(1, len(shown)), 3.6)
         panels = figure.subplots(1, max(1, len(shown)), squeeze=False)[0]
         for axes, key in zip(panels, shown, strict=False):
-            _lines(axes, rows, sites, key)
+            _lines(axes, rows, key)
         if shown:
-            handles, names = panels[0].get_legend_handles_labels()
-            figure.legend(handles, names, loc="outside right upper")
+            lines = {line.get_label(): line for axes in panels for line in axes.get_lines()}
+            named = {n: line for n, line in lines.items() if not str(n).startswith("_")}
+            figure.legend(named.values(), named.keys(), loc="outside right upper")
         else:
             panels[0].set_axis_off()
-            panels[0].text(0.5, 0.5, "No figures were disclosed.", ha="center", color=INK)
+            panels[0].text(0.5, 0.5, "No figures were disclosed.", ha="center")
 
     _write(draw, path)
 
 
-def _lines(
-    axes: Axes, rows: Sequence[Mapping[str, object]], sites: Sequence[str], key: str
-) -> None:
+def _lines(axes: Axes, rows: Sequence[Row], key: str) -> None:
+    sites = sorted({row["site"] for row in rows if row["site"] is not None})
     few = len(sites) <= len(COLOURS)
+    _line(axes, rows, key, None, label="overall", color=INK, lw=2.6, zorder=3)
     for index, site in enumerate(sites):
-        colour = COLOURS[index] if few else GREY
-        name = site if few else "each site" if index == 0 else "_"
-        _line(axes, rows, site, key, name=name, color=colour, lw=1.1, ms=3, alpha=0.9 if few else 0.6)
-    _line(axes, rows, None, key, name="overall", color=INK, lw=2.6, ms=4, zorder=3)
+        if few:
+            _line(axes, rows, key, site, label=site, color=COLOURS[index], lw=1.3)
+        else:
+            name = "_" if index else "each site"
+            _line(axes, rows, key, site, label=name, color=GREY, lw=0.9, alpha=0.6)
     axes.set_title("Training loss" if key == "loss" else f"Validation {_label(key)}")
     axes.set_xlabel("round")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.grid(axis="y")
+
+
+def _line(axes: Axes, rows: Sequence[Row], key: str, site: str | None, **style: Any) -> None:
+    mine = sorted((r for r in rows if r["site"] == site), key=lambda row: int(row["round"]))
+    values = [np.nan if row.get(key) is None else row[key] for row in mine]
+    if not np.isnan(values).all():
+        marker = "o" if len(mine) <= 10 else ""  # a line cannot show a round that stands alone
+        axes.plot(
+            [row["round"] for row in mine], values, marker=marker, ms=3 * style["lw"], **style
+        )
+
+
+def confusion(counts: Counts, classes: Sequence[str], path: Path) -> None:
+    """Who is taken for whom: shares of each true class as colour, images as numbers."""
+    table = counts.confusion
+    totals = table.sum(axis=1)
+    shares = table / np.maximum(totals, 1)[:, None]
+    side = 1.8 + 0.62 * len(classes)
+
+    def draw(figure: Figure) -> None:
+        figure.set_size_inches(side + 0.6, side)
+        axes = figure.subplots()
+        edges = np.arange(len(classes) + 1) - 0.5
+        axes.pcolormesh(edges, edges, shares, cmap="Blues", vmin=0, vmax=1, ec="white", lw=1.5)
+        axes.set_aspect("equal")
+        axes.invert_yaxis()
+        axes.set_xticks(
+            range(len(classes)), classes, rotation=45, ha="right", rotation_mode="anchor"
+        )
+        rows = [f"{name}  ({total})" for name, total in zip(classes, totals, strict=True)]
+        axes.set_yticks(range(len(classes)), rows)
+        axes.set_xlabel("predicted")
+        axes.set_ylabel("true (images)")
+        axes.spines[:].set_visible(False)
+        axes.tick_params(length=0)
+        for (row, column), images in np.ndenumerate(table):
+            share = shares[row, column]
+            ink = "white" if share > 0.6 else INK if images else GREY
+            text = f"{images}\n{share:.0%}" if images else "0"
+            axes.text(column, row, text, ha="center", va="center", color=ink, fontsize=8)
+
+    _write(draw, path)
+
+
+def comparison(
+    results: Mapping[str, Mapping[str | None, Estimate | None]], metric: str, path: Path
+) -> None:
+    """One metric by site and way of training: dots with their 95 % intervals.
+
+    Args:
+      results: way of training ("local", "federated", "pooled", …; at most six) → site (None for
+        overall) → estimate, None where it is undefined.
+      metric: its name in METRICS.
+      path: the PNG to write.
+    """
+    sites = dict.fromkeys(site for by_site in results.values() for site in by_site if site)
+    rows: list[str | None] = [None, *sites]
+
+    def draw(figure: Figure) -> None:
+        figure.set_size_inches(7, 1.4 + (0.12 + 0.16 * len(results)) * len(rows))
+        axes = figure.subplots()
+        for index, (setting, by_site) in enumerate(results.items()):
+            shift = (index - (len(results) - 1) / 2) * 0.7 / len(results)
+            _dots(axes, rows, by_site, shift, setting, COLOURS[index], MARKERS[index])
+        axes.axhspan(-0.5, 0.5, color=PALEST, zorder=0, lw=0)
+        axes.set_yticks(range(len(rows)), [site or "overall" for site in rows])
+        axes.get_yticklabels()[0].set_fontweight("bold")
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.tick_params(axis="y", length=0)
+        axes.set_xlabel(f"{_label(metric)} (with 95 % interval)")
+        axes.grid(axis="x")
+        figure.legend(loc="outside upper center", ncols=len(results))
+
+    _write(draw, path)
+
+
+def _dots(
+    axes: Axes,
+    rows: Sequence[str | None],
+    by_site: Mapping[str | None, Estimate | None],
+    shift: float,
+    setting: str,
+    colour: str,
+    marker: str,
+) -> None:
+    known = [(y + shift, found) for y, site in enumerate(rows) if (found := by_site.get(site))]
+    heights, values = [y for y, _ in known], [found.value for _, found in known]
+    axes.hlines(
+        heights, [f.low for _, f in known], [f.high for _, f in known], color=colour, lw=1.8
+    )
+    axes.plot(values, heights, marker, color=colour, ms=6, mec="white", mew=0.8, label=setting)
+
+
+def _label(metric: str) -> str:
+    known = METRICS.get(metric)
+    return known.label if known else metric.replace("_", " ")
+
+
+def _write(draw: Callable[[Figure], None], path: Path) -> None:
+    """Draw on a fresh figure and put the PNG in place in one step."""
+    temporary = path.with_name(f".{path.name}.new")
+    with mpl.rc_context(STYLE):
+        figure = Figure(layout="constrained")
+        draw(figure)
+        figure.savefig(temporary, format="png")
+    temporary.replace(path)

@@ -1,22 +1,24 @@
 """Strategies by name. Adding one is one entry in `REGISTRY`."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
-from flwr.app import ConfigRecord, Message
+from flwr.app import ConfigRecord, Message, MessageType
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, FedProx
 
 from common import wire
 from common.errors import did_you_mean
+from common.flower import SUPERLINK_NODE_ID
 from common.study import Study
 from common.wire import Tensors
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A Flower strategy: its class, its options with defaults, and the attributes it carries over."""
+    """A Flower strategy: its class, its options with defaults, the attributes it carries over."""
 
     make: type[FedAvg]
     options: Mapping[str, float] = field(default_factory=dict)
@@ -33,6 +35,16 @@ REGISTRY: dict[str, Entry] = {
         FedAdam, {"eta": 0.01, "beta_1": 0.9, "beta_2": 0.99, "tau": 1e-3}, ("m_t", "v_t")
     ),
 }
+
+
+class _Cohort:
+    """All that strategies look at in a Flower grid: the nodes of one round."""
+
+    def __init__(self, nodes: Sequence[int]) -> None:
+        self._nodes = list(nodes)
+
+    def get_node_ids(self) -> list[int]:
+        return self._nodes
 
 
 class Aggregator:
@@ -60,20 +72,21 @@ class Aggregator:
         )
 
     def requests(
-        self, round_number: int, tensors: Tensors, config: ConfigRecord, cohort: Grid
+        self, round_number: int, tensors: Tensors, config: ConfigRecord, nodes: Sequence[int]
     ) -> list[Message]:
-        """One message for each node of `cohort`."""
-        arrays = wire.to_arrays(tensors)
-        messages = self._strategy.configure_train(round_number, arrays, config, cohort)
-        return list(messages)
+        """One message for each of `nodes`."""
+        arrays, cohort = wire.to_arrays(tensors), cast(Grid, _Cohort(nodes))
+        return list(self._strategy.configure_train(round_number, arrays, config, cohort))
 
-    def merge(self, round_number: int, replies: list[Message]) -> Tensors:
-        """The next tensors from checked replies, float32; every reply holds a `strategy_record`."""
-        arrays, _ = self._strategy.aggregate_train(round_number, replies)
+    def merge(self, round_number: int, updates: Sequence[tuple[Tensors, float]]) -> Tensors:
+        """The next tensors, float32, from checked replies: each site's tensors and weight."""
+        records = (wire.strategy_record(tensors, weight) for tensors, weight in updates)
+        # Strategies read a reply's content alone, so the address does not matter.
+        messages = [Message(record, SUPERLINK_NODE_ID, MessageType.TRAIN) for record in records]
+        arrays, _ = self._strategy.aggregate_train(round_number, messages)
         if arrays is None:
-            raise ValueError("expected at least one reply to merge")
-        merged = {name: torch.from_numpy(arrays[name].numpy()).float() for name in self._names}
-        return merged
+            raise ValueError("expected at least one update")
+        return {name: torch.from_numpy(arrays[name].numpy()).float() for name in self._names}
 
     def state(self) -> Tensors:
         """What the strategy carries from round to round."""
@@ -92,7 +105,9 @@ class Aggregator:
             names = [name for name in self._names if f"{attribute}/{name}" in tensors]
             arrays = {name: tensors[f"{attribute}/{name}"].numpy() for name in names}
             as_list = self._entry.make is FedAvgM
-            setattr(self._strategy, attribute, (list(arrays.values()) if as_list else arrays) or None)
+            setattr(
+                self._strategy, attribute, (list(arrays.values()) if as_list else arrays) or None
+            )
 
 
 def _entry(study: Study) -> Entry:

@@ -1,4 +1,4 @@
-"""Chests drawn with numpy, and the scanners that film them: synthetic images for demo and pretraining.
+"""Chests drawn with numpy, and the scanners that film them, for the demo and its pretraining.
 
 Everything is vectorised over a batch of n images and measured in attenuation: 0 is air (black on
 the film), 1 is bone (white). Traits are drawn per patient, poses per image.
@@ -7,7 +7,7 @@ the film), 1 is bone (white). Traits are drawn per patient, poses per image.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 SIDE = 64
 """Pixels along each side of an image."""
 
-Array = NDArray[np.float32]
+Array = NDArray[np.floating[Any]]
 Traits = Mapping[str, Array]
 """Named quantities, each of shape [n, 1, 1] so that it broadcasts over n images."""
 
@@ -37,7 +37,7 @@ BODY = {
     **{f"wave{i}_{part}": (0.0, 1.0) for i in range(WAVES) for part in ("turn", "phase", "pitch")},
 }
 POSE = {"x": (-0.07, 0.07), "y": (-0.07, 0.07), "turn": (-0.08, 0.08), "zoom": (0.93, 1.07)}
-LESION = {name: (0.0, 1.0) for name in ("side", "x", "y", "size", "weight", "turn", "form")}
+LESION = dict.fromkeys(("side", "x", "y", "size", "weight", "turn", "form"), (0.0, 1.0))
 
 
 def traits(rng: np.random.Generator, n: int, ranges: Mapping[str, tuple[float, float]]) -> Traits:
@@ -51,6 +51,11 @@ def traits(rng: np.random.Generator, n: int, ranges: Mapping[str, tuple[float, f
 def pick(of: Traits, rows: NDArray[np.integer]) -> Traits:
     """The traits of the chosen rows, in their order."""
     return {name: values[rows] for name, values in of.items()}
+
+
+def sign(draw: Array, share: float = 0.5) -> Array:
+    """-1 for that share of the draws from 0…1, +1 for the others."""
+    return np.where(draw < share, np.float32(-1), np.float32(1))
 
 
 def edge(distance: Array, width: float | Array) -> Array:

@@ -1,4 +1,4 @@
-"""Four made-up hospitals with synthetic chest films, for demonstrations without a patient's data."""
+"""Four made-up hospitals with synthetic chest films, to try everything without a patient."""
 
 import csv
 import json
@@ -24,6 +24,7 @@ from simulations.anatomy import (
     Traits,
     edge,
     pick,
+    sign,
     spot,
     traits,
 )
@@ -38,10 +39,6 @@ MOST_IMAGES = 9
 """Images of one patient: 1 to this many."""
 
 
-def _side(lesion: Traits) -> Array:
-    return np.where(lesion["side"] < 0.5, np.float32(-1), np.float32(1))
-
-
 def clear(chest: Chest, lesion: Traits) -> Array:
     """Nothing to find."""
     return np.zeros_like(chest.u)
@@ -49,28 +46,28 @@ def clear(chest: Chest, lesion: Traits) -> Array:
 
 def nodule(chest: Chest, lesion: Traits) -> Array:
     """One small round dense spot inside a lung."""
-    a, b, mask = chest.lung(_side(lesion))
+    a, b, mask = chest.lung(sign(lesion["side"]))
     across = (a + 0.3 - 0.9 * lesion["x"]) * chest.body["width"]
     down = (b + 0.6 - 1.0 * lesion["y"]) * chest.body["height"]
-    radius = 0.065 + 0.065 * lesion["size"]
-    return (0.16 + 0.22 * lesion["weight"]) * edge(1 - np.hypot(across, down) / radius, 0.3) * mask
+    radius = 0.11 + 0.07 * lesion["size"]
+    return (0.32 + 0.20 * lesion["weight"]) * edge(1 - np.hypot(across, down) / radius, 0.3) * mask
 
 
 def consolidation(chest: Chest, lesion: Traits) -> Array:
     """A patchy, ill-defined cloud filling part of a lung."""
-    a, b, mask = chest.lung(_side(lesion))
+    a, b, mask = chest.lung(sign(lesion["side"]))
     across, down = a + 0.3 - 0.6 * lesion["x"], b + 0.5 - 0.9 * lesion["y"]
     cloud = spot(across, down * (0.8 + 0.8 * lesion["form"]), 0.55 + 0.35 * lesion["size"])
-    patches = np.clip(0.8 + 0.5 * chest.texture, 0, None)
-    return (0.13 + 0.20 * lesion["weight"]) * cloud * patches * mask
+    patches: Array = np.maximum(0.9 + 0.4 * chest.texture, 0)
+    return (0.24 + 0.20 * lesion["weight"]) * cloud * patches * mask
 
 
 def effusion(chest: Chest, lesion: Traits) -> Array:
     """Fluid over the diaphragm that climbs the chest wall and hides the costophrenic angle."""
-    a, b, mask = chest.lung(_side(lesion))
-    level = chest.body["dome"] - 0.05 - 0.4 * lesion["size"]
+    a, b, mask = chest.lung(sign(lesion["side"]))
+    level = chest.body["dome"] - 0.18 - 0.4 * lesion["size"]
     meniscus = level - 0.45 * np.clip(a + 0.2, 0, None) ** 2
-    return (0.22 + 0.20 * lesion["weight"]) * edge(b - meniscus, 0.08) * mask
+    return (0.26 + 0.20 * lesion["weight"]) * edge(b - meniscus, 0.08) * mask
 
 
 FINDINGS: Mapping[str, Finding] = {
@@ -93,15 +90,15 @@ class Hospital:
 
 
 HOSPITALS = (
-    Hospital("north", 0.36, (0.40, 0.30, 0.26, 0.04), Scanner(0.5, 0.030), "Aurora 3"),
+    Hospital("north", 0.36, (0.40, 0.30, 0.26, 0.04), Scanner(0.5, 0.020), "Aurora 3"),
     Hospital(
-        "south", 0.28, (0.35, 0.04, 0.31, 0.30), Scanner(0.8, 0.045, 0.85, 0.05), "Meridian XR"
+        "south", 0.28, (0.35, 0.04, 0.31, 0.30), Scanner(0.8, 0.025, 0.85, 0.05), "Meridian XR"
     ),
     Hospital(
-        "east", 0.20, (0.34, 0.31, 0.04, 0.31), Scanner(1.0, 0.030, 1.1, -0.03, 0.8), "Levant 64"
+        "east", 0.20, (0.34, 0.31, 0.04, 0.31), Scanner(0.9, 0.020, 1.1, -0.03, 0.8), "Levant 64"
     ),
     Hospital(
-        "west", 0.16, (0.07, 0.31, 0.31, 0.31), Scanner(0.6, 0.060, 0.95, 0.0, 1.25), "Zephyr"
+        "west", 0.16, (0.07, 0.31, 0.31, 0.31), Scanner(0.6, 0.030, 0.95, 0.0, 1.25), "Zephyr"
     ),
 )
 
@@ -182,10 +179,10 @@ def _films(
 ) -> NDArray[np.uint8]:
     """The image of each owner, an index into the patients whose `labels` are given."""
     n = len(owner)
-    body, lesion = traits(rng, len(labels), BODY), dict(traits(rng, len(labels), LESION))
+    body, lesion = (traits(rng, len(labels), ranges) for ranges in (BODY, LESION))
     chest = Chest.posed(pick(body, owner), traits(rng, n, POSE))
-    shift = traits(rng, n, {name: (-0.08, 0.08) for name in ("x", "y")})
-    seen = {**pick(lesion, owner)}
+    shift = traits(rng, n, dict.fromkeys(("x", "y"), (-0.08, 0.08)))
+    seen = dict(pick(lesion, owner))
     seen |= {name: np.clip(seen[name] + shift[name], 0, 1) for name in shift}
     film = chest.attenuation()
     for label, finding in enumerate(FINDINGS.values()):

@@ -1,12 +1,13 @@
 """Pretrain the demo's small backbone on phantoms whose findings the demo never asks about.
 
 `python -m simulations.pretrain` draws chests that carry rings, dots, tubes and other shapes, each
-film from a scanner of its own, and teaches torchvision's `shufflenet_v2_x0_5` which of them it sees.
-The demo's findings are none of these, so what helps there is transfer, as with real pretraining.
+film from a scanner of its own, and teaches torchvision's `shufflenet_v2_x0_5` which of them it
+sees. The demo's findings are none of these: what helps there is transfer, as in real pretraining.
 """
 
 import json
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
@@ -32,6 +33,7 @@ from simulations.anatomy import (
     Scanner,
     Traits,
     edge,
+    sign,
     traits,
 )
 
@@ -54,10 +56,9 @@ log = logging.getLogger(__name__)
 def _local(chest: Chest, lesion: Traits) -> tuple[Array, Array, Array]:
     """Coordinates around a spot anywhere on the chest, turned at random, and the strength there."""
     turn = 2 * np.pi * lesion["turn"]
-    x, y = chest.u - 1.3 * (lesion["x"] - 0.5), chest.v - 1.3 * (lesion["y"] - 0.55)
+    x, y = chest.u - 1.2 * (lesion["x"] - 0.5), chest.v - 1.3 * (lesion["y"] - 0.55)
     cos, sin = np.cos(turn), np.sin(turn)
-    sign = np.where(lesion["side"] < 0.85, 1, -1)  # a few are darker than what they lie on
-    strength = np.asarray(sign * (0.25 + 0.3 * lesion["weight"]), np.float32)
+    strength = -sign(lesion["side"], 0.85) * (0.25 + 0.3 * lesion["weight"])  # a few are dark
     return cos * x + sin * y, cos * y - sin * x, strength
 
 
@@ -71,16 +72,22 @@ def ring(chest: Chest, lesion: Traits) -> Array:
 def dots(chest: Chest, lesion: Traits) -> Array:
     """A cluster of point-like calcifications."""
     x, y, strength = _local(chest, lesion)
-    reach, pitch = 0.18 + 0.2 * lesion["size"], 18 + 8 * lesion["form"]
-    grid = np.clip(np.cos(pitch * x + 2 * y), 0, 1) * np.clip(np.cos(pitch * y - 3 * x), 0, 1)
-    return 1.4 * strength * grid**3 * edge(reach - np.hypot(x, y), 0.05)
+    reach, pitch = 0.18 + 0.2 * lesion["size"], 14 + 6 * lesion["form"]
+    grid: Array = np.maximum(np.cos(pitch * x + 2 * y), 0) * np.maximum(
+        np.cos(pitch * y - 3 * x), 0
+    )
+    return 1.6 * strength * grid**3 * edge(reach - np.hypot(x, y), 0.05)
 
 
 def tube(chest: Chest, lesion: Traits) -> Array:
     """A long curved line, such as a catheter."""
     x, y, strength = _local(chest, lesion)
     path = y - (lesion["form"] - 0.5) * 1.6 * x * x
-    return strength * edge(0.03 - np.abs(path), 0.025) * edge(0.3 + 0.6 * lesion["size"] - np.abs(x), 0.05)
+    return (
+        strength
+        * edge(0.03 - np.abs(path), 0.025)
+        * edge(0.3 + 0.6 * lesion["size"] - np.abs(x), 0.05)
+    )
 
 
 def stripes(chest: Chest, lesion: Traits) -> Array:
@@ -93,7 +100,9 @@ def stripes(chest: Chest, lesion: Traits) -> Array:
 def wedge(chest: Chest, lesion: Traits) -> Array:
     """A sharp triangle."""
     x, y, strength = _local(chest, lesion)
-    inside = np.minimum(0.35 + 0.3 * lesion["size"] - x, x * (0.35 + 0.4 * lesion["form"]) - np.abs(y))
+    inside = np.minimum(
+        0.35 + 0.3 * lesion["size"] - x, x * (0.35 + 0.4 * lesion["form"]) - np.abs(y)
+    )
     return strength * edge(inside, 0.04)
 
 
@@ -117,31 +126,61 @@ def cross(chest: Chest, lesion: Traits) -> Array:
     """Two short bars that cross."""
     x, y, strength = _local(chest, lesion)
     bars = np.minimum(np.abs(x), np.abs(y))
-    return strength * edge(0.035 - bars, 0.03) * edge(0.14 + 0.2 * lesion["size"] - np.hypot(x, y), 0.05)
+    return (
+        strength
+        * edge(0.035 - bars, 0.03)
+        * edge(0.14 + 0.2 * lesion["size"] - np.hypot(x, y), 0.05)
+    )
 
 
 def mesh(chest: Chest, lesion: Traits) -> Array:
     """Fine netting over most of one lung."""
     x, y, strength = _local(chest, lesion)
     net = np.abs(np.cos(22 * x)) * np.abs(np.cos(22 * y))
-    side = np.where(lesion["form"] < 0.5, np.float32(-1), np.float32(1))
-    return 1.1 * strength * (0.6 - net) * chest.lung(side)[2]
+    return 1.1 * strength * (0.6 - net) * chest.lung(sign(lesion["form"]))[2]
 
 
-def veil(chest: Chest, lesion: Traits) -> Array:
-    """A density gradient over the whole film."""
+def cap(chest: Chest, lesion: Traits) -> Array:
+    """A sharp-edged density over the apex of a lung."""
+    a, b, mask = chest.lung(sign(lesion["side"]))
+    inside = 0.6 * lesion["size"] - 0.7 - b + (lesion["form"] - 0.5) * a
+    return (0.15 + 0.25 * lesion["weight"]) * edge(inside, 0.08) * mask
+
+
+def plate(chest: Chest, lesion: Traits) -> Array:
+    """A level band across one lung."""
+    a, b, mask = chest.lung(sign(lesion["side"]))
+    middle = b + 0.5 - 0.9 * lesion["y"] + (lesion["turn"] - 0.5) * 0.6 * a
+    return (0.15 + 0.25 * lesion["weight"]) * edge(0.09 - np.abs(middle), 0.06) * mask
+
+
+def bulla(chest: Chest, lesion: Traits) -> Array:
+    """A round hole, darker than what it lies in."""
     x, y, strength = _local(chest, lesion)
-    return 0.5 * strength * np.clip(x + 0.3, -0.2, 1.2)
+    return -np.abs(strength) * edge(0.10 + 0.15 * lesion["size"] - np.hypot(x, y), 0.04)
 
 
 FINDINGS: Mapping[str, Finding] = {
     finding.__name__: finding
-    for finding in (ring, dots, tube, stripes, wedge, crescent, block, cross, mesh, veil)
+    for finding in (
+        ring,
+        dots,
+        tube,
+        stripes,
+        wedge,
+        crescent,
+        block,
+        cross,
+        mesh,
+        cap,
+        plate,
+        bulla,
+    )
 }
 
 
 def films(n: int, seed: int) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-    """n pictures of n patients on n scanners, and which FINDINGS each shows, bool [n, 10]."""
+    """Pictures of n patients on n scanners, and which FINDINGS each shows, bool [n, findings]."""
     rng = np.random.default_rng(seed)
     chest = Chest.posed(traits(rng, n, BODY), traits(rng, n, POSE))
     shows = rng.random((n, len(FINDINGS))) < PREVALENCE
@@ -160,7 +199,7 @@ def pixels(pictures: NDArray[np.uint8]) -> Tensor:
 
 
 def _draw(n: int, *purpose: str | int) -> tuple[Tensor, Tensor]:
-    """n films in chunks, as uint8 [n, h, w] and float32 [n, 10] tensors."""
+    """Draw n films in chunks, as uint8 [n, h, w] and float32 [n, findings] tensors."""
     chunks = [films(250, derive(*purpose, i)) for i in track(range(n // 250), "drawing")]
     pictures, shows = (np.concatenate(parts) for parts in zip(*chunks, strict=True))
     return torch.from_numpy(pictures), torch.from_numpy(shows).float()
@@ -169,21 +208,23 @@ def _draw(n: int, *purpose: str | int) -> tuple[Tensor, Tensor]:
 def train(images: Tensor, shows: Tensor, *, seed: int, epochs: int, batch: int = 64) -> nn.Module:
     """A backbone trained from random weights with AdamW under a one-cycle rate."""
     torch.manual_seed(derive(seed, "weights") % 2**32)
-    model = shufflenet_v2_x0_5(num_classes=len(FINDINGS)).train()
+    model: nn.Module = shufflenet_v2_x0_5(num_classes=len(FINDINGS)).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
     steps = epochs * (len(images) // batch)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=4e-3, total_steps=steps, pct_start=0.15
+    )
     order = torch.Generator().manual_seed(derive(seed, "order"))
     for epoch in range(epochs):
         shuffled = torch.randperm(len(images), generator=order)[: len(images) // batch * batch]
         total = 0.0
-        for rows in track(shuffled.split(batch), f"epoch {epoch + 1}/{epochs}"):
+        for rows in track(torch.split(shuffled, batch), f"epoch {epoch + 1}/{epochs}"):
             inputs = pixels(images[rows].numpy())
             if torch.rand((), generator=order) < 0.5:
                 inputs = inputs.flip(-1)
             loss = nn.functional.binary_cross_entropy_with_logits(model(inputs), shows[rows])
             optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
             total += float(loss.detach())
@@ -194,8 +235,9 @@ def train(images: Tensor, shows: Tensor, *, seed: int, epochs: int, batch: int =
 @torch.inference_mode()
 def balanced(model: nn.Module, images: Tensor, shows: Tensor) -> float:
     """Mean over findings of (sensitivity + specificity) / 2."""
-    said = torch.cat([model(pixels(part.numpy())) for part in images.split(250)]) > 0
-    # The rates come from rare findings, so the threshold is the prevalence rather than one half.
+    # Findings are rarer than one in two: a finding is called where it is likelier than by chance.
+    chance = math.log(PREVALENCE / (1 - PREVALENCE))
+    said = torch.cat([model(pixels(part.numpy())) for part in torch.split(images, 250)]) > chance
     sensitivity = (said * shows).sum(0) / shows.sum(0)
     specificity = (~said * (1 - shows)).sum(0) / (1 - shows).sum(0)
     return float((sensitivity + specificity).mean() / 2)
@@ -204,15 +246,20 @@ def balanced(model: nn.Module, images: Tensor, shows: Tensor) -> float:
 def main(
     out: Annotated[Path, typer.Option(help="Where the weights go.")] = WEIGHTS,
     seed: Annotated[int, typer.Option(help="Chooses phantoms and weights.")] = 0,
-    images: Annotated[int, typer.Option(help="Training films.")] = 20_000,
-    epochs: Annotated[int, typer.Option(help="Passes over them.")] = 12,
+    images: Annotated[int, typer.Option(help="Training films.")] = 16_000,
+    epochs: Annotated[int, typer.Option(help="Passes over them.")] = 9,
 ) -> None:
     """Draw, train, measure and save."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[RichHandler()])
     model = train(*_draw(images, seed, "pretrain"), seed=seed, epochs=epochs)
     score = balanced(model, *_draw(2_000, seed, "pretrain check"))
     log.info("balanced accuracy on new phantoms: %.3f", score)
-    recipe = {"seed": seed, "images": images, "epochs": epochs, "balanced_accuracy": round(score, 4)}
+    recipe = {
+        "seed": seed,
+        "images": images,
+        "epochs": epochs,
+        "balanced_accuracy": round(score, 4),
+    }
     save_file(model.state_dict(), out, {"architecture": ARCHITECTURE, "recipe": json.dumps(recipe)})
     log.info("wrote %s: %d bytes", out, out.stat().st_size)
 

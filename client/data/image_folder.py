@@ -43,7 +43,7 @@ class ImageFolder(Format):
         patients = [self._patient(path) for path in paths]
         missing = [path for path, patient in zip(paths, patients, strict=True) if not patient]
         if missing:
-            got = f"{len(missing)} images without one, such as {missing[0]}"
+            got = f"{len(missing)} without, such as {missing[0]}"
             expected = f"a patient id by {self.patient!r} in every path"
             raise DataError(complaint(self.root, expected=expected, got=got))
         return [

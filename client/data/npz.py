@@ -66,6 +66,6 @@ class Npz(Format):
                 return {key: np.asarray(archive[key]) for key in LAYOUT}
         except KeyError:
             got = "others only"
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as ex:
+        except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as ex:
             got = getattr(ex, "strerror", None) or str(ex)
         raise DataError(complaint(self.root, expected=expected, got=got))

@@ -1,0 +1,75 @@
+"""The released model of a finished run, whole, with its preprocessing.
+
+from common.inference import load_model
+model = load_model("runs/demo")
+model.probabilities(["a.png", "b.jpg"])  # float32 [2, classes], columns as in model.classes
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from common import backbones
+from common.errors import DataError, RunError, complaint
+from common.images import Preprocess, decode
+from common.study import Study
+
+
+@dataclass(frozen=True)
+class ReleasedModel:
+    """A trained classifier for image files.
+
+    Attributes:
+      classes: Names of the columns of `probabilities`.
+      network: Normalised float32 [n, 3, crop, crop] → logits [n, classes]; in eval mode.
+      preprocess: From a decoded image to the network's input.
+    """
+
+    classes: tuple[str, ...]
+    network: nn.Module
+    preprocess: Preprocess
+
+    def probabilities(self, images: Sequence[str | Path]) -> Tensor:
+        """Class probabilities float32 [len(images), classes] of image files.
+
+        Raises:
+          DataError: an image cannot be read; names it.
+        """
+        pixels = torch.stack([self._pixels(Path(path)) for path in images])
+        with torch.inference_mode():
+            logits: Tensor = self.network(self.preprocess.normalise(pixels))
+        return logits.softmax(1)
+
+    def _pixels(self, path: Path) -> Tensor:
+        try:
+            return self.preprocess.pixels(decode(path.read_bytes(), str(path)))
+        except OSError as ex:
+            raise DataError(complaint(path, expected="an image", got=ex.strerror)) from None
+
+
+def load_model(run: str | Path) -> ReleasedModel:
+    """The model that the run folder `run` released.
+
+    Raises:
+      RunError: the run is not finished, or its model file is damaged.
+    """
+    folder = Path(run)
+    study_file, file = folder / "study.yaml", folder / "model.safetensors"
+    if not (study_file.is_file() and file.is_file()):
+        remedy = f"Finish it with consilium-simulate run --resume {folder}."
+        raise RunError(complaint(folder, expected="a finished run", got="none", remedy=remedy))
+    study = Study.read(study_file)
+    backbone = backbones.get(study.model.backbone)
+    network = backbone.build(classes=len(study.classes), dropout=0.0, weights="none", seed=0)
+    try:
+        network.load_state_dict(load_file(file))
+    except (SafetensorError, RuntimeError, OSError):
+        got = "a damaged one"
+        raise RunError(complaint(file, expected="the released model", got=got)) from None
+    preprocess = backbone.preprocess(study.model.weights).with_size(study.images.size)
+    return ReleasedModel(study.classes, network, preprocess)

@@ -1,0 +1,23 @@
+"""The coordinator's Flower ServerApp: study → join → rounds → report."""
+
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from common.errors import RunError
+from server.checkpoint import RunFolder
+from server.report import Reporter
+from server.rounds import Run
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run, or go on with, the study in the run folder that the run configuration names."""
+    run = context.run_config.get("run")
+    if not isinstance(run, str) or not run:
+        raise RunError("run configuration: expected run=<run folder>, got nothing")
+    folder = RunFolder.resume(Path(run))
+    Run(grid, folder, Reporter(folder)).go()

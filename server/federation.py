@@ -1,0 +1,149 @@
+"""The sites of one study as the server sees them. Every reply is hostile until checked."""
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from flwr.app import Message, MessageType, RecordDict
+from flwr.serverapp import Grid
+
+from common import errors, wire
+from common.contract import differences
+from common.errors import ContractError, RunError
+from common.network import Network
+from common.study import Study
+from common.wire import JoinReply
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+# What the server may say about a site's public code; anything else a site sends is not repeated.
+_MEANING = {
+    "refused": "its policy refuses this study",
+    "data": "its images or labels cannot be used",
+    "site": "its site file is wrong",
+    "backbone": "it lacks the backbone's weights",
+    "study": "it cannot read the study",
+    "contract": "it did not accept the message",
+    "run": "it could not compute",
+    "internal": "it failed",
+}
+_SILENT = "it did not answer in time"
+
+
+@dataclass(frozen=True)
+class Member:
+    """A site that joined."""
+
+    node: int
+    reply: JoinReply
+
+    @property
+    def name(self) -> str:
+        """The site's own name, unique in the study."""
+        return self.reply.name
+
+    @property
+    def trains(self) -> bool:
+        """Whether it takes part in rounds."""
+        return self.reply.role == "train"
+
+
+class Federation:
+    """The joined sites of a study, sorted by name, and the exchanges with them."""
+
+    def __init__(self, grid: Grid, study: Study, network: Network) -> None:
+        self._grid, self._study, self._network = grid, study, network
+        self.members: list[Member] = []
+        self.refusals: dict[str, str] = {}
+        """Why nodes that answered are not members."""
+
+    @property
+    def training(self) -> list[Member]:
+        """The members that train."""
+        return [member for member in self.members if member.trains]
+
+    def join(self) -> None:
+        """Propose the study to every connected node.
+
+        Raises:
+          RunError: fewer training sites joined than the study's quorum.
+        """
+        content = wire.JoinRequest(proposal=self._study.proposal()).record()
+        nodes = sorted(self._grid.get_node_ids())
+        messages = [Message(content, node, MessageType.QUERY) for node in nodes]
+        replies, failures = self._exchange(messages, lambda _, record: JoinReply.read(record))
+        self.refusals = {f"node {node}": why for node, why in failures.items()}
+        for node, reply in sorted(replies.items(), key=lambda item: (item[1].name, item[0])):
+            self._admit(Member(node, reply))
+        quorum = self._study.aggregate.quorum
+        if len(self.training) < quorum:
+            expected = f"{quorum} training sites (aggregate.quorum)"
+            got = f"{len(self.training)} of {len(nodes)} sites{_because(self.refusals)}"
+            raise RunError(errors.complaint("join", expected=expected, got=got))
+
+    def _admit(self, member: Member) -> None:
+        differ = differences(self._network.contract, member.reply.contract)
+        if differ:
+            self.refusals[member.name] = f"its {', '.join(differ)} differ from ours"
+        elif any(member.name == other.name for other in self.members):
+            self.refusals[f"node {member.node}"] = f"the name {member.name} is taken"
+        elif member.trains and not member.reply.weight:
+            self.refusals[member.name] = "it has nothing to train on"
+        else:
+            self.members.append(member)
+
+    def ask(
+        self,
+        members: Sequence[Member],
+        messages: Iterable[Message],
+        read: Callable[[Member, RecordDict], T],
+    ) -> tuple[dict[str, T], dict[str, str]]:
+        """Send one message to each member and read the replies.
+
+        Args:
+          members: Whom to ask.
+          messages: One for each of them.
+          read: Turns a reply's content into a value; raises `ContractError` on anything odd.
+
+        Returns:
+          The good replies by site name, in the order of names; and for every other member why not.
+        """
+        by_node = {member.node: member for member in members}
+        replies, failures = self._exchange(
+            messages, lambda node, record: read(by_node[node], record)
+        )
+        bad = {by_node[node].name: why for node, why in failures.items() if node in by_node}
+        for name, why in sorted(bad.items()):
+            log.warning("%s is left out: %s", name, why)
+        good = {by_node[node].name: reply for node, reply in replies.items()}
+        return dict(sorted(good.items())), dict(sorted(bad.items()))
+
+    def _exchange(
+        self, messages: Iterable[Message], read: Callable[[int, RecordDict], T]
+    ) -> tuple[dict[int, T], dict[int, str]]:
+        sent = list(messages)
+        timeout = self._study.aggregate.round_timeout
+        good: dict[int, T] = {}
+        bad = {message.metadata.dst_node_id: _SILENT for message in sent}
+        for reply in self._grid.send_and_receive(sent, timeout=timeout):
+            node = reply.metadata.src_node_id
+            if node not in bad or node in good:
+                log.warning("a reply that nobody asked for is left out")
+            elif reply.has_error():
+                bad[node] = _MEANING.get(reply.error.reason or "", _MEANING["internal"])
+            else:
+                try:
+                    good[node] = read(node, reply.content)
+                except ContractError as ex:
+                    bad[node] = f"it sent {ex}"
+        return good, {node: why for node, why in bad.items() if node not in good}
+
+
+def _because(reasons: dict[str, str]) -> str:
+    if not reasons:
+        return ""
+    told = "; ".join(f"{name}: {why}" for name, why in reasons.items())
+    return f" ({told}). The log of each site says more"

@@ -1,0 +1,178 @@
+"""What a person sees of a run: progress while it goes, then tables, pictures and files."""
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import save
+from torch import nn
+
+from common.errors import RunError, complaint
+from common.metrics import METRICS, Counts, sensitivity, value
+from common.study import Study
+from server import figures
+from server.checkpoint import RunFolder
+from server.federation import Federation
+
+FEDERATED = "federated"
+_COLUMNS = ("accuracy", "balanced_accuracy", "f1", "auroc")
+_FEW = 6
+
+# A file or a pipe has no width of its own; tables must not be cut to 80 columns there.
+console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
+
+Results = dict[str, dict[str, Counts]]
+"""Way of training (federated, local, pooled) → site → counts on its test patients."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The released model: after how many rounds, and its counts on each site's test patients."""
+
+    study: Study
+    round: int
+    test: dict[str, Counts]
+
+
+def union(counts: Iterable[Counts], classes: int) -> Counts:
+    """Counts of all sites together."""
+    return sum(counts, Counts.zero(classes))
+
+
+class Reporter:
+    """Shows one run and writes its files."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self._folder, self._study = folder, folder.study
+
+    def joined(self, federation: Federation, resumed: int) -> None:
+        """The sites that take part, and those that do not."""
+        names = ", ".join(member.name for member in federation.members)
+        start = f", going on after round {resumed}" if resumed else ""
+        console.print(
+            f"[bold]{self._study.name}[/]: {len(federation.members)} sites ({names}){start}"
+        )
+        for name, why in federation.refusals.items():
+            console.print(f"  [yellow]{name} does not take part: {why}[/]")
+
+    def round(self, lines: Sequence[Mapping[str, Any]], seconds: float) -> None:
+        """One line of progress; the site lines come first, the overall line last."""
+        *sites, overall = lines
+        label = METRICS[self._study.select].label
+        text = [f"round {overall['round']:>3}/{self._study.train.rounds}"]
+        text.append(
+            f"loss {_figure(overall['train_loss'])}  {label} {_score(self._study, overall)}"
+        )
+        shown = sites if len(sites) <= _FEW else ()
+        text += [f"{x['site']} {_figure(x['train_loss'])} {_score(self._study, x)}" for x in shown]
+        text.append(f"[dim]{_size(overall['bytes'] / len(sites))} per site, {seconds:.1f} s[/]")
+        console.print("  [dim]│[/] ".join(text), soft_wrap=True)
+
+    def finished(self, outcome: Outcome, model: nn.Module) -> None:
+        """Write the released model, the report and the pictures."""
+        tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+        self._folder.write("model.safetensors", save(tensors))
+        save_results(self._folder, {FEDERATED: outcome.test}, released_round=outcome.round)
+        self._pictures(outcome)
+
+    def _pictures(self, outcome: Outcome) -> None:
+        keys = dict.fromkeys((self._study.select, "auroc"))
+        rows = [
+            {"round": x["round"], "site": x["site"], "loss": x["train_loss"]}
+            | {key: x[key] for key in keys if key != "loss"}
+            for x in self._folder.history()
+        ]
+        figures.curves(rows, self._folder.path / "curves.png")
+        total = union(outcome.test.values(), len(self._study.classes))
+        figures.confusion(total, self._study.classes, self._folder.path / "confusion.png")
+
+
+def save_results(folder: RunFolder, results: Results, **facts: Any) -> None:
+    """Write `report.json`: every metric, and the counts behind it."""
+    classes = len(folder.study.classes)
+    told = {
+        way: {
+            "overall": _metrics(union(sites.values(), classes)),
+            "sites": {
+                name: {**_metrics(counts), "counts": counts.sparse()}
+                for name, counts in sites.items()
+            },
+        }
+        for way, sites in results.items()
+    }
+    folder.write("report.json", json.dumps({**facts, "results": told}, indent=1))
+
+
+def load_results(path: Path, classes: int) -> tuple[Results, dict[str, Any]]:
+    """Read `report.json` of a finished run: its results, and the facts beside them."""
+    try:
+        report = json.loads((path / "report.json").read_text(encoding="utf-8"))
+    except OSError:
+        remedy = f"Finish it with --resume {path}."
+        raise RunError(
+            complaint(path, expected="a finished run", got="no report.json", remedy=remedy)
+        ) from None
+    told = report.pop("results")
+    results = {
+        way: {
+            name: Counts.from_sparse(site["counts"], classes)
+            for name, site in result["sites"].items()
+        }
+        for way, result in told.items()
+    }
+    return results, report
+
+
+def _metrics(counts: Counts) -> dict[str, Any]:
+    figures_ = {name: value(counts, name) for name in METRICS}
+    return {"images": counts.n, **figures_, "sensitivity": sensitivities(counts)}
+
+
+def results_tables(results: Results, classes: Sequence[str]) -> tuple[Table, Table]:
+    """Per site and overall, one row for each way of training: metrics, and sensitivities."""
+    metrics = [METRICS[name].label for name in _COLUMNS]
+    return (
+        _table(results, len(classes), metrics, lambda c: [value(c, m) for m in _COLUMNS]),
+        _table(results, len(classes), classes, sensitivities),
+    )
+
+
+def sensitivities(counts: Counts) -> list[float | None]:
+    """Sensitivity of each class."""
+    return [sensitivity(counts, k) for k in range(counts.classes)]
+
+
+def _table(
+    results: Results,
+    classes: int,
+    columns: Sequence[str],
+    figures_of: Callable[[Counts], list[float | None]],
+) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("site", "images", "trained", *columns):
+        table.add_column(name, justify="left" if name in ("site", "trained") else "right")
+    sites = sorted({name for way in results.values() for name in way})
+    rows = {site: {w: s[site] for w, s in results.items() if site in s} for site in sites}
+    rows["[bold]overall[/]"] = {w: union(s.values(), classes) for w, s in results.items()}
+    for site, ways in rows.items():
+        for i, (way, counts) in enumerate(ways.items()):
+            first = ("", "") if i else (site, str(counts.n))
+            table.add_row(*first, way, *(_figure(number) for number in figures_of(counts)))
+    return table
+
+
+def _score(study: Study, line: Mapping[str, Any]) -> str:
+    return _figure(line[study.select])
+
+
+def _figure(number: float | None) -> str:
+    return "–" if number is None else f"{number:.3f}"
+
+
+def _size(number: float) -> str:
+    return f"{number / 1000:.1f} kB" if number < 1e6 else f"{number / 1e6:.1f} MB"

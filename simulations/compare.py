@@ -1,0 +1,69 @@
+"""The first question anyone asks: does federating beat training alone, and what would pooling do?
+
+Both references use the study's own trainer, rounds and checkpoint choice, without a federation:
+`local` trains at each site on that site's patients alone, `pooled` on those of all sites together.
+"""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from client import trainer
+from client.session import Session, open_session
+from client.trainer import Examples
+from common.metrics import Counts, better, value
+from common.seeds import derive
+from common.study import Study
+from common.wire import Tensors
+from server.report import Results, union
+
+log = logging.getLogger(__name__)
+
+
+def references(study: Study, site_files: Sequence[Path]) -> Results:
+    """Test counts per site of local and pooled training, on the federation's own test patients."""
+    sessions = [open_session(path, study.id) for path in site_files]
+    training = [session for session in sessions if session.site.role == "train"]
+    local: dict[str, Counts] = {}
+    for session in training:
+        log.info("local: %s", session.site.name)
+        model = _alone(study, [session], session.site.name)
+        local[session.site.name] = session.evaluate(model, "test")
+    log.info("pooled: %d sites", len(training))
+    model = _alone(study, training, "pooled")
+    pooled = {session.site.name: session.evaluate(model, "test") for session in sessions}
+    return {"local": local, "pooled": pooled}
+
+
+def _alone(study: Study, sessions: Sequence[Session], name: str) -> Tensors:
+    """Train on the patients of `sessions` as one site; the best round's tensors by validation."""
+    network, classes = sessions[0].network, len(study.classes)
+    examples = _joined([session.examples["train"] for session in sessions])
+    network.load(network.initial)
+    best, score = _copy(network.tensors), None
+    for number in range(1, study.train.rounds + 1):
+        trainer.train(
+            network.split.suffix,
+            examples,
+            study.train,
+            classes=classes,
+            lr=trainer.learning_rate(study.train, number),
+            seed=derive(study.seed, name, number, "train"),
+        )
+        now = _copy(network.tensors)
+        counts = union((session.evaluate(now, "validation") for session in sessions), classes)
+        figure = value(counts, study.select)
+        if better(study.select, figure, score):
+            best, score = now, figure
+    return best
+
+
+def _joined(parts: Sequence[Examples]) -> Examples:
+    first, *rest = parts
+    for part in rest:
+        first = first + part
+    return first
+
+
+def _copy(tensors: Tensors) -> Tensors:
+    return {name: tensor.clone() for name, tensor in tensors.items()}

@@ -1,0 +1,122 @@
+"""Virtual hospitals: the same files a real one has, written into the run folder.
+
+Each gets `sites/<name>/site.yaml` and a state folder of its own, so that the client runs exactly as
+it would beside real data. The one difference: the secret that keys the holdout comes from the
+study's seed, so that a simulation can be repeated.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from client.data.formats import Data, guess
+from client.session import cut
+from client.site import Site
+from common import files
+from common.errors import RunError, SiteError, complaint
+from common.seeds import derive
+from common.study import Study
+from common.yaml import dump
+from simulations import partition
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hospital:
+    """What a simulation knows of one virtual hospital before it has files."""
+
+    name: str
+    data: Data
+    patients: tuple[str, ...] | None = None
+    """Only these patients, where a data set is cut into hospitals."""
+    site: Site | None = None
+    """The folder's own site file, if it has one: its role, policy and device count."""
+    evaluates_only: bool = False
+
+
+def from_folder(path: Path, *, evaluates_only: bool = False) -> Hospital:
+    """A hospital from a folder of images, or from a folder that holds a `site.yaml`."""
+    own = path / "site.yaml" if path.is_dir() else path
+    if own.suffix == ".yaml" and own.is_file():
+        site = Site.read(own)
+        return Hospital(name=site.name, data=site.data, site=site, evaluates_only=evaluates_only)
+    name = path.resolve().stem
+    return Hospital(name=name, data=guess(path.resolve()), evaluates_only=evaluates_only)
+
+
+def from_pool(path: Path, study: Study, *, spec: str, sites: int) -> list[Hospital]:
+    """One data set cut into `sites` hospitals by patient; see `simulations.partition`."""
+    data = guess(path.resolve())
+    records = data.records(study.classes)
+    labels = partition.patient_labels(records)
+    groups = partition.partition(labels, sites=sites, spec=spec, seed=study.seed)
+    width = len(str(sites))
+    return [
+        Hospital(name=f"site-{i:0{width}}", data=data, patients=tuple(group))
+        for i, group in enumerate(groups, start=1)
+    ]
+
+
+def settle(hospitals: Sequence[Hospital], study: Study, run: Path, cache: Path) -> list[Path]:
+    """Write the hospitals' files into the run folder; returns their site files, sorted by name.
+
+    Raises:
+      SiteError: two hospitals of one name.
+    """
+    names = [hospital.name for hospital in hospitals]
+    for name in names:
+        if names.count(name) > 1:
+            remedy = "Rename one of the folders."
+            raise SiteError(complaint("--site", expected="distinct names", got=name, remedy=remedy))
+    ordered = sorted(hospitals, key=lambda hospital: hospital.name)
+    return [_write(hospital, study, run / "sites" / hospital.name, cache) for hospital in ordered]
+
+
+def settled(run: Path) -> list[Path]:
+    """The site files of a run that began before."""
+    found = sorted(run.glob("sites/*/site.yaml"), key=lambda path: path.parent.name)
+    if not found:
+        raise RunError(complaint(run, expected="a simulated run", got="no sites/ in it"))
+    return found
+
+
+def _write(hospital: Hospital, study: Study, folder: Path, cache: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    data = hospital.data.model_dump(mode="json", exclude_none=True)
+    if hospital.patients is not None:
+        files.write(folder / "patients.txt", "".join(f"{p}\n" for p in hospital.patients), 0o600)
+        data["patients"] = "patients.txt"
+    content: dict[str, Any] = {
+        "name": hospital.name,
+        "data": data,
+        "state": "state",
+        "cache": str(cache.resolve()),
+    }
+    if study.model.weights_file:
+        content["weights"] = str(study.model.weights_file.parent)
+    if hospital.site:
+        kept = hospital.site.model_dump(mode="json", include={"role", "policy", "device"})
+        content.update(kept)
+    if hospital.evaluates_only:
+        content["role"] = "evaluate"
+    path = folder / "site.yaml"
+    files.write(path, dump(content))
+    secret = hashlib.sha256(f"{derive(study.seed, hospital.name, 'secret')}".encode()).digest()
+    files.write(Site.read(path).private() / "secret", secret, 0o600)
+    return path
+
+
+def census(site_files: Sequence[Path], study: Study) -> dict[str, dict[str, list[int]]]:
+    """Images per site, part and class, before anything is decoded."""
+    counts: dict[str, dict[str, list[int]]] = {}
+    for path in site_files:
+        site = Site.read(path)
+        parts = cut(site, study)
+        counts[site.name] = {
+            part: [
+                sum(r.label == k for r in getattr(parts, part)) for k in range(len(study.classes))
+            ]
+            for part in ("train", "validation", "test")
+        }
+    return counts

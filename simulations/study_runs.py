@@ -1,0 +1,139 @@
+"""A study from the command line to the final table: one run, or one for each seed."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from rich.table import Table
+
+from client.app import app as client_app
+from common.errors import StudyError, complaint
+from common.network import assemble
+from common.study import Study
+from server.app import app as server_app
+from server.checkpoint import RunFolder
+from server.report import console, load_results, results_tables, save_results
+from server.strategies import Aggregator
+from simulations import compare as alone
+from simulations import hospitals, summary
+from simulations.grid import simulate
+from simulations.hospitals import Hospital
+
+_TITLES = ("test images", "sensitivity per class")
+_MOST_SITES_SHOWN = 40
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where virtual hospitals come from: folders, or one pool to cut."""
+
+    folders: tuple[Path, ...] = ()
+    evaluators: tuple[Path, ...] = ()
+    pool: Path | None = None
+    partition: str = "iid"
+    sites: int = 4
+
+    def hospitals(self, study: Study) -> list[Hospital]:
+        """The hospitals; raises `StudyError` where the options name none."""
+        if bool(self.folders) == (self.pool is not None):
+            expected, got = "--site folders or one --pool", "both" if self.folders else "neither"
+            raise StudyError(complaint("hospitals", expected=expected, got=got))
+        found = [hospitals.from_folder(path) for path in self.folders]
+        if self.pool is not None:
+            found = hospitals.from_pool(self.pool, study, spec=self.partition, sites=self.sites)
+        extra = [hospitals.from_folder(path, evaluates_only=True) for path in self.evaluators]
+        return [*found, *extra]
+
+
+def start(
+    study_file: Path,
+    source: Source,
+    folder: Path,
+    *,
+    changes: tuple[str, ...],
+    seeds: tuple[int, ...],
+    compare: bool,
+    cache: Path,
+) -> None:
+    """Run a study in a new folder; with seeds, once for each in a folder of its own.
+
+    A folder that already holds some of the seeds is completed.
+    """
+    if not seeds:
+        _new(Study.read(study_file, changes), source, folder, cache, compare=compare)
+        return
+    for seed in seeds:
+        run, seeded = folder / f"seed-{seed}", (*changes, f"seed={seed}")
+        console.print(f"\n[bold]seed {seed}[/]")
+        if (run / "study.yaml").exists():
+            resume(run, study_file, seeded, compare=compare)
+        else:
+            _new(Study.read(study_file, seeded), source, run, cache, compare=compare)
+    summary.over_seeds(folder, seeds)
+
+
+def _new(study: Study, source: Source, folder: Path, cache: Path, *, compare: bool) -> None:
+    _inspect(study)
+    found = source.hospitals(study)
+    site_files = hospitals.settle(found, study, folder, cache)
+    _show_census(study, site_files)
+    run = RunFolder.create(folder, study)
+    simulate(server_app, client_app, site_files, run.path)
+    _conclude(run, site_files, compare=compare)
+
+
+def resume(
+    folder: Path, study_file: Path | None, changes: tuple[str, ...], *, compare: bool
+) -> None:
+    """Go on with an interrupted run; a finished one only shows its results again."""
+    study = Study.read(study_file, changes) if study_file else None
+    run = RunFolder.resume(folder, study)
+    site_files = hospitals.settled(folder)
+    if not (folder / "report.json").exists():
+        simulate(server_app, client_app, site_files, folder)
+    _conclude(run, site_files, compare=compare)
+
+
+def check(study_file: Path, source: Source, changes: tuple[str, ...]) -> None:
+    """Everything that can be known without decoding an image."""
+    study = Study.read(study_file, changes)
+    _inspect(study)
+    if source != Source():
+        with TemporaryDirectory() as scratch:
+            place = Path(scratch)
+            _show_census(study, hospitals.settle(source.hospitals(study), study, place, place))
+    console.print(f"{study_file}: a valid study", style="green")
+
+
+def _inspect(study: Study) -> None:
+    """Raise now what would otherwise stop the server later."""
+    network = assemble(study, study.model.weights)
+    Aggregator(study, network.trainable)
+
+
+def _show_census(study: Study, site_files: Sequence[Path]) -> None:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("site", "images", *study.classes):
+        table.add_column(name, justify="left" if name == "site" else "right")
+    told = hospitals.census(site_files, study)
+    for name, parts in list(told.items())[:_MOST_SITES_SHOWN]:
+        columns = list(zip(*parts.values(), strict=True))
+        cells = ["/".join(map(str, column)) for column in columns]
+        table.add_row(name, str(sum(map(sum, columns))), *cells)
+    console.print("images per class: training/validation/test", style="dim")
+    console.print(table)
+
+
+def _conclude(run: RunFolder, site_files: Sequence[Path], *, compare: bool) -> None:
+    """Show, and where asked complete, the results of a finished run."""
+    study = run.study
+    results, facts = load_results(run.path, len(study.classes))
+    if compare and len(results) == 1:
+        results = {**alone.references(study, site_files), **results}
+        save_results(run, results, **facts)
+    summary.picture(study, results, run.path / "comparison.png")
+    for title, table in zip(_TITLES, results_tables(results, study.classes), strict=True):
+        console.print(f"\n[bold]{title}[/]")
+        console.print(table)
+    console.print(f"\nrun folder: {run.path}")

@@ -1,0 +1,161 @@
+"""Intervals cover, t quantiles are scipy's, calibration is the exact one."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torch.nn.functional import one_hot
+
+from common.evidence import _t, calibration, difference, gap_closed, intervals, t_interval
+from common.metrics import METRICS, Counts, value
+
+
+def scores(n: int, classes: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(n) % classes
+    noise = torch.randn(n, classes, generator=generator)
+    return 1.5 * noise + 1.5 * one_hot(labels, classes), labels
+
+
+def counted(n: int, classes: int, seed: int) -> Counts:
+    return Counts.of(*scores(n, classes, seed))
+
+
+@pytest.mark.parametrize("name", METRICS)
+@pytest.mark.parametrize("classes", [2, 4])
+def test_an_interval_is_as_wide_as_resampling_the_images(name: str, classes: int) -> None:
+    logits, labels = scores(240, classes, 1)
+    counts, rng = Counts.of(logits, labels), np.random.default_rng(0)
+    groups = [np.flatnonzero(labels.numpy() == k) for k in range(classes)]
+    exact = []
+    for _ in range(400):
+        rows = np.concatenate([rng.choice(group, len(group)) for group in groups])
+        exact.append(value(Counts.of(logits[rows], labels[rows]), name))
+    low, high = np.quantile(np.array(exact, float), (0.025, 0.975))
+    found = intervals(counts, [name], seed=0, draws=400)[name]
+    assert found is not None
+    assert found.value == value(counts, name)
+    assert found.low < found.value < found.high
+    ratio = (found.high - found.low) / (high - low)
+    slack = 0.25 if name == "auroc" and classes > 2 else 0.15
+    assert 1 - slack < ratio < 1.15, ratio
+
+
+def test_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
+    truth = value(counted(100_000, 2, 999), "auroc")
+    hits = 0
+    for seed in range(60):
+        found = intervals(counted(120, 2, seed), ["auroc"], seed=seed, draws=100)["auroc"]
+        hits += found is not None and found.low <= truth <= found.high
+    assert 52 <= hits <= 60
+
+
+def test_intervals_follow_the_seed_and_shrink_with_images() -> None:
+    small, large = counted(100, 3, 0), counted(1600, 3, 0)
+    names = list(METRICS)
+    first = intervals(small, names, seed=1, draws=100)
+    assert first == intervals(small, names, seed=1, draws=100)
+    assert first != intervals(small, names, seed=2, draws=100)
+    for name, wide in first.items():
+        narrow = intervals(large, [name], seed=1, draws=100)[name]
+        assert narrow.high - narrow.low < 0.5 * (wide.high - wide.low)
+
+
+def test_undefined_figures_have_no_interval() -> None:
+    assert intervals(Counts.zero(3), list(METRICS), seed=0, draws=10) == dict.fromkeys(METRICS)
+    one = Counts.of(torch.randn(20, 3), torch.zeros(20, dtype=torch.long))
+    found = intervals(one, ["auroc", "accuracy"], seed=0, draws=10)
+    assert found["auroc"] is None
+    assert found["accuracy"] is not None
+    assert intervals(one, [], seed=0, draws=10) == {}
+
+
+@pytest.mark.parametrize("freedom", [*range(1, 41), 100, 1000, 10**6])
+def test_t_quantiles_are_scipys(freedom: int) -> None:
+    assert _t(freedom) == pytest.approx(stats.t.ppf(0.975, freedom), abs=5e-4)
+
+
+def test_t_interval_is_scipys() -> None:
+    values = [0.71, 0.74, 0.69, 0.78, 0.73]
+    found = t_interval([*values, None])
+    assert found is not None
+    low, high = stats.t.interval(0.95, 4, loc=np.mean(values), scale=stats.sem(values))
+    assert (found.value, found.low, found.high) == pytest.approx((0.73, low, high), abs=1e-4)
+    assert t_interval([0.7]) is None
+    assert t_interval([0.7, None]) is None
+    assert t_interval([]) is None
+
+
+def test_a_difference_is_paired_by_seed() -> None:
+    a, b = [0.60, 0.75, 0.90, None, 0.3], [0.58, 0.74, 0.87, 0.1, None]
+    found = difference(a, b)
+    assert found is not None
+    assert found.value == pytest.approx(0.02)
+    assert 0 < found.high - found.low < 0.06
+    unpaired = t_interval(a[:3])
+    assert unpaired is not None
+    assert unpaired.high - unpaired.low > 0.5
+    with pytest.raises(ValueError, match="zip"):
+        difference([0.1, 0.2], [0.1])
+
+
+def test_gap_closed() -> None:
+    assert gap_closed("auroc", local=0.6, federated=0.75, pooled=0.8) == pytest.approx(0.75)
+    assert gap_closed("loss", local=1.0, federated=0.7, pooled=0.6) == pytest.approx(0.75)
+    assert gap_closed("auroc", local=0.6, federated=0.5, pooled=0.8) == pytest.approx(-0.5)
+    assert gap_closed("auroc", local=0.8, federated=0.9, pooled=0.8) is None
+    assert gap_closed("auroc", local=0.8, federated=0.9, pooled=0.7) is None
+    assert gap_closed("loss", local=0.6, federated=0.7, pooled=1.0) is None
+    for hole in ("local", "federated", "pooled"):
+        known = {"local": 0.1, "federated": 0.2, "pooled": 0.3}
+        assert gap_closed("auroc", **(known | {hole: None})) is None
+
+
+def exact_error(logits: torch.Tensor, labels: torch.Tensor, bins: int) -> float:
+    probability = torch.softmax(logits.double(), 1).numpy()
+    errors = []
+    for k in range(logits.shape[1]):
+        p, true = probability[:, k], labels.numpy() == k
+        group = np.minimum((p * bins).astype(int), bins - 1)
+        gaps = [abs(true[group == b].sum() - p[group == b].sum()) for b in range(bins)]
+        errors.append(sum(gaps) / len(p))
+    return float(np.mean(errors))
+
+
+@pytest.mark.parametrize("classes", [2, 5])
+@pytest.mark.parametrize("scale", [0.3, 1.0, 10.0])
+def test_calibration_is_the_exact_one(classes: int, scale: float) -> None:
+    logits, labels = scores(3000, classes, 3)
+    found = calibration(Counts.of(logits * scale, labels))
+    assert found is not None
+    assert found.error == pytest.approx(exact_error(logits * scale, labels, 10), abs=0.005)
+    assert found.images.sum(axis=1).tolist() == [3000] * classes
+    filled = found.images > 0
+    for part in (found.predicted, found.observed):
+        assert ((part[filled] >= 0) & (part[filled] <= 1)).all()
+        assert np.isnan(part[~filled]).all()
+
+
+def test_calibration_tells_honest_from_overconfident() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(20_000, 2, generator=generator)
+    labels = torch.bernoulli(torch.softmax(logits, 1)[:, 1], generator=generator).long()
+    honest = calibration(Counts.of(logits, labels))
+    loud = calibration(Counts.of(4 * logits, labels))
+    assert honest is not None
+    assert loud is not None
+    assert honest.error < 0.02
+    assert loud.error > 0.15
+    assert calibration(Counts.zero(2)) is None
+
+
+def test_calibration_leaves_out_a_class_without_images() -> None:
+    logits, labels = scores(300, 2, 0)
+    padded = torch.cat([logits, torch.full((300, 1), -50.0)], dim=1)
+    without, padded_one = (calibration(Counts.of(z, labels)) for z in (logits, padded))
+    assert without is not None
+    assert padded_one is not None
+    assert padded_one.error == pytest.approx(without.error, abs=1e-9)
+    assert not math.isnan(padded_one.error)

@@ -1,0 +1,103 @@
+"""Pictures are whole PNGs, whatever is missing and whatever the names are."""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import server.figures
+from common.evidence import Estimate
+from common.metrics import Counts
+from server.figures import comparison, confusion, curves
+
+
+def picture(path: Path) -> np.ndarray[Any, Any]:
+    """The pixels of the only file in its folder, which must be a PNG with something drawn on it."""
+    assert list(path.parent.iterdir()) == [path]
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        pixels = np.asarray(image.convert("RGB"))
+    assert (pixels < 128).any()
+    return pixels
+
+
+def rows(sites: int, rounds: int, **changes: float | None) -> list[dict[str, Any]]:
+    names = [None, *(f"site-{k}" for k in range(sites))]
+    return [
+        {"round": t, "site": site, "loss": 1 / t, "balanced_accuracy": 1 - 1 / t, **changes}
+        for t in range(1, rounds + 1)
+        for site in names
+    ]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(("sites", "rounds"), [(1, 1), (4, 30), (20, 12), (0, 3)])
+def test_curves_for_any_number_of_sites(tmp_path: Path, sites: int, rounds: int) -> None:
+    path = tmp_path / "curves.png"
+    curves(rows(sites, rounds), path)
+    two = picture(path)
+    curves(rows(sites, rounds, loss=None), path)
+    one = picture(path)
+    assert one.shape[1] < two.shape[1]
+
+
+@pytest.mark.filterwarnings("error")
+def test_curves_with_gaps_or_nothing_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "curves.png"
+    some = rows(3, 5)
+    some[6]["loss"] = some[7]["balanced_accuracy"] = None
+    curves(some, path)
+    picture(path)
+    for nothing in ([], rows(2, 3, loss=None, balanced_accuracy=None)):
+        curves(nothing, path)
+        picture(path)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("classes", [2, 7])
+def test_confusion_with_an_absent_class_and_odd_names(tmp_path: Path, classes: int) -> None:
+    path = tmp_path / "confusion.png"
+    labels = torch.arange(60) % (classes - 1)
+    counts = Counts.of(torch.randn(60, classes), labels)
+    # Two dollars would be a broken formula if names were not taken as plain text.
+    confusion(counts, [f"${{k}}_\\frac{k}$" for k in range(classes)], path)
+    picture(path)
+    confusion(Counts.zero(classes), [str(k) for k in range(classes)], path)
+    picture(path)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("sites", [1, 4, 20])
+@pytest.mark.parametrize("metric", ["auroc", "loss"])
+def test_comparison(tmp_path: Path, sites: int, metric: str) -> None:
+    path = tmp_path / "comparison.png"
+    results = {
+        setting: {
+            None: Estimate(0.8, 0.7, 0.85),
+            **{f"$site-{k}$": Estimate(0.7, 0.6, 0.8) if k % 3 else None for k in range(sites)},
+        }
+        for setting in ("local", "federated", "pooled")
+    }
+    comparison(results, metric, path)
+    picture(path)
+
+
+def test_a_picture_replaces_the_old_one_only_when_whole(tmp_path: Path) -> None:
+    path = tmp_path / "confusion.png"
+    confusion(Counts.zero(2), ["a", "b"], path)
+    before = path.read_bytes()
+    with pytest.raises((TypeError, ValueError)):
+        confusion(Counts.zero(2), ["a", "b", "c"], path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_drawing_leaves_no_global_state(tmp_path: Path) -> None:
+    before = dict(mpl.rcParams)
+    curves(rows(2, 2), tmp_path / "curves.png")
+    assert dict(mpl.rcParams) == before
+    assert "pyplot" not in vars(server.figures)
