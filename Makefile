@@ -1,0 +1,42 @@
+# Two commands do all their own set-up: make demo, make test.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+PHANTOMS := runs/phantom
+HOSPITALS := north south east west
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-all format clean
+
+help: ## Show the commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(INSTALLED) ## Make .venv with pinned versions (several GB, minutes)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@echo "Installing into .venv (PyTorch is several GB: this takes minutes, once) ..."
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(INSTALLED) ## Four phantom hospitals train together, beside local and pooled training
+	@$(BIN)/consilium-simulate phantom $(PHANTOMS)
+	@$(BIN)/consilium-simulate run configs/demo.yaml --compare $(HOSPITALS:%=--site $(PHANTOMS)/%)
+
+test: $(INSTALLED) ## Lint, types, import rules, tests
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@PYTHONPATH=. $(BIN)/lint-imports --no-logo 2>/dev/null || PYTHONPATH=. $(BIN)/lint-imports
+	@$(BIN)/python -m pytest --durations=15
+
+test-all: $(INSTALLED) ## Also the proofs that take minutes
+	@$(MAKE) --no-print-directory test
+	@$(BIN)/python -m pytest -m slow --durations=15
+
+format: $(INSTALLED) ## Format the code
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+clean: ## Remove the environment and every run
+	rm -rf .venv runs

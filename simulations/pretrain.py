@@ -224,7 +224,7 @@ def train(images: Tensor, shows: Tensor, *, seed: int, epochs: int, batch: int =
                 inputs = inputs.flip(-1)
             loss = nn.functional.binary_cross_entropy_with_logits(model(inputs), shows[rows])
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
             schedule.step()
             total += float(loss.detach())
