@@ -1,9 +1,7 @@
-"""The frozen prefix's activations, computed once per image and kept on disk.
+"""Images into the suffix's input: decoded once, through the frozen prefix once, then kept.
 
-A store is a folder named by everything its rows depend on; a row is named by its image's SHA-256.
-Rows come in immutable shards, each named by the SHA-256 of its own bytes: a pass that is interrupted
-keeps the shards it finished, two processes can write side by side, and a damaged shard is noticed
-and redone. What is kept is patient data: it can be inverted into something like the image.
+The store is named by everything a row depends on beside its image; the row by the image's SHA-256
+and its view. So more images, other holdouts and other studies of one prefix find what is there.
 """
 
 import hashlib
@@ -11,29 +9,27 @@ import json
 import logging
 import os
 import time
-import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from client.data.records import Image
+from client.store import Rows, Store, open_store
 from common.contract import digest
 from common.errors import DataError
 from common.images import Preprocess, view
+from common.study import Augment
 
 log = logging.getLogger(__name__)
 
 _BATCH = 32
 _SHARD = 512
 _QUIET = 5.0
-_IN_MEMORY = 1 << 30
 # A prefix whose activations take more room than this many images is not worth caching.
 _WORTH = 2.0
 
@@ -45,131 +41,63 @@ class Recipe:
     Attributes:
       prefix: Frozen part of the backbone: float32 [n, 3, crop, crop] → activations [n, …].
       preprocess: From an image to the backbone's input.
-      ops: Augmentations of the views; view 0 is the image itself.
     """
 
     prefix: nn.Module
     preprocess: Preprocess
-    ops: tuple[str, ...]
 
     @cached_property
-    def caches_activations(self) -> bool:
+    def keeps_activations(self) -> bool:
         """Whether rows are activations; otherwise rows are uint8 pixels [3, crop, crop]."""
         if isinstance(self.prefix, nn.Identity):
             return False
         pixels = torch.zeros(1, 3, self.preprocess.crop, self.preprocess.crop, dtype=torch.uint8)
-        return self._run(pixels, self.prefix).nbytes <= _WORTH * pixels.nbytes
+        return self._activations(pixels).nbytes <= _WORTH * pixels.nbytes
 
     @cached_property
     def key(self) -> str:
         """Names the store: equal keys give equal rows."""
-        parts = [repr(self.preprocess), *self.ops]
-        if self.caches_activations:
+        parts = [repr(self.preprocess)]
+        if self.keeps_activations:
             parts += [digest(self.prefix.state_dict()), str(getattr(self.prefix, "code", ""))]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
 
-    def _run(self, pixels: Tensor, module: nn.Module) -> Tensor:
-        device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    def rows(self, pixels: Sequence[Tensor]) -> Tensor:
+        """Rows as stored, from uint8 images [3, crop, crop]."""
+        batch = torch.stack(list(pixels))
+        return self._activations(batch) if self.keeps_activations else batch
+
+    def front(self) -> nn.Module:
+        """What a batch of rows still needs before the suffix."""
+        return nn.Identity() if self.keeps_activations else _Front(self)
+
+    def _activations(self, pixels: Tensor) -> Tensor:
+        device = next((p.device for p in self.prefix.parameters()), torch.device("cpu"))
         inputs = self.preprocess.normalise(pixels.to(device))
         with torch.inference_mode():
             # Convolutions run up to twice as fast on this layout.
-            output: Tensor = module(inputs.contiguous(memory_format=torch.channels_last))
+            output: Tensor = self.prefix(inputs.contiguous(memory_format=torch.channels_last))
         return output.cpu().contiguous()
 
-    def rows(self, images: Sequence[Tensor], activations: bool) -> Tensor:
-        """Rows of decoded uint8 images, as stored."""
-        pixels = torch.stack(list(images))
-        return self._run(pixels, self.prefix) if activations else pixels
 
+class _Front(nn.Module):
+    """Pixels → activations, for rows that are pixels."""
 
-class Rows:
-    """Rows of one store in the order asked for; read by index, in memory where they fit."""
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__()
+        self.preprocess, self.prefix = recipe.preprocess, recipe.prefix
 
-    def __init__(self, places: Sequence[tuple[Tensor, int]]) -> None:
-        self._places = places
-        size = sum(shard[row].nbytes for shard, row in places[:1]) * len(places)
-        self._memory = self._gather(range(len(places))) if size <= _IN_MEMORY else None
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-    def __add__(self, other: "Rows") -> "Rows":
-        return Rows([*self._places, *other._places])
-
-    def __getitem__(self, indices: Tensor) -> Tensor:
-        """Rows [len(indices), …] in the stored type."""
-        if self._memory is not None:
-            return self._memory[indices]
-        return self._gather(indices.tolist())
-
-    def _gather(self, indices: Sequence[int]) -> Tensor:
-        if not indices:
-            return torch.empty(0)
-        return torch.stack([shard[row] for shard, row in (self._places[i] for i in indices)])
-
-
-class Store:
-    """One folder of rows made by one recipe."""
-
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._folder = folder
-        self._shards: set[str] = set()
-        self._places: dict[str, tuple[Tensor, int]] = {}
-
-    def refresh(self) -> None:
-        """Take in shards that were written since, by this process or another."""
-        for path in sorted(self._folder.glob("*.safetensors")):
-            if path.name not in self._shards:
-                self._open(path)
-
-    def _open(self, path: Path) -> None:
-        try:
-            with path.open("rb") as file:
-                intact = hashlib.file_digest(file, "sha256").hexdigest() == path.stem
-            if not intact:
-                raise SafetensorError("not the bytes that were written")
-            with safe_open(path, framework="pt") as shard:
-                rows = shard.get_tensor("rows")
-                names = json.loads(shard.metadata()["names"])
-        except (SafetensorError, OSError, ValueError, KeyError) as ex:
-            log.warning("A damaged cache file is set aside and made again: %s (%s)", path, ex)
-            path.unlink(missing_ok=True)
-            return
-        self._shards.add(path.name)
-        self._places.update((name, (rows, i)) for i, name in enumerate(names))
-
-    def missing(self, names: Sequence[str]) -> list[int]:
-        """Positions in `names` that have no row yet."""
-        return [i for i, name in enumerate(names) if name not in self._places]
-
-    def add(self, names: Sequence[str], rows: Tensor) -> None:
-        """Write one shard: complete under its own name, or not at all."""
-        data = save({"rows": rows.contiguous()}, {"names": json.dumps(list(names))})
-        path = self._folder / f"{hashlib.sha256(data).hexdigest()}.safetensors"
-        part = self._folder / f".{uuid.uuid4().hex}.part"
-        with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(data)
-        part.replace(path)
-        self._open(path)
-
-    def rows(self, names: Sequence[str]) -> Rows:
-        """The rows with these names, which must be there."""
-        return Rows([self._places[name] for name in names])
-
-
-@lru_cache(maxsize=8)
-def open_store(folder: Path) -> Store:
-    """The store in `folder`; one per process, so that many virtual sites share it."""
-    return Store(folder)
+    def forward(self, pixels: Tensor) -> Tensor:
+        output: Tensor = self.prefix(self.preprocess.normalise(pixels))
+        return output
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Images ready to train on: rows, and what is left to run on each batch.
+    """Images ready to train on.
 
     Attributes:
-      rows: `views` rows per image, those of one image side by side.
+      rows: `views` rows per image, those of one image side by side; view 0 is the image itself.
       front: What a batch of rows still needs before the suffix, without gradients.
     """
 
@@ -178,20 +106,17 @@ class Prepared:
     front: nn.Module
 
 
-class _Front(nn.Module):
-    """Pixels → activations, for rows that are pixels."""
+@dataclass(frozen=True)
+class _Job:
+    """One row to make: which image, which view, and the row's name."""
 
-    def __init__(self, preprocess: Preprocess, prefix: nn.Module) -> None:
-        super().__init__()
-        self.preprocess, self.prefix = preprocess, prefix
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        output: Tensor = self.prefix(self.preprocess.normalise(pixels))
-        return output
+    image: int
+    view: int
+    name: str
 
 
 def prepare(
-    images: Sequence[Image], *, recipe: Recipe, views: int, cache: Path, skip_unreadable: bool
+    images: Sequence[Image], *, recipe: Recipe, augment: Augment, cache: Path, skip_unreadable: bool
 ) -> tuple[Prepared, list[int]]:
     """Rows for `images`, computing those the cache does not have.
 
@@ -201,22 +126,22 @@ def prepare(
     Raises:
       DataError: images that cannot be read, named and counted, unless they are to be skipped.
     """
-    activations = recipe.caches_activations
     store = open_store(cache / recipe.key)
     store.refresh()
     bad: dict[int, str] = {}
-    names = list(_digests(images, bad))
-    wanted = [i for i in range(len(images)) if i not in bad]
-    jobs = [(i, v, f"{names[i]}/{v}") for i in wanted for v in range(views)]
-    todo = [jobs[j] for j in store.missing([name for _, _, name in jobs])]
-    if todo:
-        log.info("preparing %d images, once; they are kept in %s", len(todo), cache)
-    _fill(store, images, todo, recipe, activations, bad)
+    digests = list(_digests(images, bad))
+    jobs = [
+        _Job(i, v, "/".join((digests[i], *(("+".join(augment.ops), str(v)) if v else ()))))
+        for i in range(len(images))
+        if i not in bad
+        for v in range(augment.views)
+    ]
+    todo = [jobs[j] for j in store.missing([job.name for job in jobs])]
+    _fill(store, images, todo, recipe, augment.ops, bad)
     _complain(images, bad, skip_unreadable)
+    rows = store.rows([job.name for job in jobs if job.image not in bad])
     kept = [i for i in range(len(images)) if i not in bad]
-    rows = store.rows([f"{names[i]}/{v}" for i in kept for v in range(views)])
-    front = nn.Identity() if activations else _Front(recipe.preprocess, recipe.prefix)
-    return Prepared(rows, views, front), kept
+    return Prepared(rows, augment.views, recipe.front()), kept
 
 
 def _digests(images: Sequence[Image], bad: dict[int, str]) -> Iterator[str]:
@@ -231,51 +156,52 @@ def _digests(images: Sequence[Image], bad: dict[int, str]) -> Iterator[str]:
 def _fill(
     store: Store,
     images: Sequence[Image],
-    todo: Sequence[tuple[int, int, str]],
+    todo: Sequence[_Job],
     recipe: Recipe,
-    activations: bool,
+    ops: tuple[str, ...],
     bad: dict[int, str],
 ) -> None:
-    """Compute the missing rows, shard by shard, with decoding on all cores."""
+    """Make the missing rows shard by shard, decoding on all cores; adds to `bad` what fails."""
 
-    def pixels(job: tuple[int, int, str]) -> Tensor | str:
-        i, number, name = job
+    def pixels(job: _Job) -> Tensor | None:
         try:
-            square = recipe.preprocess.pixels(images[i].pixels())
+            square = recipe.preprocess.pixels(images[job.image].pixels())
         except DataError as ex:
-            return str(ex)
-        seed = int(name[:12], 16) + number
-        return view(square, recipe.ops, seed) if number else square
+            bad[job.image] = str(ex)
+            return None
+        seed = int(job.name[:12], 16) + job.view
+        return view(square, ops, seed) if job.view else square
 
+    if todo:
+        log.info("preparing %d images, once", len(todo))
     told = time.monotonic()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in range(0, len(todo), _SHARD):
-            jobs = todo[start : start + _SHARD]
             names: list[str] = []
             rows: list[Tensor] = []
-            for first in range(0, len(jobs), _BATCH):
-                batch = jobs[first : first + _BATCH]
-                decoded = list(pool.map(pixels, batch))
-                good = [
-                    (j, p) for j, p in zip(batch, decoded, strict=True) if isinstance(p, Tensor)
-                ]
-                bad |= {j[0]: p for j, p in zip(batch, decoded, strict=True) if isinstance(p, str)}
+            for batch in _chunks(todo[start : start + _SHARD], _BATCH):
+                decoded = zip(batch, pool.map(pixels, batch), strict=True)
+                good = [(job.name, p) for job, p in decoded if p is not None]
                 if good:
-                    rows.append(recipe.rows([p for _, p in good], activations))
-                    names.extend(job[2] for job, _ in good)
+                    names += [name for name, _ in good]
+                    rows.append(recipe.rows([p for _, p in good]))
                 if time.monotonic() - told > _QUIET:
                     told = time.monotonic()
-                    log.info("  prepared %d of %d", start + first + len(batch), len(todo))
+                    log.info("  prepared %d of %d", start + len(names), len(todo))
             if names:
                 store.add(names, torch.cat(rows))
+
+
+def _chunks(jobs: Sequence[_Job], size: int) -> Iterator[Sequence[_Job]]:
+    for start in range(0, len(jobs), size):
+        yield jobs[start : start + size]
 
 
 def _complain(images: Sequence[Image], bad: dict[int, str], skip: bool) -> None:
     if not bad:
         return
-    shown = "; ".join(bad[i] for i in sorted(bad)[:3])
+    shown = "; ".join(bad[i] for i in sorted(bad)[:3]) + ("; …" if len(bad) > 3 else "")
     text = f"{len(bad)} of {len(images)} images cannot be read: {shown}"
-    text += "; …" if len(bad) > 3 else ""
     if not skip:
         raise DataError(f"{text}. Repair or remove them, or set images.unreadable: skip.")
     log.warning("%s. They are left out.", text)

@@ -21,7 +21,7 @@ from common.errors import BackboneError, ContractError, DataError, StudyError, c
 from common.metrics import Counts
 from common.network import Network, assemble
 from common.seeds import derive
-from common.study import Study
+from common.study import Augment, Study
 from common.wire import JoinReply, Tensors
 
 log = logging.getLogger(__name__)
@@ -52,13 +52,11 @@ class Session:
             raise DataError(_nothing(site, "training image"))
 
     def _examples(self, part: str) -> Examples:
-        augment = self.study.images.augment
-        views = augment.views if part == "train" else 1
         records: Sequence[Record] = getattr(self.parts, part)
         prepared, kept = prepare(
             [record.image for record in records],
-            recipe=_recipe(self.network, augment.ops if views > 1 else ()),
-            views=views,
+            recipe=_recipe(self.network),
+            augment=self.study.images.augment if part == "train" else Augment(),
             cache=self.site.cache_folder,
             skip_unreadable=self.study.images.unreadable == "skip",
         )
@@ -122,8 +120,8 @@ def versions() -> dict[str, str]:
 
 
 @lru_cache(maxsize=8)
-def _recipe(network: Network, ops: tuple[str, ...]) -> Recipe:
-    return Recipe(prefix=network.split.prefix, preprocess=network.preprocess, ops=ops)
+def _recipe(network: Network) -> Recipe:
+    return Recipe(prefix=network.split.prefix, preprocess=network.preprocess)
 
 
 def _nothing(site: Site, what: str) -> str:

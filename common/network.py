@@ -62,6 +62,8 @@ def assemble(study: Study, weights: str) -> Network:
 def _assemble(proposal: str, weights: str) -> Network:
     study = Study.model_validate_json(proposal)
     backbone = backbones.get(study.model.backbone)
+    if study.images.size:
+        backbone.check_size(study.images.size)
     seed = derive(study.seed, "initial weights")
     classes, dropout = len(study.classes), study.model.dropout
     model = backbone.build(classes=classes, dropout=dropout, weights=weights, seed=seed)

@@ -38,16 +38,19 @@ def references(study: Study, site_files: Sequence[Path]) -> Results:
 def _alone(study: Study, sessions: Sequence[Session], name: str) -> Tensors:
     """Train on the patients of `sessions` as one site; the best round's tensors by validation."""
     network, classes = sessions[0].network, len(study.classes)
+    plan = study.train
+    if plan.local_steps:  # as many steps as these sites take in a round of the federation
+        plan = plan.model_copy(update={"local_steps": plan.local_steps * len(sessions)})
     examples = _joined([session.examples["train"] for session in sessions])
     network.load(network.initial)
     best, score = _copy(network.tensors), None
-    for number in range(1, study.train.rounds + 1):
+    for number in range(1, plan.rounds + 1):
         trainer.train(
             network.split.suffix,
             examples,
-            study.train,
+            plan,
             classes=classes,
-            lr=trainer.learning_rate(study.train, number),
+            lr=trainer.learning_rate(plan, number),
             seed=derive(study.seed, name, number, "train"),
         )
         now = _copy(network.tensors)
