@@ -42,17 +42,20 @@ class Session:
     def __init__(self, site: Site, study: Study) -> None:
         self.site, self.study = site, study
         self.classes = len(study.classes)
-        self.parts = cut(site, study)
-        agree(site, study, patients(self.parts.train))
+        parts = cut(site, study)
+        self.records: dict[str, list[Record]] = {part: getattr(parts, part) for part in PARTS}
+        agree(site, study, patients(self.records["train"]))
         self.network = assemble(study, _weights(site, study))
         self.device = _device(site.device)
         self.network.model.to(self.device)
         self.examples = {part: self._examples(part) for part in PARTS}
         if site.role == "train" and not len(self.examples["train"]):
             raise DataError(_nothing(site, "training image"))
+        # Again, because unreadable images may have been left out.
+        agree(site, study, patients(self.records["train"]))
 
     def _examples(self, part: str) -> Examples:
-        records: Sequence[Record] = getattr(self.parts, part)
+        records = self.records[part]
         prepared, kept = prepare(
             [record.image for record in records],
             recipe=_recipe(self.network),
@@ -60,19 +63,19 @@ class Session:
             cache=self.site.cache_folder,
             skip_unreadable=self.study.images.unreadable == "skip",
         )
-        labels = torch.tensor([records[i].label for i in kept], dtype=torch.int64)
+        records = self.records[part] = [records[i] for i in kept]
+        labels = torch.tensor([record.label for record in records], dtype=torch.int64)
         return Examples(prepared, labels)
 
     def joined(self) -> JoinReply:
         """What this site tells the server about itself."""
-        shown = {part: getattr(self.parts, part) for part in PARTS}
         counts = {p: e.labels.bincount(minlength=self.classes) for p, e in self.examples.items()}
         return JoinReply(
             name=self.site.name,
             role=self.site.role,
             contract=self.network.contract,
             weight=len(self.examples["train"]),
-            patients={part: patients(records) for part, records in shown.items()},
+            patients={part: patients(records) for part, records in self.records.items()},
             images={part: tuple(count.tolist()) for part, count in counts.items()},
             versions=versions(),
         )
@@ -134,13 +137,12 @@ def _weights(site: Site, study: Study) -> str:
     name = study.model.weights
     if study.model.weights_file is None:
         return name
-    if site.weights is None:
-        where, remedy = f"{site.source}: weights", "Set it to the folder that holds the file."
-        got = "nothing"
-        raise BackboneError(
-            complaint(where, expected=f"a folder with {name}", got=got, remedy=remedy)
-        )
-    return str(site.weights / Path(name).name)
+    path = site.weights / Path(name).name if site.weights else None
+    if path is None or not path.is_file():
+        where, expected = f"{site.source}: weights", f"a folder with {Path(name).name}"
+        got, remedy = site.weights or "nothing", "Set it to the folder that holds the file."
+        raise BackboneError(complaint(where, expected=expected, got=got, remedy=remedy))
+    return str(path)
 
 
 def _device(wanted: str) -> torch.device:

@@ -56,9 +56,13 @@ class Site(YamlFile):
 
     def private(self, *parts: str) -> Path:
         """A folder under `state`, made on demand, readable by this user alone."""
-        folder = self.state.joinpath(*parts)
+        folder = self.state
         try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(mode=0o700, exist_ok=True)
+            for part in parts:  # one by one: mkdir(parents=True) leaves the parents open to others
+                folder = folder / part
+                folder.mkdir(mode=0o700, exist_ok=True)
         except OSError as ex:
             where = f"{self.source}: state"
             raise SiteError(complaint(where, expected="a folder to write", got=ex)) from None

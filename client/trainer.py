@@ -155,7 +155,8 @@ def evaluate(suffix: nn.Module, examples: Examples, classes: int) -> Counts:
     counts = Counts.zero(classes)
     suffix.eval()
     with torch.inference_mode():
-        for indices in torch.arange(len(examples)).split(_EVALUATION_BATCH):
+        for start in range(0, len(examples), _EVALUATION_BATCH):
+            indices = torch.arange(start, min(start + _EVALUATION_BATCH, len(examples)))
             logits = suffix(examples.batch(indices, 0, device))
             counts = counts + Counts.of(logits.float().cpu(), examples.labels[indices])
     return counts

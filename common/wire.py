@@ -16,7 +16,7 @@ from pydantic import Field, ValidationError
 from torch import Tensor
 
 from common.errors import ContractError
-from common.metrics import Counts
+from common.metrics import MOST, Counts
 from common.yaml import Section
 
 VERSION = 1
@@ -27,6 +27,7 @@ _JSON, _STUDY, _ROUND, _PROXIMAL = "json", "study", "server-round", "proximal-mu
 _LOSS = "train-loss"
 _LONGEST_JSON = 1_000_000
 
+Count = Annotated[int, Field(ge=0, le=MOST)]
 Shapes = Mapping[str, tuple[int, ...]]
 Tensors = dict[str, Tensor]
 
@@ -45,6 +46,7 @@ class JoinRequest:
     @classmethod
     def read(cls, record: RecordDict) -> "JoinRequest":
         """Back from Flower; raises `ContractError`."""
+        _exactly(record, CONFIG)
         return cls(proposal=_value(record, CONFIG, _JSON, str))
 
 
@@ -55,11 +57,11 @@ class JoinReply(Section):
     role: Literal["train", "evaluate"]
     contract: dict[str, str]
     """The parts all sites must share, hashed (see `common.contract`)."""
-    weight: Annotated[int, Field(ge=0)]
+    weight: Count
     """Weight in FedAvg: the number of training images."""
-    patients: dict[str, Annotated[int, Field(ge=0)]]
+    patients: dict[str, Count]
     """Patients per part: train, validation, test."""
-    images: dict[str, tuple[Annotated[int, Field(ge=0)], ...]]
+    images: dict[str, tuple[Count, ...]]
     """Images per part and class."""
     versions: dict[str, str]
 
@@ -70,10 +72,11 @@ class JoinReply(Section):
     @classmethod
     def read(cls, record: RecordDict) -> "JoinReply":
         """Back from Flower; raises `ContractError`."""
+        _exactly(record, CONFIG)
         try:
             return cls.model_validate_json(_value(record, CONFIG, _JSON, str))
         except ValidationError as ex:
-            raise ContractError(f"a join reply that does not fit: {ex.error_count()}") from None
+            raise ContractError(f"a join reply with {ex.error_count()} misfits") from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,11 +94,14 @@ class RoundRequest:
     @classmethod
     def read(cls, record: RecordDict) -> "RoundRequest":
         """From Flower; the arrays are still unchecked. Raises `ContractError`."""
+        _exactly(record, ARRAYS, CONFIG)
         config = _only(record.config_records, CONFIG)
         mu = config.get(_PROXIMAL, 0.0)
-        if not isinstance(mu, float | int) or not math.isfinite(mu) or mu < 0:
+        if type(mu) not in (float, int) or not math.isfinite(mu) or mu < 0:
             raise ContractError("a proximal term that is not a number >= 0")
         number = _value(record, CONFIG, _ROUND, int)
+        if number < 1:
+            raise ContractError("a round before the first")
         study = _value(record, CONFIG, _STUDY, str)
         arrays = _only(record.array_records, ARRAYS)
         return cls(study=study, round=number, proximal_mu=float(mu), arrays=arrays)
@@ -125,6 +131,7 @@ class RoundReply:
     @classmethod
     def read(cls, record: RecordDict, shapes: Shapes, weight: int, classes: int) -> "RoundReply":
         """Back from Flower; raises `ContractError` unless it is exactly as agreed."""
+        _exactly(record, ARRAYS, METRICS, _LAST)
         metrics = _only(record.metric_records, METRICS)
         if set(metrics) != {WEIGHT, _LOSS}:
             raise ContractError("metrics other than the agreed ones")
@@ -160,6 +167,7 @@ class FinalRequest:
     @classmethod
     def read(cls, record: RecordDict) -> "FinalRequest":
         """Back from Flower; the arrays are still unchecked. Raises `ContractError`."""
+        _exactly(record, _LAST, _BEST, CONFIG)
         last = _only(record.array_records, _LAST)
         best = _only(record.array_records, _BEST)
         return cls(study=_value(record, CONFIG, _STUDY, str), last=last, best=best)
@@ -182,6 +190,7 @@ class FinalReply:
     @classmethod
     def read(cls, record: RecordDict, classes: int) -> "FinalReply":
         """Back from Flower; raises `ContractError`."""
+        _exactly(record, *_FINAL_PARTS)
         parts = (_only(record.metric_records, part) for part in _FINAL_PARTS)
         validation, last, best = (Counts.from_sparse(part, classes) for part in parts)
         return cls(validation_last=validation, test_last=last, test_best=best)
@@ -213,16 +222,23 @@ def _tensor(array: Array, shape: tuple[int, ...]) -> Tensor:
         values = array.numpy()
     except Exception:
         raise ContractError("a tensor that cannot be read") from None
+    if not isinstance(values, np.ndarray):  # numpy also opens archives of arrays
+        raise ContractError("a tensor that is not one array")
     if values.dtype != np.float32 or values.shape != shape:
         raise ContractError("a tensor of another type or shape than agreed")
     if not np.isfinite(values).all():
         raise ContractError("a tensor with values that are not finite")
-    return torch.from_numpy(np.ascontiguousarray(values))
+    return torch.from_numpy(np.asarray(values, order="C"))
 
 
 def payload(arrays: ArrayRecord) -> int:
     """Bytes that a record of tensors puts on the wire."""
     return sum(len(array.data) for array in arrays.values())
+
+
+def _exactly(record: RecordDict, *keys: str) -> None:
+    if set(record) != set(keys):
+        raise ContractError("a message with other parts than agreed")
 
 
 def _only(records: Mapping[str, Any], key: str) -> Any:

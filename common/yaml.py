@@ -1,6 +1,6 @@
 """YAML files into frozen pydantic models; errors name the file, the key and the remedy."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar, get_args, get_origin
 
@@ -15,10 +15,29 @@ S = TypeVar("S", bound="Section")
 
 # Where pydantic's own words speak of Python.
 PLAIN = {
+    "invalid_key": "a word as key",
+    "string_type": "text (in quotes, if YAML reads it as something else)",
+    "tuple_type": "a list",
     "path_type": "a path",
     "model_type": "a mapping of keys to values",
     "model_attributes_type": "a mapping of keys to values",
 }
+
+
+# An impossible date is a ValueError, endless nesting a RecursionError.
+_NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key given twice: its first value would be lost without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        keys = [key.value for key, _ in node.value]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"the key {twice[0]!r} twice", node.start_mark
+            )
+        return super().construct_mapping(node, deep)
 
 
 class Section(BaseModel):
@@ -80,11 +99,11 @@ def _anchor(section: S, folder: Path) -> S:
 
 def _read(path: Path, error: type[ConsiliumError]) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = _Loader(path.read_text(encoding="utf-8")).get_single_data()
     except (OSError, UnicodeDecodeError) as ex:
         reason = getattr(ex, "strerror", None) or "not UTF-8 text"
         raise error(complaint(path, expected="a readable YAML file", got=reason)) from None
-    except yaml.YAMLError as ex:
+    except _NOT_YAML as ex:
         raise error(complaint(path, expected="valid YAML", got=" ".join(str(ex).split()))) from None
     if not isinstance(content, dict):
         got = type(content).__name__
@@ -104,8 +123,8 @@ def _apply(content: dict[str, Any], change: str, error: type[ConsiliumError]) ->
             inner = place[parent] = {}
         place = inner
     try:
-        place[last] = yaml.safe_load(value)
-    except yaml.YAMLError:
+        place[last] = _Loader(value).get_single_data()
+    except _NOT_YAML:
         raise error(complaint(f"--set {key}", expected="a YAML value", got=repr(value))) from None
 
 

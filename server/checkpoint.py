@@ -43,12 +43,13 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Path, study: Study) -> Self:
-        """A new run; raises `RunError` if the folder already holds one."""
-        if (path / "study.yaml").exists():
-            remedy = f"Go on with --resume {path}, or choose another folder."
-            raise RunError(complaint(path, expected="no run yet", got="a run", remedy=remedy))
+        """A new run; raises `RunError` unless the folder is new or empty."""
         try:
             path.mkdir(parents=True, exist_ok=True)
+            if any(path.iterdir()):
+                remedy = f"Go on with --resume {path}, or choose another folder."
+                expected, got = "a new or empty folder", "a run or other files"
+                raise RunError(complaint(path, expected=expected, got=got, remedy=remedy))
             files.write(path / "study.yaml", study.yaml())
         except OSError as ex:
             raise RunError(complaint(path, expected="a folder to write", got=ex.strerror)) from None

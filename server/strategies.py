@@ -75,18 +75,22 @@ class Aggregator:
         self, round_number: int, tensors: Tensors, config: ConfigRecord, nodes: Sequence[int]
     ) -> list[Message]:
         """One message for each of `nodes`."""
-        arrays, cohort = wire.to_arrays(tensors), cast(Grid, _Cohort(nodes))
+        arrays, cohort = wire.to_arrays(self._ordered(tensors)), cast(Grid, _Cohort(nodes))
         return list(self._strategy.configure_train(round_number, arrays, config, cohort))
 
     def merge(self, round_number: int, updates: Sequence[tuple[Tensors, float]]) -> Tensors:
         """The next tensors, float32, from checked replies: each site's tensors and weight."""
-        records = (wire.strategy_record(tensors, weight) for tensors, weight in updates)
+        records = [wire.strategy_record(self._ordered(t), weight) for t, weight in updates]
         # Strategies read a reply's content alone, so the address does not matter.
         messages = [Message(record, SUPERLINK_NODE_ID, MessageType.TRAIN) for record in records]
         arrays, _ = self._strategy.aggregate_train(round_number, messages)
         if arrays is None:
             raise ValueError("expected at least one update")
         return {name: torch.from_numpy(arrays[name].numpy()).float() for name in self._names}
+
+    def _ordered(self, tensors: Tensors) -> Tensors:
+        """FedAvgM tells arrays apart by their position alone."""
+        return {name: tensors[name] for name in self._names}
 
     def state(self) -> Tensors:
         """What the strategy carries from round to round."""

@@ -6,20 +6,24 @@ study's seed, so that a simulation can be repeated.
 """
 
 import hashlib
+import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from client.data.formats import Data, guess
-from client.session import cut
+from client.session import cut, open_session, remember
 from client.site import Site
 from common import files
-from common.errors import RunError, SiteError, complaint
+from common.errors import RefusedError, RunError, SiteError, complaint
 from common.seeds import derive
 from common.study import Study
 from common.yaml import dump
 from simulations import partition
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +109,19 @@ def _write(hospital: Hospital, study: Study, folder: Path, cache: Path) -> Path:
     secret = hashlib.sha256(f"{derive(study.seed, hospital.name, 'secret')}".encode()).digest()
     files.write(Site.read(path).private() / "secret", secret, 0o600)
     return path
+
+
+def prepare(site_files: Sequence[Path], study: Study) -> None:
+    """Open every hospital's session, so that what is wrong with its data is said here and now.
+
+    A hospital whose policy refuses the study is left to refuse it at join.
+    """
+    for path in site_files:
+        site = Site.read(path)
+        remember(site, study.proposal())
+        log.info("%s", site.name)
+        with suppress(RefusedError):
+            open_session(path, study.id)
 
 
 def census(site_files: Sequence[Path], study: Study) -> dict[str, dict[str, list[int]]]:

@@ -1,5 +1,6 @@
 """A study from the command line to the final table: one run, or one for each seed."""
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,9 +77,14 @@ def start(
 def _new(study: Study, source: Source, folder: Path, cache: Path, *, compare: bool) -> None:
     _inspect(study)
     found = source.hospitals(study)
-    site_files = hospitals.settle(found, study, folder, cache)
-    _show_census(study, site_files)
     run = RunFolder.create(folder, study)
+    try:
+        site_files = hospitals.settle(found, study, folder, cache)
+        _show_census(study, site_files)
+        hospitals.prepare(site_files, study)
+    except BaseException:
+        shutil.rmtree(folder)  # nothing half-written; prepared images stay in the cache
+        raise
     simulate(server_app, client_app, site_files, run.path)
     _conclude(run, site_files, compare=compare)
 

@@ -1,0 +1,32 @@
+"""What every test may use: one torch thread, the shared test data, four small phantom hospitals."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from simulations import phantom
+
+
+def pytest_configure() -> None:
+    # Small networks: more threads only make the suite slower, and its figures vary.
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real images and weights that the repository does not hold."""
+    default = Path(__file__).parents[2] / "shared"
+    folder = Path(os.environ.get("CONSILIUM_TEST_DATA", default))
+    if not folder.is_dir():
+        pytest.skip(f"no test data at {folder}; set CONSILIUM_TEST_DATA")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four hospitals, one folder each, with 40 phantom patients between them."""
+    folder = tmp_path_factory.mktemp("phantoms")
+    phantom.write(folder, patients=40)
+    return folder

@@ -1,0 +1,250 @@
+"""The command line as a person uses it: good input works, bad input ends in one clear line."""
+
+import csv
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from client.session import open_session
+from simulations import cli
+
+ROOT = Path(__file__).parents[1]
+DEMO = ROOT / "configs/demo.yaml"
+NAMES = ("east", "north", "south", "west")
+SHORT = ("--set", "train.rounds=2", "--set", "train.local_epochs=1")
+
+Command = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def command(
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> Command:
+    """Runs `consilium-simulate` with arguments in an empty folder: exit code, all it printed."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> tuple[int, str]:
+        caplog.clear()
+        open_session.cache_clear()
+        monkeypatch.setattr(sys, "argv", ["consilium-simulate", *map(str, arguments)])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as ex:
+            code = int(ex.code or 0)
+        out, err = capsys.readouterr()
+        return code, out + err + caplog.text
+
+    return run
+
+
+@pytest.fixture
+def site_options(phantoms: Path) -> list[str]:
+    """The four phantom hospitals, as options."""
+    return [part for name in NAMES for part in ("--site", str(phantoms / name))]
+
+
+@pytest.fixture
+def hospital(phantoms: Path, tmp_path: Path) -> Path:
+    """A copy of one phantom hospital, to be spoilt."""
+    return Path(shutil.copytree(phantoms / "north", tmp_path / "hospital"))
+
+
+def test_run_compare_predict(command: Command, site_options: list[str], phantoms: Path) -> None:
+    code, text = command("run", DEMO, *site_options, *SHORT, "--compare", "--out", "run")
+    assert code == 0, text
+    for word in ("round   2/2", "north", "local", "pooled", "federated", "overall", "run folder"):
+        assert word in text
+    report = json.loads(Path("run/report.json").read_text())
+    assert set(report["results"]) == {"local", "pooled", "federated"}
+    assert Path("run/comparison.png").exists()
+    code, text = command("predict", "run", phantoms / "west/images", "--out", "p.csv")
+    assert code == 0, text
+    rows = list(csv.DictReader(Path("p.csv").read_text().splitlines()))
+    assert len(rows) == len(list((phantoms / "west/images").iterdir()))
+    shares = [float(rows[0][name]) for name in ("clear", "nodule", "consolidation", "effusion")]
+    assert sum(shares) == pytest.approx(1, abs=1e-4)
+
+
+def test_a_pool_is_cut_by_patient_and_shown(command: Command, phantoms: Path) -> None:
+    pool = ("--pool", phantoms / "north", "--partition", "dirichlet:0.5", "--sites", 3)
+    code, text = command("run", DEMO, *pool, *SHORT, "--set", "aggregate.quorum=1", "--out", "run")
+    assert code == 0, text
+    ids = [set(path.read_text().split()) for path in Path("run/sites").glob("*/patients.txt")]
+    assert len(ids) == 3
+    assert sum(map(len, ids)) == len(set.union(*ids))
+    assert all(f"site-{i}" in text for i in (1, 2, 3))
+
+
+def test_seeds_are_summarised_and_completed(command: Command, site_options: list[str]) -> None:
+    arguments = ("run", DEMO, *site_options, *SHORT, "--seeds", "0,1", "--out", "runs")
+    code, text = command(*arguments)
+    assert code == 0, text
+    assert "2 seeds" in text
+    assert "±" in text
+    summary = json.loads(Path("runs/summary.json").read_text())
+    assert len(summary["overall"]["federated"]["balanced_accuracy"]) == 2
+    before = Path("runs/seed-0/report.json").stat().st_mtime_ns
+    shutil.rmtree("runs/seed-1")
+    assert command(*arguments)[0] == 0
+    assert Path("runs/seed-0/report.json").stat().st_mtime_ns == before
+    assert Path("runs/seed-1/report.json").exists()
+
+
+def test_check_validates_without_training(command: Command, site_options: list[str]) -> None:
+    code, text = command("check", DEMO, *site_options)
+    assert code == 0, text
+    assert "a valid study" in text
+    assert "north" in text
+    assert not list(Path().iterdir())
+
+
+def test_backbones_lists_each_choice(command: Command) -> None:
+    code, text = command("backbones", "--classes", 7)
+    assert code == 0
+    # 512 features × 7 classes + 7 biases, four bytes each
+    assert "3,591" in text
+    assert "14,364" in text
+
+
+# --- bad input: one clear line, no traceback, nothing half-written ---
+
+
+def refused(command: Command, expected: str, *arguments: object) -> None:
+    code, text = command(*arguments)
+    assert code != 0
+    assert expected in " ".join(text.split()), text
+    assert "Traceback" not in text
+    assert not list(Path().glob("run/report.json"))
+
+
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [
+        ("train.rouds=3", "train.rouds: expected a known key, got 'rouds'. Did you mean 'rounds'?"),
+        ("train.rounds=none", "train.rounds: expected"),
+        ("model.backbone=resnet81", "Did you mean 'resnet18'?"),
+        ("model.unfreeze=last:99", "model.unfreeze: expected at most last:5"),
+        ("model.unfreeze=some", "model.unfreeze: expected head, last:<k> or all, got 'some'"),
+        ("model.weights=missing.pth", "missing.pth: expected a state dict"),
+        ("aggregate.strategy=fedavgg", "Did you mean 'fedavg'?"),
+        ("aggregate.options.mu=1", "aggregate.options.mu: expected an option of fedavg"),
+        ("images.size=16", "images.size: expected"),
+        ("privacy.mechanism=dp_sgd", "privacy.mechanism: expected 'none', got 'dp_sgd'"),
+    ],
+)
+def test_a_wrong_study(key: str, expected: str, command: Command, site_options: list[str]) -> None:
+    refused(command, expected, "check", DEMO, *site_options, "--set", key)
+    refused(command, expected, "run", DEMO, *site_options, "--set", key, "--out", "run")
+    assert not Path("run").exists()
+
+
+def test_a_checkpoint_of_another_architecture(command: Command, site_options: list[str]) -> None:
+    options = ("--set", "model.backbone=mobilenet_v2", "--out", "run")
+    refused(command, "It fits shufflenet_v2_x0_5", "run", DEMO, *site_options, *options)
+    save_file({"a": torch.zeros(3)}, "other.safetensors")
+    options = ("--set", f"model.weights={Path('other.safetensors').resolve()}", "--out", "run")
+    refused(command, "expected a checkpoint of shufflenet", "run", DEMO, *site_options, *options)
+    assert not Path("run").exists()
+
+
+def test_a_missing_folder(command: Command) -> None:
+    refused(command, "nowhere: expected", "run", DEMO, "--site", "nowhere", "--out", "run")
+    refused(command, "expected --site folders or one --pool", "run", DEMO, "--out", "run")
+    refused(command, "nothing.yaml: expected a readable YAML file", "check", "nothing.yaml")
+    refused(command, "expected a finished run", "predict", "nowhere", ".")
+    assert not Path("run").exists()
+
+
+def spoil(hospital: Path, change: Callable[[list[str]], list[str]]) -> None:
+    """Rewrite the rows of a manifest."""
+    path = hospital / "manifest.csv"
+    header, *rows = path.read_text().splitlines()
+    path.write_text("\n".join([header, *change(rows)]) + "\n")
+
+
+def alone(hospital: Path) -> tuple[object, ...]:
+    return (DEMO, "--site", hospital, *SHORT, "--set", "aggregate.quorum=1", "--out", "run")
+
+
+def test_an_unknown_class(command: Command, hospital: Path) -> None:
+    spoil(hospital, lambda rows: [rows[0].replace(rows[0].split(",")[1], "fracture"), *rows[1:]])
+    refused(command, "fracture", "run", *alone(hospital))
+    assert not Path("run").exists()
+
+
+def test_a_class_missing_at_a_site_is_fine(command: Command, hospital: Path) -> None:
+    spoil(hospital, lambda rows: [row for row in rows if ",nodule," not in row])
+    code, text = command("run", *alone(hospital))
+    assert code == 0, text
+    assert "nan" not in text
+
+
+def test_an_empty_site(command: Command, hospital: Path) -> None:
+    spoil(hospital, lambda rows: [])
+    refused(command, "expected", "run", *alone(hospital))
+    assert not Path("run").exists()
+
+
+def test_a_site_with_one_patient(command: Command, hospital: Path) -> None:
+    """Its one patient trains; no figure can be given, and none is made up."""
+
+    def one(rows: list[str]) -> list[str]:
+        return [row for row in rows if row.split(",")[2] == rows[0].split(",")[2]]
+
+    spoil(hospital, one)
+    everyone = ("--set", "holdout.test=0", "--set", "holdout.validation=0")
+    code, text = command("run", *alone(hospital), *everyone)
+    assert code == 0, text
+    assert "–" in text
+
+
+def test_an_unreadable_image(command: Command, hospital: Path) -> None:
+    first = sorted((hospital / "images").iterdir())[0]
+    first.write_bytes(b"\x89PNG not really")
+    refused(command, f"{first.name}", "run", *alone(hospital))
+    assert not Path("run").exists()
+    code, text = command("run", *alone(hospital), "--set", "images.unreadable=skip")
+    assert code == 0, text
+    assert "1 of" in text
+    assert first.name in text
+
+
+def test_resuming_another_study(command: Command, hospital: Path) -> None:
+    assert command("run", *alone(hospital))[0] == 0
+    Path("run/report.json").unlink()
+    options = ("--resume", "run", "--set", "train.lr=0.5")
+    refused(command, "expected the study this run began with", "run", DEMO, *options)
+    refused(command, "expected a run folder", "run", "--resume", "nowhere")
+    refused(command, "expected a new or empty folder", "run", *alone(hospital))
+
+
+def test_a_folder_of_class_folders(command: Command, tmp_path: Path) -> None:
+    for name in ("clear", "nodule", "consolidation", "effusion"):
+        (tmp_path / "site" / name).mkdir(parents=True)
+        for i in range(6):
+            picture = Image.effect_noise((70, 60), 40 + i)
+            picture.save(tmp_path / "site" / name / f"{name}{i}.png")
+    code, text = command("run", *alone(tmp_path / "site"))
+    assert code == 0, text
+
+
+def test_real_data_by_its_readme_line(command: Command, shared: Path) -> None:
+    """A round of the chest study on PneumoniaMNIST with real weights."""
+    weights = shared / "weights/mobilenet_v2.pth"
+    pool = ("--pool", shared / "data/pneumoniamnist/pneumoniamnist.npz", "--sites", 4)
+    cut = ("--partition", "dirichlet:0.5", "--set", f"model.weights={weights}")
+    few = ("--set", "train.rounds=1", "--set", "images.size=32", "--out", "run")
+    code, text = command("run", ROOT / "configs/chest.yaml", *pool, *cut, *few)
+    assert code == 0, text
+    assert "overall" in text

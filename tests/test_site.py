@@ -1,0 +1,223 @@
+"""A hospital's own file: its paths, its private folder, its last word."""
+
+import os
+import stat
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from client.data.manifest import Manifest
+from client.policy import agree
+from client.site import Site
+from common import files
+from common.errors import RefusedError, SiteError
+from common.study import Study
+
+BASE: dict[str, Any] = {
+    "name": "east",
+    "data": {"format": "manifest", "root": "images"},
+    "state": "state",
+}
+STUDY = {
+    "name": "lesions",
+    "classes": ["benign", "malignant"],
+    "model": {"backbone": "squeezenet1_1", "weights": "none"},
+    "train": {"rounds": 1},
+}
+
+
+def write(folder: Path, **changes: object) -> Path:
+    path = folder / "site.yaml"
+    path.write_text(yaml.safe_dump({**BASE, **changes}), encoding="utf-8")
+    return path
+
+
+def site(folder: Path, **changes: object) -> Site:
+    return Site.read(write(folder, **changes))
+
+
+def study(**model: object) -> Study:
+    return Study.model_validate({**STUDY, "model": {**STUDY["model"], **model}})  # type: ignore[dict-item]
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(SiteError) as caught:
+        Site.read(path)
+    return str(caught.value)
+
+
+def test_relative_paths_start_at_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "hospital"
+    folder.mkdir()
+    data = {"format": "manifest", "root": "../images", "patients": "some.txt"}
+    write(folder, data=data, cache="/var/cache/x", weights="nets")
+    monkeypatch.chdir(tmp_path)
+    for path in (folder / "site.yaml", Path("hospital/site.yaml")):
+        read = Site.read(path)
+        assert isinstance(read.data, Manifest)
+        assert read.data.root.resolve() == tmp_path / "images"
+        assert read.data.patients == folder / "some.txt"
+        assert (read.state, read.weights) == (folder / "state", folder / "nets")
+        assert read.cache_folder == Path("/var/cache/x")
+        assert read.source == str(path)
+
+
+def test_the_cache_is_private_unless_the_hospital_says_where(tmp_path: Path) -> None:
+    assert site(tmp_path).cache_folder == tmp_path / "state" / "cache"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"polcy": {}}, ["polcy", "Did you mean 'policy'?"]),
+        ({"policy": {"min_patient": 2}}, ["policy.min_patient", "Did you mean 'min_patients'?"]),
+        ({"data": {"format": "manifest", "rot": "x"}}, ["data.rot", "Did you mean 'root'?"]),
+        (
+            {"data": {"format": "manifset", "root": "x"}},
+            ["data.format", "Did you mean 'manifest'?"],
+        ),
+        ({"data": {"root": "x"}}, ["data.format", "expected a value, got nothing"]),
+        ({"data": "images"}, ["data"]),
+        ({"policy": {"min_patients": 0}}, ["policy.min_patients", "greater than or equal to 1"]),
+        ({"policy": {"require_privacy": "perhaps"}}, ["policy.require_privacy", "'perhaps'"]),
+        ({"policy": {"unfreeze": ["heads"]}}, ["policy.unfreeze.0", "head, last:<k> or all"]),
+        ({"policy": {"unfreeze": "head"}}, ["policy.unfreeze", "a list", "'head'"]),
+        ({"state": 5}, ["state", "a path"]),
+        ({"name": "a/b"}, ["name", "'a/b'"]),
+        ({"role": "boss"}, ["role", "'train' or 'evaluate'", "'boss'"]),
+    ],
+)
+def test_what_is_wrong_is_named(
+    changes: dict[str, object], words: list[str], tmp_path: Path
+) -> None:
+    path = write(tmp_path, **changes)
+    told = refusal(path)
+    assert told.startswith(f"{path}: ")
+    assert [word for word in words if word not in told] == []
+
+
+def test_a_policy_given_twice_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    path.write_text(
+        path.read_text() + "policy: {require_privacy: true}\npolicy: {min_patients: 5}\n"
+    )
+    assert "the key 'policy' twice" in refusal(path)
+    assert "No such file" in refusal(tmp_path / "none.yaml")
+
+
+@pytest.fixture
+def open_umask() -> Any:
+    before = os.umask(0)
+    yield
+    os.umask(before)
+
+
+@pytest.mark.usefixtures("open_umask")
+@pytest.mark.parametrize("parts", [(), ("studies",), ("studies", "deep")])
+def test_the_state_folder_is_private(parts: tuple[str, ...], tmp_path: Path) -> None:
+    folder = site(tmp_path, state="var/state").private(*parts)
+    assert folder == tmp_path.joinpath("var/state", *parts)
+    while folder != tmp_path / "var":
+        assert mode(folder) == 0o700, folder
+        folder = folder.parent
+
+
+@pytest.mark.usefixtures("open_umask")
+def test_the_secret_is_private_and_stays(tmp_path: Path) -> None:
+    secret = site(tmp_path).secret()
+    assert mode(tmp_path / "state") == 0o700
+    assert mode(tmp_path / "state" / "secret") == 0o600
+    assert len(secret) == 32
+    assert (tmp_path / "state" / "secret").read_bytes() == secret
+    assert site(tmp_path).secret() == secret
+    assert [path.name for path in (tmp_path / "state").iterdir()] == ["secret"]
+
+
+def test_every_hospital_draws_its_own_secret(tmp_path: Path) -> None:
+    secrets = {site(tmp_path, state=f"state{i}").secret() for i in range(8)}
+    assert len(secrets) == 8
+
+
+def test_creators_at_once_agree_on_the_secret(tmp_path: Path) -> None:
+    here = site(tmp_path)
+    for attempt in range(20):
+        hospital = here.model_copy(update={"state": tmp_path / f"state{attempt}"})
+        ready, seen = threading.Barrier(4), []
+
+        def draw(hospital: Site = hospital, ready: Any = ready, seen: Any = seen) -> None:
+            ready.wait()
+            seen.append(hospital.secret())
+
+        threads = [threading.Thread(target=draw) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(seen) == 4
+        assert set(seen) == {hospital.secret()}
+
+
+def test_of_two_files_created_at_once_the_first_stays(tmp_path: Path) -> None:
+    # The order that a race leaves to chance: both found nothing there, both write.
+    path = tmp_path / "secret"
+    files.create(path, b"first", mode=0o600)
+    files.create(path, b"second", mode=0o600)
+    assert path.read_bytes() == b"first"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_state_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "state").write_text("a file")
+    with pytest.raises(SiteError, match=r"site\.yaml: state: expected a folder to write"):
+        site(tmp_path).private()
+    with pytest.raises(SiteError, match="expected a folder to write"):
+        site(tmp_path, state="state/inside").secret()
+
+
+def test_a_site_without_rules_agrees(tmp_path: Path) -> None:
+    for unfreeze in ("head", "last:2", "all"):
+        agree(site(tmp_path), study(unfreeze=unfreeze), 1)
+
+
+def test_a_policy_that_is_met_agrees(tmp_path: Path) -> None:
+    hospital = site(tmp_path, policy={"min_patients": 20, "unfreeze": ["head", "last:1"]})
+    for unfreeze in ("head", "last:1"):
+        agree(hospital, study(unfreeze=unfreeze), 20)
+
+
+def refused(hospital: Site, wanted: Study, patients: int) -> str:
+    with pytest.raises(RefusedError) as caught:
+        agree(hospital, wanted, patients)
+    assert str(caught.value).startswith(f"{hospital.source}: policy: expected ")
+    return str(caught.value)
+
+
+def test_a_study_without_privacy_is_refused(tmp_path: Path) -> None:
+    hospital = site(tmp_path, policy={"require_privacy": True})
+    assert "require_privacy" in refused(hospital, study(), 100)
+
+
+@pytest.mark.parametrize("allowed", [["head"], ["head", "last:1"], ["last:3"], []])
+def test_a_depth_that_is_not_allowed_is_refused(allowed: list[str], tmp_path: Path) -> None:
+    hospital = site(tmp_path, policy={"unfreeze": allowed})
+    told = refused(hospital, study(unfreeze="last:2"), 100)
+    assert told.endswith(f"unfreeze to be one of {', '.join(allowed)}, got last:2")
+
+
+def test_too_few_patients_are_refused_where_they_would_train(tmp_path: Path) -> None:
+    policy = {"min_patients": 20}
+    told = refused(site(tmp_path, policy=policy), study(), 19)
+    assert "at least 20 training patients (min_patients), got 19" in told
+    agree(site(tmp_path, policy=policy, role="evaluate"), study(), 0)
+
+
+def test_a_site_that_only_evaluates_keeps_its_other_rules(tmp_path: Path) -> None:
+    policy = {"require_privacy": True}
+    assert "require_privacy" in refused(site(tmp_path, policy=policy, role="evaluate"), study(), 0)

@@ -1,0 +1,212 @@
+"""Rows come back as they went in, or are noticed and made again; whoever writes, none is lost."""
+
+import logging
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from client import store as shelf
+from client.store import Rows, Store, open_store
+
+WRITER = """
+import sys, time
+from pathlib import Path
+import torch
+from client.store import Store
+
+folder, name, shards = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+store = Store(folder)
+(folder / f"{name}.ready").touch()
+while not (folder / "go").exists():
+    time.sleep(0.001)
+for i in range(shards):
+    store.add([f"{name}/{i}"], torch.full((1, 3), float(i)))
+store.add(["both"], torch.full((1, 3), 7.0))
+"""
+
+
+def table(rows=4, seed=0):
+    return torch.randn(rows, 2, 3, generator=torch.Generator().manual_seed(seed))
+
+
+def names(rows=4, word="image"):
+    return [f"{word}/{i}" for i in range(rows)]
+
+
+def everything(rows):
+    return rows[torch.arange(len(rows))]
+
+
+def opened(folder):
+    """What another process finds."""
+    store = Store(folder)
+    store.refresh()
+    return store
+
+
+def shards(folder):
+    return sorted(folder.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        torch.arange(256, dtype=torch.uint8).reshape(4, 64),
+        torch.tensor([[float("nan"), -0.0], [1e-42, float("inf")], [1 / 3, -1e38], [0.1, 0.2]]),
+        table().half(),
+        table().transpose(1, 2),
+    ],
+)
+def test_rows_come_back_bit_for_bit(tmp_path, rows):
+    Store(tmp_path / "s").add(names(), rows)
+    found = everything(opened(tmp_path / "s").rows(names()))
+    assert found.dtype == rows.dtype
+    assert found.shape == rows.shape
+    assert found.numpy().tobytes() == rows.contiguous().numpy().tobytes()
+
+
+def test_rows_come_in_the_order_asked_for_from_several_shards(tmp_path):
+    store = Store(tmp_path)
+    store.add(names(4, "a"), table(4, 1))
+    store.add(names(2, "b"), table(2, 2))
+    rows = store.rows(["b/1", "a/3", "b/0"])
+    assert len(rows) == 3
+    wanted = torch.stack([table(2, 2)[1], table(4, 1)[3], table(2, 2)[0]])
+    assert torch.equal(everything(rows), wanted)
+    assert torch.equal(rows[torch.tensor([2, 0, 2])], wanted[[2, 0, 2]])
+    joined = rows + store.rows(["a/0"])
+    assert torch.equal(joined[torch.tensor([3, 0])], torch.stack([table(4, 1)[0], wanted[0]]))
+
+
+def test_rows_in_memory_and_beyond_it_are_equal(tmp_path, monkeypatch):
+    store = Store(tmp_path)
+    store.add(names(5), table(5))
+    near = store.rows(names(5))
+    monkeypatch.setattr(shelf, "_IN_MEMORY", table(5).nbytes - 1)
+    far = store.rows(names(5))
+    assert near._memory is not None
+    assert far._memory is None
+    for indices in (torch.arange(5), torch.tensor([4, 0, 4]), torch.tensor([2])):
+        assert torch.equal(near[indices], far[indices])
+        assert torch.equal(far[indices], table(5)[indices])
+
+
+def test_no_rows_are_no_error():
+    assert len(Rows([])) == 0
+
+
+def test_missing_gives_the_positions_without_a_row(tmp_path):
+    store = Store(tmp_path)
+    store.add(names(2), table(2))
+    assert store.missing(["image/1", "new", "image/0", "newer"]) == [1, 3]
+
+
+@pytest.mark.parametrize("damage", ["first byte", "header", "a value", "last byte", "cut", "empty"])
+def test_a_damaged_shard_is_noticed_set_aside_and_made_again(tmp_path, caplog, damage):
+    store = Store(tmp_path)
+    store.add(names(4, "kept"), table(4, 1))
+    (kept,) = shards(tmp_path)
+    store.add(names(4, "hurt"), table(4, 2))
+    (hurt,) = set(shards(tmp_path)) - {kept}
+    data = bytearray(hurt.read_bytes())
+    if damage == "cut":
+        del data[-5:]
+    elif damage == "empty":
+        data.clear()
+    else:
+        at = {"first byte": 0, "header": 20, "a value": -30, "last byte": -1}[damage]
+        data[at] ^= 1
+    hurt.write_bytes(data)
+
+    with caplog.at_level(logging.WARNING):
+        again = opened(tmp_path)
+    assert hurt.name in caplog.text
+    assert kept.name not in caplog.text
+    assert shards(tmp_path) == [kept]
+    assert again.missing(names(4, "hurt")) == [0, 1, 2, 3]
+    assert torch.equal(everything(again.rows(names(4, "kept"))), table(4, 1))
+
+    again.add(names(4, "hurt"), table(4, 2))
+    assert torch.equal(everything(opened(tmp_path).rows(names(4, "hurt"))), table(4, 2))
+
+
+def test_a_whole_shard_under_a_name_not_its_own_is_refused(tmp_path, caplog):
+    store = Store(tmp_path)
+    store.add(names(), table())
+    (shard,) = shards(tmp_path)
+    shard.rename(tmp_path / f"{'0' * 64}.safetensors")
+    assert opened(tmp_path).missing(names()) == [0, 1, 2, 3]
+
+
+def test_a_half_written_shard_is_not_there_yet(tmp_path, caplog):
+    Store(tmp_path).add(names(), table())
+    (shard,) = shards(tmp_path)
+    part = tmp_path / f".{shard.name}.12345678.part"
+    part.write_bytes(shard.read_bytes()[:40])
+    shard.unlink()
+    with caplog.at_level(logging.WARNING):
+        store = opened(tmp_path)
+    assert store.missing(names()) == [0, 1, 2, 3]
+    assert not caplog.records
+    assert part.exists()  # another process may still be writing it
+
+
+def writer(folder, name, count):
+    command = [sys.executable, "-c", WRITER, str(folder), name, str(count)]
+    return subprocess.Popen(command, cwd=Path(__file__).parents[1], env=os.environ)
+
+
+def until(condition):
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def test_processes_writing_at_once_lose_nothing_and_one_killed_leaves_no_wreck(tmp_path, caplog):
+    Store(tmp_path)
+    running = {name: writer(tmp_path, name, 25) for name in ("a", "b")}
+    killed = writer(tmp_path, "killed", 10**6)
+    until(lambda: len(list(tmp_path.glob("*.ready"))) == 3)
+    (tmp_path / "go").touch()
+    assert [process.wait(60) for process in running.values()] == [0, 0]
+    killed.kill()
+    killed.wait(60)
+
+    with caplog.at_level(logging.WARNING):
+        store = opened(tmp_path)
+    assert not caplog.records
+    for name in running:
+        values = everything(store.rows([f"{name}/{i}" for i in range(25)]))
+        assert torch.equal(values, torch.arange(25.0)[:, None].expand(25, 3))
+    assert torch.equal(everything(store.rows(["both"])), torch.full((1, 3), 7.0))
+    assert store.missing(["killed/0"]) == []
+
+
+def test_a_store_sees_what_another_wrote_after_it_opened(tmp_path):
+    ours, theirs = Store(tmp_path), Store(tmp_path)
+    theirs.add(names(), table())
+    assert ours.missing(names()) == [0, 1, 2, 3]
+    ours.refresh()
+    assert torch.equal(everything(ours.rows(names())), table())
+
+
+def test_only_this_user_can_read_it(tmp_path):
+    before = os.umask(0)
+    try:
+        Store(tmp_path / "s").add(names(), table())
+    finally:
+        os.umask(before)
+    (shard,) = (tmp_path / "s").iterdir()
+    assert (tmp_path / "s").stat().st_mode & 0o777 == 0o700
+    assert shard.stat().st_mode & 0o777 == 0o600
+
+
+def test_virtual_sites_of_one_process_share_a_store(tmp_path):
+    assert open_store(tmp_path) is open_store(tmp_path)
+    assert open_store(tmp_path) is not open_store(tmp_path / "other")

@@ -1,0 +1,334 @@
+"""A study file is exactly what it says; what does not fit is refused by name, in plain words."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from common.errors import StudyError
+from common.study import Study
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+BASE = """
+name: lesions
+classes: [benign, malignant]
+model: {backbone: squeezenet1_1, weights: none}
+train: {rounds: 3}
+"""
+
+# What one change makes of the base, and every word the complaint must hold.
+WRONG: dict[str, tuple[str, str, list[str]]] = {
+    "unknown key": ("trian", "1", ["trian", "a known key", "Did you mean 'train'?"]),
+    "unknown key, one down": ("train.roundz", "1", ["train.roundz", "Did you mean 'rounds'?"]),
+    "unknown key, two down": (
+        "images.augment.view",
+        "3",
+        ["images.augment.view", "Did you mean 'views'?"],
+    ),
+    "unknown key, near nothing": ("holdout.zzz", "1", ["holdout.zzz", "Known: test, validation"]),
+    "a key that is no word": ("7", "1", ["study.yaml: 7", "a known key"]),
+    "text for a number": ("train.rounds", "many", ["train.rounds", "integer", "'many'"]),
+    "nothing for a number": ("train.rounds", "", ["train.rounds", "integer", "None"]),
+    "a fraction of a round": ("train.rounds", "2.5", ["train.rounds", "integer", "2.5"]),
+    "a number for text": ("name", "7", ["name", "text", "7"]),
+    "YAML's no": ("classes", "[no, malignant]", ["classes.0", "quotes", "False"]),
+    "a word for a list": ("classes", "benign", ["classes", "a list", "'benign'"]),
+    "a list for a section": ("holdout", "[1]", ["holdout", "a mapping of keys to values", "[1]"]),
+    "a word for a section": ("train", "fast", ["train", "a mapping of keys to values", "'fast'"]),
+    "no rounds": ("train.rounds", "0", ["train.rounds", "greater than or equal to 1", "0"]),
+    "negative rate": ("train.lr", "-1.0", ["train.lr", "greater than 0", "-1.0"]),
+    "NaN rate": ("train.lr", ".nan", ["train.lr", "a finite number", "nan"]),
+    "infinite decay": ("train.weight_decay", ".inf", ["train.weight_decay", "finite", "inf"]),
+    "NaN option": ("aggregate.options.eta", ".nan", ["aggregate.options.eta", "finite", "nan"]),
+    "NaN class weight": ("train.class_weights", "[1, .nan]", ["train.class_weights.1", "finite"]),
+    "NaN holdout": ("holdout.test", ".nan", ["holdout.test", "nan"]),
+    "all dropped out": ("model.dropout", "1.0", ["model.dropout", "less than 1", "1.0"]),
+    "near miss of a word": (
+        "select",
+        "acuracy",
+        ["select", "'acuracy'", "Did you mean 'accuracy'?"],
+    ),
+    "near miss in a list": ("images.augment", "{views: 2, ops: [flop]}", ["ops.0", "mean 'flip'?"]),
+    "unknown mechanism": ("privacy.mechanism", "magic", ["privacy.mechanism", "'none'", "'magic'"]),
+    "depth": ("model.unfreeze", "last:0", ["model.unfreeze", "head, last:<k> or all", "'last:0'"]),
+    "depth in words": ("model.unfreeze", "tail", ["model.unfreeze", "head, last:<k> or all"]),
+    "one class": ("classes", "[benign]", ["classes", "at least 2"]),
+    "a class twice": ("classes", "[benign, benign]", ["classes", "distinct class names"]),
+    "a path as name": ("name", "../lesions", ["name", "'../lesions'"]),
+    "tiny images": ("images.size", "8", ["images.size", "greater than or equal to 32", "8"]),
+    "two lengths": (
+        "train",
+        "{rounds: 1, local_epochs: 1, local_steps: 5}",
+        ["train", "local_epochs or local_steps, got both", "Remove one"],
+    ),
+    "two weightings": (
+        "train",
+        "{rounds: 1, class_weights: [1, 2], imbalance: weighted}",
+        ["train", "class_weights or imbalance: weighted, got both"],
+    ),
+    "class weights of another number": (
+        "train.class_weights",
+        "[1, 2, 3]",
+        ["train.class_weights", "one number per class (2)", "got 3"],
+    ),
+    "views without ops": (
+        "images.augment.views",
+        "4",
+        ["images.augment", "views > 1 and some ops"],
+    ),
+    "ops without views": ("images.augment.ops", "[flip]", ["images.augment", "views > 1 and some"]),
+    "nothing left to train on": (
+        "holdout",
+        "{validation: 0.5, test: 0.5}",
+        ["holdout", "validation + test < 1"],
+    ),
+}
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "study.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def refusal(path: Path, *changes: str) -> str:
+    with pytest.raises(StudyError) as caught:
+        Study.read(path, changes)
+    return str(caught.value)
+
+
+def put(content: dict[str, Any], key: str, value: object) -> None:
+    *parents, last = key.split(".")
+    for parent in parents:
+        content = content.setdefault(parent, {})
+    content[last] = value
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_wrong_in_the_file_is_named(case: str, tmp_path: Path) -> None:
+    key, value, words = WRONG[case]
+    content = yaml.safe_load(BASE)
+    put(content, key, yaml.safe_load(value))
+    path = write(tmp_path, yaml.safe_dump(content))
+    told = refusal(path)
+    assert all(line.startswith(f"{path}: ") or line == str(path) for line in told.splitlines())
+    assert "expected" in told
+    assert [word for word in words if word not in told] == []
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_wrong_in_a_change_is_named(case: str, tmp_path: Path) -> None:
+    key, value, words = WRONG[case]
+    path = write(tmp_path, BASE)
+    told = refusal(path, f"{key}={value}")
+    assert [word for word in words if word not in told] == []
+
+
+def test_every_problem_is_named_at_once(tmp_path: Path) -> None:
+    told = refusal(write(tmp_path, "name: a b\nclases: [x]\ntrain: {rounds: 0, lr: .nan, x: 1}\n"))
+    lines = told.splitlines()
+    keys = {"name", "clases", "classes", "model", "train.rounds", "train.lr", "train.x"}
+    assert {line.split(": ")[1] for line in lines} == keys
+    assert len(lines) == len(keys)
+
+
+@pytest.mark.parametrize("key", ["name", "classes", "model", "train", "train.rounds"])
+def test_a_missing_key_is_named(key: str, tmp_path: Path) -> None:
+    content = yaml.safe_load(BASE)
+    *parents, last = key.split(".")
+    place = content
+    for parent in parents:
+        place = place[parent]
+    del place[last]
+    told = refusal(write(tmp_path, yaml.safe_dump(content)))
+    assert f"{key}: expected a value, got nothing. Add the key." in told
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("- name\n- classes\n", "a mapping of keys to values, got list"),
+        ("", "a mapping of keys to values, got NoneType"),
+        ("just words", "a mapping of keys to values, got str"),
+        ("name: [unclosed", "valid YAML"),
+        ("name: a: b", "valid YAML"),
+        ("\tname: x", "valid YAML"),
+        ("name: \x00", "valid YAML"),
+        (f"{BASE}---{BASE}", "valid YAML"),
+        (f"{BASE}seed: !!python/object/apply:os.getpid []", "valid YAML"),
+        (f"{BASE}seed: 2024-13-45", "valid YAML"),
+        (f"{BASE}seed: {'9' * 5000}", "valid YAML"),
+        (f"{BASE}seed: {'[' * 5000}", "valid YAML"),
+        (f"{BASE}name: other", "the key 'name' twice"),
+        (f"{BASE}holdout: {{test: 0.1, test: 0.2}}", "the key 'test' twice"),
+        (f"{BASE}1: x", "a word as key"),
+    ],
+)
+def test_what_is_not_a_yaml_mapping_is_refused(text: str, words: str, tmp_path: Path) -> None:
+    path = write(tmp_path, text)
+    told = refusal(path)
+    assert told.startswith(f"{path}: ")
+    assert f"expected {words}" in told or words in told
+
+
+def test_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
+    missing = tmp_path / "missing.yaml"
+    assert (
+        refusal(missing)
+        == f"{missing}: expected a readable YAML file, got No such file or directory"
+    )
+    assert "Is a directory" in refusal(tmp_path)
+    binary = tmp_path / "binary.yaml"
+    binary.write_bytes(b"\xff\xfe\x80name")
+    assert refusal(binary) == f"{binary}: expected a readable YAML file, got not UTF-8 text"
+
+
+def test_changes_replace_add_and_come_in_order(tmp_path: Path) -> None:
+    changes = (
+        "train.rounds=5",
+        "train.rounds=9",  # the last word counts
+        "train.lr=1e-2",
+        "images.size=64",
+        "images.augment={views: 2, ops: [flip]}",
+        "images.augment.views=3",
+        "aggregate.options.proximal_mu=0.5",
+        "classes=[a, b, c]",
+        "name=x",
+    )
+    study = Study.read(write(tmp_path, BASE), changes)
+    assert (study.train.rounds, study.train.lr, study.images.size) == (9, 0.01, 64)
+    assert (study.images.augment.views, study.images.augment.ops) == (3, ("flip",))
+    assert study.aggregate.options == {"proximal_mu": 0.5}
+    assert (study.classes, study.name) == (("a", "b", "c"), "x")
+    assert study.model.backbone == "squeezenet1_1"  # the rest is as written
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("train.rounds", "--set: expected key=value, got 'train.rounds'"),
+        ("=5", "--set: expected key=value, got '=5'"),
+        ("", "--set: expected key=value, got ''"),
+        ("train.rounds=[", "--set train.rounds: expected a YAML value, got '['"),
+        ("seed=2024-13-45", "--set seed: expected a YAML value, got '2024-13-45'"),
+        ("train..rounds=5", "train.: expected a known key, got ''"),
+        ("model.backbone.x=1", "model.backbone: expected text"),
+        ("no.such.key=1", "no: expected a known key"),
+    ],
+)
+def test_bad_changes_are_refused(change: str, words: str, tmp_path: Path) -> None:
+    assert words in refusal(write(tmp_path, BASE), change)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_shipped_studies_parse(path: Path) -> None:
+    study = Study.read(path)
+    assert study.model.weights_file is not None
+    assert study.model.weights_file.is_absolute()
+    assert Study.model_validate_json(study.proposal()).id == study.id
+
+
+def test_three_studies_are_shipped() -> None:
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} >= {"chest", "demo", "skin"}
+
+
+def test_a_study_cannot_be_changed() -> None:
+    study = Study.model_validate(yaml.safe_load(BASE))
+    with pytest.raises(ValueError, match="frozen"):
+        study.train.rounds = 5  # type: ignore[misc]
+
+
+def test_what_is_written_reads_back(tmp_path: Path) -> None:
+    study = Study.read(write(tmp_path, BASE), ("train.lr=1e-2", "images.size=64"))
+    again = Study.read(write(tmp_path, study.yaml()))
+    assert again == study
+    assert again.id == study.id
+
+
+def test_weights_are_relative_to_the_study(tmp_path: Path) -> None:
+    path = write(tmp_path, BASE)
+    study = Study.read(path, ("model.weights=../w/net.pth",))
+    assert study.model.weights_file == (tmp_path / "../w/net.pth").resolve()
+    assert Study.read(path, ("model.weights=DEFAULT",)).model.weights_file is None
+    assert Study.read(path).model.weights == "none"
+
+
+def test_the_proposal_holds_no_path_of_this_machine(tmp_path: Path) -> None:
+    path = write(tmp_path, BASE)
+    changes = ("model.weights=secret-folder/net.pth", "model.init=secret-run/best")
+    study = Study.read(path, changes)
+    assert str(tmp_path) in study.model.weights
+    assert study.model.init is not None
+    shown = study.proposal()
+    model = json.loads(shown)["model"]
+    assert (model["weights"], model["init"]) == ("net.pth", None)
+    for private in (str(tmp_path), str(Path.cwd()), "secret", "/", "study.yaml"):
+        assert private not in shown
+
+
+def test_the_id_depends_on_the_proposal_alone(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    here, there = write(tmp_path, BASE), write(tmp_path / "elsewhere", BASE)
+    change = "model.weights=net.pth"
+    assert Study.read(here, (change,)).id == Study.read(there, (change,)).id
+    assert Study.read(here, (change, "model.init=run")).id == Study.read(here, (change,)).id
+    spelled = Study.read(here, (change, "seed=0", "train.batch_size=32", "images.size="))
+    assert spelled.id == Study.read(here, (change,)).id
+
+
+OTHER = {
+    "name": "nevi",
+    "classes": ["malignant", "benign"],
+    "model.backbone": "resnet18",
+    "model.weights": "DEFAULT",
+    "model.unfreeze": "last:1",
+    "model.dropout": 0.1,
+    "images.size": 64,
+    "images.unreadable": "skip",
+    "images.augment.views": 3,
+    "images.augment.ops": ["rotate"],
+    "train.rounds": 4,
+    "train.local_epochs": 2,
+    "train.local_steps": 2,
+    "train.batch_size": 8,
+    "train.optimizer": "sgd",
+    "train.lr": 0.01,
+    "train.momentum": 0.5,
+    "train.weight_decay": 0.01,
+    "train.schedule": "cosine",
+    "train.imbalance": "focal",
+    "train.class_weights": [1, 2],
+    "train.patience": 2,
+    "holdout.validation": 0.2,
+    "holdout.test": 0.3,
+    "select": "auroc",
+    "aggregate.strategy": "fedprox",
+    "aggregate.options": {"proximal_mu": 0.1},
+    "aggregate.fraction": 0.5,
+    "aggregate.quorum": 2,
+    "aggregate.round_timeout": 60,
+    "privacy.mechanism": None,  # has one value only so far
+    "seed": 1,
+}
+PLAIN = {**yaml.safe_load(BASE), "images": {"augment": {"views": 2, "ops": ["flip"]}}}
+
+
+def leaves(content: dict[str, Any], prefix: str = "") -> set[str]:
+    keys: set[str] = set()
+    for key, value in content.items():
+        inner = isinstance(value, dict) and key != "options"
+        keys |= leaves(value, f"{prefix}{key}.") if inner else {prefix + key}
+    return keys
+
+
+def test_every_key_is_has_another_value_here() -> None:
+    assert leaves(Study.model_validate(PLAIN).model_dump()) == set(OTHER) | {"model.init"}
+
+
+@pytest.mark.parametrize("key", [key for key, value in OTHER.items() if value is not None])
+def test_the_id_changes_with_every_key_that_matters(key: str) -> None:
+    changed = json.loads(json.dumps(PLAIN))
+    put(changed, key, OTHER[key])
+    assert Study.model_validate(changed).id != Study.model_validate(PLAIN).id
