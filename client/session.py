@@ -44,15 +44,20 @@ class Session:
         self.classes = len(study.classes)
         parts = cut(site, study)
         self.records: dict[str, list[Record]] = {part: getattr(parts, part) for part in PARTS}
-        agree(site, study, patients(self.records["train"]))
+        self._agree()
         self.network = assemble(study, _weights(site, study))
         self.device = _device(site.device)
         self.network.model.to(self.device)
         self.examples = {part: self._examples(part) for part in PARTS}
-        if site.role == "train" and not len(self.examples["train"]):
-            raise DataError(_nothing(site, "training image"))
-        # Again, because unreadable images may have been left out.
-        agree(site, study, patients(self.records["train"]))
+        self._agree()  # again: unreadable images may have been left out
+
+    def _agree(self) -> None:
+        trained = patients(self.records["train"])
+        if self.site.role == "train" and not trained:
+            where, expected = f"{self.site.source}: data", "at least one training patient"
+            remedy = "Add patients, lower holdout, or set role: evaluate."
+            raise DataError(complaint(where, expected=expected, got=trained, remedy=remedy))
+        agree(self.site, self.study, trained)
 
     def _examples(self, part: str) -> Examples:
         records = self.records[part]
@@ -125,11 +130,6 @@ def versions() -> dict[str, str]:
 @lru_cache(maxsize=8)
 def _recipe(network: Network) -> Recipe:
     return Recipe(prefix=network.split.prefix, preprocess=network.preprocess)
-
-
-def _nothing(site: Site, what: str) -> str:
-    remedy = "Add patients, lower holdout, or set role: evaluate."
-    return complaint(f"{site.source}: data", expected=f"at least one {what}", got=0, remedy=remedy)
 
 
 def _weights(site: Site, study: Study) -> str:

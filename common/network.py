@@ -37,10 +37,10 @@ class Network:
         return {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Overwrite the tensors that travel; raises `ContractError` unless all are given."""
+        """Overwrite the tensors that travel; raises `ContractError` unless all of them fit."""
         own = self.tensors
-        if tensors.keys() != own.keys():
-            raise ContractError("tensors with other names than agreed")
+        if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != self.shapes:
+            raise ContractError("tensors with other names or shapes than agreed")
         for name, tensor in tensors.items():
             own[name].copy_(tensor)
 

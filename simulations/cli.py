@@ -206,6 +206,14 @@ def phantom(
     console.print("  ".join(f"{folder / hospital.name}" for hospital in HOSPITALS))
 
 
+@app.command()
+def bench() -> None:
+    """Measure what the engine itself costs per site and round."""
+    from simulations import bench as benchmarks
+
+    benchmarks.engine()
+
+
 def _numbers(text: str | None) -> tuple[int, ...]:
     if text is None:
         return ()

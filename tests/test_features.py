@@ -14,6 +14,7 @@ from client.data.records import ArrayImage, FileImage
 from client.features import Prepared, Recipe, prepare
 from client.store import open_store
 from client.trainer import Examples
+from common.cut import cut_at
 from common.errors import DataError
 from common.images import Preprocess
 from common.network import assemble
@@ -285,6 +286,15 @@ def test_depth_size_and_weights_each_name_another_store():
     assert recipe_of(network("squeezenet1_1", "head")).key == keys[0]
 
 
+def test_the_same_tensors_used_in_another_way_name_another_store():
+    net = network("resnet18", "head")
+    prefixes = [cut_at(net.model, at).prefix for at in ("layer4_1_relu_1", "flatten")]
+    assert len({tuple(prefix.state_dict()) for prefix in prefixes}) == 1
+    recipes = [Recipe(prefix=prefix, preprocess=net.preprocess) for prefix in prefixes]
+    assert all(recipe.keeps_activations for recipe in recipes)
+    assert recipes[0].key != recipes[1].key
+
+
 def test_pixels_are_shared_by_all_backbones_of_one_preprocessing():
     resnet, shufflenet = (network(n, "all") for n in ("resnet18", "shufflenet_v2_x0_5"))
     assert recipe_of(resnet).key == recipe_of(shufflenet).key
@@ -393,7 +403,7 @@ def test_unreadable_images_are_named_counted_and_refused(tmp_path):
         assert "1 of 4 images" in str(refused.value)
         assert bad.name in str(refused.value)
         assert "unreadable: skip" in str(refused.value)
-    with pytest.raises(DataError, match="4 of 7 images.*; …"):
+    with pytest.raises(DataError, match=r"4 of 7 images.*; …"):
         ready(tmp_path / "all", unreadable(tmp_path) + good, counting())
 
 

@@ -160,7 +160,7 @@ def test_a_missing_key_is_named(key: str, tmp_path: Path) -> None:
         (f"{BASE}seed: !!python/object/apply:os.getpid []", "valid YAML"),
         (f"{BASE}seed: 2024-13-45", "valid YAML"),
         (f"{BASE}seed: {'9' * 5000}", "valid YAML"),
-        (f"{BASE}seed: {'[' * 5000}", "valid YAML"),
+        (f"{BASE}seed: {'[' * 1500}", "valid YAML"),
         (f"{BASE}name: other", "the key 'name' twice"),
         (f"{BASE}holdout: {{test: 0.1, test: 0.2}}", "the key 'test' twice"),
         (f"{BASE}1: x", "a word as key"),

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -190,8 +191,7 @@ def test_a_round_takes_the_steps_the_study_says(n, changes, sizes):
     train(suffix, data, plan(**changes))
     assert [len(batch) for batch in suffix.batches] == sizes
     weights = [*suffix.weights, suffix.linear.weight.detach()]
-    steps = zip(weights, weights[1:], strict=False)
-    assert all(not torch.equal(before, after) for before, after in steps)
+    assert all(not torch.equal(before, after) for before, after in pairwise(weights))
     # Every image comes once before any comes again.
     seen = torch.cat(suffix.batches)
     rows = everything(data)[0]

@@ -1,0 +1,379 @@
+"""A site joins with what it really has, refuses before it looks, and runs rounds whatever is
+missing."""
+
+import csv
+import logging
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from client.session import Session, open_session, remember
+from client.site import Site
+from client.store import open_store
+from common.errors import (
+    BackboneError,
+    ContractError,
+    DataError,
+    RefusedError,
+    SiteError,
+    StudyError,
+)
+from common.study import Study
+from common.yaml import dump
+
+PHANTOM = Path(__file__).parents[1] / "simulations" / "phantom_backbone.safetensors"
+CLASSES = ("dark", "grey", "bright")
+LIGHT = {"dark": 20, "grey": 120, "bright": 230}
+
+
+def study(**changes):
+    given = {
+        "name": "t",
+        "classes": CLASSES,
+        "model": {"backbone": "shufflenet_v2_x0_5", "weights": "none"},
+        "images": {"size": 64},
+        "train": {"rounds": 3, "batch_size": 4},
+        "holdout": {"validation": 0.0, "test": 0.0},
+    }
+    return Study(**given | changes)
+
+
+def picture(path, label, seed):
+    """A square whose brightness is its label's, with some noise."""
+    noise = np.random.default_rng(seed).integers(-15, 16, (40, 40, 3))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray((LIGHT.get(label, 0) + noise).clip(0, 255).astype(np.uint8)).save(path)
+
+
+def site(folder, rows, **keys):
+    """A hospital from rows of (label, patient, split)."""
+    with_split = any(split for *_, split in rows)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "manifest.csv").open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["image", "label", "patient"] + ["split"] * with_split)
+        for i, (label, patient, split) in enumerate(rows):
+            picture(folder / f"{i}.png", label, i)
+            table.writerow([f"{i}.png", label, patient] + [split] * with_split)
+    content = {"name": "ward", "data": {"format": "manifest", "root": "."}, "state": "state"}
+    (folder / "site.yaml").write_text(dump(content | {"device": "cpu"} | keys))
+    return Site.read(folder / "site.yaml")
+
+
+def patients(count, start=0):
+    """One image each, every class in turn, no split."""
+    return [(CLASSES[i % 3], f"p{i}", "") for i in range(start, start + count)]
+
+
+def break_images(folder):
+    for path in folder.glob("*.png"):
+        path.write_bytes(b"not an image")
+
+
+def run(session, number=1):
+    """One whole round: evaluate, train, evaluate what came out."""
+    initial = session.network.initial
+    before = session.evaluate(initial, "validation")
+    loss = session.train(initial, number, 0.0)
+    tensors = {name: tensor.clone() for name, tensor in session.network.tensors.items()}
+    return before, loss, tensors, session.evaluate(tensors, "test")
+
+
+# --- what it says about itself ---
+
+
+def test_what_it_joins_with_is_what_the_folder_holds(tmp_path):
+    rows = [
+        ("dark", "a", "train"),
+        ("dark", "a", "train"),
+        ("bright", "a", "train"),
+        ("bright", "b", "train"),
+        ("grey", "c", "validation"),
+        ("dark", "d", "test"),
+        ("dark", "d", "test"),
+        ("bright", "e", "test"),
+    ]
+    augment = {"views": 3, "ops": ["flip", "rotate"]}
+    wanted = study(images={"size": 64, "augment": augment})
+    session = Session(site(tmp_path, rows), wanted)
+    reply = session.joined()
+    assert (reply.name, reply.role, reply.weight) == ("ward", "train", 4)
+    assert reply.patients == {"train": 2, "validation": 1, "test": 2}
+    assert reply.images == {"train": (2, 0, 2), "validation": (0, 1, 0), "test": (2, 0, 1)}
+    assert reply.contract == session.network.contract
+    assert set(reply.versions) == {"python", "flwr", "torch", "torchvision", "numpy"}
+    # Views are not images, and only training has them.
+    assert {part: len(data) for part, data in session.examples.items()} == {
+        "train": 4,
+        "validation": 1,
+        "test": 3,
+    }
+    assert [data.prepared.views for data in session.examples.values()] == [3, 1, 1]
+    before, _, _, after = run(session)
+    assert before.confusion.sum(1).tolist() == [0, 1, 0]
+    assert after.confusion.sum(1).tolist() == [2, 0, 1]
+
+
+def test_a_phantom_hospital_is_cut_by_patient_and_learns(phantoms, tmp_path):
+    root = phantoms / "north"
+    with (root / "manifest.csv").open() as file:
+        table = list(csv.DictReader(file))
+    data = {"format": "manifest", "root": str(root)}
+    content = {"name": "north", "data": data, "state": "state", "weights": str(PHANTOM.parent)}
+    (tmp_path / "site.yaml").write_text(dump(content))
+    wanted = study(
+        classes=["clear", "nodule", "consolidation", "effusion"],
+        model={"backbone": "shufflenet_v2_x0_5", "weights": f"elsewhere/{PHANTOM.name}"},
+        train={"rounds": 3, "local_epochs": 8, "lr": 3e-3},
+        holdout={"validation": 0.2, "test": 0.3},
+    )
+    session = Session(Site.read(tmp_path / "site.yaml"), wanted)
+    reply = session.joined()
+    assert sum(reply.patients.values()) == len({row["patient"] for row in table})
+    total = Counter(row["label"] for row in table)
+    summed = np.sum(list(reply.images.values()), axis=0)
+    assert dict(zip(wanted.classes, summed.tolist(), strict=True)) == total
+    ids = [{record.patient for record in session.records[part]} for part in session.records]
+    assert len(ids[0] | ids[1] | ids[2]) == sum(map(len, ids))
+    start = session.evaluate(session.network.initial, "train")
+    session.train(session.network.initial, 1, 0.0)
+    tensors = {name: tensor.clone() for name, tensor in session.network.tensors.items()}
+    end = session.evaluate(tensors, "train")
+    assert end.n == start.n == reply.weight
+    assert end.loss_sum < 0.85 * start.loss_sum
+
+
+# --- odd sites ---
+
+
+def test_one_patient_is_enough(tmp_path):
+    session = Session(site(tmp_path, [("grey", "only", "")]), study())
+    assert session.joined().patients == {"train": 1, "validation": 0, "test": 0}
+    before, loss, tensors, after = run(session)
+    assert (before.n, after.n) == (0, 0)
+    assert loss == pytest.approx(np.log(3), rel=1e-4)
+    assert any(not torch.equal(tensors[n], session.network.initial[n]) for n in tensors)
+
+
+def test_a_part_without_patients_has_no_counts(tmp_path):
+    rows = [("dark", "a", "train"), ("bright", "b", "train"), ("grey", "c", "test")]
+    session = Session(site(tmp_path, rows), study())
+    assert session.joined().images["validation"] == (0, 0, 0)
+    before, _, _, after = run(session)
+    assert (before.n, after.n) == (0, 1)
+
+
+def test_nobody_to_train_on_is_refused_with_a_remedy(tmp_path):
+    held_out = site(tmp_path, [("dark", "a", "test"), ("grey", "b", "validation")])
+    with pytest.raises(DataError, match=r"training patient, got 0.*role: evaluate"):
+        Session(held_out, study())
+    all_broken = site(tmp_path / "broken", patients(3))
+    break_images(tmp_path / "broken")
+    with pytest.raises(DataError, match=r"training patient, got 0"):
+        Session(all_broken, study(images={"size": 64, "unreadable": "skip"}))
+
+
+def test_a_class_nobody_has_here_is_fine(tmp_path):
+    rows = [("dark", "a", ""), ("bright", "b", ""), ("dark", "c", "")]
+    how = {"rounds": 3, "imbalance": "weighted"}
+    session = Session(site(tmp_path, rows), study(train=how))
+    assert session.joined().images["train"] == (2, 0, 1)
+    _, loss, tensors, _ = run(session)
+    assert np.isfinite(loss)
+    assert all(tensor.isfinite().all() for tensor in tensors.values())
+
+
+@pytest.mark.parametrize("split", ["", "train"])
+def test_a_site_that_only_evaluates_holds_out_everyone(tmp_path, split):
+    rows = [(label, patient, split) for label, patient, _ in patients(7)]
+    policy = {"min_patients": 100}  # of training patients: there are none to protect
+    session = Session(site(tmp_path, rows, role="evaluate", policy=policy), study())
+    reply = session.joined()
+    assert (reply.role, reply.weight) == ("evaluate", 0)
+    assert reply.patients == {"train": 0, "validation": 0, "test": 7}
+    assert session.evaluate(session.network.initial, "test").n == 7
+
+
+def test_labels_outside_the_study_are_named_and_counted(tmp_path):
+    rows = [("dark", "a", ""), ("blue", "b", ""), ("blue", "c", ""), ("red", "d", "")]
+    with pytest.raises(DataError, match=r"dark, grey, bright.*'blue' \(2\), 'red' \(1\)"):
+        Session(site(tmp_path, rows), study())
+
+
+# --- refusals come before any image is opened or backbone loaded ---
+
+
+@pytest.mark.parametrize(
+    ("policy", "why"),
+    [
+        ({"require_privacy": True}, "require_privacy"),
+        ({"unfreeze": ["head"]}, "unfreeze"),
+        ({"min_patients": 4}, "min_patients"),
+    ],
+)
+def test_policy_refuses_before_it_looks(tmp_path, policy, why):
+    hospital = site(tmp_path, patients(3), policy=policy)
+    break_images(tmp_path)
+    # Neither could the images be read, nor the weights be found.
+    model = {"backbone": "shufflenet_v2_x0_5", "weights": "lost.pth", "unfreeze": "last:1"}
+    with pytest.raises(RefusedError, match=why):
+        Session(hospital, study(model=model))
+    assert not hospital.cache_folder.exists()
+
+
+def test_policy_that_is_met_does_not_refuse(tmp_path):
+    policy = {"unfreeze": ["head", "last:1"], "min_patients": 3}
+    model = {"backbone": "shufflenet_v2_x0_5", "weights": "none", "unfreeze": "last:1"}
+    session = Session(site(tmp_path, patients(3), policy=policy), study(model=model))
+    assert session.joined().weight == 3
+
+
+@pytest.mark.parametrize("keys", [{}, {"weights": "empty"}])
+def test_missing_weights_name_the_sites_own_key(tmp_path, keys):
+    (tmp_path / "empty").mkdir()
+    hospital = site(tmp_path, patients(3), **keys)
+    break_images(tmp_path)
+    model = {"backbone": "shufflenet_v2_x0_5", "weights": "/coordinator/only/lost.pth"}
+    with pytest.raises(BackboneError) as refused:
+        Session(hospital, study(model=model))
+    text = str(refused.value)
+    assert text.startswith(f"{hospital.source}: weights: expected a folder with lost.pth, got ")
+    assert "coordinator" not in text
+    assert keys.get("weights", "nothing") in text.split("got ")[1]
+
+
+def test_an_impossible_depth_is_the_studys_mistake(tmp_path):
+    model = {"backbone": "shufflenet_v2_x0_5", "weights": "none", "unfreeze": "last:9"}
+    with pytest.raises(StudyError, match="last:5"):
+        Session(site(tmp_path, patients(3)), study(model=model))
+
+
+# --- unreadable images ---
+
+
+def test_unreadable_images_are_refused_unless_the_study_skips_them(tmp_path):
+    rows = [(label, patient, "test") for label, patient, _ in patients(3)]
+    rows += [(label, patient, "train") for label, patient, _ in patients(3, start=3)]
+    hospital = site(tmp_path, rows)
+    (tmp_path / "1.png").write_bytes(b"not an image")
+    with pytest.raises(DataError, match=r"1 of 3 images.*1\.png"):
+        Session(hospital, study())
+
+
+def test_skipping_keeps_each_row_beside_its_label(tmp_path, caplog):
+    hospital = site(tmp_path, patients(14))
+    for i in (0, 3, 4, 10, 13):
+        (tmp_path / f"{i}.png").write_bytes(b"not an image")
+    images = {"size": 64, "unreadable": "skip", "augment": {"views": 3, "ops": ["flip"]}}
+    # With everything unfrozen rows are pixels: their brightness tells their label.
+    model = {"backbone": "shufflenet_v2_x0_5", "weights": "none", "unfreeze": "all"}
+    with caplog.at_level(logging.WARNING):
+        session = Session(hospital, study(images=images, model=model))
+    assert "5 of 14 images" in caplog.text
+    data = session.examples["train"]
+    assert len(data) == 9
+    for i, record in enumerate(session.records["train"]):
+        label = int(data.labels[i])
+        for view in range(3):
+            light = data.prepared.rows[torch.tensor([3 * i + view])].float().mean()
+            assert abs(light - LIGHT[CLASSES[label]]) < 20
+        assert record.label == label
+    reply = session.joined()
+    assert reply.weight == 9
+    assert reply.patients["train"] == 9
+    assert reply.images["train"] == (3, 2, 4)
+
+
+def test_skipped_images_do_not_count_towards_the_policys_least(tmp_path):
+    hospital = site(tmp_path, patients(5), policy={"min_patients": 4})
+    skip = study(images={"size": 64, "unreadable": "skip"})
+    (tmp_path / "0.png").write_bytes(b"not an image")
+    assert Session(hospital, skip).joined().patients["train"] == 4
+    (tmp_path / "1.png").write_bytes(b"not an image")
+    with pytest.raises(RefusedError, match=r"min_patients.*got 3"):
+        Session(hospital, skip)
+
+
+# --- rounds ---
+
+
+def test_a_round_is_repeatable_and_starts_from_what_was_sent(tmp_path):
+    holdout = {"validation": 0.2, "test": 0.2}
+    session = Session(site(tmp_path, patients(20)), study(holdout=holdout))
+    _, loss, tensors, _ = run(session)
+    session.train(tensors, 2, 0.0)  # must not matter
+    _, again, same, _ = run(session)
+    _, _, other, _ = run(session, number=2)
+    assert again == loss
+    assert all(torch.equal(tensors[name], same[name]) for name in tensors)
+    assert any(not torch.equal(tensors[name], other[name]) for name in tensors)
+
+
+def test_sites_draw_their_own_order(tmp_path):
+    rows = patients(9)
+    (tmp_path / "one").mkdir()
+    one = Session(site(tmp_path / "one", rows), study())
+    other = Session(site(tmp_path / "other", rows, name="clinic"), study())
+    first, second = run(one)[2], run(other)[2]
+    assert any(not torch.equal(first[name], second[name]) for name in first)
+
+
+def test_the_learning_rate_follows_the_schedule(tmp_path):
+    how = {"rounds": 2, "optimizer": "sgd", "momentum": 0.0, "lr": 0.1, "schedule": "cosine"}
+    session = Session(site(tmp_path, patients(4)), study(train=how))
+    bias = next(name for name in session.network.initial if name.endswith("bias"))
+    start = session.network.initial[bias]
+    moves = [(run(session, number)[2][bias] - start).norm().item() for number in (1, 2)]
+    assert moves[1] == pytest.approx(moves[0] / 2, rel=1e-3)
+
+
+def test_a_second_opening_computes_nothing(tmp_path):
+    hospital = site(tmp_path, patients(6))
+    first = Session(hospital, study())
+    shards = {p: p.stat().st_mtime_ns for p in hospital.cache_folder.rglob("*.safetensors")}
+    open_store.cache_clear()
+    again = Session(hospital, study())
+    assert {p: p.stat().st_mtime_ns for p in hospital.cache_folder.rglob("*.*")} == shards
+    indices = torch.arange(6)
+    rows = [s.examples["train"].prepared.rows[indices] for s in (first, again)]
+    assert torch.equal(*rows)
+
+
+# --- studies it joined ---
+
+
+def test_an_agreed_study_is_remembered_across_processes(tmp_path):
+    hospital, wanted = site(tmp_path, patients(3)), study()
+    remember(hospital, wanted.proposal())
+    open_session.cache_clear()
+    session = open_session(tmp_path / "site.yaml", wanted.id)
+    assert session.study.id == wanted.id
+    assert open_session(tmp_path / "site.yaml", wanted.id) is session
+    (kept,) = (tmp_path / "state" / "studies").iterdir()
+    assert kept.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("name", ["0123456789abcdef", "", "../../site", "../secret"])
+def test_a_study_never_joined_is_not_opened(tmp_path, name):
+    site(tmp_path, patients(3))
+    with pytest.raises(ContractError, match="not joined"):
+        open_session(tmp_path / "site.yaml", name)
+
+
+@pytest.mark.parametrize("proposal", ["", "{}", "[1]", '{"name": "x", "extra": 1}'])
+def test_a_proposal_that_is_no_study_is_refused_and_not_kept(tmp_path, proposal):
+    hospital = site(tmp_path, patients(1))
+    with pytest.raises(ContractError, match="not a valid study"):
+        remember(hospital, proposal)
+    assert not hospital.state.exists()
+
+
+def test_a_state_folder_that_cannot_be_made_is_the_sites_mistake(tmp_path):
+    (tmp_path / "file").touch()
+    hospital = site(tmp_path, patients(3), state="file/state")
+    with pytest.raises(SiteError, match=r"site\.yaml: state"):
+        Session(hospital, study())
