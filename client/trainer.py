@@ -63,13 +63,16 @@ def class_weights(plan: Train, labels: Tensor, classes: int) -> Tensor | None:
 
 
 def loss(logits: Tensor, labels: Tensor, plan: Train, weights: Tensor | None) -> Tensor:
-    """Cross-entropy, or the focal loss of Lin et al. (2017) with γ = 2; the weighted mean."""
+    """Cross-entropy, or the focal loss of Lin et al. (2017) with γ = 2; the mean over images.
+
+    A weighted image counts by its weight, whoever shares its batch: dividing by a batch's weights,
+    as torch does, would let a site of common classes pull harder than its images do when pooled.
+    """
     each = F.cross_entropy(logits, labels, weight=weights, reduction="none")
     if plan.imbalance == "focal":
         sure = logits.log_softmax(1).gather(1, labels[:, None]).squeeze(1).exp()
         each = each * (1 - sure) ** _FOCUS
-    total = weights[labels].sum() if weights is not None else len(labels)
-    return each.sum() / total
+    return each.mean()
 
 
 def make_optimizer(suffix: nn.Module, plan: Train, lr: float) -> torch.optim.Optimizer:
