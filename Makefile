@@ -27,7 +27,7 @@ test: $(INSTALLED) ## Lint, types, import rules, tests
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
-	@PYTHONPATH=. $(BIN)/lint-imports --no-logo 2>/dev/null || PYTHONPATH=. $(BIN)/lint-imports
+	@PYTHONPATH=. $(BIN)/lint-imports --no-logo
 	@$(BIN)/python -m pytest --durations=15
 
 test-all: $(INSTALLED) ## Also the proofs that take minutes

@@ -20,7 +20,7 @@ def boundary(message: Message, context: Context, work: ClientAppCallable) -> Mes
     try:
         return work(message, context)
     except ConsiliumError as ex:
-        log.error("%s: %s", site_file(context).parent.name, ex)
+        log.error("%s: %s", context.node_config.get("site"), ex)
         return error_reply(message, ex.code)
     except Exception:
         log.exception("an error nobody foresaw")
@@ -49,7 +49,6 @@ def work(message: Message, context: Context) -> Message:
     train_loss = session.train(tensors, request.round, request.proximal_mu)
     reply = wire.RoundReply(
         tensors=session.network.tensors,
-        weight=len(session.examples["train"]),
         train_loss=train_loss,
         counts=counts,
     )

@@ -136,8 +136,10 @@ def prepare(
         if i not in bad
         for v in range(augment.views)
     ]
-    todo = [jobs[j] for j in store.missing([job.name for job in jobs])]
-    _fill(store, images, todo, recipe, augment.ops, bad)
+    todo = {jobs[j].name: jobs[j] for j in store.missing([job.name for job in jobs])}
+    _fill(store, images, list(todo.values()), recipe, augment.ops, bad)
+    for j in store.missing([job.name for job in jobs]):
+        bad.setdefault(jobs[j].image, f"{images[jobs[j].image].name}: equal to another of them")
     _complain(images, bad, skip_unreadable)
     rows = store.rows([job.name for job in jobs if job.image not in bad])
     kept = [i for i in range(len(images)) if i not in bad]
@@ -172,8 +174,10 @@ def _fill(
         seed = int(job.name[:12], 16) + job.view
         return view(square, ops, seed) if job.view else square
 
+    count = len({job.image for job in todo})
     if todo:
-        log.info("preparing %d images, once", len(todo))
+        views = f" ({len(todo)} views)" if len(todo) > count else ""
+        log.info("preparing %d images%s, once", count, views)
     told = time.monotonic()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in range(0, len(todo), _SHARD):

@@ -1,10 +1,9 @@
 """One site's part in one study: its images prepared, its network at hand."""
 
 import logging
-import platform
+import re
 from collections.abc import Sequence
 from functools import lru_cache
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -12,12 +11,21 @@ import torch
 from client import trainer
 from client.data.holdout import Parts, split
 from client.data.records import Record
+from client.disk import usable
 from client.features import Recipe, prepare
 from client.policy import agree
 from client.site import Site
 from client.trainer import Examples
-from common import files
-from common.errors import BackboneError, ContractError, DataError, StudyError, complaint
+from common import files, wire
+from common.contract import Versions
+from common.errors import (
+    BackboneError,
+    ContractError,
+    DataError,
+    SiteError,
+    StudyError,
+    complaint,
+)
 from common.metrics import Counts
 from common.network import Network, assemble
 from common.seeds import derive
@@ -43,24 +51,25 @@ class Session:
         self.site, self.study = site, study
         self.classes = len(study.classes)
         parts = cut(site, study)
-        self.records: dict[str, list[Record]] = {part: getattr(parts, part) for part in PARTS}
-        self._agree()
+        self._agree(patients(parts.train))
         self.network = assemble(study, _weights(site, study))
         self.device = _device(site.device)
         self.network.model.to(self.device)
-        self.examples = {part: self._examples(part) for part in PARTS}
-        self._agree()  # again: unreadable images may have been left out
+        self.examples: dict[str, Examples] = {}
+        self.patients: dict[str, int] = {}
+        for part in PARTS:
+            self._prepare(part, getattr(parts, part))
+        self._agree(self.patients["train"])  # again: unreadable images may have been left out
 
-    def _agree(self) -> None:
-        trained = patients(self.records["train"])
+    def _agree(self, trained: int) -> None:
         if self.site.role == "train" and not trained:
             where, expected = f"{self.site.source}: data", "at least one training patient"
             remedy = "Add patients, lower holdout, or set role: evaluate."
             raise DataError(complaint(where, expected=expected, got=trained, remedy=remedy))
         agree(self.site, self.study, trained)
 
-    def _examples(self, part: str) -> Examples:
-        records = self.records[part]
+    def _prepare(self, part: str, records: Sequence[Record]) -> None:
+        """Keep what rounds need of these records; the images themselves may go."""
         prepared, kept = prepare(
             [record.image for record in records],
             recipe=_recipe(self.network),
@@ -68,9 +77,9 @@ class Session:
             cache=self.site.cache_folder,
             skip_unreadable=self.study.images.unreadable == "skip",
         )
-        records = self.records[part] = [records[i] for i in kept]
-        labels = torch.tensor([record.label for record in records], dtype=torch.int64)
-        return Examples(prepared, labels)
+        labels = torch.tensor([records[i].label for i in kept], dtype=torch.int64)
+        self.examples[part] = Examples(prepared, labels)
+        self.patients[part] = patients([records[i] for i in kept])
 
     def joined(self) -> JoinReply:
         """What this site tells the server about itself."""
@@ -79,10 +88,9 @@ class Session:
             name=self.site.name,
             role=self.site.role,
             contract=self.network.contract,
-            weight=len(self.examples["train"]),
-            patients={part: patients(records) for part, records in self.records.items()},
-            images={part: tuple(count.tolist()) for part, count in counts.items()},
-            versions=versions(),
+            patients=wire.Parts(**self.patients),
+            images=wire.Parts(**{p: tuple(count.tolist()) for p, count in counts.items()}),
+            versions=Versions.here(),
         )
 
     def train(self, tensors: Tensors, round_number: int, proximal_mu: float) -> float:
@@ -121,12 +129,6 @@ def patients(records: Sequence[Record]) -> int:
     return len({record.patient for record in records})
 
 
-def versions() -> dict[str, str]:
-    """What runs here: shown, not enforced."""
-    names = ("flwr", "torch", "torchvision", "numpy")
-    return {"python": platform.python_version()} | {name: version(name) for name in names}
-
-
 @lru_cache(maxsize=8)
 def _recipe(network: Network) -> Recipe:
     return Recipe(prefix=network.split.prefix, preprocess=network.preprocess)
@@ -160,7 +162,9 @@ def remember(site: Site, proposal: str) -> Study:
       ContractError: the proposal is not a valid study.
     """
     study = _parse(proposal)
-    files.write(site.private("studies") / f"{study.id}.json", proposal, mode=0o600)
+    folder = site.private("studies")
+    with usable(f"{site.source}: state", SiteError):
+        files.write(folder / f"{study.id}.json", proposal, mode=0o600)
     return study
 
 
@@ -179,7 +183,8 @@ def open_session(site_file: Path, study_id: str) -> Session:
       ContractError: this site never joined that study.
     """
     site = Site.read(site_file)
-    path = site.state / "studies" / f"{Path(study_id).name}.json"
-    if not path.is_file():
+    path = site.state / "studies" / f"{study_id}.json"
+    # The id is a name from the network: one spelling, no path, no second session.
+    if not re.fullmatch(r"[0-9a-f]{16}", study_id) or not path.is_file():
         raise ContractError(f"this site has not joined study {study_id!r}")
     return Session(site, _parse(path.read_text(encoding="utf-8")))

@@ -1,8 +1,9 @@
 """Rows of tensors on disk, by name: the shelf on which prepared images are kept.
 
 Rows come in immutable shards, each named by the SHA-256 of its own bytes: an interrupted pass keeps
-the shards it finished, two processes can write side by side, and a damaged shard is noticed and
-made again. What is kept is patient data: it can be inverted into something like the image.
+the shards it finished, two processes can write side by side, and a damaged shard is noticed,
+deleted and made again. What is kept is patient data: it can be inverted into something like the
+image.
 """
 
 import hashlib
@@ -17,7 +18,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from client.disk import usable
 from common import files
+from common.errors import DataError
 
 log = logging.getLogger(__name__)
 
@@ -51,19 +54,24 @@ class Rows:
 
 
 class Store:
-    """One folder of rows made by one recipe."""
+    """One folder of rows made by one recipe.
+
+    Every method raises `DataError` where the disk is full or a file cannot be opened.
+    """
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with usable(folder, DataError):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._folder = folder
         self._shards: set[str] = set()
         self._places: dict[str, tuple[Tensor, int]] = {}
 
     def refresh(self) -> None:
         """Take in shards that were written since, by this process or another."""
-        for path in sorted(self._folder.glob("*.safetensors")):
-            if path.name not in self._shards:
-                self._open(path)
+        with usable(self._folder, DataError):
+            for path in sorted(self._folder.glob("*.safetensors")):
+                if path.name not in self._shards:
+                    self._open(path)
 
     def _open(self, path: Path) -> None:
         try:
@@ -74,8 +82,10 @@ class Store:
             with safe_open(path, framework="pt") as shard:
                 rows = shard.get_tensor("rows")
                 names = json.loads(shard.metadata()["names"])
-        except (SafetensorError, OSError, ValueError, KeyError) as ex:
-            log.warning("A damaged cache file is set aside and made again: %s (%s)", path, ex)
+        except FileNotFoundError:  # another process found it damaged first
+            return
+        except (SafetensorError, ValueError, KeyError, TypeError) as ex:
+            log.warning("A damaged cache file is deleted, its rows made again: %s (%s)", path, ex)
             path.unlink(missing_ok=True)
             return
         self._shards.add(path.name)
@@ -89,8 +99,9 @@ class Store:
         """Write one shard: complete under its own name, or not at all."""
         data = save({"rows": rows.contiguous()}, {"names": json.dumps(list(names))})
         path = self._folder / f"{hashlib.sha256(data).hexdigest()}.safetensors"
-        files.write(path, data, mode=0o600)
-        self._open(path)
+        with usable(self._folder, DataError):
+            files.write(path, data, mode=0o600)
+            self._open(path)
 
     def rows(self, names: Sequence[str]) -> Rows:
         """The rows with these names, which must be there."""

@@ -1,7 +1,9 @@
 """Training and evaluation in plain torch. Knows no federation."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain, count, islice
 
 import torch
 from torch import Tensor, nn
@@ -133,15 +135,13 @@ def train(
     return total / seen
 
 
-def _batches(examples: Examples, plan: Train, seed: int) -> list[Tensor]:
-    """Index batches of a round; every epoch is a new order of all examples."""
+def _batches(examples: Examples, plan: Train, seed: int) -> Iterator[Tensor]:
+    """Index batches of a round, drawn as they come; every epoch is a new order of all examples."""
     generator = torch.Generator().manual_seed(derive(seed, "order"))
     size = min(plan.batch_size, len(examples))
     steps = plan.local_steps or (plan.local_epochs or 1) * math.ceil(len(examples) / size)
-    batches: list[Tensor] = []
-    while len(batches) < steps:
-        batches.extend(torch.randperm(len(examples), generator=generator).split(size))
-    return batches[:steps]
+    epochs = (torch.randperm(len(examples), generator=generator).split(size) for _ in count())
+    return islice(chain.from_iterable(epochs), steps)
 
 
 def _views(examples: Examples, indices: Tensor, seed: int) -> Tensor | int:

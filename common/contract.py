@@ -2,12 +2,81 @@
 
 import hashlib
 import json
+import platform
 from collections.abc import Mapping
+from importlib.metadata import version
+from typing import Annotated, Self
 
+from pydantic import Field
 from torch import Tensor
 
-from common import wire
 from common.images import Preprocess
+from common.yaml import Section
+
+PROTOCOL = "1"
+"""Raised whenever a message between server and site changes."""
+
+Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{1,64}$")]
+Version = Annotated[str, Field(pattern=r"^[0-9A-Za-z.+_-]{1,40}$")]
+
+
+class Contract(Section):
+    """The parts of the contract, each a hash."""
+
+    study: Hash
+    """The proposal's id, which covers the classes in their order."""
+    backbone: Hash
+    """Every tensor that stays as loaded: the prefix and all buffers."""
+    suffix: Hash
+    """Names and shapes of the tensors that travel."""
+    preprocessing: Hash
+    """How an image becomes the backbone's input."""
+    protocol: Hash
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        study: str,
+        frozen: Mapping[str, Tensor],
+        shapes: Mapping[str, tuple[int, ...]],
+        preprocess: Preprocess,
+    ) -> Self:
+        """The contract of a study as this machine assembled it."""
+        return cls(
+            study=study,
+            backbone=digest(frozen),
+            suffix=_hash({name: list(shape) for name, shape in shapes.items()}),
+            preprocessing=_hash(repr(preprocess)),
+            protocol=PROTOCOL,
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        """One short name for the whole contract: 16 hex digits."""
+        return _hash(self.model_dump())[:16]
+
+    def differences(self, other: "Contract") -> list[str]:
+        """Names of the parts that differ."""
+        return [
+            part for part in type(self).model_fields if getattr(self, part) != getattr(other, part)
+        ]
+
+
+class Versions(Section):
+    """What runs on a machine: shown, not enforced."""
+
+    python: Version
+    flwr: Version
+    torch: Version
+    torchvision: Version
+    numpy: Version
+
+    @classmethod
+    def here(cls) -> Self:
+        """Of this machine."""
+        names = ("flwr", "torch", "torchvision", "numpy")
+        return cls(python=platform.python_version(), **{name: version(name) for name in names})
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
@@ -18,42 +87,6 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
         sha.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         sha.update(tensor.numpy().tobytes())
     return sha.hexdigest()
-
-
-def contract(
-    *,
-    study: str,
-    frozen: Mapping[str, Tensor],
-    shapes: Mapping[str, tuple[int, ...]],
-    preprocess: Preprocess,
-) -> dict[str, str]:
-    """The parts of the contract.
-
-    Args:
-      study: The proposal's id, which covers the classes in their order.
-      frozen: Every tensor that stays as loaded: the prefix and all buffers.
-      shapes: The tensors that travel.
-      preprocess: How an image becomes the backbone's input.
-    """
-    return {
-        "study": study,
-        "backbone": digest(frozen),
-        "suffix": _hash({name: list(shape) for name, shape in shapes.items()}),
-        "preprocessing": _hash(repr(preprocess)),
-        "wire": str(wire.VERSION),
-    }
-
-
-def fingerprint(parts: Mapping[str, str]) -> str:
-    """One short name for a whole contract: 16 hex digits."""
-    return _hash(dict(parts))[:16]
-
-
-def differences(ours: Mapping[str, str], theirs: Mapping[str, str]) -> list[str]:
-    """Names of the parts that differ."""
-    return sorted(
-        part for part in ours.keys() | theirs.keys() if ours.get(part) != theirs.get(part)
-    )
 
 
 def _hash(value: object) -> str:

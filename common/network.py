@@ -6,7 +6,7 @@ from functools import lru_cache
 from torch import Tensor, nn
 
 from common import backbones
-from common.contract import contract
+from common.contract import Contract
 from common.cut import Split, split
 from common.errors import ContractError
 from common.images import Preprocess
@@ -22,7 +22,7 @@ class Network:
     split: Split
     trainable: tuple[str, ...]
     preprocess: Preprocess
-    contract: dict[str, str]
+    contract: Contract
     initial: dict[str, Tensor]
     """The tensors that travel as they were when the study was assembled."""
 
@@ -72,6 +72,6 @@ def _assemble(proposal: str, weights: str) -> Network:
     state = model.state_dict()
     frozen = {name: tensor for name, tensor in state.items() if name not in trainable}
     shapes = {name: tuple(state[name].shape) for name in trainable}
-    parts = contract(study=study.id, frozen=frozen, shapes=shapes, preprocess=preprocess)
+    contract = Contract.of(study=study.id, frozen=frozen, shapes=shapes, preprocess=preprocess)
     initial = {name: state[name].clone() for name in trainable}
-    return Network(model, split(model, trainable), trainable, preprocess, parts, initial)
+    return Network(model, split(model, trainable), trainable, preprocess, contract, initial)

@@ -5,17 +5,35 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    StrictInt,
+    field_validator,
+    model_validator,
+)
 
 from common.errors import StudyError, complaint
 from common.yaml import Section, YamlFile, dump
 
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-Positive = Annotated[float, Field(gt=0)]
+
+def _no_truth(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError(f"expected a number, got {value}")
+    return value
+
+
+# Not strict: YAML reads 1e-3 as text.
+Number = Annotated[float, BeforeValidator(_no_truth)]
+Fraction = Annotated[Number, Field(ge=0, lt=1)]
+Positive = Annotated[Number, Field(gt=0)]
+Word = Annotated[str, Field(max_length=100)]
+Rounds = Annotated[StrictInt, Field(ge=1, le=100_000)]
 
 
 def _unfreeze(text: str) -> str:
-    if not re.fullmatch(r"head|all|last:[1-9]\d*", text):
+    if not re.fullmatch(r"head|all|last:[1-9][0-9]{0,2}", text):
         raise ValueError(f"expected head, last:<k> or all, got {text!r}")
     return text
 
@@ -23,15 +41,24 @@ def _unfreeze(text: str) -> str:
 Unfreeze = Annotated[str, AfterValidator(_unfreeze)]
 
 
+def _class_name(name: str) -> str:
+    if not name.strip() or not name.isprintable() or len(name) > 100:
+        raise ValueError(f"expected a class name of 1 to 100 printable characters, got {name!r}")
+    return name
+
+
+ClassName = Annotated[str, AfterValidator(_class_name)]
+
+
 class Model(Section):
     """Which backbone, with which weights, and how much of it trains."""
 
-    backbone: str
-    weights: str = "DEFAULT"
+    backbone: Word
+    weights: Annotated[str, Field(max_length=4096)] = "DEFAULT"
     """`DEFAULT` (torchvision's own), `none` (random), or a file relative to the study."""
     unfreeze: Unfreeze = "head"
     dropout: Fraction = 0.0
-    init: str | None = None
+    init: Annotated[str, Field(max_length=4096)] | None = None
     """A run folder whose best model is the starting point."""
 
     @property
@@ -43,8 +70,10 @@ class Model(Section):
 class Augment(Section):
     """Label-safe views of each training image; one of them is drawn each epoch."""
 
-    views: Annotated[int, Field(ge=1, le=64)] = 1
-    ops: tuple[Literal["flip", "rotate", "crop", "brightness"], ...] = ()
+    views: Annotated[StrictInt, Field(ge=1, le=64)] = 1
+    ops: Annotated[
+        tuple[Literal["flip", "rotate", "crop", "brightness"], ...], Field(max_length=4)
+    ] = ()
 
     @model_validator(mode="after")
     def _views_need_ops(self) -> Self:
@@ -56,27 +85,34 @@ class Augment(Section):
 class Images(Section):
     """How an image becomes the backbone's input."""
 
-    size: Annotated[int, Field(ge=32, le=1024)] | None = None
+    size: Annotated[StrictInt, Field(ge=32, le=1024)] | None = None
     """Side in pixels; without it, the backbone's own resize and crop."""
     unreadable: Literal["refuse", "skip"] = "refuse"
     augment: Augment = Augment()
+
+    @model_validator(mode="after")
+    def _fits_a_disk(self) -> Self:
+        if self.augment.views * (self.size or 0) ** 2 > 64 * 512**2:
+            got = f"{self.augment.views} of {self.size}"
+            raise ValueError(f"expected at most 64 views of side 512, or 16 of 1024, got {got}")
+        return self
 
 
 class Train(Section):
     """Local training at each site, each round, from a fresh optimizer."""
 
-    rounds: Annotated[int, Field(ge=1)]
-    local_epochs: Annotated[int, Field(ge=1)] | None = None
-    local_steps: Annotated[int, Field(ge=1)] | None = None
-    batch_size: Annotated[int, Field(ge=1)] = 32
+    rounds: Rounds
+    local_epochs: Annotated[StrictInt, Field(ge=1, le=1000)] | None = None
+    local_steps: Annotated[StrictInt, Field(ge=1, le=1_000_000)] | None = None
+    batch_size: Annotated[StrictInt, Field(ge=1, le=65_536)] = 32
     optimizer: Literal["sgd", "adam", "adamw"] = "adamw"
     lr: Positive = 1e-3
     momentum: Fraction = 0.9
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: Annotated[Number, Field(ge=0)] = 0.0
     schedule: Literal["constant", "cosine"] = "constant"
     imbalance: Literal["none", "weighted", "focal"] = "none"
-    class_weights: tuple[Positive, ...] | None = None
-    patience: Annotated[int, Field(ge=1)] | None = None
+    class_weights: Annotated[tuple[Positive, ...], Field(max_length=1000)] | None = None
+    patience: Rounds | None = None
     """Stop after this many rounds without a better `select` metric."""
 
     @model_validator(mode="after")
@@ -107,12 +143,12 @@ class Holdout(Section):
 class Aggregate(Section):
     """How the replies of a round become the next model."""
 
-    strategy: str = "fedavg"
-    options: dict[str, float] = {}
+    strategy: Word = "fedavg"
+    options: Annotated[dict[Word, Number], Field(max_length=100)] = {}
     """The strategy's own parameters, such as `proximal_mu`."""
-    fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    fraction: Annotated[Number, Field(gt=0, le=1)] = 1.0
     """Share of the training sites asked in each round."""
-    quorum: Annotated[int, Field(ge=1)] = 1
+    quorum: Annotated[StrictInt, Field(ge=1, le=100_000)] = 1
     """Fewest good replies that make a round count."""
     round_timeout: Positive = 3600.0
     """Seconds to wait for a round's replies."""
@@ -128,7 +164,7 @@ class Study(YamlFile):
     """One federated study; the coordinator's request, which a site may refuse."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
-    classes: Annotated[tuple[str, ...], Field(min_length=2)]
+    classes: Annotated[tuple[ClassName, ...], Field(min_length=2, max_length=1000)]
     model: Model
     images: Images = Images()
     train: Train
@@ -136,7 +172,7 @@ class Study(YamlFile):
     select: Literal["accuracy", "balanced_accuracy", "f1", "auroc", "loss"] = "balanced_accuracy"
     aggregate: Aggregate = Aggregate()
     privacy: Privacy = Privacy()
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[StrictInt, Field(ge=0, lt=2**63)] = 0
 
     @field_validator("classes", mode="after")
     @classmethod

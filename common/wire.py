@@ -5,9 +5,9 @@ not exactly what the protocol says raises `ContractError`.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -15,21 +15,35 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from pydantic import Field, ValidationError
 from torch import Tensor
 
+from common.contract import Contract, Versions
 from common.errors import ContractError
 from common.metrics import MOST, Counts
 from common.yaml import Section
 
-VERSION = 1
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
 WEIGHT = "weight"
 _LAST, _BEST = "last", "best"
 _JSON, _STUDY, _ROUND, _PROXIMAL = "json", "study", "server-round", "proximal-mu"
 _LOSS = "train-loss"
 _LONGEST_JSON = 1_000_000
+# No weight of a working network comes near; larger ones would break the sites that receive them.
+_LARGEST = 1e4
+_WORST_LOSS = 1e12
 
 Count = Annotated[int, Field(ge=0, le=MOST)]
 Shapes = Mapping[str, tuple[int, ...]]
 Tensors = dict[str, Tensor]
+
+
+T = TypeVar("T")
+
+
+class Parts(Section, Generic[T]):
+    """Something of each part of a site's patients."""
+
+    train: T
+    validation: T
+    test: T
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,15 +69,17 @@ class JoinReply(Section):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
     role: Literal["train", "evaluate"]
-    contract: dict[str, str]
-    """The parts all sites must share, hashed (see `common.contract`)."""
-    weight: Count
-    """Weight in FedAvg: the number of training images."""
-    patients: dict[str, Count]
-    """Patients per part: train, validation, test."""
-    images: dict[str, tuple[Count, ...]]
-    """Images per part and class."""
-    versions: dict[str, str]
+    contract: Contract
+    patients: Parts[Count]
+    """How many, in each part."""
+    images: Parts[tuple[Count, ...]]
+    """How many of each class, in each part."""
+    versions: Versions
+
+    @property
+    def weight(self) -> int:
+        """Weight in FedAvg: the number of training images."""
+        return sum(self.images.train)
 
     def record(self) -> RecordDict:
         """As Flower sends it."""
@@ -117,32 +133,35 @@ class RoundReply:
     """What a site sends after a round."""
 
     tensors: Tensors
-    weight: int
     train_loss: float
     counts: Counts
     """Of the tensors received, on the site's validation patients."""
 
     def record(self) -> RecordDict:
         """As Flower sends it."""
-        metrics = MetricRecord({WEIGHT: self.weight, _LOSS: self.train_loss})
+        metrics = MetricRecord({_LOSS: self.train_loss})
         counts = MetricRecord(self.counts.sparse())
         return RecordDict({ARRAYS: to_arrays(self.tensors), METRICS: metrics, _LAST: counts})
 
     @classmethod
-    def read(cls, record: RecordDict, shapes: Shapes, weight: int, classes: int) -> "RoundReply":
-        """Back from Flower; raises `ContractError` unless it is exactly as agreed."""
+    def read(cls, record: RecordDict, shapes: Shapes, images: Sequence[int]) -> "RoundReply":
+        """Back from Flower; raises `ContractError` unless it is exactly as agreed.
+
+        Args:
+          record: What the site sent.
+          shapes: Of the tensors that travel.
+          images: The site's validation images of each class, as it told at join.
+        """
         _exactly(record, ARRAYS, METRICS, _LAST)
         metrics = _only(record.metric_records, METRICS)
-        if set(metrics) != {WEIGHT, _LOSS}:
+        if set(metrics) != {_LOSS}:
             raise ContractError("metrics other than the agreed ones")
-        if metrics[WEIGHT] != weight:
-            raise ContractError("a weight other than the one agreed at join")
         loss = metrics[_LOSS]
-        if not isinstance(loss, float) or not math.isfinite(loss):
-            raise ContractError("a loss that is not a finite number")
+        if not isinstance(loss, float) or not 0 <= loss <= _WORST_LOSS:
+            raise ContractError("a loss that is no loss")
         tensors = from_arrays(_only(record.array_records, ARRAYS), shapes)
-        counts = Counts.from_sparse(_only(record.metric_records, _LAST), classes)
-        return cls(tensors=tensors, weight=weight, train_loss=loss, counts=counts)
+        counts = _counts(record, _LAST, images)
+        return cls(tensors=tensors, train_loss=loss, counts=counts)
 
 
 def strategy_record(tensors: Tensors, weight: float) -> RecordDict:
@@ -188,11 +207,12 @@ class FinalReply:
         return RecordDict(dict(zip(_FINAL_PARTS, records, strict=True)))
 
     @classmethod
-    def read(cls, record: RecordDict, classes: int) -> "FinalReply":
-        """Back from Flower; raises `ContractError`."""
+    def read(cls, record: RecordDict, images: Parts[tuple[int, ...]]) -> "FinalReply":
+        """Back from Flower; raises `ContractError` unless it counts the images told at join."""
         _exactly(record, *_FINAL_PARTS)
-        parts = (_only(record.metric_records, part) for part in _FINAL_PARTS)
-        validation, last, best = (Counts.from_sparse(part, classes) for part in parts)
+        told = (images.validation, images.test, images.test)
+        parts = zip(_FINAL_PARTS, told, strict=True)
+        validation, last, best = (_counts(record, part, each) for part, each in parts)
         return cls(validation_last=validation, test_last=last, test_best=best)
 
 
@@ -207,7 +227,7 @@ def to_arrays(tensors: Mapping[str, Tensor]) -> ArrayRecord:
 def from_arrays(arrays: ArrayRecord, shapes: Shapes) -> Tensors:
     """The tensors of a message; raises `ContractError` unless names, shapes and type are as agreed.
 
-    Every value is float32 and finite.
+    Every value is float32 and finite, and none is beyond ±10⁴.
     """
     if set(arrays) != set(shapes):
         raise ContractError("tensors with other names than agreed")
@@ -226,9 +246,17 @@ def _tensor(array: Array, shape: tuple[int, ...]) -> Tensor:
         raise ContractError("a tensor that is not one array")
     if values.dtype != np.float32 or values.shape != shape:
         raise ContractError("a tensor of another type or shape than agreed")
-    if not np.isfinite(values).all():
-        raise ContractError("a tensor with values that are not finite")
+    if not (np.abs(values) <= _LARGEST).all():  # nor NaN
+        raise ContractError("a tensor with values that are not finite, or beyond all measure")
     return torch.from_numpy(np.asarray(values, order="C"))
+
+
+def _counts(record: RecordDict, key: str, images: Sequence[int]) -> Counts:
+    """Counts of exactly these images of each class."""
+    counts = Counts.from_sparse(_only(record.metric_records, key), len(images))
+    if counts.confusion.sum(axis=1).tolist() != list(images):
+        raise ContractError("counts of other images than it told at join")
+    return counts
 
 
 def payload(arrays: ArrayRecord) -> int:

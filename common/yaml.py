@@ -75,7 +75,7 @@ class YamlFile(Section):
         return parsed
 
     def anchored(self, folder: Path) -> Self:
-        """A copy whose relative paths start at `folder`."""
+        """A copy whose relative paths start at `folder`, and those with `~` at home."""
         copy = _anchor(self, folder)
         copy._source = self._source
         return copy
@@ -91,10 +91,17 @@ def _anchor(section: S, folder: Path) -> S:
     for name in type(section).model_fields:
         value = getattr(section, name)
         if isinstance(value, Path):
-            update[name] = folder / value
+            update[name] = folder / _home(value)
         elif isinstance(value, Section):
             update[name] = _anchor(value, folder)
     return section.model_copy(update=update)
+
+
+def _home(path: Path) -> Path:
+    try:
+        return path.expanduser()
+    except RuntimeError:  # no such user: a folder of that very name
+        return path
 
 
 def _read(path: Path, error: type[ConsiliumError]) -> dict[str, Any]:

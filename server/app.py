@@ -20,4 +20,5 @@ def main(grid: Grid, context: Context) -> None:
     if not isinstance(run, str) or not run:
         raise RunError("run configuration: expected run=<run folder>, got nothing")
     folder = RunFolder.resume(Path(run))
-    Run(grid, folder, Reporter(folder)).go()
+    with folder.locked():
+        Run(grid, folder, Reporter(folder)).go()

@@ -5,12 +5,15 @@ been renamed into place; whatever a crash left beyond it is dropped on resume.
 """
 
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import yaml
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
@@ -42,18 +45,22 @@ class RunFolder:
         self.path = path
 
     @classmethod
-    def create(cls, path: Path, study: Study) -> Self:
-        """A new run; raises `RunError` unless the folder is new or empty."""
+    def claim(cls, path: Path) -> Self:
+        """A folder for a new run; raises `RunError` unless it is new or empty."""
         try:
             path.mkdir(parents=True, exist_ok=True)
-            if any(path.iterdir()):
-                remedy = f"Go on with --resume {path}, or choose another folder."
-                expected, got = "a new or empty folder", "a run or other files"
-                raise RunError(complaint(path, expected=expected, got=got, remedy=remedy))
-            files.write(path / "study.yaml", study.yaml())
+            taken = any(path.iterdir())
         except OSError as ex:
             raise RunError(complaint(path, expected="a folder to write", got=ex.strerror)) from None
+        if taken:
+            remedy = f"Go on with --resume {path}, or choose another folder."
+            expected, got = "a new or empty folder", "a run or other files"
+            raise RunError(complaint(path, expected=expected, got=got, remedy=remedy))
         return cls(path)
+
+    def begin(self, study: Study) -> None:
+        """Make the folder a run: from here on it can be resumed."""
+        self.write("study.yaml", study.yaml())
 
     @classmethod
     def resume(cls, path: Path, study: Study | None = None) -> Self:
@@ -86,6 +93,18 @@ class RunFolder:
         """The best model so far, if any was scored."""
         return self._load("best")
 
+    def released(self) -> Checkpoint:
+        """The model that a finished run released; raises `RunError` if there is none."""
+        found = [c for c in (self.last(), self.best()) if c and c.round == self._released_round()]
+        if not found:
+            got = "no checkpoint of the released round"
+            raise RunError(complaint(self.path, expected="a finished run", got=got))
+        return found[0]
+
+    def _released_round(self) -> int | None:
+        path = self.path / "report.json"
+        return json.loads(path.read_text("utf-8"))["released_round"] if path.exists() else None
+
     def save_last(self, checkpoint: Checkpoint) -> None:
         """Finish a round."""
         self._save("last", checkpoint)
@@ -115,10 +134,30 @@ class RunFolder:
         state = {k.removeprefix(_STATE): v for k, v in loaded.items() if k.startswith(_STATE)}
         return Checkpoint(tensors=tensors, state=state, **facts)
 
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from running this run; the lock ends with the process."""
+        lock = FileLock(self.path / ".lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            expected, got = "no other process on this run", "one that runs it now"
+            raise RunError(complaint(self.path, expected=expected, got=got)) from None
+        try:
+            yield
+        finally:
+            lock.release()
+
     def log(self, lines: list[dict[str, Any]]) -> None:
-        """Append a finished round's lines to `metrics.jsonl`."""
-        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
+        """Append a finished round's lines to `metrics.jsonl`; raises `RunError` on a full disk."""
+        path = self.path / "metrics.jsonl"
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(line) + "\n" for line in lines)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as ex:
+            raise _unwritable(path, ex) from None
 
     def history(self) -> list[dict[str, Any]]:
         """Every line of `metrics.jsonl`."""
@@ -144,11 +183,19 @@ class RunFolder:
         try:
             files.write(path, content)
         except OSError as ex:
-            remedy = "Free some space and resume the run."
-            raise RunError(
-                complaint(path, expected="a file to write", got=ex.strerror, remedy=remedy)
-            ) from None
+            raise _unwritable(path, ex) from None
 
     def write_facts(self, facts: Mapping[str, Any]) -> None:
-        """Versions, contract and sites, in `run.yaml`."""
+        """Versions, weights, contract and sites, in `run.yaml`."""
         self.write("run.yaml", yaml.safe_dump(dict(facts), sort_keys=False))
+
+    def facts(self) -> dict[str, Any]:
+        """What `write_facts` wrote; nothing before the first join."""
+        path = self.path / "run.yaml"
+        facts: dict[str, Any] = yaml.safe_load(path.read_text("utf-8")) if path.exists() else {}
+        return facts
+
+
+def _unwritable(path: Path, ex: OSError) -> RunError:
+    remedy = "Free some space, then resume the run."
+    return RunError(complaint(path, expected="a file to write", got=ex.strerror, remedy=remedy))

@@ -9,7 +9,6 @@ from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from common import errors, wire
-from common.contract import differences
 from common.errors import ContractError, RunError
 from common.network import Network
 from common.study import Study
@@ -85,9 +84,15 @@ class Federation:
             raise RunError(errors.complaint("join", expected=expected, got=got))
 
     def _admit(self, member: Member) -> None:
-        differ = differences(self._network.contract, member.reply.contract)
+        differ = self._network.contract.differences(member.reply.contract)
+        images = member.reply.images
         if differ:
             self.refusals[member.name] = f"its {', '.join(differ)} differ from ours"
+        elif any(
+            len(c) != len(self._study.classes)
+            for c in (images.train, images.validation, images.test)
+        ):
+            self.refusals[member.name] = "it counts other classes than the study has"
         elif any(member.name == other.name for other in self.members):
             self.refusals[f"node {member.node}"] = f"the name {member.name} is taken"
         elif member.trains and not member.reply.weight:
@@ -126,11 +131,14 @@ class Federation:
     ) -> tuple[dict[int, T], dict[int, str]]:
         sent = list(messages)
         timeout = self._study.aggregate.round_timeout
+        replies = list(self._grid.send_and_receive(sent, timeout=timeout))
+        # An error about a node that is gone comes from the SuperLink, so the source does not tell.
+        asked = {m.metadata.message_id: m.metadata.dst_node_id for m in sent}
         good: dict[int, T] = {}
-        bad = {message.metadata.dst_node_id: _SILENT for message in sent}
-        for reply in self._grid.send_and_receive(sent, timeout=timeout):
-            node = reply.metadata.src_node_id
-            if node not in bad or node in good:
+        bad = dict.fromkeys(asked.values(), _SILENT)
+        for reply in replies:
+            node = asked.pop(reply.metadata.reply_to_message_id, None)
+            if node is None:
                 log.warning("a reply that nobody asked for is left out")
             elif reply.has_error():
                 bad[node] = _MEANING.get(reply.error.reason or "", _MEANING["internal"])

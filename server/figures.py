@@ -1,6 +1,7 @@
 """Pictures of a run, each written whole or not at all."""
 
 from collections.abc import Callable, Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from common import files
 from common.evidence import Estimate
 from common.metrics import METRICS, Counts
 
@@ -41,16 +43,19 @@ STYLE: Any = {
     "text.parse_math": False,  # names of sites and classes are text, never formulas
 }
 
+_NOT_FIGURES = ("round", "model_round", "site")
+
 
 def curves(rows: Sequence[Row], path: Path) -> None:
     """Every measured key over the rounds: overall thick, each site thin.
 
     Args:
       rows: one per round and site, with the keys `round`, `site` (None for overall), `loss` (of
-        training) and any validation metrics by name; None where a site did not disclose it.
+        training in that round), `model_round` (rounds behind the model that was validated) and any
+        validation metrics by name; None where there is no figure.
       path: the PNG to write.
     """
-    keys = dict.fromkeys(key for row in rows for key in row if key not in ("round", "site"))
+    keys = dict.fromkeys(key for row in rows for key in row if key not in _NOT_FIGURES)
     shown = [key for key in keys if any(row.get(key) is not None for row in rows)]
 
     def draw(figure: Figure) -> None:
@@ -80,19 +85,18 @@ def _lines(axes: Axes, rows: Sequence[Row], key: str) -> None:
             name = "_" if index else "each site"
             _line(axes, rows, key, site, label=name, color=GREY, lw=0.9, alpha=0.6)
     axes.set_title("Training loss" if key == "loss" else f"Validation {_label(key)}")
-    axes.set_xlabel("round")
+    axes.set_xlabel("round" if key == "loss" else "model after round")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.grid(axis="y")
 
 
 def _line(axes: Axes, rows: Sequence[Row], key: str, site: str | None, **style: Any) -> None:
-    mine = sorted((r for r in rows if r["site"] == site), key=lambda row: int(row["round"]))
+    when = "round" if key == "loss" else "model_round"
+    mine = sorted((r for r in rows if r["site"] == site), key=lambda row: int(row[when]))
     values = [np.nan if row.get(key) is None else row[key] for row in mine]
     if not np.isnan(values).all():
         marker = "o" if len(mine) <= 10 else ""  # a line cannot show a round that stands alone
-        axes.plot(
-            [row["round"] for row in mine], values, marker=marker, ms=3 * style["lw"], **style
-        )
+        axes.plot([row[when] for row in mine], values, marker=marker, ms=3 * style["lw"], **style)
 
 
 def confusion(counts: Counts, classes: Sequence[str], path: Path) -> None:
@@ -183,9 +187,9 @@ def _label(metric: str) -> str:
 
 def _write(draw: Callable[[Figure], None], path: Path) -> None:
     """Draw on a fresh figure and put the PNG in place in one step."""
-    temporary = path.with_name(f".{path.name}.new")
+    drawn = BytesIO()
     with mpl.rc_context(STYLE):
         figure = Figure(layout="constrained")
         draw(figure)
-        figure.savefig(temporary, format="png")
-    temporary.replace(path)
+        figure.savefig(drawn, format="png")
+    files.write(path, drawn.getvalue())

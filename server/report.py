@@ -9,10 +9,12 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from safetensors.torch import save
 from torch import nn
 
 from common.errors import RunError, complaint
+from common.evidence import calibration
 from common.metrics import METRICS, Counts, sensitivity, value
 from common.study import Study
 from server import figures
@@ -23,8 +25,23 @@ FEDERATED = "federated"
 _COLUMNS = ("accuracy", "balanced_accuracy", "f1", "auroc")
 _FEW = 6
 
+
+def printable(text: str) -> str:
+    """Text from elsewhere without control characters, which could steer a terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+class PlainConsole(Console):
+    """Prints every text, in tables too, as it is: nothing in it is markup or steers a terminal."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Where rich turns a str into something to print."""
+        return super().render_str(printable(text), **options)
+
+
 # A file or a pipe has no width of its own; tables must not be cut to 80 columns there.
-console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
+_WIDTH = None if sys.stdout.isatty() else 140
+console = PlainConsole(highlight=False, markup=False, emoji=False, width=_WIDTH)
 
 Results = dict[str, dict[str, Counts]]
 """Way of training (federated, local, pooled) → site → counts on its test patients."""
@@ -44,6 +61,27 @@ def union(counts: Iterable[Counts], classes: int) -> Counts:
     return sum(counts, Counts.zero(classes))
 
 
+def overall(results: Results, classes: int) -> dict[str, Counts]:
+    """Of each way of training, the union of the sites that all ways have figures for."""
+    shared = sorted(_sites(results) - set(left_out(results)))
+    return {way: union((sites[name] for name in shared), classes) for way, sites in results.items()}
+
+
+def left_out(results: Results) -> list[str]:
+    """The sites that `overall` leaves out, since not every way of training has figures for them."""
+    return sorted(n for n in _sites(results) if any(n not in way for way in results.values()))
+
+
+def note(results: Results) -> str:
+    """What to print under a table with an overall row: the sites it leaves out, if any."""
+    names = ", ".join(left_out(results))
+    return names and f"overall leaves out {names}: not every way of training has figures for it"
+
+
+def _sites(results: Results) -> set[str]:
+    return {name for sites in results.values() for name in sites}
+
+
 class Reporter:
     """Shows one run and writes its files."""
 
@@ -54,11 +92,10 @@ class Reporter:
         """The sites that take part, and those that do not."""
         names = ", ".join(member.name for member in federation.members)
         start = f", going on after round {resumed}" if resumed else ""
-        console.print(
-            f"[bold]{self._study.name}[/]: {len(federation.members)} sites ({names}){start}"
-        )
+        sites = f": {len(federation.members)} sites ({names}){start}"
+        console.print(Text.assemble((self._study.name, "bold"), sites))
         for name, why in federation.refusals.items():
-            console.print(f"  [yellow]{name} does not take part: {why}[/]")
+            console.print(f"  {name} does not take part: {why}", style="yellow")
 
     def round(self, lines: Sequence[Mapping[str, Any]], seconds: float) -> None:
         """One line of progress; the site lines come first, the overall line last."""
@@ -70,20 +107,23 @@ class Reporter:
         )
         shown = sites if len(sites) <= _FEW else ()
         text += [f"{x['site']} {_figure(x['train_loss'])} {_score(self._study, x)}" for x in shown]
-        text.append(f"[dim]{_size(overall['bytes'] / len(sites))} per site, {seconds:.1f} s[/]")
-        console.print("  [dim]│[/] ".join(text), soft_wrap=True)
+        cost = f"{_size(overall['bytes'] / max(len(sites), 1))} per site, {seconds:.1f} s"
+        line = Text("  │ ").join([*map(Text, text), Text(cost, style="dim")])
+        console.print(line, soft_wrap=True)
 
     def finished(self, outcome: Outcome, model: nn.Module) -> None:
         """Write the released model, the report and the pictures."""
         tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
         self._folder.write("model.safetensors", save(tensors))
-        save_results(self._folder, {FEDERATED: outcome.test}, released_round=outcome.round)
         self._pictures(outcome)
+        # The report comes last: with it the run counts as finished.
+        save_results(self._folder, {FEDERATED: outcome.test}, released_round=outcome.round)
 
     def _pictures(self, outcome: Outcome) -> None:
         keys = dict.fromkeys((self._study.select, "auroc"))
         rows = [
-            {"round": x["round"], "site": x["site"], "loss": x["train_loss"]}
+            {name: x[name] for name in ("round", "model_round", "site")}
+            | {"loss": x["train_loss"]}
             | {key: x[key] for key in keys if key != "loss"}
             for x in self._folder.history()
         ]
@@ -94,10 +134,10 @@ class Reporter:
 
 def save_results(folder: RunFolder, results: Results, **facts: Any) -> None:
     """Write `report.json`: every metric, and the counts behind it."""
-    classes = len(folder.study.classes)
+    together = overall(results, len(folder.study.classes))
     told = {
         way: {
-            "overall": _metrics(union(sites.values(), classes)),
+            "overall": {**_metrics(together[way]), "left_out": left_out(results)},
             "sites": {
                 name: {**_metrics(counts), "counts": counts.sparse()}
                 for name, counts in sites.items()
@@ -129,15 +169,28 @@ def load_results(path: Path, classes: int) -> tuple[Results, dict[str, Any]]:
 
 
 def _metrics(counts: Counts) -> dict[str, Any]:
-    figures_ = {name: value(counts, name) for name in METRICS}
-    return {"images": counts.n, **figures_, "sensitivity": sensitivities(counts)}
+    return {
+        "images": counts.n,
+        **{name: value(counts, name) for name in METRICS},
+        "calibration_error": _calibration_error(counts),
+        "sensitivity": sensitivities(counts),
+    }
+
+
+def _calibration_error(counts: Counts) -> float | None:
+    found = calibration(counts)
+    return found.error if found else None
 
 
 def results_tables(results: Results, classes: Sequence[str]) -> tuple[Table, Table]:
     """Per site and overall, one row for each way of training: metrics, and sensitivities."""
-    metrics = [METRICS[name].label for name in _COLUMNS]
+    metrics = [*(METRICS[name].label for name in _COLUMNS), "calibration error"]
+
+    def figures_of(counts: Counts) -> list[float | None]:
+        return [*(value(counts, name) for name in _COLUMNS), _calibration_error(counts)]
+
     return (
-        _table(results, len(classes), metrics, lambda c: [value(c, m) for m in _COLUMNS]),
+        _table(results, len(classes), metrics, figures_of),
         _table(results, len(classes), classes, sensitivities),
     )
 
@@ -156,13 +209,13 @@ def _table(
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("site", "images", "trained", *columns):
         table.add_column(name, justify="left" if name in ("site", "trained") else "right")
-    sites = sorted({name for way in results.values() for name in way})
-    rows = {site: {w: s[site] for w, s in results.items() if site in s} for site in sites}
-    rows["[bold]overall[/]"] = {w: union(s.values(), classes) for w, s in results.items()}
-    for site, ways in rows.items():
+    sites = sorted(_sites(results))
+    rows = [(site, {w: s[site] for w, s in results.items() if site in s}, "") for site in sites]
+    rows.append(("overall", overall(results, classes), "bold"))
+    for site, ways, style in rows:
         for i, (way, counts) in enumerate(ways.items()):
             first = ("", "") if i else (site, str(counts.n))
-            table.add_row(*first, way, *(_figure(number) for number in figures_of(counts)))
+            table.add_row(*first, way, *map(_figure, figures_of(counts)), style=style)
     return table
 
 

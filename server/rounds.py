@@ -3,28 +3,30 @@
 import logging
 import random
 import time
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
-from flwr.app import Message, MessageType
+from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from common import wire
-from common.contract import fingerprint
+from common.contract import Versions
 from common.errors import RunError, complaint
 from common.metrics import METRICS, Counts, better, value
-from common.network import Network, assemble
+from common.network import assemble
 from common.seeds import derive
-from common.study import Study
-from common.wire import FinalReply, FinalRequest, RoundReply, Tensors
+from common.wire import FinalReply, FinalRequest, RoundReply
 from server.checkpoint import Checkpoint, RunFolder
 from server.federation import Federation, Member
-from server.report import Outcome, Reporter
+from server.report import Outcome, Reporter, union
 from server.strategies import Aggregator
+from server.warm_start import first_tensors, weights
 
 log = logging.getLogger(__name__)
 
-# Rounds that fail the quorum this often in a row end the run; it can be resumed.
+T = TypeVar("T")
+
+# An exchange that fails the quorum this often ends the run; it can be resumed.
 _ATTEMPTS = 3
 
 
@@ -39,12 +41,13 @@ class Run:
         self._aggregator = Aggregator(study, network.trainable)
         self._last = self._restore()
         self._best = folder.best()
+        self._bytes = wire.payload(wire.to_arrays(network.tensors))
 
     def _restore(self) -> Checkpoint:
         """The last finished round, or the beginning."""
         last = self._folder.last()
         if last is None:
-            tensors = _initial(self._study, self._network)
+            tensors = first_tensors(self._study, self._network)
             last = Checkpoint(round=0, tensors=tensors, state={})
         self._folder.forget_after(last.round)
         self._aggregator.restore(last.state)
@@ -63,8 +66,10 @@ class Run:
         members = self._federation.members
         sites = {m.name: m.reply.model_dump(mode="json", exclude={"contract"}) for m in members}
         return {
-            "fingerprint": fingerprint(self._network.contract),
-            "contract": self._network.contract,
+            "fingerprint": self._network.contract.fingerprint,
+            "contract": self._network.contract.model_dump(),
+            "weights": weights(self._study),
+            "versions": Versions.here().model_dump(),
             "sites": sites,
             "refused": self._federation.refusals,
         }
@@ -77,119 +82,135 @@ class Run:
 
     def _round(self, number: int) -> None:
         began = time.monotonic()
-        cohort = self._cohort(number)
-        replies = self._replies(number, cohort)
-        weights = {member.name: float(member.reply.weight) for member in cohort}
-        counts = sum((r.counts for r in replies.values()), Counts.zero(len(self._study.classes)))
-        self._keep_if_best(self._last, counts)
-        updates = [(reply.tensors, weights[name]) for name, reply in replies.items()]
+        replies = self._train(number)
+        self._keep_if_best(self._last, self._pooled([r.counts for r in replies.values()]))
+        weight = {member.name: float(member.reply.weight) for member in self._federation.training}
+        updates = [(reply.tensors, weight[name]) for name, reply in replies.items()]
         merged = self._aggregator.merge(number, updates)
-        lines = _lines(number, replies, counts, weights)
+        lines = [self._line(number, name, reply) for name, reply in replies.items()]
+        total = sum(weight[name] for name in replies)
+        loss = sum(weight[name] * reply.train_loss for name, reply in replies.items()) / total
+        counts = self._pooled([reply.counts for reply in replies.values()])
+        lines.append(_line(number, None, loss, self._bytes * len(replies), counts))
         self._folder.log(lines)
         state = self._aggregator.state()
         self._last = Checkpoint(round=number, tensors=merged, state=state)
         self._folder.save_last(self._last)
         self._report.round(lines, seconds=time.monotonic() - began)
 
-    def _cohort(self, number: int) -> list[Member]:
-        """The sites of a round: all, or a sample that depends on the seed and round alone."""
-        training = self._federation.training
-        aggregate = self._study.aggregate
-        size = max(round(len(training) * aggregate.fraction), min(aggregate.quorum, len(training)))
-        drawn = random.Random(derive(self._study.seed, number, "cohort"))  # noqa: S311
-        return sorted(drawn.sample(training, size), key=lambda member: member.name)
+    def _line(self, number: int, name: str, reply: RoundReply) -> dict[str, Any]:
+        return _line(number, name, reply.train_loss, self._bytes, reply.counts)
 
-    def _replies(self, number: int, cohort: list[Member]) -> dict[str, RoundReply]:
-        """Good replies of at least a quorum; the round is asked again where too few come."""
-        shapes, classes = self._network.shapes, len(self._study.classes)
-        quorum = self._study.aggregate.quorum
+    def _pooled(self, counts: Sequence[Counts]) -> Counts:
+        return union(counts, len(self._study.classes))
+
+    def _train(self, number: int) -> dict[str, RoundReply]:
+        """Good replies of a round, by name: from all training sites, or a sample of them.
+
+        The sample depends on the seed and round alone; where one fails, the next takes its place.
+        """
+        training, aggregate = self._federation.training, self._study.aggregate
+        drawn = random.Random(derive(self._study.seed, number, "cohort"))  # noqa: S311
+        order = drawn.sample(training, len(training))
+        size = max(round(len(training) * aggregate.fraction), aggregate.quorum)
+
+        def messages(members: Sequence[Member]) -> list[Message]:
+            config, nodes = wire.round_config(self._study.id), [member.node for member in members]
+            return self._aggregator.requests(number, self._last.tensors, config, nodes)
+
+        def read(member: Member, record: RecordDict) -> RoundReply:
+            return RoundReply.read(record, self._network.shapes, member.reply.images.validation)
+
+        return self._ask(f"round {number}", order, size, messages, read, enough=aggregate.quorum)
+
+    def _ask(
+        self,
+        what: str,
+        order: Sequence[Member],
+        size: int,
+        messages: Callable[[Sequence[Member]], list[Message]],
+        read: Callable[[Member, RecordDict], T],
+        *,
+        enough: int,
+    ) -> dict[str, T]:
+        """Good replies of at least a quorum of training sites, sorted by name.
+
+        The first `size` members are asked; while fewer than `enough` answer well, those that failed
+        are asked again, and as many others with them.
+        """
+        quorum, asked = self._study.aggregate.quorum, size
+        good: dict[str, T] = {}
         for _ in range(_ATTEMPTS):
-            messages = self._aggregator.requests(
-                number,
-                self._last.tensors,
-                wire.round_config(self._study.id),
-                [member.node for member in cohort],
-            )
-            good, bad = self._federation.ask(
-                cohort,
-                messages,
-                lambda member, record: RoundReply.read(
-                    record, shapes, member.reply.weight, classes
-                ),
-            )
-            if len(good) >= quorum:
-                return good
-            log.warning("round %d: %d of %d good replies, asked again", number, len(good), quorum)
+            missing = sorted((m for m in order[:asked] if m.name not in good), key=lambda m: m.name)
+            replies, bad = self._federation.ask(missing, messages(missing), read)
+            good |= replies
+            if len(good) >= enough:
+                break
+            asked += len(bad)
+            log.warning("%s: %d good replies, %d wanted", what, len(good), enough)
+        if sum(member.trains for member in order if member.name in good) >= quorum:
+            return dict(sorted(good.items()))
         reasons = "; ".join(f"{name}: {why}" for name, why in bad.items())
         expected, got = f"{quorum} good replies (aggregate.quorum)", f"{len(good)} ({reasons})"
         remedy = f"Mend the sites, then go on with --resume {self._folder.path}."
-        raise RunError(complaint(f"round {number}", expected=expected, got=got, remedy=remedy))
+        raise RunError(complaint(what, expected=expected, got=got, remedy=remedy))
 
     def _keep_if_best(self, model: Checkpoint, counts: Counts) -> None:
         score = value(counts, self._study.select)
-        if self._best is None or better(self._study.select, score, self._best.score):
+        if better(self._study.select, score, self._best.score if self._best else None):
             self._best = Checkpoint(round=model.round, tensors=model.tensors, state={}, score=score)
             self._folder.save_best(self._best)
 
     def _finish(self) -> Outcome:
+        """Evaluate the last model and the best so far; release the better by validation."""
         best = self._best or self._last
         request = FinalRequest(
             study=self._study.id,
             last=wire.to_arrays(self._last.tensors),
             best=wire.to_arrays(best.tensors),
-        )
-        members, classes = self._federation.members, len(self._study.classes)
-        messages = [Message(request.record(), m.node, MessageType.EVALUATE) for m in members]
-        replies, _ = self._federation.ask(
-            members, messages, lambda _, record: FinalReply.read(record, classes)
-        )
-        if not replies:
-            expected, got = "at least one answer to the last message", "none"
-            remedy = f"Go on with --resume {self._folder.path}."
-            raise RunError(complaint("evaluation", expected=expected, got=got, remedy=remedy))
-        validation = sum((r.validation_last for r in replies.values()), Counts.zero(classes))
-        self._keep_if_best(self._last, validation)
+        ).record()
+
+        def messages(members: Sequence[Member]) -> list[Message]:
+            return [Message(request, member.node, MessageType.EVALUATE) for member in members]
+
+        def read(member: Member, record: RecordDict) -> FinalReply:
+            return FinalReply.read(record, member.reply.images)
+
+        members = self._federation.members
+        everyone = len(members)
+        replies = self._ask("evaluation", members, everyone, messages, read, enough=everyone)
+        self._score_last(replies)
         chosen = self._best or self._last
-        test = {
-            name: reply.test_last if chosen is not best else reply.test_best
-            for name, reply in replies.items()
-        }
+        last = chosen.round == self._last.round
+        test = {name: r.test_last if last else r.test_best for name, r in replies.items()}
         self._network.load(chosen.tensors)
         outcome = Outcome(study=self._study, round=chosen.round, test=test)
         self._report.finished(outcome, self._network.model)
         return outcome
 
-
-def _initial(study: Study, network: Network) -> Tensors:
-    """The first tensors: as assembled, or the best of the run named by `model.init`."""
-    if study.model.init is None:
-        return dict(network.initial)
-    best = RunFolder(Path(study.model.init)).best()
-    shapes = {} if best is None else {name: tuple(t.shape) for name, t in best.tensors.items()}
-    wrong = [name for name, shape in shapes.items() if network.shapes.get(name) != shape]
-    if best is None or wrong:
-        expected = "a run of the same backbone and classes that trained no deeper than this study"
-        got = f"{study.model.init} ({wrong[0]} does not fit)" if wrong else "no best model there"
-        raise study.error("model.init", expected=expected, got=got)
-    return {**network.initial, **best.tensors}
+    def _score_last(self, replies: dict[str, FinalReply]) -> None:
+        """Log the last model's validation; it is a candidate if no training site is missing."""
+        number = self._last.round + 1
+        trains = [member.name for member in self._federation.training if member.name in replies]
+        counts = self._pooled([replies[name].validation_last for name in trains])
+        lines = [_line(number, name, None, 0, replies[name].validation_last) for name in trains]
+        self._folder.log([*lines, _line(number, None, None, 0, counts)])
+        if len(trains) == len(self._federation.training):
+            self._keep_if_best(self._last, counts)
 
 
-def _lines(
-    number: int, replies: dict[str, RoundReply], counts: Counts, weights: dict[str, float]
-) -> list[dict[str, Any]]:
-    """A round's lines of `metrics.jsonl`: one per site, then the overall one."""
-    lines: list[dict[str, Any]] = [
-        {
-            "round": number,
-            "site": name,
-            "train_loss": reply.train_loss,
-            "bytes": wire.payload(wire.to_arrays(reply.tensors)),
-            **{metric: value(reply.counts, metric) for metric in METRICS},
-        }
-        for name, reply in replies.items()
-    ]
-    total = sum(weights[name] for name in replies)
-    train_loss = sum(weights[n] * r.train_loss for n, r in replies.items()) / total
-    figures = {metric: value(counts, metric) for metric in METRICS}
-    overall = {"site": None, "train_loss": train_loss, "bytes": sum(x["bytes"] for x in lines)}
-    return [*lines, {"round": number, **overall, **figures}]
+def _line(
+    number: int, site: str | None, train_loss: float | None, size: int, counts: Counts
+) -> dict[str, Any]:
+    """One line of `metrics.jsonl`: a round's training, and how the model it began with validates.
+
+    That model had `model_round` rounds; the line after the last round has no training.
+    """
+    return {
+        "round": number,
+        "site": site,
+        "train_loss": train_loss,
+        "bytes": size,
+        "model_round": number - 1,
+        **{metric: value(counts, metric) for metric in METRICS},
+    }

@@ -17,22 +17,40 @@ from common.wire import Tensors
 
 
 @dataclass(frozen=True)
+class Option:
+    """A strategy's own parameter: its default, and the range it may take."""
+
+    default: float
+    least: float = 0.0
+    most: float = 1e6
+
+
+@dataclass(frozen=True)
 class Entry:
-    """A Flower strategy: its class, its options with defaults, the attributes it carries over."""
+    """A Flower strategy: its class, its options, and the attributes it carries along."""
 
     make: type[FedAvg]
-    options: Mapping[str, float] = field(default_factory=dict)
+    options: Mapping[str, Option] = field(default_factory=dict)
     state: tuple[str, ...] = ()
 
 
 REGISTRY: dict[str, Entry] = {
     "fedavg": Entry(FedAvg),
-    "fedprox": Entry(FedProx, {"proximal_mu": 0.01}),
+    "fedprox": Entry(FedProx, {"proximal_mu": Option(0.01)}),
     "fedavgm": Entry(
-        FedAvgM, {"server_learning_rate": 1.0, "server_momentum": 0.9}, ("momentum_vector",)
+        FedAvgM,
+        {"server_learning_rate": Option(1.0), "server_momentum": Option(0.9, most=0.9999)},
+        state=("momentum_vector",),
     ),
     "fedadam": Entry(
-        FedAdam, {"eta": 0.01, "beta_1": 0.9, "beta_2": 0.99, "tau": 1e-3}, ("m_t", "v_t")
+        FedAdam,
+        {
+            "eta": Option(0.01),
+            "beta_1": Option(0.9, most=0.9999),
+            "beta_2": Option(0.99, most=0.9999),
+            "tau": Option(1e-3, least=1e-9),
+        },
+        state=("m_t", "v_t"),
     ),
 }
 
@@ -57,7 +75,8 @@ class Aggregator:
     def __init__(self, study: Study, names: tuple[str, ...]) -> None:
         self._names = names
         self._entry = _entry(study)
-        options = {**self._entry.options, **study.aggregate.options}
+        defaults = {name: option.default for name, option in self._entry.options.items()}
+        options = {**defaults, **study.aggregate.options}
         # One reply is enough for Flower: the quorum is the round loop's own.
         self._strategy = self._entry.make(
             fraction_train=1.0,
@@ -121,8 +140,11 @@ def _entry(study: Study) -> Entry:
         remedy = did_you_mean(name, REGISTRY)
         raise study.error("aggregate.strategy", expected=known, got=repr(name), remedy=remedy)
     entry = REGISTRY[name]
-    for option in study.aggregate.options:
-        if option not in entry.options:
+    for key, number in study.aggregate.options.items():
+        where, option = f"aggregate.options.{key}", entry.options.get(key)
+        if option is None:
             expected = f"an option of {name} ({', '.join(entry.options) or 'it has none'})"
-            raise study.error(f"aggregate.options.{option}", expected=expected, got=repr(option))
+            raise study.error(where, expected=expected, got=repr(key))
+        if not option.least <= number <= option.most:
+            raise study.error(where, expected=f"{option.least:g} to {option.most:g}", got=number)
     return entry

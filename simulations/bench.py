@@ -72,7 +72,7 @@ def _time(sites: int, rounds: int, seed: int) -> tuple[float, float]:
     study = Study.parse(content, "bench", StudyError)
     with TemporaryDirectory() as scratch, _clock() as spent:
         folder = Path(scratch) / "run"
-        RunFolder.create(folder, study)
+        RunFolder.claim(folder).begin(study)
         found = [Hospital(name=f"s{i}", data=_data(Path(scratch), i)) for i in range(sites)]
         files = hospitals.settle(found, study, folder, Path(scratch) / "cache")
         hospitals.prepare(files, study)

@@ -1,22 +1,33 @@
 """`consilium-simulate`: many virtual hospitals on one machine."""
 
 import csv
+import io
 import logging
+import os
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import click
 import typer
 from rich.logging import RichHandler
+from rich.progress import track
 from rich.table import Table
 
-from common.errors import ConsiliumError
-from server.report import console
+from common import files
+from common.errors import ConsiliumError, DataError, RunError, complaint
+from server.report import console, printable
+
+if TYPE_CHECKING:
+    from common.inference import ReleasedModel
+    from simulations.study_runs import Source
 
 app = typer.Typer(
     help="Fine-tune one image backbone across virtual hospitals, with the code that real ones run.",
+    epilog="Begin with: consilium-simulate phantom runs/phantom",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
@@ -35,88 +46,91 @@ Pool = Annotated[
     Path | None, typer.Option(help="One data set, to be cut into virtual hospitals by patient.")
 ]
 PartitionSpec = Annotated[
-    str, typer.Option("--partition", help="How: iid, dirichlet:<α>, label:<k> or quantity:<α>.")
+    str,
+    typer.Option(
+        "--partition",
+        help="How the pool is cut: iid, dirichlet:<α>, label:<k> or quantity:<α>, "
+        "such as dirichlet:0.5.",
+    ),
 ]
-Count = Annotated[int, typer.Option("--sites", min=1, help="Into how many hospitals.")]
+Count = Annotated[int, typer.Option("--sites", min=1, help="Hospitals to cut the pool into.")]
 Changes = Annotated[
     list[str] | None,
     typer.Option("--set", help="Override a key of the study, such as train.lr=0.01. Repeat."),
 ]
 
+_BATCH = 32
+
+
+class _Printable(logging.Formatter):
+    """Log lines may quote what came from elsewhere."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
 
 def main() -> None:
     """Run the command line; a mistake with a known remedy ends in one line, never a traceback."""
-    logging.basicConfig(
-        level=logging.WARNING,
-        format="%(message)s",
-        handlers=[RichHandler(console=console, show_time=False, show_path=False)],
-    )
+    handler = RichHandler(console=console, show_time=False, show_path=False)
+    handler.setFormatter(_Printable("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     for name in ("client", "server", "simulations"):
         logging.getLogger(name).setLevel(logging.INFO)
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False) or 0
     except ConsiliumError as ex:
-        typer.secho(str(ex), fg="red", err=True)
-        sys.exit(1)
-    except typer.Exit as ex:
-        sys.exit(ex.exit_code)
+        code = _say(str(ex), 1)
+    except OSError as ex:
+        where = ex.filename2 or ex.filename or "files"
+        remedy = "Free some space, or choose another place with --out or --cache."
+        expected, got = "to read and write here", ex.strerror or ex
+        code = _say(complaint(where, expected=expected, got=got, remedy=remedy), 1)
+    except _StoppedError as ex:
+        code = _say(str(ex), 130)
     except typer.Abort:
-        sys.exit(130)
+        code = 130
     except click.ClickException as ex:
         ex.show()
-        sys.exit(ex.exit_code)
+        code = ex.exit_code
+    else:
+        if code == 130:  # typer's own for Ctrl-C
+            _say("Stopped.", code)
+    sys.exit(code)
+
+
+def _say(text: str, code: int) -> int:
+    typer.secho(printable(text), fg="red", err=True)
+    return code
+
+
+class _StoppedError(Exception):
+    """Ctrl-C; the text says how to go on."""
+
+
+@contextmanager
+def _stoppable(folder: Path, go_on: str) -> Iterator[None]:
+    try:
+        yield
     except KeyboardInterrupt:
-        typer.secho("Stopped. Go on with: consilium-simulate run --resume RUN", err=True)
-        sys.exit(130)
+        begun = [*folder.glob("study.yaml"), *folder.glob("seed-*/study.yaml")]
+        text = f"Go on with: {go_on}" if begun else "Nothing was begun: there is no run to resume."
+        raise _StoppedError(f"Stopped. {text}") from None
 
 
-@app.command()
-def run(
-    study: Annotated[Path | None, typer.Argument(help="The study, a YAML file.")] = None,
-    site: Sites = None,
-    evaluate_site: Evaluators = None,
-    pool: Pool = None,
-    partition: PartitionSpec = "iid",
-    sites: Count = 4,
-    changes: Changes = None,
-    seeds: Annotated[str | None, typer.Option(help="Repeat for these, such as 0,1,2.")] = None,
-    compare: Annotated[
-        bool, typer.Option("--compare", help="Also train locally and pooled, without federating.")
-    ] = False,
-    out: Annotated[Path | None, typer.Option(help="The run folder; a new one under runs/.")] = None,
-    resume: Annotated[Path | None, typer.Option(help="A run folder to go on with.")] = None,
-    cache: Annotated[
-        Path, typer.Option(help="Prepared images, shared by all runs; delete it at will.")
-    ] = Path("runs/cache"),
+@app.command(epilog="Example: consilium-simulate phantom runs/phantom")
+def phantom(
+    folder: Annotated[Path, typer.Argument(help="Where the four hospitals go.")],
+    seed: Annotated[int, typer.Option(min=0, help="Chooses the patients.")] = 0,
+    patients: Annotated[int, typer.Option(min=40, help="Of all hospitals together.")] = 400,
 ) -> None:
-    """Run a study across virtual hospitals, or go on with one that was interrupted."""
-    from simulations import study_runs
+    """Draw four phantom hospitals: synthetic chest films with something to find."""
+    from simulations.phantom import HOSPITALS, write
 
-    if resume is not None:
-        study_runs.resume(resume, study, tuple(changes or ()), compare=compare)
-        return
-    source = study_runs.Source(
-        folders=tuple(site or ()),
-        evaluators=tuple(evaluate_site or ()),
-        pool=pool,
-        partition=partition,
-        sites=sites,
-    )
-    if study is None:
-        raise typer.BadParameter("name a study file, or a run with --resume")
-    folder = out or Path("runs") / f"{study.stem}-{datetime.now():%Y%m%d-%H%M%S}"
-    study_runs.start(
-        study,
-        source,
-        folder,
-        changes=tuple(changes or ()),
-        seeds=_numbers(seeds),
-        compare=compare,
-        cache=cache,
-    )
+    write(folder, seed=seed, patients=patients)
+    console.print("  ".join(f"{folder / hospital.name}" for hospital in HOSPITALS))
 
 
-@app.command()
+@app.command(epilog="Example: consilium-simulate check configs/demo.yaml --site runs/phantom/north")
 def check(
     study: StudyFile,
     site: Sites = None,
@@ -129,17 +143,105 @@ def check(
     """Validate a study, its backbone and weights, and the hospitals' data, without training."""
     from simulations import study_runs
 
-    source = study_runs.Source(
-        folders=tuple(site or ()),
-        evaluators=tuple(evaluate_site or ()),
-        pool=pool,
-        partition=partition,
-        sites=sites,
-    )
+    source = _source(site, evaluate_site, pool, partition, sites)
     study_runs.check(study, source, tuple(changes or ()))
 
 
-@app.command()
+@app.command(
+    epilog="Example: consilium-simulate run configs/demo.yaml --site runs/phantom/north --site …"
+)
+def run(
+    study: Annotated[Path | None, typer.Argument(help="The study, a YAML file.")] = None,
+    site: Sites = None,
+    evaluate_site: Evaluators = None,
+    pool: Pool = None,
+    partition: PartitionSpec = "iid",
+    sites: Count = 4,
+    changes: Changes = None,
+    seeds: Annotated[str | None, typer.Option(help="Run once for each, such as 0,1,2.")] = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Also train locally and pooled, without federating.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="The run folder; by default a new one under runs/.")
+    ] = None,
+    resume: Annotated[Path | None, typer.Option(help="A run folder to go on with.")] = None,
+    cache: Annotated[
+        Path, typer.Option(help="Prepared images, shared by all runs; delete it at will.")
+    ] = Path("runs/cache"),
+) -> None:
+    """Run a study across virtual hospitals, or go on with one that was interrupted."""
+    from simulations import study_runs
+
+    if resume is not None:
+        if site or evaluate_site or pool or seeds or out or (changes and study is None):
+            raise typer.BadParameter("--resume goes on with the run's own study and hospitals")
+        with _stoppable(resume, f"consilium-simulate run --resume {resume}"):
+            study_runs.resume(resume, study, tuple(changes or ()), compare=compare)
+        return
+    source = _source(site, evaluate_site, pool, partition, sites)
+    if study is None:
+        raise typer.BadParameter("name a study file, or a run with --resume")
+    folder = out or Path("runs") / f"{study.stem}-{datetime.now():%Y%m%d-%H%M%S}"
+    again = f"the same command with --out {folder}" if seeds else ""
+    with _stoppable(folder, again or f"consilium-simulate run --resume {folder}"):
+        study_runs.start(
+            study,
+            source,
+            folder,
+            changes=tuple(changes or ()),
+            seeds=_numbers(seeds),
+            compare=compare,
+            cache=cache,
+        )
+
+
+@app.command(epilog="Example: consilium-simulate predict runs/mine images/ --out predictions.csv")
+def predict(
+    run: Annotated[Path, typer.Argument(help="A finished run folder.")],
+    folder: Annotated[Path, typer.Argument(help="Images; subfolders are searched too.")],
+    out: Annotated[Path, typer.Option(help="The CSV file to write.")] = Path("predictions.csv"),
+) -> None:
+    """Write the released model's class probabilities for every image in a folder."""
+    from common.images import SUFFIXES
+    from common.inference import load_model
+
+    model = load_model(run)
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    if not paths:
+        raise DataError(complaint(folder, expected="a folder with images", got="none"))
+    if out.is_dir() or not os.access(out.parent, os.W_OK):
+        expected, got = "a file in a folder that can be written", "none"
+        remedy = "Choose another place with --out."
+        raise RunError(complaint(out, expected=expected, got=got, remedy=remedy))
+    rows = []
+    batches = [paths[i : i + _BATCH] for i in range(0, len(paths), _BATCH)]
+    for batch in track(batches, "images", console=console, disable=not console.is_terminal):
+        for path, row in _probabilities(model, batch):
+            predicted = model.classes[row.index(max(row))]
+            shares = (f"{p:.6f}" for p in row)
+            rows.append((path.relative_to(folder).as_posix(), predicted, *shares))
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows([("image", "predicted", *model.classes), *rows])
+    files.write(out, text.getvalue())
+    console.print(f"{len(rows)} images → {out}")
+
+
+def _probabilities(
+    model: "ReleasedModel", paths: Sequence[Path]
+) -> Iterator[tuple[Path, list[float]]]:
+    """The images with their probabilities; those that cannot be read are named and left out."""
+    try:
+        yield from zip(paths, model.probabilities(paths).tolist(), strict=True)
+    except DataError as ex:
+        if len(paths) == 1:
+            console.print(f"left out: {ex}", style="yellow")
+            return
+        for path in paths:
+            yield from _probabilities(model, [path])
+
+
+@app.command(epilog="Example: consilium-simulate backbones --classes 7")
 def backbones(
     classes: Annotated[int, typer.Option(min=2, help="Classes of the head.")] = 2,
 ) -> None:
@@ -161,57 +263,30 @@ def backbones(
 
 
 @app.command()
-def predict(
-    run: Annotated[Path, typer.Argument(help="A finished run folder.")],
-    folder: Annotated[Path, typer.Argument(help="Images; subfolders are searched too.")],
-    out: Annotated[Path, typer.Option(help="The CSV file to write.")] = Path("predictions.csv"),
-) -> None:
-    """Write the released model's class probabilities for every image in a folder."""
-    from common.errors import DataError, complaint
-    from common.images import SUFFIXES
-    from common.inference import load_model
-
-    model = load_model(run)
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
-    if not paths:
-        raise DataError(complaint(folder, expected="a folder with images", got="none"))
-    unreadable = 0
-    with out.open("w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file)
-        table.writerow(["image", "predicted", *model.classes])
-        for path in paths:
-            try:
-                row = model.probabilities([path])[0]
-            except DataError as ex:
-                unreadable += 1
-                console.print(f"[yellow]left out: {ex}[/]")
-                continue
-            predicted = model.classes[int(row.argmax())]
-            table.writerow(
-                [path.relative_to(folder).as_posix(), predicted, *(f"{p:.6f}" for p in row)]
-            )
-    console.print(f"{len(paths) - unreadable} images → {out}")
-
-
-@app.command()
-def phantom(
-    folder: Annotated[Path, typer.Argument(help="Where the four hospitals go.")],
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    patients: Annotated[int, typer.Option(min=40, help="Of all hospitals together.")] = 400,
-) -> None:
-    """Draw four phantom hospitals: synthetic chest films with something to find."""
-    from simulations.phantom import HOSPITALS, write
-
-    write(folder, seed=seed, patients=patients)
-    console.print("  ".join(f"{folder / hospital.name}" for hospital in HOSPITALS))
-
-
-@app.command()
 def bench() -> None:
     """Measure what the engine itself costs per site and round."""
     from simulations import bench as benchmarks
 
     benchmarks.engine()
+
+
+def _source(
+    site: list[Path] | None,
+    evaluate_site: list[Path] | None,
+    pool: Path | None,
+    partition: str,
+    sites: int,
+) -> "Source":
+    """The hospitals that the shared options of `run` and `check` name."""
+    from simulations.study_runs import Source
+
+    return Source(
+        folders=tuple(site or ()),
+        evaluators=tuple(evaluate_site or ()),
+        pool=pool,
+        partition=partition,
+        sites=sites,
+    )
 
 
 def _numbers(text: str | None) -> tuple[int, ...]:

@@ -6,23 +6,29 @@ Both references use the study's own trainer, rounds and checkpoint choice, witho
 
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from client import trainer
 from client.session import Session, open_session
 from client.trainer import Examples
+from common.errors import RefusedError
 from common.metrics import Counts, better, value
 from common.seeds import derive
 from common.study import Study
 from common.wire import Tensors
 from server.report import Results, union
+from server.warm_start import first_tensors
 
 log = logging.getLogger(__name__)
 
 
 def references(study: Study, site_files: Sequence[Path]) -> Results:
     """Test counts per site of local and pooled training, on the federation's own test patients."""
-    sessions = [open_session(path, study.id) for path in site_files]
+    sessions = []
+    for path in site_files:
+        with suppress(RefusedError):  # it took no part in the federation either
+            sessions.append(open_session(path, study.id))
     training = [session for session in sessions if session.site.role == "train"]
     local: dict[str, Counts] = {}
     for session in training:
@@ -42,8 +48,9 @@ def _alone(study: Study, sessions: Sequence[Session], name: str) -> Tensors:
     if plan.local_steps:  # as many steps as these sites take in a round of the federation
         plan = plan.model_copy(update={"local_steps": plan.local_steps * len(sessions)})
     examples = _joined([session.examples["train"] for session in sessions])
-    network.load(network.initial)
-    best, score = _copy(network.tensors), None
+    network.load(first_tensors(study, network))
+    best: Tensors | None = None
+    score: float | None = None
     for number in range(1, plan.rounds + 1):
         trainer.train(
             network.split.suffix,
@@ -58,7 +65,7 @@ def _alone(study: Study, sessions: Sequence[Session], name: str) -> Tensors:
         figure = value(counts, study.select)
         if better(study.select, figure, score):
             best, score = now, figure
-    return best
+    return best or now
 
 
 def _joined(parts: Sequence[Examples]) -> Examples:

@@ -1,6 +1,7 @@
 """A Flower `Grid` that runs the real ClientApp in this process, one message after the other."""
 
 import copy
+import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from uuid import uuid4
@@ -18,6 +19,8 @@ from common.flower import (
     recorddict_from_proto,
     recorddict_to_proto,
 )
+
+log = logging.getLogger(__name__)
 
 _RUN_ID = 1
 _FIRST_NODE = 1000
@@ -86,7 +89,8 @@ class InProcessGrid(Grid):
         try:
             return _wired(self._app(_wired(message), context))
         except Exception:
-            # As a SuperNode does, less the exception's text.
+            # As a SuperNode does, less the exception's text, which stays in this process.
+            log.exception("%s: the client app failed", context.node_config["site"])
             return error_reply(message, ConsiliumError.code)
 
 

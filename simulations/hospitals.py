@@ -7,6 +7,7 @@ study's seed, so that a simulation can be repeated.
 
 import hashlib
 import logging
+import re
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,13 +18,19 @@ from client.data.formats import Data, guess
 from client.session import cut, open_session, remember
 from client.site import Site
 from common import files
-from common.errors import RefusedError, RunError, SiteError, complaint
+from common.errors import DataError, RefusedError, RunError, SiteError, complaint
 from common.seeds import derive
 from common.study import Study
 from common.yaml import dump
 from simulations import partition
 
 log = logging.getLogger(__name__)
+
+Census = dict[str, dict[str, list[int]]]
+"""Images per site, part and class."""
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_RULE = "letters, digits, . _ -, starting with a letter or digit, at most 64"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +45,11 @@ class Hospital:
     """The folder's own site file, if it has one: its role, policy and device count."""
     evaluates_only: bool = False
 
+    @property
+    def trains(self) -> bool:
+        """Whether it takes part in rounds."""
+        return not self.evaluates_only and (self.site is None or self.site.role == "train")
+
 
 def from_folder(path: Path, *, evaluates_only: bool = False) -> Hospital:
     """A hospital from a folder of images, or from a folder that holds a `site.yaml`."""
@@ -45,8 +57,14 @@ def from_folder(path: Path, *, evaluates_only: bool = False) -> Hospital:
     if own.suffix == ".yaml" and own.is_file():
         site = Site.read(own)
         return Hospital(name=site.name, data=site.data, site=site, evaluates_only=evaluates_only)
-    name = path.resolve().stem
-    return Hospital(name=name, data=guess(path.resolve()), evaluates_only=evaluates_only)
+    place = path.resolve()
+    name = place.stem if place.is_file() else place.name
+    data = guess(place)
+    if not _NAME.fullmatch(name):
+        expected = f"a folder whose name can name the site ({_RULE})"
+        remedy = "Rename it, or put a site.yaml with a name into it."
+        raise SiteError(complaint(f"--site {path}", expected=expected, got=name, remedy=remedy))
+    return Hospital(name=name, data=data, evaluates_only=evaluates_only)
 
 
 def from_pool(path: Path, study: Study, *, spec: str, sites: int) -> list[Hospital]:
@@ -124,9 +142,9 @@ def prepare(site_files: Sequence[Path], study: Study) -> None:
             open_session(path, study.id)
 
 
-def census(site_files: Sequence[Path], study: Study) -> dict[str, dict[str, list[int]]]:
+def census(site_files: Sequence[Path], study: Study) -> Census:
     """Images per site, part and class, before anything is decoded."""
-    counts: dict[str, dict[str, list[int]]] = {}
+    counts: Census = {}
     for path in site_files:
         site = Site.read(path)
         parts = cut(site, study)
@@ -137,3 +155,28 @@ def census(site_files: Sequence[Path], study: Study) -> dict[str, dict[str, list
             for part in ("train", "validation", "test")
         }
     return counts
+
+
+def able(hospitals: Sequence[Hospital], told: Census, study: Study) -> list[Hospital]:
+    """The hospitals that can take part; one cut from a pool with nothing to train on is left out.
+
+    Raises:
+      DataError: another hospital has nothing to train on.
+      StudyError: fewer hospitals train than the study's quorum.
+    """
+    kept: list[Hospital] = []
+    for hospital in hospitals:
+        if not hospital.trains or any(told[hospital.name]["train"]):
+            kept.append(hospital)
+        elif hospital.patients is not None:
+            log.warning("%s is left out: none of its patients trains", hospital.name)
+        else:
+            expected, got = "at least one training patient", "none"
+            remedy = "Add patients, lower holdout, or name it with --evaluate-site."
+            raise DataError(complaint(hospital.name, expected=expected, got=got, remedy=remedy))
+    training, quorum = sum(hospital.trains for hospital in kept), study.aggregate.quorum
+    if training < quorum:
+        expected = f"at most {training}, as many hospitals as train"
+        remedy = f"Add hospitals, or --set aggregate.quorum={max(training, 1)}."
+        raise study.error("aggregate.quorum", expected=expected, got=quorum, remedy=remedy)
+    return kept

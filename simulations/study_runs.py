@@ -9,17 +9,19 @@ from tempfile import TemporaryDirectory
 from rich.table import Table
 
 from client.app import app as client_app
+from client.session import open_session
 from common.errors import StudyError, complaint
 from common.network import assemble
 from common.study import Study
 from server.app import app as server_app
 from server.checkpoint import RunFolder
-from server.report import console, load_results, results_tables, save_results
+from server.report import console, load_results, note, results_tables, save_results
 from server.strategies import Aggregator
+from server.warm_start import first_tensors
 from simulations import compare as alone
 from simulations import hospitals, summary
 from simulations.grid import simulate
-from simulations.hospitals import Hospital
+from simulations.hospitals import Census, Hospital
 
 _TITLES = ("test images", "sensitivity per class")
 _MOST_SITES_SHOWN = 40
@@ -66,22 +68,22 @@ def start(
         return
     for seed in seeds:
         run, seeded = folder / f"seed-{seed}", (*changes, f"seed={seed}")
-        console.print(f"\n[bold]seed {seed}[/]")
+        console.print(f"\nseed {seed}", style="bold")
         if (run / "study.yaml").exists():
             resume(run, study_file, seeded, compare=compare)
         else:
             _new(Study.read(study_file, seeded), source, run, cache, compare=compare)
+        open_session.cache_clear()  # the next seed has sessions of its own
     summary.over_seeds(folder, seeds)
 
 
 def _new(study: Study, source: Source, folder: Path, cache: Path, *, compare: bool) -> None:
-    _inspect(study)
-    found = source.hospitals(study)
-    run = RunFolder.create(folder, study)
+    able = _inspect(study, source)
+    run = RunFolder.claim(folder)
     try:
-        site_files = hospitals.settle(found, study, folder, cache)
-        _show_census(study, site_files)
+        site_files = hospitals.settle(able, study, folder, cache)
         hospitals.prepare(site_files, study)
+        run.begin(study)
     except BaseException:
         shutil.rmtree(folder)  # nothing half-written; prepared images stay in the cache
         raise
@@ -104,31 +106,43 @@ def resume(
 def check(study_file: Path, source: Source, changes: tuple[str, ...]) -> None:
     """Everything that can be known without decoding an image."""
     study = Study.read(study_file, changes)
-    _inspect(study)
-    if source != Source():
-        with TemporaryDirectory() as scratch:
-            place = Path(scratch)
-            _show_census(study, hospitals.settle(source.hospitals(study), study, place, place))
+    if source == Source():
+        _inspect_study(study)
+    else:
+        _inspect(study, source)
     console.print(f"{study_file}: a valid study", style="green")
 
 
-def _inspect(study: Study) -> None:
+def _inspect_study(study: Study) -> None:
     """Raise now what would otherwise stop the server later."""
     network = assemble(study, study.model.weights)
     Aggregator(study, network.trainable)
+    first_tensors(study, network)
 
 
-def _show_census(study: Study, site_files: Sequence[Path]) -> None:
+def _inspect(study: Study, source: Source) -> list[Hospital]:
+    """The hospitals that can take part, after everything is checked that needs no image decoded."""
+    _inspect_study(study)
+    found = source.hospitals(study)
+    with TemporaryDirectory() as scratch:
+        site_files = hospitals.settle(found, study, Path(scratch), Path(scratch))
+        told = hospitals.census(site_files, study)
+    _show_census(study, told)
+    return hospitals.able(found, told, study)
+
+
+def _show_census(study: Study, told: Census) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("site", "images", *study.classes):
         table.add_column(name, justify="left" if name == "site" else "right")
-    told = hospitals.census(site_files, study)
     for name, parts in list(told.items())[:_MOST_SITES_SHOWN]:
         columns = list(zip(*parts.values(), strict=True))
         cells = ["/".join(map(str, column)) for column in columns]
         table.add_row(name, str(sum(map(sum, columns))), *cells)
     console.print("images per class: training/validation/test", style="dim")
     console.print(table)
+    if (more := len(told) - _MOST_SITES_SHOWN) > 0:
+        console.print(f"and {more} more sites", style="dim")
 
 
 def _conclude(run: RunFolder, site_files: Sequence[Path], *, compare: bool) -> None:
@@ -140,6 +154,8 @@ def _conclude(run: RunFolder, site_files: Sequence[Path], *, compare: bool) -> N
         save_results(run, results, **facts)
     summary.picture(study, results, run.path / "comparison.png")
     for title, table in zip(_TITLES, results_tables(results, study.classes), strict=True):
-        console.print(f"\n[bold]{title}[/]")
+        console.print(f"\n{title}", style="bold")
         console.print(table)
+        if left_out := note(results):
+            console.print(left_out, style="dim")
     console.print(f"\nrun folder: {run.path}")

@@ -13,17 +13,17 @@ from common.metrics import METRICS, Counts, value
 from common.study import Study
 from server import figures
 from server.checkpoint import RunFolder
-from server.report import FEDERATED, Results, console, load_results, union
+from server.report import FEDERATED, Results, console, load_results, note, overall
 
 _MOST_SITES_DRAWN = 20
 
 
 def picture(study: Study, results: Results, path: Path) -> None:
     """Each way of training by site, with bootstrap intervals."""
-    name, classes = study.select, len(study.classes)
+    name, together = study.select, overall(results, len(study.classes))
     estimates: dict[str, dict[str | None, Estimate | None]] = {}
     for way, sites in results.items():
-        shown: dict[str | None, Counts] = {None: union(sites.values(), classes)}
+        shown: dict[str | None, Counts] = {None: together[way]}
         if len(sites) <= _MOST_SITES_DRAWN:
             shown.update(sites.items())
         estimates[way] = {
@@ -38,50 +38,46 @@ def over_seeds(folder: Path, seeds: Sequence[int]) -> None:
     study = RunFolder(folder / f"seed-{seeds[0]}").study
     classes = len(study.classes)
     runs = [load_results(folder / f"seed-{seed}", classes)[0] for seed in seeds]
-    overall = {
-        way: {
-            metric: [value(union(run[way].values(), classes), metric) for run in runs]
-            for metric in METRICS
-        }
+    together = [overall(run, classes) for run in runs]
+    figures_of = {
+        way: {metric: [value(each[way], metric) for each in together] for metric in METRICS}
         for way in runs[0]
     }
     table = Table(box=None, pad_edge=False, header_style="bold", title_justify="left")
     table.add_column(f"{len(seeds)} seeds")
     for metric in METRICS.values():
         table.add_column(metric.label, justify="right")
-    for way, by_metric in overall.items():
+    for way, by_metric in figures_of.items():
         table.add_row(way, *(_mean_sd(values) for values in by_metric.values()))
     console.print()
     console.print(table)
-    summary = {"seeds": list(seeds), "overall": overall, **_gains(study, overall)}
-    files.write(folder / "summary.json", json.dumps(summary, indent=1))
+    if left_out := note(runs[0]):
+        console.print(left_out, style="dim")
+    told: dict[str, object] = {"seeds": list(seeds), "overall": figures_of}
+    told["gains"] = _gains(study.select, {w: f[study.select] for w, f in figures_of.items()})
+    files.write(folder / "summary.json", json.dumps(told, indent=1))
     _picture_of_seeds(study, runs, folder / "comparison.png")
     console.print(f"\nrun folder: {folder}")
 
 
-def _gains(study: Study, overall: dict[str, dict[str, list[float | None]]]) -> dict[str, object]:
+def _gains(name: str, figures_of: dict[str, list[float | None]]) -> dict[str, object]:
     """Federated against local and pooled in the study's metric; printed, and returned."""
-    name = study.select
-    gains: dict[str, object] = {}
     label = METRICS[name].label
-    told = {way: t_interval(by_metric[name]) for way, by_metric in overall.items()}
-    for way, estimate in told.items():
-        if estimate:
-            console.print(f"{label}, {way}: {_interval(estimate)}")
-    for other in set(overall) & {"local", "pooled"}:
-        gain = difference(overall[FEDERATED][name], overall[other][name])
-        if gain:
+    gains: dict[str, object] = {}
+    means = {way: found for way, values in figures_of.items() if (found := t_interval(values))}
+    for way, found in means.items():
+        console.print(f"{label}, {way}: {_interval(found)}")
+    for other in ("local", "pooled"):
+        if other in means and (gain := difference(figures_of[FEDERATED], figures_of[other])):
             gains[f"federated - {other}"] = [gain.value, gain.low, gain.high]
             console.print(f"{label}, federated − {other}: {_interval(gain)}")
-    means = {way: estimate.value for way, estimate in told.items() if estimate}
     if {"local", "pooled", FEDERATED} <= means.keys():
-        closed = gap_closed(
-            name, local=means["local"], federated=means[FEDERATED], pooled=means["pooled"]
-        )
+        local, federated, pooled = (means[way].value for way in ("local", FEDERATED, "pooled"))
+        closed = gap_closed(name, local=local, federated=federated, pooled=pooled)
         gains["gap closed"] = closed
-        if closed is not None:
-            console.print(f"{label}, gap between local and pooled closed: {closed:.0%}")
-    return {"gains": gains}
+        text = "pooled training is not better than local" if closed is None else f"{closed:.0%}"
+        console.print(f"{label}, gap between local and pooled closed: {text}")
+    return gains
 
 
 def _picture_of_seeds(study: Study, runs: Sequence[Results], path: Path) -> None:
@@ -91,7 +87,7 @@ def _picture_of_seeds(study: Study, runs: Sequence[Results], path: Path) -> None
         sites = sorted(set.intersection(*(set(run[way]) for run in runs)))
         shown = sites if len(sites) <= _MOST_SITES_DRAWN else []
         estimates[way] = {
-            None: t_interval([value(union(r[way].values(), classes), name) for r in runs])
+            None: t_interval([value(overall(run, classes)[way], name) for run in runs])
         }
         estimates[way] |= {s: t_interval([value(r[way][s], name) for r in runs]) for s in shown}
     figures.comparison(estimates, name, path)

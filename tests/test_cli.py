@@ -2,17 +2,24 @@
 
 import csv
 import json
+import os
 import shutil
+import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from rich.table import Table
 from safetensors.torch import save_file
 
 from client.session import open_session
+from common.metrics import Counts
+from server.report import PlainConsole, left_out, note, overall
 from simulations import cli
 
 ROOT = Path(__file__).parents[1]
@@ -248,3 +255,139 @@ def test_real_data_by_its_readme_line(command: Command, shared: Path) -> None:
     code, text = command("run", ROOT / "configs/chest.yaml", *pool, *cut, *few)
     assert code == 0, text
     assert "overall" in text
+
+
+# --- text from elsewhere, interruptions, places that cannot be written ---
+
+
+def test_text_from_elsewhere_is_printed_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    plain = PlainConsole(markup=False, emoji=False, width=100)
+    table = Table("[/e]")
+    table.add_row("[red]\x1b[31mname")
+    plain.print("node: it sent [/e]\x1b[31m :smile:", style="yellow")
+    plain.print(table)
+    text = capsys.readouterr().out
+    assert "\x1b" not in text
+    assert text.count("[/e]") == 2
+    assert "[red]" in text
+    assert ":smile:" in text
+
+
+def test_classes_that_look_like_markup(command: Command, tmp_path: Path) -> None:
+    classes = ["[/e]", "[bold]", "c", "d"]
+    manifest = "".join(f"{i}.png,{classes[i % 4]},p{i}\n" for i in range(40))
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site/manifest.csv").write_text("image,label,patient\n" + manifest)
+    for i in range(40):
+        Image.effect_noise((64, 64), 40 + i).save(tmp_path / f"site/{i}.png")
+    names = ("--set", f"classes={json.dumps(classes)}")
+    code, text = command("run", *alone(tmp_path / "site"), *names)
+    assert code == 0, text
+    assert "[/e]" in text
+    assert "[bold]" in text
+    (tmp_path / "site/[/i].png").write_bytes(b"no image")
+    code, text = command("predict", "run", tmp_path / "site")
+    assert code == 0, text
+    assert "[/i].png" in text
+    assert len(Path("predictions.csv").read_text().splitlines()) == 41
+
+
+def interrupted(folder: Path, awaited: Path, *arguments: object) -> tuple[int, str]:
+    """Exit code and words of a real process that got SIGINT once `awaited` was there."""
+    code = "from simulations.cli import main; main()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    while not awaited.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    return process.returncode, said
+
+
+def test_ctrl_c_says_how_to_go_on(site_options: list[str], tmp_path: Path) -> None:
+    options = (*site_options, "--set", "train.rounds=10000", "--out")
+    code, said = interrupted(tmp_path, tmp_path / "a/last.safetensors", "run", DEMO, *options, "a")
+    assert code == 130, said
+    assert said.strip() == "Stopped. Go on with: consilium-simulate run --resume a"
+    seeds = ("b", "--seeds", "0,1")
+    awaited = tmp_path / "b/seed-0/last.safetensors"
+    code, said = interrupted(tmp_path, awaited, "run", DEMO, *options, *seeds)
+    assert code == 130, said
+    assert said.strip() == "Stopped. Go on with: the same command with --out b"
+
+
+def test_places_that_cannot_be_written(command: Command, hospital: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    refused(command, "Not a directory", "run", *alone(hospital), "--cache", "file/cache")
+    refused(command, "expected a folder to write", "run", *alone(hospital)[:-1], "file")
+    assert not Path("run").exists()
+    assert command("run", *alone(hospital))[0] == 0
+    code, text = command("predict", "run", hospital / "images", "--out", "missing/x.csv")
+    assert code == 1
+    assert "missing/x.csv: expected a file in a folder that can be written" in text
+
+
+def test_a_quorum_beyond_the_hospitals(command: Command, site_options: list[str]) -> None:
+    options = (*site_options, "--set", "aggregate.quorum=5")
+    expected = "aggregate.quorum: expected at most 4, as many hospitals as train, got 5"
+    refused(command, expected, "check", DEMO, *options)
+    refused(command, expected, "run", DEMO, *options, "--seeds", "0,1", "--out", "run")
+    assert not list(Path().iterdir())
+
+
+def test_no_training_patient_is_refused_by_check_too(command: Command, hospital: Path) -> None:
+    options = (*alone(hospital)[:-2], "--set", "holdout.test=0.99", "--set", "holdout.validation=0")
+    refused(command, "hospital: expected at least one training patient", "check", *options)
+    refused(command, "hospital: expected at least one training patient", "run", *options)
+    assert not list(Path().glob("run*"))
+
+
+def test_a_tiny_virtual_site_is_left_out(command: Command, phantoms: Path) -> None:
+    pool = ("--pool", phantoms / "north", "--partition", "quantity:0.1", "--sites", 8)
+    options = (*pool, *SHORT, "--set", "aggregate.quorum=1")
+    code, text = command("run", DEMO, *options, "--out", "run")
+    assert code == 0, text
+    out = [f"site-{i}" for i in range(1, 9) if f"site-{i} is left out" in text]
+    assert out
+    assert not any(Path("run/sites", name).exists() for name in out)
+
+
+def test_a_folder_names_its_site(command: Command, hospital: Path, tmp_path: Path) -> None:
+    sites: list[object] = []
+    for year in (2024, 2025):
+        sites += ["--site", shutil.copytree(hospital, tmp_path / f"h.{year}")]
+    code, text = command("check", DEMO, *sites, "--set", "aggregate.quorum=2")
+    assert code == 0, text
+    assert "h.2024" in text
+    odd = shutil.copytree(hospital, tmp_path / "Site A")
+    expected = f"--site {odd}: expected a folder whose name can name the site (letters, digits,"
+    refused(command, expected, "check", DEMO, "--site", odd)
+
+
+def test_sessions_end_with_their_seed(command: Command, site_options: list[str]) -> None:
+    assert command("run", DEMO, *site_options, *SHORT, "--seeds", "0", "--out", "runs")[0] == 0
+    assert open_session.cache_info().currsize == 0
+
+
+def test_overall_names_the_sites_it_leaves_out() -> None:
+    counts = Counts.of(torch.randn(4, 2), torch.tensor([0, 1, 0, 1]))
+    results = {"local": {"a": counts}, "federated": {"a": counts, "b": counts}}
+    assert left_out(results) == ["b"]
+    assert "overall leaves out b" in note(results)
+    assert overall(results, 2)["federated"].n == 4
+    assert not note({"federated": {"a": counts, "b": counts}})
+
+
+def test_a_hundred_sites_are_cut_short(command: Command, shared: Path) -> None:
+    pool = ("--pool", shared / "data/pneumoniamnist/pneumoniamnist.npz", "--sites", 41)
+    weights = ("--set", f"model.weights={shared / 'weights/mobilenet_v2.pth'}")
+    code, text = command("check", ROOT / "configs/chest.yaml", *pool, *weights)
+    assert code == 0, text
+    assert "and 1 more site" in text

@@ -7,6 +7,7 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 import server.figures
@@ -28,7 +29,14 @@ def picture(path: Path) -> np.ndarray[Any, Any]:
 def rows(sites: int, rounds: int, **changes: float | None) -> list[dict[str, Any]]:
     names = [None, *(f"site-{k}" for k in range(sites))]
     return [
-        {"round": t, "site": site, "loss": 1 / t, "balanced_accuracy": 1 - 1 / t, **changes}
+        {
+            "round": t,
+            "model_round": t - 1,
+            "site": site,
+            "loss": 1 / t,
+            "balanced_accuracy": 1 - 1 / t,
+            **changes,
+        }
         for t in range(1, rounds + 1)
         for site in names
     ]
@@ -101,3 +109,22 @@ def test_drawing_leaves_no_global_state(tmp_path: Path) -> None:
     curves(rows(2, 2), tmp_path / "curves.png")
     assert dict(mpl.rcParams) == before
     assert "pyplot" not in vars(server.figures)
+
+
+def test_validation_is_drawn_at_the_model_that_was_validated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The line after the last round has no training loss, but the last model's validation."""
+    figure = Figure()
+    monkeypatch.setattr(server.figures, "Figure", lambda layout: figure)
+    last = {"round": 4, "model_round": 3, "site": None, "loss": None, "balanced_accuracy": 0.9}
+    curves([*rows(0, 3), last], tmp_path / "curves.png")
+    loss, validation = (axes.get_lines()[0].get_xydata() for axes in figure.axes)
+    assert [x for x, y in np.asarray(loss) if not np.isnan(y)] == [1, 2, 3]
+    assert [x for x, _ in np.asarray(validation)] == [0, 1, 2, 3]
+
+
+def test_a_picture_of_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="."):
+        confusion(Counts.zero(2), ["a", "b"], tmp_path / "no folder" / "confusion.png")
+    assert not list(tmp_path.iterdir())

@@ -17,7 +17,8 @@ from flwr.app import Array, Context, Message
 from safetensors.torch import load_file
 
 from client.app import app as client_app
-from client.session import open_session
+from client.session import cut
+from client.site import Site
 from common import wire
 from common.errors import RunError, StudyError
 from common.inference import load_model
@@ -47,7 +48,7 @@ def settle(
     found = [
         hospitals.from_folder(phantoms / name, evaluates_only=name in evaluators) for name in NAMES
     ]
-    RunFolder.create(folder, study)
+    RunFolder.claim(folder).begin(study)
     return hospitals.settle(found, study, folder, phantoms / "cache")
 
 
@@ -75,7 +76,9 @@ def meddling(site: str, change: Callable[[Message], None], rounds: Sequence[int]
 
 
 def lines(folder: RunFolder, site: str | None) -> list[dict[str, Any]]:
-    return [line for line in folder.history() if line["site"] == site]
+    """A site's lines of `metrics.jsonl`, or the overall ones, of rounds that trained."""
+    history = folder.history()
+    return [x for x in history if x["site"] == site and x["train_loss"] is not None]
 
 
 def test_a_study_leaves_everything_a_person_needs(tmp_path: Path, phantoms: Path) -> None:
@@ -90,6 +93,8 @@ def test_a_study_leaves_everything_a_person_needs(tmp_path: Path, phantoms: Path
     overall = lines(folder, None)
     assert overall[-1]["train_loss"] < overall[0]["train_loss"]
     assert max(line["balanced_accuracy"] for line in overall) > overall[0]["balanced_accuracy"]
+    # The last model is validated too: one more line each, without training.
+    assert [x["round"] for x in folder.history() if x["train_loss"] is None] == [7] * 5
 
 
 def test_the_best_by_validation_is_released(tmp_path: Path, phantoms: Path) -> None:
@@ -97,10 +102,11 @@ def test_the_best_by_validation_is_released(tmp_path: Path, phantoms: Path) -> N
     best = folder.best()
     assert best is not None
     assert best.score is not None
-    scores = [line["balanced_accuracy"] for line in lines(folder, None)]
-    assert best.score >= max(scores)
-    # The model evaluated in round r is the one made by round r - 1.
-    assert best.round == 5 or scores[best.round] == best.score
+    scores = {
+        x["model_round"]: x["balanced_accuracy"] for x in folder.history() if x["site"] is None
+    }
+    assert set(scores) == set(range(6))
+    assert best.score == max(scores.values()) == scores[best.round]
     released = load_file(folder.path / "model.safetensors")
     for name, tensor in best.tensors.items():
         assert torch.equal(released[name], tensor)
@@ -143,6 +149,20 @@ def _weight(reply: Message) -> None:
     reply.content.metric_records[wire.METRICS][wire.WEIGHT] = 1_000_000_000
 
 
+def _vast(reply: Message) -> None:
+    arrays = reply.content.array_records[wire.ARRAYS]
+    name = next(iter(arrays))
+    arrays[name] = Array(np.full_like(arrays[name].numpy(), 3e38))
+
+
+def _crowd(reply: Message) -> None:
+    """A billion images, all classified right: the site alone would choose the checkpoint."""
+    counts = reply.content.metric_records["last"]
+    counts["confusion"] = [0, 10**9]
+    counts["positive"] = [2000, 10**9]
+    counts["negative"] = [2048, 10**9, 4096, 10**9, 6144, 10**9]
+
+
 def _metric(reply: Message) -> None:
     reply.content.metric_records[wire.METRICS]["more"] = 1.0
 
@@ -155,7 +175,9 @@ def _nothing(reply: Message) -> None:
     reply.content.clear()
 
 
-@pytest.mark.parametrize("change", [_nan, _shape, _extra, _weight, _metric, _counts, _nothing])
+@pytest.mark.parametrize(
+    "change", [_nan, _vast, _shape, _extra, _weight, _metric, _counts, _crowd, _nothing]
+)
 def test_an_odd_reply_is_left_out(
     change: Callable[[Message], None],
     tmp_path: Path,
@@ -214,6 +236,51 @@ def assert_same_end(one: RunFolder, other: RunFolder) -> None:
     for name in ("last.safetensors", "best.safetensors", "model.safetensors", "report.json"):
         assert (one.path / name).read_bytes() == (other.path / name).read_bytes(), name
     assert one.history() == other.history()
+
+
+def test_another_site_takes_the_place_of_one_that_fails(tmp_path: Path, phantoms: Path) -> None:
+    study = make_study("aggregate.fraction=0.5", "aggregate.quorum=2", "train.rounds=6")
+    folder = run(study, tmp_path / "run", phantoms, meddling("south", _nan))
+    rounds = [line["round"] for line in folder.history() if line["site"]]
+    assert all(rounds.count(number) == 2 for number in range(1, 7))
+    assert not lines(folder, "south")
+
+
+def test_without_validation_patients_the_last_model_is_released(
+    tmp_path: Path, phantoms: Path
+) -> None:
+    folder = run(make_study("holdout.validation=0"), tmp_path / "run", phantoms)
+    assert json.loads((folder.path / "report.json").read_text())["released_round"] == 3
+    last = folder.last()
+    assert last is not None
+    released = load_file(folder.path / "model.safetensors")
+    assert all(torch.equal(released[name], tensor) for name, tensor in last.tensors.items())
+    assert any(tensor.any() for tensor in last.tensors.values())
+
+
+def test_the_last_message_is_asked_again(tmp_path: Path, phantoms: Path) -> None:
+    """A site that misses it once is in the report all the same."""
+    failed: list[str] = []
+
+    def app(message: Message, context: Context) -> Message:
+        reply = client_app(message, context)
+        if message.metadata.message_type == "evaluate" and not failed:
+            failed.append(site_of(context))
+            reply.content.clear()
+        return reply
+
+    folder = run(make_study(), tmp_path / "run", phantoms, app)
+    results, _ = load_results(folder.path, 4)
+    assert failed
+    assert set(results["federated"]) == set(NAMES)
+
+
+def test_two_processes_on_one_run_are_refused(tmp_path: Path, phantoms: Path) -> None:
+    study, folder = make_study(), tmp_path / "run"
+    site_files = settle(study, folder, phantoms)
+    with RunFolder(folder).locked(), pytest.raises(RunError, match="one that runs it now"):
+        simulate(server_app, client_app, site_files, folder)
+    simulate(server_app, client_app, site_files, folder)
 
 
 class Interrupted(BaseException):
@@ -295,7 +362,7 @@ def test_a_run_of_another_study_is_not_resumed(tmp_path: Path, phantoms: Path) -
     with pytest.raises(RunError, match="another train"):
         RunFolder.resume(folder.path, make_study("train.lr=0.5"))
     with pytest.raises(RunError, match="expected a new or empty folder"):
-        RunFolder.create(folder.path, make_study())
+        RunFolder.claim(folder.path)
 
 
 def test_an_evaluating_site_only_tests(tmp_path: Path, phantoms: Path) -> None:
@@ -369,10 +436,19 @@ def test_a_warm_start_begins_where_the_other_run_ended(tmp_path: Path, phantoms:
 def test_a_warm_start_that_does_not_fit(tmp_path: Path, phantoms: Path) -> None:
     deeper = make_study("model.unfreeze=last:1", "train.rounds=1")
     first = run(deeper, tmp_path / "first", phantoms)
-    study = make_study(f"model.init={first.path}")
-    folder = tmp_path / "second"
-    with pytest.raises(StudyError, match=r"model\.init: expected a run of the same backbone"):
-        run(study, folder, phantoms)
+    for change, reason in (
+        ("seed=0", "trained no deeper than this study"),
+        ("seed=1", "another seed"),
+        ("holdout.test=0.1", "another holdout"),
+        ("classes=[nodule, clear, consolidation, effusion]", "another classes"),
+        ("model.weights=none", "another weights"),
+    ):
+        study = make_study(f"model.init={first.path}", change)
+        with pytest.raises(StudyError, match=rf"model\.init: expected a run.*{reason}"):
+            run(study, tmp_path / change, phantoms)
+    study = make_study(f"model.init={tmp_path / 'nowhere'}")
+    with pytest.raises(StudyError, match=r"model\.init: expected a finished run"):
+        run(study, tmp_path / "nothing", phantoms)
 
 
 def test_replies_in_another_order_change_nothing(tmp_path: Path, phantoms: Path) -> None:
@@ -389,10 +465,10 @@ def test_the_released_model_predicts_as_the_federation_did(tmp_path: Path, phant
     site_files = settle(study, folder, phantoms)
     simulate(server_app, client_app, site_files, folder)
     model = load_model(folder)
-    session = open_session(site_files[1], study.id)
-    images = [record.image.path for record in session.records["test"]]  # type: ignore[attr-defined]
+    tested = cut(Site.read(site_files[1]), study).test
+    images = [record.image.path for record in tested]  # type: ignore[attr-defined]
     predicted = model.probabilities(images).argmax(1)
-    truth = torch.tensor([record.label for record in session.records["test"]])
+    truth = torch.tensor([record.label for record in tested])
     results, _ = load_results(folder, 4)
     counts = results["federated"]["north"]
     assert counts.n == len(images)

@@ -2,16 +2,25 @@
 missing."""
 
 import csv
+import gc
 import logging
+import resource
+import subprocess
+import sys
+import weakref
 from collections import Counter
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from flwr.app import Context, Message, RecordDict
 from PIL import Image
 
-from client.session import Session, open_session, remember
+from client.app import app
+from client.data import npz
+from client.session import Session, cut, open_session, remember
 from client.site import Site
 from client.store import open_store
 from common.errors import (
@@ -23,6 +32,7 @@ from common.errors import (
     StudyError,
 )
 from common.study import Study
+from common.wire import JoinRequest
 from common.yaml import dump
 
 PHANTOM = Path(__file__).parents[1] / "simulations" / "phantom_backbone.safetensors"
@@ -102,8 +112,12 @@ def test_what_it_joins_with_is_what_the_folder_holds(tmp_path):
     session = Session(site(tmp_path, rows), wanted)
     reply = session.joined()
     assert (reply.name, reply.role, reply.weight) == ("ward", "train", 4)
-    assert reply.patients == {"train": 2, "validation": 1, "test": 2}
-    assert reply.images == {"train": (2, 0, 2), "validation": (0, 1, 0), "test": (2, 0, 1)}
+    assert reply.patients.model_dump() == {"train": 2, "validation": 1, "test": 2}
+    assert reply.images.model_dump() == {
+        "train": (2, 0, 2),
+        "validation": (0, 1, 0),
+        "test": (2, 0, 1),
+    }
     assert reply.contract == session.network.contract
     assert set(reply.versions) == {"python", "flwr", "torch", "torchvision", "numpy"}
     # Views are not images, and only training has them.
@@ -133,12 +147,14 @@ def test_a_phantom_hospital_is_cut_by_patient_and_learns(phantoms, tmp_path):
     )
     session = Session(Site.read(tmp_path / "site.yaml"), wanted)
     reply = session.joined()
-    assert sum(reply.patients.values()) == len({row["patient"] for row in table})
+    assert sum(reply.patients.model_dump().values()) == len({row["patient"] for row in table})
     total = Counter(row["label"] for row in table)
-    summed = np.sum(list(reply.images.values()), axis=0)
+    summed = np.sum(list(reply.images.model_dump().values()), axis=0)
     assert dict(zip(wanted.classes, summed.tolist(), strict=True)) == total
-    ids = [{record.patient for record in session.records[part]} for part in session.records]
+    parts = cut(session.site, wanted)
+    ids = [{r.patient for r in part} for part in (parts.train, parts.validation, parts.test)]
     assert len(ids[0] | ids[1] | ids[2]) == sum(map(len, ids))
+    assert list(map(len, ids)) == list(session.patients.values())
     start = session.evaluate(session.network.initial, "train")
     session.train(session.network.initial, 1, 0.0)
     tensors = {name: tensor.clone() for name, tensor in session.network.tensors.items()}
@@ -152,7 +168,7 @@ def test_a_phantom_hospital_is_cut_by_patient_and_learns(phantoms, tmp_path):
 
 def test_one_patient_is_enough(tmp_path):
     session = Session(site(tmp_path, [("grey", "only", "")]), study())
-    assert session.joined().patients == {"train": 1, "validation": 0, "test": 0}
+    assert session.joined().patients.model_dump() == {"train": 1, "validation": 0, "test": 0}
     before, loss, tensors, after = run(session)
     assert (before.n, after.n) == (0, 0)
     assert loss == pytest.approx(np.log(3), rel=1e-4)
@@ -162,7 +178,7 @@ def test_one_patient_is_enough(tmp_path):
 def test_a_part_without_patients_has_no_counts(tmp_path):
     rows = [("dark", "a", "train"), ("bright", "b", "train"), ("grey", "c", "test")]
     session = Session(site(tmp_path, rows), study())
-    assert session.joined().images["validation"] == (0, 0, 0)
+    assert session.joined().images.validation == (0, 0, 0)
     before, _, _, after = run(session)
     assert (before.n, after.n) == (0, 1)
 
@@ -181,7 +197,7 @@ def test_a_class_nobody_has_here_is_fine(tmp_path):
     rows = [("dark", "a", ""), ("bright", "b", ""), ("dark", "c", "")]
     how = {"rounds": 3, "imbalance": "weighted"}
     session = Session(site(tmp_path, rows), study(train=how))
-    assert session.joined().images["train"] == (2, 0, 1)
+    assert session.joined().images.train == (2, 0, 1)
     _, loss, tensors, _ = run(session)
     assert np.isfinite(loss)
     assert all(tensor.isfinite().all() for tensor in tensors.values())
@@ -194,7 +210,7 @@ def test_a_site_that_only_evaluates_holds_out_everyone(tmp_path, split):
     session = Session(site(tmp_path, rows, role="evaluate", policy=policy), study())
     reply = session.joined()
     assert (reply.role, reply.weight) == ("evaluate", 0)
-    assert reply.patients == {"train": 0, "validation": 0, "test": 7}
+    assert reply.patients.model_dump() == {"train": 0, "validation": 0, "test": 7}
     assert session.evaluate(session.network.initial, "test").n == 7
 
 
@@ -222,7 +238,7 @@ def test_policy_refuses_before_it_looks(tmp_path, policy, why):
     model = {"backbone": "shufflenet_v2_x0_5", "weights": "lost.pth", "unfreeze": "last:1"}
     with pytest.raises(RefusedError, match=why):
         Session(hospital, study(model=model))
-    assert not hospital.cache_folder.exists()
+    assert not (hospital.state / "cache").exists()
 
 
 def test_policy_that_is_met_does_not_refuse(tmp_path):
@@ -276,23 +292,21 @@ def test_skipping_keeps_each_row_beside_its_label(tmp_path, caplog):
     assert "5 of 14 images" in caplog.text
     data = session.examples["train"]
     assert len(data) == 9
-    for i, record in enumerate(session.records["train"]):
-        label = int(data.labels[i])
+    for i, label in enumerate(data.labels.tolist()):
         for view in range(3):
             light = data.prepared.rows[torch.tensor([3 * i + view])].float().mean()
             assert abs(light - LIGHT[CLASSES[label]]) < 20
-        assert record.label == label
     reply = session.joined()
     assert reply.weight == 9
-    assert reply.patients["train"] == 9
-    assert reply.images["train"] == (3, 2, 4)
+    assert reply.patients.train == 9
+    assert reply.images.train == (3, 2, 4)
 
 
 def test_skipped_images_do_not_count_towards_the_policys_least(tmp_path):
     hospital = site(tmp_path, patients(5), policy={"min_patients": 4})
     skip = study(images={"size": 64, "unreadable": "skip"})
     (tmp_path / "0.png").write_bytes(b"not an image")
-    assert Session(hospital, skip).joined().patients["train"] == 4
+    assert Session(hospital, skip).joined().patients.train == 4
     (tmp_path / "1.png").write_bytes(b"not an image")
     with pytest.raises(RefusedError, match=r"min_patients.*got 3"):
         Session(hospital, skip)
@@ -357,6 +371,34 @@ def test_an_agreed_study_is_remembered_across_processes(tmp_path):
     assert kept.stat().st_mode & 0o777 == 0o600
 
 
+@pytest.mark.parametrize("spelling", ["zz/{}", "./{}", "../studies/{}", "{}\n", " {}", "{}.json/"])
+def test_a_study_has_one_spelling(tmp_path, spelling):
+    hospital, wanted = site(tmp_path, patients(3)), study()
+    remember(hospital, wanted.proposal())
+    (tmp_path / "state" / "studies" / "zz").mkdir()
+    with pytest.raises(ContractError, match="not joined"):
+        open_session(tmp_path / "site.yaml", spelling.format(wanted.id))
+    open_session(tmp_path / "site.yaml", wanted.id)
+
+
+def test_a_session_keeps_no_image(tmp_path):
+    """A pool of arrays is in memory once, and not at all when the next is opened."""
+    random = np.random.default_rng(0)
+    arrays = {}
+    for split in ("train", "val", "test"):
+        arrays[f"{split}_images"] = random.integers(0, 256, (6, 40, 40), dtype=np.uint8)
+        arrays[f"{split}_labels"] = np.arange(6) % 3
+    np.savez(tmp_path / "pool.npz", **arrays)
+    hospital = site(tmp_path, patients(3), data={"format": "npz", "root": "pool.npz"})
+    pool = weakref.ref(hospital.data.records(CLASSES)[0].image.array.base)
+    session = Session(hospital, study())
+    assert pool() is not None
+    npz._arrays.cache_clear()
+    gc.collect()
+    assert pool() is None
+    assert session.joined().patients.train == 6
+
+
 @pytest.mark.parametrize("name", ["0123456789abcdef", "", "../../site", "../secret"])
 def test_a_study_never_joined_is_not_opened(tmp_path, name):
     site(tmp_path, patients(3))
@@ -377,3 +419,54 @@ def test_a_state_folder_that_cannot_be_made_is_the_sites_mistake(tmp_path):
     hospital = site(tmp_path, patients(3), state="file/state")
     with pytest.raises(SiteError, match=r"site\.yaml: state"):
         Session(hospital, study())
+
+
+def test_a_full_disk_is_the_sites_mistake(tmp_path):
+    hospital = site(tmp_path, patients(3))
+    hospital.private("studies")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16, hard))
+    try:
+        with pytest.raises(SiteError, match=r"site\.yaml: state: .*Free space"):
+            remember(hospital, study().proposal())
+        with pytest.raises(SiteError, match=r"secret: .*Free space"):
+            hospital.secret()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path.name for path in hospital.state.iterdir()] == ["studies"]
+
+
+# --- what leaves the machine when something fails ---
+
+
+@pytest.mark.parametrize("node", [{}, {"site": 5}, {"site": "/data/DOE_JOHN/site.yaml"}])
+def test_only_a_code_leaves_a_node_without_a_site_file(node):
+    message = Message(RecordDict(), 1, "query")
+    message.metadata.__dict__["_message_id"] = "m"
+    message.content = JoinRequest(proposal=study().proposal()).record()
+    reply = app(message, Context(1, 1, node, RecordDict(), {}))
+    assert reply.has_error()
+    assert reply.error.reason == "site"
+
+
+UNFIT = {
+    "another version": "import importlib.metadata as m; m.version = lambda name: '1.42.0'",
+    "a private name gone": "import flwr.supercore.run as m; del m.Run",
+    "a public name gone": "import flwr.app as m; del m.Context, m.Error",
+}
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_an_unfit_flwr_is_refused_in_fixed_words(case):
+    """Flower sends the text of a failed import to the server."""
+    code = f"{UNFIT[case]}\ntry:\n import client.app\nexcept Exception as ex: print(repr(ex))"
+    told = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
+    got = "1.42.0" if case == "another version" else version("flwr")
+    remedy = "pip install 'flwr>=1.41,<1.42'"
+    assert told == f"ImportError({f'flwr: expected >=1.41,<1.42, got {got}. {remedy}'!r})"

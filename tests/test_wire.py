@@ -13,12 +13,14 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from numpy.typing import NDArray
 
 from common import wire
+from common.contract import Contract, Versions
 from common.errors import ContractError
 from common.flower import recorddict_from_proto, recorddict_to_proto
 from common.metrics import Counts
 
 SHAPES = {"head.weight": (3, 4), "head.bias": (3,), "scale": ()}
 WEIGHT, CLASSES = 40, 3
+IMAGES = wire.Parts(train=(30, 10, 0), validation=(4, 3, 3), test=(8, 6, 6))
 GENERATOR = torch.Generator().manual_seed(0)
 TENSORS = {name: torch.randn(shape, generator=GENERATOR) for name, shape in SHAPES.items()}
 LOGITS = torch.randn(10, CLASSES, generator=GENERATOR)
@@ -26,11 +28,10 @@ COUNTS = Counts.of(LOGITS, torch.arange(10) % CLASSES)
 JOINED = wire.JoinReply(
     name="east",
     role="train",
-    contract={"wire": "1", "backbone": "ab"},
-    weight=WEIGHT,
-    patients={"train": 20, "validation": 3, "test": 0},
-    images={"train": (30, 10, 0)},
-    versions={"torch": "2"},
+    contract=Contract(study="01", backbone="ab", suffix="cd", preprocessing="ef", protocol="1"),
+    patients=wire.Parts(train=20, validation=3, test=5),
+    images=IMAGES,
+    versions=Versions.here(),
 )
 
 Change = Callable[[RecordDict], object]
@@ -62,7 +63,7 @@ def round_request() -> RecordDict:
 
 
 def round_reply() -> RecordDict:
-    reply = wire.RoundReply(tensors=TENSORS, weight=WEIGHT, train_loss=0.5, counts=COUNTS)
+    reply = wire.RoundReply(tensors=TENSORS, train_loss=0.5, counts=COUNTS)
     return reply.record()
 
 
@@ -72,8 +73,8 @@ def final_request() -> RecordDict:
 
 
 def final_reply() -> RecordDict:
-    empty = Counts.zero(CLASSES)
-    reply = wire.FinalReply(validation_last=COUNTS, test_last=COUNTS + COUNTS, test_best=empty)
+    twice = COUNTS + COUNTS
+    reply = wire.FinalReply(validation_last=COUNTS, test_last=twice, test_best=twice)
     return reply.record()
 
 
@@ -83,7 +84,7 @@ def read_round_request(record: RecordDict) -> wire.Tensors:
 
 
 def read_round_reply(record: RecordDict) -> wire.RoundReply:
-    return wire.RoundReply.read(record, SHAPES, WEIGHT, CLASSES)
+    return wire.RoundReply.read(record, SHAPES, IMAGES.validation)
 
 
 def read_final_request(record: RecordDict) -> tuple[wire.Tensors, wire.Tensors]:
@@ -92,7 +93,7 @@ def read_final_request(record: RecordDict) -> tuple[wire.Tensors, wire.Tensors]:
 
 
 def read_final_reply(record: RecordDict) -> wire.FinalReply:
-    return wire.FinalReply.read(record, CLASSES)
+    return wire.FinalReply.read(record, IMAGES)
 
 
 # Every message: how a good one is made, and how the other side reads it.
@@ -141,7 +142,7 @@ def test_a_round_request_needs_no_proximal_term() -> None:
 def test_a_round_reply_arrives() -> None:
     reply = read_round_reply(sent(round_reply()))
     assert equal(reply.tensors, TENSORS)
-    assert (reply.weight, reply.train_loss) == (WEIGHT, 0.5)
+    assert reply.train_loss == 0.5
     assert same(reply.counts, COUNTS)
 
 
@@ -152,11 +153,21 @@ def test_a_final_request_arrives() -> None:
     assert equal(best, {name: -tensor for name, tensor in TENSORS.items()})
 
 
-def test_a_final_reply_arrives_even_with_no_images() -> None:
+def test_a_final_reply_arrives() -> None:
     reply = read_final_reply(sent(final_reply()))
     assert same(reply.validation_last, COUNTS)
     assert same(reply.test_last, COUNTS + COUNTS)
-    assert same(reply.test_best, Counts.zero(CLASSES))
+    assert same(reply.test_best, COUNTS + COUNTS)
+
+
+def test_a_site_without_validation_images_answers() -> None:
+    empty = Counts.zero(CLASSES)
+    record = wire.RoundReply(tensors=TENSORS, train_loss=0.5, counts=empty).record()
+    assert same(wire.RoundReply.read(sent(record), SHAPES, (0, 0, 0)).counts, empty)
+
+
+def test_the_weight_is_the_training_images_told_at_join() -> None:
+    assert JOINED.weight == WEIGHT
 
 
 def test_tensors_that_arrive_are_our_own_to_change() -> None:
@@ -184,7 +195,7 @@ def test_a_round_reply_holds_the_float32_tensors_of_the_suffix_and_no_other_arra
     # Beside the tensors: two numbers, and counts of images without an image's own scores.
     assert list(record.config_records) == []
     assert {part: set(metrics) for part, metrics in record.metric_records.items()} == {
-        "metrics": {"weight", "train-loss"},
+        "metrics": {"train-loss"},
         "last": {"confusion", "positive", "negative", "loss_sum"},
     }
 
@@ -254,6 +265,8 @@ BAD_ARRAYS: dict[str, Array] = {
     "NaN": with_value(np.nan),
     "inf": with_value(np.inf),
     "-inf": with_value(-np.inf),
+    "a value no network has": with_value(3e38),
+    "as large and negative": with_value(-3e38),
     "huge": Array(np.zeros((1000, 1000), np.float32)),
     "huge tail": raw(npy(GOOD) + bytes(10_000_000)),
     "garbage": raw(bytes(range(256))),
@@ -315,6 +328,10 @@ def bad_counts(part: str) -> dict[str, Change]:
         f"{part}: a whole number as loss": setting(part, "loss_sum", 1),
         f"{part}: megabytes": setting(part, "positive", [0, 1] * 500_000),
         f"{part}: of other classes": adding(part, MetricRecord(Counts.zero(9).sparse() | {"x": 1})),
+        f"{part}: of more images than told": adding(
+            part, MetricRecord((COUNTS + COUNTS + COUNTS).sparse())
+        ),
+        f"{part}: of no images": adding(part, MetricRecord(Counts.zero(CLASSES).sparse())),
         f"{part}: not counts": adding(part, ConfigRecord({"confusion": [0]})),
     }
 
@@ -339,21 +356,25 @@ def bad_join_replies() -> dict[str, Change]:
         "deep": "[" * 100_000,
         "lone surrogate": '{"name": "\\ud800"}',
         "megabytes of JSON": json.dumps({**good, "versions": {"x": "y" * 1_000_000}}),
-        "NaN weight": json.dumps({**good, "weight": float("nan")}),
     }
     changes: dict[str, dict[str, Any]] = {
         "an unknown key": {"patient": "p1"},
-        "negative weight": {"weight": -1},
-        "fractional weight": {"weight": 1.5},
-        "endless weight": {"weight": 10**400},
-        "listed weight": {"weight": [40]},
-        "endless counts": {"images": {"train": [10**400]}},
-        "negative counts": {"patients": {"train": -1}},
+        "a weight of its own": {"weight": 10**9},
+        "fractional counts": {"patients": {**good["patients"], "train": 1.5}},
+        "endless counts": {"images": {**good["images"], "train": [10**400]}},
+        "negative counts": {"patients": {**good["patients"], "train": -1}},
+        "counts of another part": {"images": {**good["images"], "secret": [1, 2, 3]}},
+        "markup for a version": {"versions": {**good["versions"], "torch": "[/x]"}},
+        "an escape for a version": {"versions": {**good["versions"], "torch": "\x1b[31m"}},
+        "an endless version": {"versions": {**good["versions"], "torch": "2" * 41}},
+        "one more version": {"versions": {**good["versions"], "os": "1"}},
+        "one more contract part": {"contract": {**good["contract"], "[/x]": "ab"}},
+        "a contract that is no hash": {"contract": {**good["contract"], "study": "[/x]"}},
         "a path as name": {"name": "../east"},
         "a line end in the name": {"name": "east\n"},
         "an endless name": {"name": "e" * 65},
         "another role": {"role": "server"},
-        "a contract of numbers": {"contract": {"wire": 1}},
+        "a contract of numbers": {"contract": {"protocol": 1}},
         "no contract": {"contract": None},
     }
     texts |= {how: json.dumps({**good, **change}) for how, change in changes.items()}
@@ -372,11 +393,10 @@ HOSTILE: dict[str, dict[str, Change]] = {
     | {"no round": dropping("config", "server-round")},
     "round reply": bad_tensors("arrays")
     | bad_counts("last")
-    | {f"weight {w!r}": setting("metrics", "weight", w) for w in (41, 0, -40, 40.5, [40], [])}
-    | {f"weight {w!r}": setting("metrics", "weight", float(w)) for w in ("nan", "inf")}
-    | {f"loss {x!r}": setting("metrics", "train-loss", x) for x in (1, [0.5], [])}
+    | {f"weight {w!r}": setting("metrics", "weight", w) for w in (WEIGHT, 10**9, -40, [40])}
+    | {f"loss {x!r}": setting("metrics", "train-loss", x) for x in (1, [0.5], [], -0.5, 1.7e308)}
     | {f"loss {x!r}": setting("metrics", "train-loss", float(x)) for x in ("nan", "inf", "-inf")}
-    | {"no weight": dropping("metrics", "weight"), "no loss": dropping("metrics", "train-loss")}
+    | {"no loss": dropping("metrics", "train-loss")}
     | {"one more metric": setting("metrics", "patients", 3)},
     "final request": bad_tensors("last") | bad_tensors("best") | bad_text("study"),
     "final reply": bad_counts("validation-last")

@@ -1,4 +1,11 @@
-"""Who trains and who is held out: decided by patient, for good, by a secret of the site."""
+"""Who trains and who is held out: decided by patient, by a secret of the site.
+
+Every patient has one place in [0, 1), for good, and a study's `holdout` shares say where its parts
+begin and end. Studies of equal shares so have equal parts at a site. A study of other shares moves
+the patients between the old edges and the new, and no others: one that was a test patient under
+`test: 0.3` may train under `test: 0.2`. What was held out in every study is held out only as long
+as its shares stay.
+"""
 
 import hashlib
 import hmac
@@ -22,7 +29,7 @@ class Parts:
 def split(records: Sequence[Record], holdout: Holdout, secret: bytes) -> Parts:
     """Cut by patient; a split that the data brings along wins over `holdout`.
 
-    A patient's part depends on nothing but its id, the shares and the secret, so it stays when
+    A patient's part depends on nothing but its id, the shares and the secret: it stays when
     others join or leave. Test counts from the bottom and validation from the top of [0, 1):
     changing one share moves nobody into or out of the other part. Small sites may get empty parts.
 

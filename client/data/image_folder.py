@@ -17,7 +17,9 @@ class ImageFolder(Format):
 
     Attributes:
       patient: regular expression searched in an image's path below `root` (with `/`); its first
-        group is the patient id. Without it the file's name is, so each image is one patient.
+        group is the patient id. Without it the file's name less its suffix is: each image is a
+        patient of its own, except that files of equal name, in whatever folders and even in
+        those of two classes, are one patient.
     """
 
     format: Literal["image_folder"] = "image_folder"

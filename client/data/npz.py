@@ -3,6 +3,8 @@
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -61,11 +63,21 @@ class Npz(Format):
     def _load(self) -> dict[str, NDArray[Any]]:
         expected = f"an .npz archive with {', '.join(LAYOUT)}"
         try:
-            # Opened as a zip archive, a lone .npy or a pickle is refused before it is read.
-            with self.root.open("rb") as file, np.lib.npyio.NpzFile(file) as archive:
-                return {key: np.asarray(archive[key]) for key in LAYOUT}
+            stat = self.root.stat()
+            return _arrays(self.root, stat.st_size, stat.st_mtime_ns)
         except KeyError:
             got = "others only"
         except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as ex:
             got = getattr(ex, "strerror", None) or str(ex)
         raise DataError(complaint(self.root, expected=expected, got=got))
+
+
+@lru_cache(maxsize=1)
+def _arrays(path: Path, _size: int, _modified: int) -> dict[str, NDArray[Any]]:
+    """The arrays, read only, of a file in this state: one copy for all virtual sites of a pool."""
+    # Opened as a zip archive, a lone .npy or a pickle is refused before it is read.
+    with path.open("rb") as file, np.lib.npyio.NpzFile(file) as archive:
+        arrays = {key: np.asarray(archive[key]) for key in LAYOUT}
+    for array in arrays.values():
+        array.flags.writeable = False
+    return arrays

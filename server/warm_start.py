@@ -1,0 +1,57 @@
+"""Where a study begins: with the backbone as loaded, or where an earlier run ended."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from common.network import Network
+from common.study import Study
+from common.wire import Tensors
+from server.checkpoint import RunFolder
+
+
+def first_tensors(study: Study, network: Network) -> Tensors:
+    """The tensors of round 1: as assembled, or the released model of the run `model.init` names.
+
+    Raises:
+      StudyError: that run is unfinished, or of another backbone, classes, holdout or seed. With
+        another holdout it would have trained on patients that this study tests on; in a
+        simulation the seed decides who they are.
+    """
+    if study.model.init is None:
+        return dict(network.initial)
+    folder = RunFolder(Path(study.model.init))
+    if not (folder.path / "report.json").exists():
+        raise study.error("model.init", expected="a finished run", got=study.model.init)
+    ours = {**_kinship(study), "weights": weights(study)}
+    theirs = {**_kinship(folder.study), "weights": folder.facts()["weights"]}
+    differ = [key for key in ours if ours[key] != theirs[key]]
+    if differ:
+        expected, got = "a run of the same " + ", ".join(ours), f"another {', '.join(differ)}"
+        raise study.error("model.init", expected=expected, got=got)
+    start = folder.released().tensors
+    deeper = [name for name in start if name not in network.shapes]
+    if deeper:
+        expected = "a run that trained no deeper than this study"
+        remedy = "Choose a model.unfreeze at least as deep as that run's."
+        raise study.error("model.init", expected=expected, got=f"{deeper[0]}", remedy=remedy)
+    return {**network.initial, **start}
+
+
+def _kinship(study: Study) -> dict[str, Any]:
+    return {
+        "backbone": study.model.backbone,
+        "classes": study.classes,
+        "image size": study.images.size,
+        "holdout": study.holdout,
+        "seed": study.seed,
+    }
+
+
+def weights(study: Study) -> dict[str, str]:
+    """The backbone's weights by name, and by SHA-256 where they are a file."""
+    path = study.model.weights_file
+    if path is None:
+        return {"name": study.model.weights}
+    with path.open("rb") as file:
+        return {"name": path.name, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
