@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from client.data.records import Image
 from client.store import Rows, Store, open_store
 from common.contract import digest
-from common.errors import DataError
+from common.errors import DataError, complaint
 from common.images import Preprocess, view
 from common.study import Augment
 
@@ -138,8 +138,9 @@ def prepare(
     ]
     todo = {jobs[j].name: jobs[j] for j in store.missing([job.name for job in jobs])}
     _fill(store, images, list(todo.values()), recipe, augment.ops, bad)
-    for j in store.missing([job.name for job in jobs]):
-        bad.setdefault(jobs[j].image, f"{images[jobs[j].image].name}: equal to another of them")
+    for j in store.missing([job.name for job in jobs]):  # one that failed fails wherever it is
+        where, got = images[jobs[j].image].name, "the bytes of another that is not"
+        bad.setdefault(jobs[j].image, complaint(where, expected="a readable image", got=got))
     _complain(images, bad, skip_unreadable)
     rows = store.rows([job.name for job in jobs if job.image not in bad])
     kept = [i for i in range(len(images)) if i not in bad]

@@ -142,7 +142,7 @@ def _show_census(study: Study, told: Census) -> None:
     console.print("images per class: training/validation/test", style="dim")
     console.print(table)
     if (more := len(told) - _MOST_SITES_SHOWN) > 0:
-        console.print(f"and {more} more sites", style="dim")
+        console.print(f"and {more} more", style="dim")
 
 
 def _conclude(run: RunFolder, site_files: Sequence[Path], *, compare: bool) -> None:

@@ -285,10 +285,10 @@ def test_classes_that_look_like_markup(command: Command, tmp_path: Path) -> None
     assert code == 0, text
     assert "[/e]" in text
     assert "[bold]" in text
-    (tmp_path / "site/[/i].png").write_bytes(b"no image")
+    (tmp_path / "site/[red].png").write_bytes(b"no image")
     code, text = command("predict", "run", tmp_path / "site")
     assert code == 0, text
-    assert "[/i].png" in text
+    assert "[red].png" in text
     assert len(Path("predictions.csv").read_text().splitlines()) == 41
 
 
@@ -298,7 +298,7 @@ def interrupted(folder: Path, awaited: Path, *arguments: object) -> tuple[int, s
     process = subprocess.Popen(
         [sys.executable, "-c", code, *map(str, arguments)],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -316,11 +316,6 @@ def test_ctrl_c_says_how_to_go_on(site_options: list[str], tmp_path: Path) -> No
     code, said = interrupted(tmp_path, tmp_path / "a/last.safetensors", "run", DEMO, *options, "a")
     assert code == 130, said
     assert said.strip() == "Stopped. Go on with: consilium-simulate run --resume a"
-    seeds = ("b", "--seeds", "0,1")
-    awaited = tmp_path / "b/seed-0/last.safetensors"
-    code, said = interrupted(tmp_path, awaited, "run", DEMO, *options, *seeds)
-    assert code == 130, said
-    assert said.strip() == "Stopped. Go on with: the same command with --out b"
 
 
 def test_places_that_cannot_be_written(command: Command, hospital: Path, tmp_path: Path) -> None:
@@ -385,9 +380,9 @@ def test_overall_names_the_sites_it_leaves_out() -> None:
     assert not note({"federated": {"a": counts, "b": counts}})
 
 
-def test_a_hundred_sites_are_cut_short(command: Command, shared: Path) -> None:
+def test_many_sites_are_cut_short(command: Command, shared: Path) -> None:
     pool = ("--pool", shared / "data/pneumoniamnist/pneumoniamnist.npz", "--sites", 41)
     weights = ("--set", f"model.weights={shared / 'weights/mobilenet_v2.pth'}")
     code, text = command("check", ROOT / "configs/chest.yaml", *pool, *weights)
     assert code == 0, text
-    assert "and 1 more site" in text
+    assert "and 1 more" in text

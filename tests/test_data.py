@@ -192,6 +192,13 @@ def test_image_folder_without_a_pattern_takes_the_file_name_as_patient(tmp_path)
     assert [record.patient for record in records] == ["p1_a", "p1_b", "p2_a"]
 
 
+def test_image_folder_without_a_pattern_takes_equal_names_for_one_patient(tmp_path):
+    picture(tmp_path / "benign/1.png")
+    picture(tmp_path / "malignant/1.jpg", 2)
+    records = ImageFolder(root=tmp_path).records(CLASSES)
+    assert [record.patient for record in records] == ["1", "1"]
+
+
 def test_image_folder_patient_from_a_folder(tmp_path):
     picture(tmp_path / "benign/anna/1.png")
     picture(tmp_path / "malignant/anna/2.png", 2)
@@ -347,6 +354,16 @@ def test_npz_a_number_is_never_mistaken_for_a_class_of_that_name(tmp_path):
     path = arrays(tmp_path, val_labels=np.array([0, 7]))
     with pytest.raises(DataError, match="'number 7'"):
         Npz(root=path).records(("7", "8"))
+
+
+def test_npz_is_in_memory_once_until_the_file_changes(tmp_path):
+    path = arrays(tmp_path)
+    first, again = (Npz(root=path).records(CLASSES)[0].image.array for _ in range(2))
+    assert np.shares_memory(first, again)
+    with pytest.raises(ValueError, match="read-only"):
+        first[:] = 0
+    arrays(tmp_path, train_images=np.zeros((4, 9, 9), np.uint8))
+    assert Npz(root=path).records(CLASSES)[0].image.array.shape == (9, 9)
 
 
 def test_npz_that_is_damaged(tmp_path):

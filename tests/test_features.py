@@ -216,7 +216,9 @@ def test_the_same_image_at_two_sites_costs_one(tmp_path):
 
 def test_an_image_listed_twice_has_two_equal_rows(tmp_path):
     (image,), (other,) = images(1), images(1, start=1)
-    found = rows(tmp_path, [image, other, image], counting(), views=2)
+    recipe = counting()
+    found = rows(tmp_path, [image, other, image], recipe, views=2)
+    assert recipe.prefix.images == 4  # two images in two views, each once
     assert torch.equal(found[:2], found[4:])
     assert not torch.equal(found[:2], found[2:4])
 
@@ -435,3 +437,23 @@ def test_an_empty_list_is_no_error(tmp_path):
     assert isinstance(prepared, Prepared)
     assert kept == []
     assert len(prepared.rows) == 0
+
+
+def test_an_unreadable_image_listed_twice_is_left_out_twice(tmp_path, caplog):
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(b"not an image")
+    (good,) = images(1)
+    some = [FileImage(tmp_path / "a.png"), good, FileImage(tmp_path / "b.png")]
+    prepared, kept = ready(tmp_path / "cache", some, counting(), views=2, skip=True)
+    assert (kept, len(prepared.rows)) == ([1], 2)
+    assert "2 of 3 images" in caplog.text
+    assert "b.png: expected a readable image" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("views", "told"), [(1, "5 images, once"), (3, "5 images (15 views), once")]
+)
+def test_the_log_counts_images(tmp_path, caplog, views, told):
+    with caplog.at_level(logging.INFO):
+        rows(tmp_path, images(5), counting(), views=views)
+    assert f"preparing {told}" in caplog.text

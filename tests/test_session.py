@@ -31,6 +31,7 @@ from common.errors import (
     SiteError,
     StudyError,
 )
+from common.flower import TaskIdentity
 from common.study import Study
 from common.wire import JoinRequest
 from common.yaml import dump
@@ -119,7 +120,7 @@ def test_what_it_joins_with_is_what_the_folder_holds(tmp_path):
         "test": (2, 0, 1),
     }
     assert reply.contract == session.network.contract
-    assert set(reply.versions) == {"python", "flwr", "torch", "torchvision", "numpy"}
+    assert set(reply.versions.model_dump()) == {"python", "flwr", "torch", "torchvision", "numpy"}
     # Views are not images, and only training has them.
     assert {part: len(data) for part, data in session.examples.items()} == {
         "train": 4,
@@ -441,9 +442,9 @@ def test_a_full_disk_is_the_sites_mistake(tmp_path):
 
 @pytest.mark.parametrize("node", [{}, {"site": 5}, {"site": "/data/DOE_JOHN/site.yaml"}])
 def test_only_a_code_leaves_a_node_without_a_site_file(node):
-    message = Message(RecordDict(), 1, "query")
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+    message = Message(JoinRequest(proposal=study().proposal()).record(), 1, "query")
     message.metadata.__dict__["_message_id"] = "m"
-    message.content = JoinRequest(proposal=study().proposal()).record()
     reply = app(message, Context(1, 1, node, RecordDict(), {}))
     assert reply.has_error()
     assert reply.error.reason == "site"

@@ -175,9 +175,9 @@ def test_of_two_files_created_at_once_the_first_stays(tmp_path: Path) -> None:
 
 def test_a_state_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "state").write_text("a file")
-    with pytest.raises(SiteError, match=r"site\.yaml: state: expected a folder to write"):
+    with pytest.raises(SiteError, match=r"site\.yaml: state: expected a place to read and write"):
         site(tmp_path).private()
-    with pytest.raises(SiteError, match="expected a folder to write"):
+    with pytest.raises(SiteError, match="expected a place to read and write"):
         site(tmp_path, state="state/inside").secret()
 
 
@@ -221,3 +221,41 @@ def test_too_few_patients_are_refused_where_they_would_train(tmp_path: Path) -> 
 def test_a_site_that_only_evaluates_keeps_its_other_rules(tmp_path: Path) -> None:
     policy = {"require_privacy": True}
     assert "require_privacy" in refused(site(tmp_path, policy=policy, role="evaluate"), study(), 0)
+
+
+@pytest.mark.parametrize("rights", [0o755, 0o750, 0o701, 0o720])
+def test_a_state_folder_open_to_others_is_refused(rights: int, tmp_path: Path) -> None:
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state").chmod(rights)
+    for use in (Site.private, Site.secret, lambda hospital: hospital.cache_folder):
+        with pytest.raises(SiteError, match=rf"got mode {rights:o}\. chmod 700 .*/state$"):
+            use(site(tmp_path))
+    assert list((tmp_path / "state").iterdir()) == []
+    (tmp_path / "state").chmod(0o700)
+    site(tmp_path).private()
+
+
+@pytest.mark.usefixtures("open_umask")
+def test_the_cache_inside_state_is_private(tmp_path: Path) -> None:
+    assert mode(site(tmp_path).cache_folder) == 0o700
+
+
+@pytest.mark.parametrize("size", [0, 31, 33])
+def test_a_secret_of_another_length_is_refused(size: int, tmp_path: Path) -> None:
+    files.write(site(tmp_path).private() / "secret", b"x" * size)
+    with pytest.raises(SiteError, match=rf"secret: expected 32 bytes, got {size} bytes\. Restore"):
+        site(tmp_path).secret()
+
+
+def test_home_is_understood_in_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ada")
+    data = {"format": "manifest", "root": "~/images", "patients": "~nobody-at-all/p.txt"}
+    read = site(tmp_path, data=data, state="~/state")
+    assert read.data.root == Path("/home/ada/images")
+    assert read.state == Path("/home/ada/state")
+    assert read.data.patients == tmp_path / "~nobody-at-all/p.txt"
+
+
+def test_truth_is_no_number_of_patients(tmp_path: Path) -> None:
+    told = refusal(write(tmp_path, policy={"min_patients": True}))
+    assert "policy.min_patients: expected a valid integer, got True" in told

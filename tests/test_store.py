@@ -2,9 +2,11 @@
 
 import logging
 import os
+import resource
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ import torch
 
 from client import store as shelf
 from client.store import Rows, Store, open_store
+from common.errors import DataError
 
 WRITER = """
 import sys, time
@@ -107,7 +110,7 @@ def test_missing_gives_the_positions_without_a_row(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["first byte", "header", "a value", "last byte", "cut", "empty"])
-def test_a_damaged_shard_is_noticed_set_aside_and_made_again(tmp_path, caplog, damage):
+def test_a_damaged_shard_is_noticed_deleted_and_made_again(tmp_path, caplog, damage):
     store = Store(tmp_path)
     store.add(names(4, "kept"), table(4, 1))
     (kept,) = shards(tmp_path)
@@ -210,3 +213,42 @@ def test_only_this_user_can_read_it(tmp_path):
 def test_virtual_sites_of_one_process_share_a_store(tmp_path):
     assert open_store(tmp_path) is open_store(tmp_path)
     assert open_store(tmp_path) is not open_store(tmp_path / "other")
+
+
+@contextmanager
+def limited(kind, most):
+    """A limit of this process, lowered for a while."""
+    before = resource.getrlimit(kind)
+    resource.setrlimit(kind, (most, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(kind, before)
+
+
+def test_a_shard_that_cannot_be_opened_now_is_kept(tmp_path):
+    Store(tmp_path).add(names(), table())
+    store, (shard,) = Store(tmp_path), shards(tmp_path)
+    wanted = pytest.raises(OSError, match="Too many open files")
+    with limited(resource.RLIMIT_NOFILE, 3), wanted:
+        store._open(shard)
+    store.refresh()
+    assert torch.equal(everything(store.rows(names())), table())
+
+
+def test_what_cannot_be_opened_is_said_in_a_line_and_not_deleted(tmp_path):
+    (tmp_path / "x.safetensors").mkdir()
+    with pytest.raises(DataError, match=r"a place to read and write, got .*Is a directory"):
+        Store(tmp_path).refresh()
+    assert shards(tmp_path)
+
+
+def test_a_full_disk_is_said_in_a_line_and_keeps_what_is_finished(tmp_path):
+    store = Store(tmp_path)
+    store.add(names(4, "kept"), table(4, 1))
+    wanted = pytest.raises(DataError, match=r"Free space .*what is finished is kept\.$")
+    with limited(resource.RLIMIT_FSIZE, 20), wanted as caught:
+        store.add(names(), table())
+    assert "\n" not in str(caught.value)
+    assert len(list(tmp_path.iterdir())) == 1
+    assert opened(tmp_path).missing(names(4, "kept")) == []

@@ -37,6 +37,30 @@ WRONG: dict[str, tuple[str, str, list[str]]] = {
     "a word for a list": ("classes", "benign", ["classes", "a list", "'benign'"]),
     "a list for a section": ("holdout", "[1]", ["holdout", "a mapping of keys to values", "[1]"]),
     "a word for a section": ("train", "fast", ["train", "a mapping of keys to values", "'fast'"]),
+    "endless rounds": ("train.rounds", "100001", ["train.rounds", "100000"]),
+    "endless epochs": ("train.local_epochs", "1000000000", ["train.local_epochs", "1000"]),
+    "endless steps": ("train.local_steps", "1000001", ["train.local_steps", "1000000"]),
+    "endless batch": ("train.batch_size", "65537", ["train.batch_size", "65536"]),
+    "endless patience": ("train.patience", "100001", ["train.patience", "100000"]),
+    "endless seed": ("seed", str(2**63), ["seed", str(2**63)]),
+    "endless classes": ("classes", str([f"c{i}" for i in range(1001)]), ["classes", "1000 items"]),
+    "endless views": (
+        "images",
+        "{size: 1024, augment: {views: 17, ops: [flip]}}",
+        ["images", "16 of 1024, got 17 of 1024"],
+    ),
+    "endless depth": ("model.unfreeze", "last:1000", ["model.unfreeze", "last:<k>"]),
+    "endless words": ("model.backbone", "x" * 101, ["model.backbone", "100 characters"]),
+    "truth for rounds": ("train.rounds", "true", ["train.rounds", "integer", "True"]),
+    "truth for views": ("images.augment.views", "yes", ["augment.views", "integer", "True"]),
+    "truth for a rate": ("train.lr", "true", ["train.lr", "a number, got True"]),
+    "truth for a share": ("holdout.test", "false", ["holdout.test", "a number, got False"]),
+    "truth for an option": ("aggregate.options.eta", "true", ["options.eta", "number, got True"]),
+    "truth for a weight": ("train.class_weights", "[1, true]", ["class_weights.1", "got True"]),
+    "an empty class": ("classes", "[benign, ' ']", ["classes.1", "printable characters, got ' '"]),
+    "a class in two lines": ("classes", '[benign, "a\\nb"]', ["classes.1", "printable"]),
+    "a class that rings": ("classes", '[benign, "\\a"]', ["classes.1", "printable"]),
+    "an endless class": ("classes", f"[benign, {'x' * 101}]", ["classes.1", "1 to 100"]),
     "no rounds": ("train.rounds", "0", ["train.rounds", "greater than or equal to 1", "0"]),
     "negative rate": ("train.lr", "-1.0", ["train.lr", "greater than 0", "-1.0"]),
     "NaN rate": ("train.lr", ".nan", ["train.lr", "a finite number", "nan"]),
@@ -332,3 +356,10 @@ def test_the_id_changes_with_every_key_that_matters(key: str) -> None:
     changed = json.loads(json.dumps(PLAIN))
     put(changed, key, OTHER[key])
     assert Study.model_validate(changed).id != Study.model_validate(PLAIN).id
+
+
+def test_numbers_that_yaml_reads_as_text_are_numbers() -> None:
+    study = Study.model_validate(
+        yaml.safe_load(BASE) | {"train": {"rounds": 100_000, "lr": "1e-3", "weight_decay": 1}}
+    )
+    assert (study.train.lr, study.train.weight_decay) == (1e-3, 1.0)

@@ -391,3 +391,10 @@ def test_examples_of_two_sites_add_up():
     inputs, labels = everything(both)
     assert torch.equal(inputs, torch.cat([everything(one)[0], everything(other)[0]]))
     assert torch.equal(labels, torch.cat([one.labels, other.labels]))
+
+
+def test_no_batch_is_drawn_before_its_step():
+    """A request for a million batches costs nothing until they are trained."""
+    batches = trainer._batches(some(1000), plan(local_steps=1_000_000, batch_size=1), seed=0)
+    assert [len(next(batches)) for _ in range(3)] == [1, 1, 1]
+    assert iter(batches) is batches
