@@ -48,7 +48,7 @@ def work(message: Message, context: Context) -> Message:
     counts = session.evaluate(tensors, "validation")
     train_loss = session.train(tensors, request.round, request.proximal_mu)
     reply = wire.RoundReply(
-        tensors=session.network.tensors,
+        arrays=wire.to_arrays(session.network.tensors),
         train_loss=train_loss,
         counts=counts,
     )

@@ -119,8 +119,11 @@ def train(
     start = [p.detach().clone() for p in trained] if proximal_mu else []
     total, seen = 0.0, 0
     train_mode(suffix)
-    with torch.random.fork_rng():
-        torch.manual_seed(derive(seed, "dropout"))
+    on_cpu = device.type == "cpu"
+    # Seeding every device costs milliseconds, more than a round of a small head.
+    reseed = torch.default_generator.manual_seed if on_cpu else torch.manual_seed
+    with torch.random.fork_rng(devices=[] if on_cpu else None):
+        reseed(derive(seed, "dropout"))
         for indices in _batches(examples, plan, seed):
             views = _views(examples, indices, seed + seen)
             inputs, labels = examples.batch(indices, views, device), examples.labels[indices]

@@ -132,7 +132,8 @@ def round_config(study: str) -> ConfigRecord:
 class RoundReply:
     """What a site sends after a round."""
 
-    tensors: Tensors
+    arrays: ArrayRecord
+    """The trained tensors; as read, checked and in the order agreed."""
     train_loss: float
     counts: Counts
     """Of the tensors received, on the site's validation patients."""
@@ -141,7 +142,7 @@ class RoundReply:
         """As Flower sends it."""
         metrics = MetricRecord({_LOSS: self.train_loss})
         counts = MetricRecord(self.counts.sparse())
-        return RecordDict({ARRAYS: to_arrays(self.tensors), METRICS: metrics, _LAST: counts})
+        return RecordDict({ARRAYS: self.arrays, METRICS: metrics, _LAST: counts})
 
     @classmethod
     def read(cls, record: RecordDict, shapes: Shapes, images: Sequence[int]) -> "RoundReply":
@@ -159,15 +160,15 @@ class RoundReply:
         loss = metrics[_LOSS]
         if not isinstance(loss, float) or not 0 <= loss <= _WORST_LOSS:
             raise ContractError("a loss that is no loss")
-        tensors = from_arrays(_only(record.array_records, ARRAYS), shapes)
-        counts = _counts(record, _LAST, images)
-        return cls(tensors=tensors, train_loss=loss, counts=counts)
+        arrays = _only(record.array_records, ARRAYS)
+        from_arrays(arrays, shapes)
+        ordered = ArrayRecord({name: arrays[name] for name in shapes})
+        return cls(arrays=ordered, train_loss=loss, counts=_counts(record, _LAST, images))
 
 
-def strategy_record(tensors: Tensors, weight: float) -> RecordDict:
+def strategy_record(arrays: ArrayRecord, weight: float) -> RecordDict:
     """A checked reply in the one form that every Flower strategy accepts."""
-    metrics = MetricRecord({WEIGHT: float(weight)})
-    return RecordDict({ARRAYS: to_arrays(tensors), METRICS: metrics})
+    return RecordDict({ARRAYS: arrays, METRICS: MetricRecord({WEIGHT: float(weight)})})
 
 
 @dataclass(frozen=True, kw_only=True)

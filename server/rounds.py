@@ -85,7 +85,7 @@ class Run:
         replies = self._train(number)
         self._keep_if_best(self._last, self._pooled([r.counts for r in replies.values()]))
         weight = {member.name: float(member.reply.weight) for member in self._federation.training}
-        updates = [(reply.tensors, weight[name]) for name, reply in replies.items()]
+        updates = [(reply.arrays, weight[name]) for name, reply in replies.items()]
         merged = self._aggregator.merge(number, updates)
         lines = [self._line(number, name, reply) for name, reply in replies.items()]
         total = sum(weight[name] for name in replies)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import cast
 
 import torch
-from flwr.app import ConfigRecord, Message, MessageType
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, FedProx
 
@@ -94,22 +94,20 @@ class Aggregator:
         self, round_number: int, tensors: Tensors, config: ConfigRecord, nodes: Sequence[int]
     ) -> list[Message]:
         """One message for each of `nodes`."""
-        arrays, cohort = wire.to_arrays(self._ordered(tensors)), cast(Grid, _Cohort(nodes))
+        # FedAvgM tells arrays apart by their position alone.
+        arrays = wire.to_arrays({name: tensors[name] for name in self._names})
+        cohort = cast(Grid, _Cohort(nodes))
         return list(self._strategy.configure_train(round_number, arrays, config, cohort))
 
-    def merge(self, round_number: int, updates: Sequence[tuple[Tensors, float]]) -> Tensors:
+    def merge(self, round_number: int, updates: Sequence[tuple[ArrayRecord, float]]) -> Tensors:
         """The next tensors, float32, from checked replies: each site's tensors and weight."""
-        records = [wire.strategy_record(self._ordered(t), weight) for t, weight in updates]
+        records = [wire.strategy_record(arrays, weight) for arrays, weight in updates]
         # Strategies read a reply's content alone, so the address does not matter.
         messages = [Message(record, SUPERLINK_NODE_ID, MessageType.TRAIN) for record in records]
         arrays, _ = self._strategy.aggregate_train(round_number, messages)
         if arrays is None:
             raise ValueError("expected at least one update")
         return {name: torch.from_numpy(arrays[name].numpy()).float() for name in self._names}
-
-    def _ordered(self, tensors: Tensors) -> Tensors:
-        """FedAvgM tells arrays apart by their position alone."""
-        return {name: tensors[name] for name in self._names}
 
     def state(self) -> Tensors:
         """What the strategy carries from round to round."""

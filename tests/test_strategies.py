@@ -4,6 +4,7 @@ import pytest
 import torch
 from flwr.app import ConfigRecord
 
+from common import wire
 from common.errors import StudyError
 from common.flower import SUPERLINK_NODE_ID, TaskIdentity
 from common.study import Study
@@ -42,7 +43,8 @@ def step(
 ) -> Tensors:
     messages = aggregator.requests(number, start, ConfigRecord({"study": "s"}), [1, 2, 3])
     assert sorted(message.metadata.dst_node_id for message in messages) == [1, 2, 3]
-    return aggregator.merge(number, updates)
+    sent = [(wire.to_arrays(update), weight) for update, weight in updates]
+    return aggregator.merge(number, sent)
 
 
 def close(one: Tensors, other: Tensors) -> bool:
