@@ -7,30 +7,32 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
-def write(path: Path, content: bytes | str, mode: int = 0o644) -> None:
-    """Replace `path` by `content` in one step, on disk before returning."""
-    with _part(path, content, mode) as part:
+def write(path: Path, content: bytes | str, mode: int = 0o644, *, durable: bool = True) -> None:
+    """Replace `path` by `content` in one step; if `durable`, on disk before returning."""
+    with _part(path, content, mode, durable) as part:
         part.replace(path)
-    _sync(path.parent)
+    if durable:
+        _sync(path.parent)
 
 
 def create(path: Path, content: bytes | str, mode: int = 0o644) -> None:
     """Write `path` unless it is there; of two writers at once the first wins, for both."""
-    with _part(path, content, mode) as part, suppress(FileExistsError):
+    with _part(path, content, mode, True) as part, suppress(FileExistsError):
         path.hardlink_to(part)
     _sync(path.parent)
 
 
 @contextmanager
-def _part(path: Path, content: bytes | str, mode: int) -> Iterator[Path]:
+def _part(path: Path, content: bytes | str, mode: int, durable: bool) -> Iterator[Path]:
     """The whole content in a file beside `path`, gone afterwards."""
     data = content.encode() if isinstance(content, str) else content
     part = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.part"
     try:
         with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         yield part
     finally:
         part.unlink(missing_ok=True)

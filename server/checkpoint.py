@@ -118,7 +118,8 @@ class RunFolder:
         state = {f"{_STATE}{key}": tensor for key, tensor in checkpoint.state.items()}
         data = save({**checkpoint.tensors, **state}, {_META: json.dumps(facts)})
         self.write(f"{name}.safetensors", data)
-        self.write(f"{name}.json", json.dumps(facts, indent=2))
+        # For people; the checkpoint itself holds the same.
+        self.write(f"{name}.json", json.dumps(facts, indent=2), durable=False)
 
     def _load(self, name: str) -> Checkpoint | None:
         path = self.path / f"{name}.safetensors"
@@ -177,11 +178,11 @@ class RunFolder:
         kept = [line for line in self.history() if line["round"] <= round_number]
         self.write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
 
-    def write(self, name: str, content: bytes | str) -> None:
+    def write(self, name: str, content: bytes | str, *, durable: bool = True) -> None:
         """Replace one file of the run in one step; raises `RunError` if it cannot be written."""
         path = self.path / name
         try:
-            files.write(path, content)
+            files.write(path, content, durable=durable)
         except OSError as ex:
             raise _unwritable(path, ex) from None
 
