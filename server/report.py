@@ -88,12 +88,21 @@ class Reporter:
     def __init__(self, folder: RunFolder) -> None:
         self._folder, self._study = folder, folder.study
 
-    def joined(self, federation: Federation, resumed: int) -> None:
-        """The sites that take part, and those that do not."""
+    def joined(self, federation: Federation, *, resumed: int, sent: int, whole: int) -> None:
+        """The sites that take part, and those that do not.
+
+        Args:
+          federation: Joined.
+          resumed: The last finished round, 0 at the beginning.
+          sent: Bytes each site sends in a round.
+          whole: Bytes of the whole model.
+        """
         names = ", ".join(member.name for member in federation.members)
         start = f", going on after round {resumed}" if resumed else ""
         sites = f": {len(federation.members)} sites ({names}){start}"
         console.print(Text.assemble((self._study.name, "bold"), sites))
+        share = f"{_size(sent)} travel each way per site and round; the model has {_size(whole)}"
+        console.print(f"  unfreeze: {self._study.model.unfreeze}: {share}", style="dim")
         for name, why in federation.refusals.items():
             console.print(f"  {name} does not take part: {why}", style="yellow")
 

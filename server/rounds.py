@@ -57,7 +57,10 @@ class Run:
         """Join, train whatever rounds are left, evaluate, report."""
         self._federation.join()
         self._folder.write_facts(self._facts())
-        self._report.joined(self._federation, resumed=self._last.round)
+        whole = sum(tensor.nbytes for tensor in self._network.model.state_dict().values())
+        self._report.joined(
+            self._federation, resumed=self._last.round, sent=self._bytes, whole=whole
+        )
         while self._last.round < self._study.train.rounds and not self._stalled():
             self._round(self._last.round + 1)
         return self._finish()
