@@ -11,7 +11,7 @@ from client.data.formats import Data
 from client.disk import usable
 from common import files
 from common.errors import SiteError, complaint
-from common.study import Unfreeze
+from common.study import Name, Unfreeze
 from common.yaml import Section, YamlFile
 
 
@@ -29,7 +29,7 @@ class Policy(Section):
 class Site(YamlFile):
     """One hospital."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+    name: Name
     data: Data
     state: Path
     """Private folder (mode 0700): the site's secret and the studies it joined."""

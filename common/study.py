@@ -26,6 +26,10 @@ def _no_truth(value: object) -> object:
 
 # Not strict: YAML reads 1e-3 as text.
 Number = Annotated[float, BeforeValidator(_no_truth)]
+NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+"""Names of studies and sites; they become folders and stand in logs."""
+
+Name = Annotated[str, Field(pattern=f"^{NAME}$")]
 Fraction = Annotated[Number, Field(ge=0, lt=1)]
 Positive = Annotated[Number, Field(gt=0)]
 Word = Annotated[str, Field(max_length=100)]
@@ -163,7 +167,7 @@ class Privacy(Section):
 class Study(YamlFile):
     """One federated study; the coordinator's request, which a site may refuse."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+    name: Name
     classes: Annotated[tuple[ClassName, ...], Field(min_length=2, max_length=1000)]
     model: Model
     images: Images = Images()

@@ -18,6 +18,7 @@ from torch import Tensor
 from common.contract import Contract, Versions
 from common.errors import ContractError
 from common.metrics import MOST, Counts
+from common.study import Name
 from common.yaml import Section
 
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
@@ -67,7 +68,7 @@ class JoinRequest:
 class JoinReply(Section):
     """What a site agrees to, and what it says about itself."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+    name: Name
     role: Literal["train", "evaluate"]
     contract: Contract
     patients: Parts[Count]

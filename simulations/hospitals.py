@@ -20,7 +20,7 @@ from client.site import Site
 from common import files
 from common.errors import DataError, RefusedError, RunError, SiteError, complaint
 from common.seeds import derive
-from common.study import Study
+from common.study import NAME, Study
 from common.yaml import dump
 from simulations import partition
 
@@ -29,7 +29,6 @@ log = logging.getLogger(__name__)
 Census = dict[str, dict[str, list[int]]]
 """Images per site, part and class."""
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _RULE = "letters, digits, . _ -, starting with a letter or digit, at most 64"
 
 
@@ -60,7 +59,7 @@ def from_folder(path: Path, *, evaluates_only: bool = False) -> Hospital:
     place = path.resolve()
     name = place.stem if place.is_file() else place.name
     data = guess(place)
-    if not _NAME.fullmatch(name):
+    if not re.fullmatch(NAME, name):
         expected = f"a folder whose name can name the site ({_RULE})"
         remedy = "Rename it, or put a site.yaml with a name into it."
         raise SiteError(complaint(f"--site {path}", expected=expected, got=name, remedy=remedy))
