@@ -20,7 +20,9 @@ def run(shared: Path, out: Path, seeds: str, *options: str) -> dict[str, dict[st
     arguments += ["--out", str(out), "--cache", str(out.parent / "cache"), "--seeds", seeds]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [*arguments, *options])
-        cli.main()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+    assert not ended.value.code
     overall: dict[str, dict[str, list[float]]] = json.loads((out / "summary.json").read_text())[
         "overall"
     ]
