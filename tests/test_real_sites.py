@@ -34,8 +34,9 @@ def run(shared: Path, out: Path, seeds: str, *options: str) -> dict[str, dict[st
 def test_federating_real_sites_comes_near_pooling_and_far_above_chance_features(
     shared: Path, tmp_path: Path
 ) -> None:
-    figures = run(shared, tmp_path / "run", "0,1,2", "--compare")
-    mean = {way: sum(x["balanced_accuracy"]) / 3 for way, x in figures.items()}
+    # Ten holdouts: a site's rare findings are so few that three of them swing by .05.
+    figures = run(shared, tmp_path / "run", "0,1,2,3,4,5,6,7,8,9", "--compare")
+    mean = {way: sum(x["balanced_accuracy"]) / 10 for way, x in figures.items()}
     assert mean["federated"] >= 0.85 * mean["pooled"]
     # The same network with random weights, at the learning rate that suits it best.
     adam = ("--set", "train.optimizer=adamw", "--set", "train.lr=1.0")
