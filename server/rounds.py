@@ -86,14 +86,14 @@ class Run:
     def _round(self, number: int) -> None:
         began = time.monotonic()
         replies = self._train(number)
-        self._keep_if_best(self._last, self._pooled([r.counts for r in replies.values()]))
+        counts = self._pooled([reply.counts for reply in replies.values()])
+        self._keep_if_best(self._last, counts)
         weight = {member.name: float(member.reply.weight) for member in self._federation.training}
         updates = [(reply.arrays, weight[name]) for name, reply in replies.items()]
         merged = self._aggregator.merge(number, updates)
         lines = [self._line(number, name, reply) for name, reply in replies.items()]
         total = sum(weight[name] for name in replies)
         loss = sum(weight[name] * reply.train_loss for name, reply in replies.items()) / total
-        counts = self._pooled([reply.counts for reply in replies.values()])
         lines.append(_line(number, None, loss, self._bytes * len(replies), counts))
         self._folder.log(lines)
         state = self._aggregator.state()
