@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from common import backbones
 from common.errors import DataError, RunError, complaint
-from common.images import Preprocess, decode
+from common.images import Preprocess
 from common.study import Study
 
 
@@ -27,7 +27,7 @@ class ReleasedModel:
     Attributes:
       classes: Names of the columns of `probabilities`.
       network: Normalised float32 [n, 3, crop, crop] → logits [n, classes]; in eval mode.
-      preprocess: From a decoded image to the network's input.
+      preprocess: From an image file to the network's input.
     """
 
     classes: tuple[str, ...]
@@ -47,7 +47,7 @@ class ReleasedModel:
 
     def _pixels(self, path: Path) -> Tensor:
         try:
-            return self.preprocess.pixels(decode(path.read_bytes(), str(path)))
+            return self.preprocess.read(path.read_bytes(), str(path))
         except OSError as ex:
             raise DataError(complaint(path, expected="an image", got=ex.strerror)) from None
 

@@ -18,10 +18,12 @@ from client.data.manifest import Manifest
 from client.data.npz import Npz
 from client.data.records import ArrayImage, FileImage
 from common.errors import DataError, SiteError
+from common.images import Preprocess
 from common.yaml import YamlFile
 
 SHARED = Path(os.environ.get("CONSILIUM_TEST_DATA", Path(__file__).parent.parent.parent / "shared"))
 CLASSES = ("benign", "malignant")
+SMALL = Preprocess(12, 12, (0, 0, 0), (1, 1, 1))
 
 
 def pixels(number):
@@ -89,9 +91,10 @@ def test_conformance(name, tmp_path):
     assert len({record.image.name for record in records}) == len(records)
     for record in records:
         assert record.patient == record.patient.strip() != ""
-        image = record.image.pixels()
+        image = record.image.square(SMALL)
         assert image.dtype == torch.uint8
         assert image.shape == (3, 12, 12)
+        assert record.image.square(SMALL.with_size(30)).shape == (3, 30, 30)
         assert len(record.image.digest()) == 64
     assert len({record.image.digest() for record in records}) == len(records)
 
@@ -161,10 +164,10 @@ def test_unreadable_images_are_named(tmp_path):
     path = tmp_path / "broken.png"
     path.write_bytes(picture(tmp_path / "a.png").read_bytes()[:60])
     with pytest.raises(DataError, match=r"broken\.png: expected a readable image"):
-        FileImage(path).pixels()
+        FileImage(path).square(SMALL)
     for missing in (tmp_path / "gone.png", tmp_path):
         with pytest.raises(DataError, match=f"{missing.name}: expected a readable image"):
-            FileImage(missing).pixels()
+            FileImage(missing).square(SMALL)
         with pytest.raises(DataError, match=f"{missing.name}: expected a readable image"):
             FileImage(missing).digest()
 
@@ -320,7 +323,7 @@ def test_npz_brings_its_splits_and_numbers_its_patients(tmp_path):
         ["train"] * 4 + ["validation"] * 2 + ["test"] * 2
     )
     assert [record.patient for record in records][3:5] == ["train-3", "val-0"]
-    np.testing.assert_array_equal(records[0].image.pixels().permute(1, 2, 0), pixels(0))
+    np.testing.assert_array_equal(records[0].image.square(SMALL).permute(1, 2, 0), pixels(0))
 
 
 def test_npz_grey_becomes_rgb_and_flat_labels_are_fine(tmp_path):
@@ -328,7 +331,8 @@ def test_npz_grey_becomes_rgb_and_flat_labels_are_fine(tmp_path):
     path = arrays(tmp_path, test_images=grey, test_labels=np.array([1, 0]))
     last = Npz(root=path).records(CLASSES)[-1]
     assert last.label == 0
-    assert torch.equal(last.image.pixels(), torch.from_numpy(grey[1]).expand(3, 5, 7))
+    centre = torch.from_numpy(grey[1, :, 1:6]).expand(3, 5, 5)
+    assert torch.equal(last.image.square(SMALL.with_size(5)), centre)
 
 
 @pytest.mark.parametrize(
@@ -466,7 +470,7 @@ def test_real_manifests(site, images):
     records = guess(shared("skin_sites", site)).records(SKIN)
     assert len(records) == images
     assert set(records[0].columns) == {"age", "sex", "localization"}
-    assert records[-1].image.pixels().shape == (3, 224, 224)
+    assert records[-1].image.square(SMALL.with_size(224)).shape == (3, 224, 224)
 
 
 def test_real_npz():
@@ -474,4 +478,4 @@ def test_real_npz():
     splits = [record.split for record in records]
     assert [splits.count(s) for s in ("train", "validation", "test")] == [4708, 524, 624]
     assert sum(record.label for record in records if record.split == "train") == 3494
-    assert records[0].image.pixels().shape == (3, 28, 28)
+    assert records[0].image.square(SMALL.with_size(28)).shape == (3, 28, 28)

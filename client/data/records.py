@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from common.errors import DataError, complaint
-from common.images import decode
+from common.images import Preprocess
 from common.yaml import Section
 
 Split = Literal["train", "validation", "test"]
@@ -29,8 +29,8 @@ class Image(Protocol):
     def digest(self) -> str:
         """SHA-256 of the content, hex: the same under any name."""
 
-    def pixels(self) -> Tensor:
-        """uint8 RGB, [3, H, W]; a `DataError` names the image if it cannot be read."""
+    def square(self, preprocess: Preprocess) -> Tensor:
+        """uint8 [3, crop, crop]; a `DataError` names the image if it cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,9 @@ class FileImage:
         """SHA-256 of the file's bytes."""
         return hashlib.sha256(self._read()).hexdigest()
 
-    def pixels(self) -> Tensor:
-        """uint8 RGB, [3, H, W]."""
-        return decode(self._read(), self.name)
+    def square(self, preprocess: Preprocess) -> Tensor:
+        """uint8 [3, crop, crop]."""
+        return preprocess.read(self._read(), self.name)
 
     def _read(self) -> bytes:
         try:
@@ -72,11 +72,11 @@ class ArrayImage:
         shape = repr(self.array.shape).encode()
         return hashlib.sha256(shape + self.array.tobytes()).hexdigest()
 
-    def pixels(self) -> Tensor:
-        """uint8 RGB, [3, H, W]."""
+    def square(self, preprocess: Preprocess) -> Tensor:
+        """uint8 [3, crop, crop]."""
         array = self.array if self.array.ndim == 3 else self.array[..., None]
         rgb = np.broadcast_to(array, (*array.shape[:2], 3))
-        return torch.from_numpy(rgb.transpose(2, 0, 1).copy())
+        return preprocess.pixels(torch.from_numpy(rgb.copy()).permute(2, 0, 1))
 
 
 @dataclass(frozen=True)
