@@ -9,29 +9,39 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain, groupby, islice
 from pathlib import Path
+from typing import Literal, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from client.data.records import Image
+from client.prefix import BATCH, Prefix, Worth
 from client.store import Rows, Store, open_store
-from common.contract import digest
+from common.contract import Dtype, digest
 from common.errors import DataError, complaint
 from common.images import Preprocess, view
+from common.network import Network
 from common.study import Augment
 
 log = logging.getLogger(__name__)
 
-_BATCH = 32
+A = TypeVar("A")
+B = TypeVar("B")
+
+_CPU = torch.device("cpu")
 _SHARD = 512
+_SHARD_SECONDS = 30.0
 _QUIET = 5.0
-# A prefix whose activations take more room than this many images is not worth caching.
-_WORTH = 2.0
+
+Keep = Literal["auto", "activations", "images"]
+"""What a site may ask to be kept; `auto` is what pays."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,55 +51,72 @@ class Recipe:
     Attributes:
       prefix: Frozen part of the backbone: float32 [n, 3, crop, crop] → activations [n, …].
       preprocess: From an image to the backbone's input.
+      dtype: What the prefix computes in, and its activations are kept in.
+      activations: Whether rows are activations; otherwise they are uint8 pixels [3, crop, crop].
+      device: Where rows are made, and kept for training where they fit.
+      name: What a person calls it.
     """
 
     prefix: nn.Module
     preprocess: Preprocess
+    dtype: Dtype = "float32"
+    activations: bool = True
+    device: torch.device = _CPU
+    name: str = ""
 
-    @cached_property
-    def keeps_activations(self) -> bool:
-        """Whether rows are activations; otherwise rows are uint8 pixels [3, crop, crop]."""
-        if isinstance(self.prefix, nn.Identity):
-            return False
-        pixels = torch.zeros(1, 3, self.preprocess.crop, self.preprocess.crop, dtype=torch.uint8)
-        return self._activations(pixels).nbytes <= _WORTH * pixels.nbytes
+    @classmethod
+    def of(cls, network: Network, dtype: Dtype, keep: Keep = "auto") -> Self:
+        """The recipe for a study's network; says what is kept, and why."""
+        worth = Worth.of(network.split, network.preprocess, dtype)
+        frozen = not isinstance(network.split.prefix, nn.Identity)
+        activations = frozen and (worth.pays if keep == "auto" else keep == "activations")
+        at = f"activations of {network.backbone} at {network.split.at}"
+        kept = at if activations else "pixels"
+        if frozen:
+            log.info("keeping %s. Activations: %s", kept, worth)
+        return cls(
+            prefix=network.split.prefix,
+            preprocess=network.preprocess,
+            dtype=dtype,
+            activations=activations,
+            device=next(network.model.parameters()).device,
+            name=kept,
+        )
 
     @cached_property
     def key(self) -> str:
         """Names the store: equal keys give equal rows."""
         parts = [repr(self.preprocess)]
-        if self.keeps_activations:
-            parts += [digest(self.prefix.state_dict()), str(getattr(self.prefix, "code", ""))]
+        if self.activations:
+            code = str(getattr(self.prefix, "code", ""))
+            parts += [digest(self.prefix.state_dict()), code, self.dtype]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
+
+    @cached_property
+    def fast(self) -> Prefix:
+        """The prefix as it is run."""
+        return Prefix(self.prefix, self.preprocess, self.dtype)
+
+    @property
+    def about(self) -> dict[str, str]:
+        """What the store holds, in words for a person."""
+        dtype = self.dtype if self.activations else "uint8"
+        side = f"{self.preprocess.crop} pixels"
+        return {"rows": self.name, "size": side, "type": dtype}
 
     def rows(self, pixels: Sequence[Tensor]) -> Tensor:
         """Rows as stored, from uint8 images [3, crop, crop]."""
-        batch = torch.stack(list(pixels))
-        return self._activations(batch) if self.keeps_activations else batch
+        batch = torch.stack(list(pixels)).to(self.device)
+        return (self.fast(batch) if self.activations else batch).cpu()
+
+    def expect(self, images: int) -> None:
+        """Get ready for a pass over so many images."""
+        if self.activations:
+            self.fast.compile_for(images, self.device)
 
     def front(self) -> nn.Module:
         """What a batch of rows still needs before the suffix."""
-        return nn.Identity() if self.keeps_activations else _Front(self)
-
-    def _activations(self, pixels: Tensor) -> Tensor:
-        device = next((p.device for p in self.prefix.parameters()), torch.device("cpu"))
-        inputs = self.preprocess.normalise(pixels.to(device))
-        with torch.inference_mode():
-            # Convolutions run up to twice as fast on this layout.
-            output: Tensor = self.prefix(inputs.contiguous(memory_format=torch.channels_last))
-        return output.cpu().contiguous()
-
-
-class _Front(nn.Module):
-    """Pixels → activations, for rows that are pixels."""
-
-    def __init__(self, recipe: Recipe) -> None:
-        super().__init__()
-        self.preprocess, self.prefix = recipe.preprocess, recipe.prefix
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        output: Tensor = self.prefix(self.preprocess.normalise(pixels))
-        return output
+        return nn.Identity() if self.activations else self.fast
 
 
 @dataclass(frozen=True)
@@ -126,7 +153,7 @@ def prepare(
     Raises:
       DataError: images that cannot be read, named and counted, unless they are to be skipped.
     """
-    store = open_store(cache / recipe.key)
+    store = open_store(cache / recipe.key, recipe.about)
     store.refresh()
     bad: dict[int, str] = {}
     digests = list(_digests(images, bad))
@@ -142,7 +169,7 @@ def prepare(
         where, got = images[jobs[j].image].name, "the bytes of another that is not"
         bad.setdefault(jobs[j].image, complaint(where, expected="a readable image", got=got))
     _complain(images, bad, skip_unreadable)
-    rows = store.rows([job.name for job in jobs if job.image not in bad])
+    rows = store.rows([job.name for job in jobs if job.image not in bad], recipe.device)
     kept = [i for i in range(len(images)) if i not in bad]
     return Prepared(rows, augment.views, recipe.front()), kept
 
@@ -164,42 +191,64 @@ def _fill(
     ops: tuple[str, ...],
     bad: dict[int, str],
 ) -> None:
-    """Make the missing rows shard by shard, decoding on all cores; adds to `bad` what fails."""
+    """Make the missing rows shard by shard, decoding ahead on all cores; adds to `bad` what fails.
 
-    def pixels(job: _Job) -> Tensor | None:
+    A shard is whole after so many rows or so much time: an interruption costs no more than that.
+    """
+
+    def squares(jobs: Sequence[_Job]) -> list[tuple[str, Tensor]]:
+        """One image, decoded once, in every view that is missing."""
+        image = jobs[0].image
         try:
-            square = recipe.preprocess.pixels(images[job.image].pixels())
+            square = images[image].square(recipe.preprocess)
         except DataError as ex:
-            bad[job.image] = str(ex)
-            return None
-        seed = int(job.name[:12], 16) + job.view
-        return view(square, ops, seed) if job.view else square
+            bad[image] = str(ex)
+            return []
+        return [(job.name, _viewed(square, job, ops)) for job in jobs]
 
-    count = len({job.image for job in todo})
+    by_image = [list(jobs) for _, jobs in groupby(todo, lambda job: job.image)]
     if todo:
-        views = f" ({len(todo)} views)" if len(todo) > count else ""
-        log.info("preparing %d images%s, once", count, views)
-    told = time.monotonic()
+        views = f" ({len(todo)} views)" if len(todo) > len(by_image) else ""
+        log.info("preparing %d images%s, once", len(by_image), views)
+        recipe.expect(len(todo))
+    names: list[str] = []
+    rows: list[Tensor] = []
+    done, told, kept = 0, time.monotonic(), time.monotonic()
+    for batch in _batched(chain.from_iterable(_ahead(squares, by_image)), BATCH):
+        names += [name for name, _ in batch]
+        rows.append(recipe.rows([pixels for _, pixels in batch]))
+        done, now = done + len(batch), time.monotonic()
+        if len(names) >= _SHARD or now - kept > _SHARD_SECONDS:
+            store.add(names, torch.cat(rows))
+            names, rows, kept = [], [], now
+        if now - told > _QUIET:
+            told = now
+            log.info("  prepared %d of %d", done, len(todo))
+    if names:
+        store.add(names, torch.cat(rows))
+
+
+def _viewed(square: Tensor, job: _Job, ops: tuple[str, ...]) -> Tensor:
+    seed = int(job.name[:12], 16) + job.view
+    return view(square, ops, seed) if job.view else square
+
+
+def _ahead(work: Callable[[A], B], items: Iterable[A]) -> Iterator[B]:
+    """`work` on each item, in order, a few batches ahead of who reads."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for start in range(0, len(todo), _SHARD):
-            names: list[str] = []
-            rows: list[Tensor] = []
-            for batch in _chunks(todo[start : start + _SHARD], _BATCH):
-                decoded = zip(batch, pool.map(pixels, batch), strict=True)
-                good = [(job.name, p) for job, p in decoded if p is not None]
-                if good:
-                    names += [name for name, _ in good]
-                    rows.append(recipe.rows([p for _, p in good]))
-                if time.monotonic() - told > _QUIET:
-                    told = time.monotonic()
-                    log.info("  prepared %d of %d", start + len(names), len(todo))
-            if names:
-                store.add(names, torch.cat(rows))
+        waiting: deque[Future[B]] = deque()
+        for item in items:
+            waiting.append(pool.submit(work, item))
+            if len(waiting) > 2 * BATCH:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
-def _chunks(jobs: Sequence[_Job], size: int) -> Iterator[Sequence[_Job]]:
-    for start in range(0, len(jobs), size):
-        yield jobs[start : start + size]
+def _batched(items: Iterable[A], size: int) -> Iterator[list[A]]:
+    rest = iter(items)
+    while batch := list(islice(rest, size)):
+        yield batch
 
 
 def _complain(images: Sequence[Image], bad: dict[int, str], skip: bool) -> None:

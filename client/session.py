@@ -9,15 +9,17 @@ from pathlib import Path
 import torch
 
 from client import trainer
+from client.cache import prune
 from client.data.holdout import Parts, split
 from client.data.records import Record
 from client.disk import usable
-from client.features import Recipe, prepare
+from client.features import Keep, Recipe, prepare
 from client.policy import agree
+from client.precision import settle
 from client.site import Site
 from client.trainer import Examples
 from common import files, wire
-from common.contract import Versions
+from common.contract import Dtype, Versions
 from common.errors import (
     BackboneError,
     ContractError,
@@ -55,11 +57,22 @@ class Session:
         self.network = assemble(study, _weights(site, study))
         self.device = _device(site.device)
         self.network.model.to(self.device)
+        self.precision = settle(
+            site.precision,
+            study.id,
+            self.network.split,
+            self.network.preprocess,
+            self.device,
+            memory=site.cache_folder / "precision.json",
+        )
+        self.recipe = _recipe(self.network, self.precision.prefix, site.keep)
         self.examples: dict[str, Examples] = {}
         self.patients: dict[str, int] = {}
         for part in PARTS:
             self._prepare(part, getattr(parts, part))
         self._agree(self.patients["train"])  # again: unreadable images may have been left out
+        in_use = site.cache_folder / self.recipe.key
+        prune(site.cache_folder, limit=site.cache.limit, days=site.cache.days, keep={in_use})
 
     def _agree(self, trained: int) -> None:
         if self.site.role == "train" and not trained:
@@ -72,7 +85,7 @@ class Session:
         """Keep what rounds need of these records; the images themselves may go."""
         prepared, kept = prepare(
             [record.image for record in records],
-            recipe=_recipe(self.network),
+            recipe=self.recipe,
             augment=self.study.images.augment if part == "train" else Augment(),
             cache=self.site.cache_folder,
             skip_unreadable=self.study.images.unreadable == "skip",
@@ -90,6 +103,7 @@ class Session:
             contract=self.network.contract,
             patients=wire.Parts(**self.patients),
             images=wire.Parts(**{p: tuple(count.tolist()) for p, count in counts.items()}),
+            prefix_dtype=self.precision.prefix,
             versions=Versions.here(),
         )
 
@@ -108,6 +122,7 @@ class Session:
             lr=trainer.learning_rate(plan, round_number),
             seed=derive(self.study.seed, self.site.name, round_number, "train"),
             proximal_mu=proximal_mu,
+            dtype=self.precision.suffix,
         )
 
     def evaluate(self, tensors: Tensors, part: str) -> Counts:
@@ -130,8 +145,8 @@ def patients(records: Sequence[Record]) -> int:
 
 
 @lru_cache(maxsize=8)
-def _recipe(network: Network) -> Recipe:
-    return Recipe(prefix=network.split.prefix, preprocess=network.preprocess)
+def _recipe(network: Network, dtype: Dtype, keep: Keep) -> Recipe:
+    return Recipe.of(network, dtype, keep)
 
 
 def _weights(site: Site, study: Study) -> str:

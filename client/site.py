@@ -5,10 +5,12 @@ import secrets
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, StrictInt
+from pydantic import Field, StrictInt, field_validator
 
 from client.data.formats import Data
 from client.disk import usable
+from client.features import Keep
+from client.precision import Asked
 from common import files
 from common.errors import SiteError, complaint
 from common.study import Name, Unfreeze
@@ -26,6 +28,22 @@ class Policy(Section):
     """The depths allowed; without it, any."""
 
 
+class Cache(Section):
+    """Prepared images, which are patient data: where they are kept, how many, how long."""
+
+    folder: Path | None = None
+    """By default inside `state`."""
+    limit_gb: Annotated[float, Field(strict=True, gt=0)] | None = None
+    """Room for them, in 10⁹ bytes; beyond it, those used longest ago are deleted."""
+    days: Annotated[StrictInt, Field(ge=1)] | None = None
+    """Those that no study has used for so many days are deleted."""
+
+    @property
+    def limit(self) -> int | None:
+        """`limit_gb` in bytes."""
+        return None if self.limit_gb is None else round(self.limit_gb * 1e9)
+
+
 class Site(YamlFile):
     """One hospital."""
 
@@ -33,14 +51,25 @@ class Site(YamlFile):
     data: Data
     state: Path
     """Private folder (mode 0700): the site's secret and the studies it joined."""
-    cache: Path | None = None
-    """Folder for prepared images, which are patient data; by default inside `state`."""
+    cache: Cache = Cache()
     weights: Path | None = None
     """Folder that holds backbone weights files."""
     role: Literal["train", "evaluate"] = "train"
     """`evaluate`: never trains; all of its patients are test patients."""
     policy: Policy = Policy()
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    precision: Asked = "auto"
+    """What to compute in; `auto` measures it once, on this machine and network."""
+    keep: Keep = "auto"
+    """What is kept of an image; `auto` compares what activations cost and save."""
+
+    @field_validator("cache", mode="before")
+    @classmethod
+    def _cache_is_a_section(cls, given: object) -> object:
+        if isinstance(given, str):
+            remedy = f"Write cache: {{folder: {given}}}."
+            raise ValueError(f"expected a mapping of keys to values, got {given!r}. {remedy}")
+        return given
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -53,8 +82,13 @@ class Site(YamlFile):
 
     @property
     def cache_folder(self) -> Path:
-        """Where prepared images are kept; inside `state`, made on demand."""
-        return self.cache or self.private("cache")
+        """Where prepared images are kept; by default inside `state`; made on demand."""
+        folder = self.cache.folder
+        if folder is None:
+            return self.private("cache")
+        with usable(f"{self.source}: cache.folder", SiteError):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return folder
 
     def private(self, *parts: str) -> Path:
         """A folder under `state`, made on demand, readable by this user alone.

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from client.features import Prepared
+from client.precision import autocast
+from common.contract import Dtype
 from common.cut import train_mode
 from common.metrics import Counts
 from common.seeds import derive
@@ -40,7 +42,7 @@ class Examples:
         rows = self.prepared.rows[indices * self.prepared.views + views].to(device)
         with torch.no_grad():
             output: Tensor = self.prepared.front(rows)
-        return output
+        return output.float()
 
 
 def learning_rate(plan: Train, round_number: int) -> float:
@@ -96,6 +98,7 @@ def train(
     lr: float,
     seed: int,
     proximal_mu: float = 0.0,
+    dtype: Dtype = "float32",
 ) -> float:
     """Train `suffix` in place for the plan's local epochs or steps.
 
@@ -107,6 +110,7 @@ def train(
       lr: Learning rate of this round.
       proximal_mu: FedProx (Li et al., 2020): adds μ/2 · ‖w − w_start‖² to the loss.
       seed: Of the order of examples, their views and dropout.
+      dtype: What the suffix computes in; its parameters are float32 in any case.
 
     Returns:
       Mean loss over the examples seen, without the proximal term.
@@ -127,7 +131,9 @@ def train(
         for indices in _batches(examples, plan, seed):
             views = _views(examples, indices, seed + seen)
             inputs, labels = examples.batch(indices, views, device), examples.labels[indices]
-            objective = loss(suffix(inputs), labels.to(device), plan, weights)
+            with autocast(dtype, device):
+                logits = suffix(inputs)
+            objective = loss(logits.float(), labels.to(device), plan, weights)
             total, seen = total + objective.item() * len(indices), seen + len(indices)
             for now, before in zip(trained, start, strict=False):
                 objective = objective + proximal_mu / 2 * (now - before).square().sum()

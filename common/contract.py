@@ -5,7 +5,7 @@ import json
 import platform
 from collections.abc import Mapping
 from importlib.metadata import version
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field
 from torch import Tensor
@@ -13,8 +13,11 @@ from torch import Tensor
 from common.images import Preprocess
 from common.yaml import Section
 
-PROTOCOL = "1"
+PROTOCOL = "2"
 """Raised whenever a message between server and site changes."""
+
+Dtype = Literal["float32", "bfloat16"]
+"""What a site may compute in."""
 
 Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{1,64}$")]
 Version = Annotated[str, Field(pattern=r"^[0-9A-Za-z.+_-]{1,40}$")]

@@ -18,6 +18,8 @@ from common.study import Study
 class Network:
     """One backbone with the study's head, cut into a frozen prefix and a trainable suffix."""
 
+    backbone: str
+    """Its name."""
     model: nn.Module
     split: Split
     trainable: tuple[str, ...]
@@ -74,4 +76,12 @@ def _assemble(proposal: str, weights: str) -> Network:
     shapes = {name: tuple(state[name].shape) for name in trainable}
     contract = Contract.of(study=study.id, frozen=frozen, shapes=shapes, preprocess=preprocess)
     initial = {name: state[name].clone() for name in trainable}
-    return Network(model, split(model, trainable), trainable, preprocess, contract, initial)
+    return Network(
+        backbone=backbone.name,
+        model=model,
+        split=split(model, trainable),
+        trainable=trainable,
+        preprocess=preprocess,
+        contract=contract,
+        initial=initial,
+    )

@@ -17,7 +17,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from pydantic import Field, ValidationError
 from torch import Tensor
 
-from common.contract import Contract, Versions
+from common.contract import Contract, Dtype, Versions
 from common.errors import ContractError
 from common.metrics import MOST, Counts
 from common.study import Name
@@ -77,6 +77,8 @@ class JoinReply(Section):
     """How many, in each part."""
     images: Parts[tuple[Count, ...]]
     """How many of each class, in each part."""
+    prefix_dtype: Dtype
+    """What the site's frozen prefix computes in."""
     versions: Versions
 
     @property

@@ -1,13 +1,11 @@
 """What a person sees of a run: progress while it goes, then tables, pictures and files."""
 
 import json
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from safetensors.torch import save
@@ -17,6 +15,7 @@ from common.errors import RunError, complaint
 from common.evidence import calibration
 from common.metrics import METRICS, Counts, sensitivity, value
 from common.study import Study
+from common.terminal import console, size
 from server import figures
 from server.checkpoint import RunFolder
 from server.federation import Federation
@@ -25,23 +24,6 @@ FEDERATED = "federated"
 _COLUMNS = ("accuracy", "balanced_accuracy", "f1", "auroc")
 _FEW = 6
 
-
-def printable(text: str) -> str:
-    """Text from elsewhere without control characters, which could steer a terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
-
-
-class PlainConsole(Console):
-    """Prints every text, in tables too, as it is: nothing in it is markup or steers a terminal."""
-
-    def render_str(self, text: str, **options: Any) -> Text:
-        """Where rich turns a str into something to print."""
-        return super().render_str(printable(text), **options)
-
-
-# A file or a pipe has no width of its own; tables must not be cut to 80 columns there.
-_WIDTH = None if sys.stdout.isatty() else 140
-console = PlainConsole(highlight=False, markup=False, emoji=False, width=_WIDTH)
 
 Results = dict[str, dict[str, Counts]]
 """Way of training (federated, local, pooled) → site → counts on its test patients."""
@@ -101,7 +83,7 @@ class Reporter:
         start = f", going on after round {resumed}" if resumed else ""
         sites = f": {len(federation.members)} sites ({names}){start}"
         console.print(Text.assemble((self._study.name, "bold"), sites))
-        share = f"{_size(sent)} travel each way per site and round; the model has {_size(whole)}"
+        share = f"{size(sent)} travel each way per site and round; the model has {size(whole)}"
         console.print(f"  unfreeze: {self._study.model.unfreeze}: {share}", style="dim")
         for name, why in federation.refusals.items():
             console.print(f"  {name} does not take part: {why}", style="yellow")
@@ -116,7 +98,7 @@ class Reporter:
         )
         shown = sites if len(sites) <= _FEW else ()
         text += [f"{x['site']} {_figure(x['train_loss'])} {_score(self._study, x)}" for x in shown]
-        cost = f"{_size(overall['bytes'] / max(len(sites), 1))} per site, {seconds:.1f} s"
+        cost = f"{size(overall['bytes'] / max(len(sites), 1))} per site, {seconds:.1f} s"
         line = Text("  │ ").join([*map(Text, text), Text(cost, style="dim")])
         console.print(line, soft_wrap=True)
 
@@ -234,7 +216,3 @@ def _score(study: Study, line: Mapping[str, Any]) -> str:
 
 def _figure(number: float | None) -> str:
     return "–" if number is None else f"{number:.3f}"
-
-
-def _size(number: float) -> str:
-    return f"{number / 1000:.1f} kB" if number < 1e6 else f"{number / 1e6:.1f} MB"

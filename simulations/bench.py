@@ -1,116 +1,389 @@
-"""What the engine itself costs: wall time of a round beside the time inside train and evaluate."""
+"""What running the frozen prefix once is worth: the real thing beside two tutorials, in one run."""
 
+import json
+import logging
+import os
+import platform
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from math import prod
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import torch
+from PIL import Image
+from rich.progress import track
 from rich.table import Table
+from torch.utils.flop_counter import FlopCounterMode
 
-from client import trainer
-from client.app import app as client_app
-from client.data.npz import Npz
+from common import backbones
 from common.errors import StudyError
+from common.network import assemble
 from common.study import Study
-from server.app import app as server_app
-from server.checkpoint import RunFolder
-from server.report import console
-from simulations import hospitals
-from simulations.grid import simulate
-from simulations.hospitals import Hospital
+from common.terminal import console, size
+from simulations.contest import Contender, Task, Way, device, race, turns
 
-_FEW, _MANY, _REPEATS = 2, 12, 3
-_IMAGES = 24
+log = logging.getLogger(__name__)
+
+_TASKS: tuple[tuple[Way, str], ...] = (
+    ("naive", "all"),
+    ("frozen", "head"),
+    ("ours", "head"),
+    ("frozen", "last:1"),
+    ("ours", "last:1"),
+)
+_BATCH = 32
+_SHARE = 4
+_PRODUCTS = 5
 
 
-def engine(sites: tuple[int, ...] = (4, 20, 100)) -> None:
-    """Print milliseconds per site and round, for a head on a small backbone.
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is measured."""
 
-    The difference between a run of many rounds and one of few leaves out joining and reporting.
+    backbones: tuple[str, ...]
+    images: int
+    side: int
+    """Of an image, in pixels."""
+    rounds: int
+    repeats: int
+    """Epochs that each tutorial is timed on."""
+
+    @property
+    def sample(self) -> int:
+        """Images in such an epoch: about a quarter, in whole batches."""
+        return self.images // _SHARE // _BATCH * _BATCH or min(self.images, _BATCH)
+
+    def study(self, backbone: str, unfreeze: str) -> Study:
+        """The study of every contender: no patient is held out, all images train."""
+        content = {
+            "name": "bench",
+            "classes": ["a", "b"],
+            "model": {"backbone": backbone, "weights": "none", "unfreeze": unfreeze},
+            "images": {"size": self.side},
+            # Random weights: a small rate keeps them from running away; times are the same.
+            "train": {"rounds": self.rounds, "optimizer": "sgd", "lr": 1e-4, "batch_size": _BATCH},
+            "holdout": {"validation": 0, "test": 0},
+        }
+        return Study.parse(content, "bench", StudyError)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One way of training one backbone."""
+
+    backbone: str
+    trains: str
+    way: str
+    round_seconds: float
+    study_seconds: float
+    naive_ratio: float
+    """Study seconds of `naive` over those of this one."""
+    frozen_ratio: float | None
+    """Study seconds of the `frozen` that trains as much over those of this one."""
+    memory: int | None
+    """Bytes at most held by its process."""
+    wire: int
+    """Bytes of tensors in a round, both ways."""
+    gflops: float
+    """10⁹ FLOP/s over a whole round."""
+    peak_share: float
+    """Of the machine's float32 peak."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Caching:
+    """The one pass of `ours` over all images: reading, decoding, prefix, writing."""
+
+    backbone: str
+    trains: str
+    seconds: float
+    images_per_second: float
+    gflops: float
+    dtype: str
+    peak_share: float
+    """Of the machine's peak in `dtype`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """Everything that was measured."""
+
+    machine: dict[str, Any]
+    plan: Plan
+    rows: list[Row]
+    caching: list[Caching]
+
+    def json(self) -> str:
+        """For programs: seconds, bytes and 10⁹ FLOP/s."""
+        return json.dumps(asdict(self), indent=2)
+
+
+def run(plan: Plan) -> Results:
+    """Measure everything; at full size this takes minutes.
+
+    Raises:
+      StudyError: a backbone that is not registered, or cannot take images of this size.
     """
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    columns = ("sites", "round", "train + evaluate", "engine", "engine / (train + evaluate)")
-    for name in columns:
-        table.add_column(name, justify="right")
-    quiet, console.quiet = console.quiet, True
-    try:
-        rows = [(count, *_cost(count)) for count in sites]
-    finally:
-        console.quiet = quiet
-    for count, wall, work in rows:
-        own = wall - work
-        table.add_row(str(count), f"{wall:.2f}", f"{work:.2f}", f"{own:.2f}", f"{own / work:.2f}")
-    console.print(f"milliseconds per site and round, median of {_REPEATS}", style="dim")
-    console.print(table)
+    for name in plan.backbones:
+        backbones.get(name).check_size(plan.side)
+    peaks: dict[str, float] = {}
+    contenders: list[Contender] = []
+    with TemporaryDirectory() as scratch:
+        images = Path(scratch) / "images"
+        _draw(images, plan)
+        for name in plan.backbones:
+            contenders += _contest(plan, name, images, peaks)
+    for dtype in {c.facts.get("dtype", "float32") for c in contenders} - set(peaks):
+        peaks[dtype] = max(_product(dtype) for _ in range(_PRODUCTS))
+    rows: list[Row] = []
+    caching: list[Caching] = []
+    for name in plan.backbones:
+        group = [c for c in contenders if c.task.study.model.backbone == name]
+        rows += _rows(plan, group, peaks["float32"])
+        caching += [_caching(plan, c, peaks) for c in group if c.task.way == "ours"]
+    return Results(machine=_machine(contenders, peaks), plan=plan, rows=rows, caching=caching)
 
 
-def _cost(sites: int) -> tuple[float, float]:
-    """Wall time of a round and the part inside train and evaluate, in ms per site."""
-    walls, works = [], []
-    for repeat in range(_REPEATS):
-        few, many = (_time(sites, rounds, seed=repeat) for rounds in (_FEW, _MANY))
-        scale = 1000 / (sites * (_MANY - _FEW))
-        walls.append((many[0] - few[0]) * scale)
-        works.append((many[1] - few[1]) * scale)
-    return median(walls), median(works)
+def _contest(plan: Plan, backbone: str, images: Path, peaks: dict[str, float]) -> list[Contender]:
+    """All contenders of one backbone, finished; the machine's peak is taken in turn with them."""
+    log.info("%s", backbone)
+    contenders = [
+        Contender(
+            Task(
+                way=way,
+                study=plan.study(backbone, unfreeze),
+                images=images,
+                sample=plan.sample,
+                repeats=plan.repeats,
+            )
+        )
+        for way, unfreeze in _TASKS
+    ]
+    laps = track(
+        race(contenders),
+        backbone,
+        total=turns(contenders),
+        console=console,
+        disable=not console.is_terminal,
+    )
+    for _ in laps:
+        peaks["float32"] = max(peaks.get("float32", 0.0), _product("float32"))
+    return contenders
 
 
-def _time(sites: int, rounds: int, seed: int) -> tuple[float, float]:
-    """Seconds of one whole run, and of those inside train and evaluate."""
-    content = {
-        "name": "engine",
-        "classes": ["a", "b"],
-        "model": {"backbone": "shufflenet_v2_x0_5", "weights": "none"},
-        "images": {"size": 32},
-        "train": {"rounds": rounds, "local_epochs": 1},
-        "seed": seed,
+def _rows(plan: Plan, group: Sequence[Contender], peak: float) -> Iterable[Row]:
+    studies = {(c.task.way, _trains(c)): _study_seconds(plan, c) for c in group}
+    for contender in group:
+        way, trains, facts = contender.task.way, _trains(contender), contender.facts
+        seconds, study = _round_seconds(plan, contender), studies[way, trains]
+        before, after = operations(contender.task.study)
+        again = way != "ours" or not facts["activations"]
+        gflops = plan.images * (before * again + after) / seconds / 1e9
+        frozen = studies.get(("frozen", trains))
+        yield Row(
+            backbone=contender.task.study.model.backbone,
+            trains=trains,
+            way=way,
+            round_seconds=seconds,
+            study_seconds=study,
+            naive_ratio=studies["naive", "all"] / study,
+            frozen_ratio=frozen / study if frozen else None,
+            memory=facts["memory"],
+            wire=facts["bytes"],
+            gflops=gflops,
+            peak_share=gflops / peak,
+        )
+
+
+def _caching(plan: Plan, contender: Contender, peaks: dict[str, float]) -> Caching:
+    facts, (seconds,) = contender.facts, contender.seconds["cache"]
+    before, _ = operations(contender.task.study)
+    gflops = plan.images * before * facts["activations"] / seconds / 1e9
+    return Caching(
+        backbone=contender.task.study.model.backbone,
+        trains=_trains(contender),
+        seconds=seconds,
+        images_per_second=plan.images / seconds,
+        gflops=gflops,
+        dtype=facts["dtype"],
+        peak_share=gflops / peaks[facts["dtype"]],
+    )
+
+
+def _trains(contender: Contender) -> str:
+    return contender.task.study.model.unfreeze
+
+
+def _round_seconds(plan: Plan, contender: Contender) -> float:
+    """Median; of a tutorial, its epochs scaled from the sample to all images."""
+    seconds = contender.seconds
+    if contender.task.way == "ours":
+        return median(seconds["round"])
+    return median(seconds["epoch"]) * plan.images / plan.sample + median(seconds["exchange"])
+
+
+def _study_seconds(plan: Plan, contender: Contender) -> float:
+    """As it was run, or of a tutorial one decoding and as many median rounds."""
+    if contender.task.way == "ours":
+        return sum(map(sum, contender.seconds.values()))
+    return contender.seconds["decode"][0] + plan.rounds * _round_seconds(plan, contender)
+
+
+def operations(study: Study) -> tuple[int, int]:
+    """FLOPs for one image: of the frozen prefix forward, of the rest forward and backward."""
+    network = assemble(study, study.model.weights)
+    prefix, suffix, _ = network.split
+    side = network.preprocess.crop
+    with torch.no_grad(), _counter() as before:
+        activation = prefix(torch.zeros(1, 3, side, side))
+    with _counter() as after:
+        trained = [p for p in suffix.parameters() if p.requires_grad]
+        torch.autograd.grad(suffix(activation).sum(), trained)
+    return before.get_total_flops(), after.get_total_flops()
+
+
+def _counter() -> FlopCounterMode:
+    # torch's own count of a grouped convolution's backward pass is too large by its groups.
+    own = {torch.ops.aten.convolution_backward: _convolution_backward}
+    return FlopCounterMode(display=False, custom_mapping=own)
+
+
+def _convolution_backward(gradient: Any, _inputs: Any, weight: Any, *rest: Any, **_: Any) -> int:
+    """As many as forward, for each of the two gradients that is asked for."""
+    wanted = sum(rest[-1][:2])
+    return int(2 * wanted * gradient[0] * prod(gradient[2:]) * prod(weight))
+
+
+def _product(dtype: str) -> float:
+    """10⁹ FLOP/s of one product of large square matrices."""
+    where = device()
+    side = 2048 if where.type == "cpu" else 8192
+    if where.type == "cuda":  # convolutions use TF32 unless told otherwise, products do not
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+    one = torch.rand(side, side, device=where).to(getattr(torch, dtype))
+    began = time.perf_counter()
+    one @ one
+    if where.type != "cpu":
+        torch.accelerator.synchronize()
+    return 2 * side**3 / (time.perf_counter() - began) / 1e9
+
+
+def _machine(contenders: Sequence[Contender], peaks: dict[str, float]) -> dict[str, Any]:
+    where = device()
+    name = torch.cuda.get_device_name() if where.type == "cuda" else where.type
+    return {
+        "device": name,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "system": platform.platform(),
+        "torch": torch.__version__,
+        "peak_gflops": peaks,
+        "memory_at_start": max((c.facts["memory at start"] or 0) for c in contenders),
     }
-    study = Study.parse(content, "bench", StudyError)
-    with TemporaryDirectory() as scratch, _clock() as spent:
-        folder = Path(scratch) / "run"
-        RunFolder.claim(folder).begin(study)
-        found = [Hospital(name=f"s{i}", data=_data(Path(scratch), i)) for i in range(sites)]
-        files = hospitals.settle(found, study, folder, Path(scratch) / "cache")
-        hospitals.prepare(files, study)
-        spent[0] = 0.0
-        began = time.perf_counter()
-        simulate(server_app, client_app, files, folder)
-        return time.perf_counter() - began, spent[0]
 
 
-def _data(folder: Path, seed: int) -> Npz:
-    draw = np.random.default_rng(seed)
-    arrays: dict[str, Any] = {}
-    for split, count in (("train", _IMAGES), ("val", 8), ("test", 8)):
-        arrays[f"{split}_images"] = draw.integers(0, 255, (count, 32, 32), np.uint8)
-        arrays[f"{split}_labels"] = np.arange(count)[:, None] % 2
-    path = folder / f"{seed}.npz"
-    np.savez(path, **arrays)
-    return Npz(root=path)
+def _draw(folder: Path, plan: Plan) -> None:
+    """Smooth random pictures as JPEG files, in a folder per class."""
+    draw = np.random.default_rng(0)
+    coarse = max(plan.side // 8, 1)
+    for i in range(plan.images):
+        path = folder / "ab"[i % 2] / f"{i:06}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        small = Image.fromarray(draw.integers(0, 255, (coarse, coarse, 3), np.uint8))
+        small.resize((plan.side, plan.side)).save(path, quality=90)
 
 
-@contextmanager
-def _clock() -> Iterator[list[float]]:
-    """Adds up the time inside the trainer's two functions."""
-    spent = [0.0]
+def show(results: Results) -> None:
+    """Print both tables, and how their figures came about."""
+    for text in _caption(results):
+        console.print(text, style="dim")
+    console.print(_table(results.rows))
+    console.print("\nthe pass of ours over all images, once: read, decode, prefix, write")
+    console.print(_caching_table(results.caching))
 
-    def timed(work: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            began = time.perf_counter()
-            try:
-                return work(*args, **kwargs)
-            finally:
-                spent[0] += time.perf_counter() - began
 
-        return run
+def _caption(results: Results) -> Iterable[str]:
+    plan, machine = results.plan, results.machine
+    peaks = ", ".join(f"{dtype} {peak:.0f}" for dtype, peak in machine["peak_gflops"].items())
+    yield (
+        f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}; "
+        f"peak of a matrix product, GFLOP/s: {peaks}"
+    )
+    yield (
+        f"{plan.images} images of {plan.side} pixels, all to train on, SGD, batches of {_BATCH}, "
+        "one epoch a round, random weights"
+    )
+    yield (
+        "naive: everything trains and travels. frozen: only what trains travels, the whole model "
+        "runs in every epoch. ours: the prefix runs once."
+    )
+    yield (
+        f"A study has {plan.rounds} rounds. Ours was run whole, from a cold cache. Of naive and "
+        f"frozen, {plan.repeats} epochs of {plan.sample} images were timed and scaled: a study is "
+        "one decoding and so many median rounds, without server."
+    )
+    yield (
+        "memory: peak of a process of its own, of it at most "
+        f"{size(machine['memory_at_start'])} for Python and libraries; ours includes the server"
+    )
 
-    train, evaluate = trainer.train, trainer.evaluate
-    trainer.train, trainer.evaluate = timed(train), timed(evaluate)
-    try:
-        yield spent
-    finally:
-        trainer.train, trainer.evaluate = train, evaluate
+
+def _table(rows: Sequence[Row]) -> Table:
+    left = ("backbone", "trains", "way")
+    right = ("s / round", "s / study", "× naive", "× frozen", "memory", "sent / round", "GFLOP/s")
+    table = _columns(left, (*right, "of fp32 peak"))
+    for i, row in enumerate(rows):
+        first = not i or rows[i - 1].backbone != row.backbone
+        if first:
+            table.add_section()
+        table.add_row(
+            row.backbone if first else "",
+            row.trains,
+            row.way,
+            _figure(row.round_seconds),
+            _figure(row.study_seconds),
+            _figure(row.naive_ratio),
+            _figure(row.frozen_ratio),
+            "–" if row.memory is None else size(row.memory),
+            size(row.wire),
+            _figure(row.gflops),
+            f"{row.peak_share:.1%}",
+            style="bold" if row.way == "ours" else "",
+        )
+    return table
+
+
+def _caching_table(rows: Sequence[Caching]) -> Table:
+    right = ("s", "images / s", "GFLOP/s", "of its peak")
+    table = _columns(("backbone", "trains", "precision"), right)
+    for row in rows:
+        table.add_row(
+            row.backbone,
+            row.trains,
+            row.dtype,
+            _figure(row.seconds),
+            _figure(row.images_per_second),
+            _figure(row.gflops),
+            f"{row.peak_share:.0%}",
+        )
+    return table
+
+
+def _columns(left: Sequence[str], right: Sequence[str]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in (*left, *right):
+        table.add_column(name, justify="left" if name in left else "right")
+    return table
+
+
+def _figure(number: float | None) -> str:
+    """Three digits, as far as they are before the point or behind it."""
+    if number is None:
+        return "–"
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"

@@ -112,12 +112,13 @@ def _write(hospital: Hospital, study: Study, folder: Path, cache: Path) -> Path:
         "name": hospital.name,
         "data": data,
         "state": "state",
-        "cache": str(cache.resolve()),
+        "cache": {"folder": str(cache.resolve())},
     }
     if study.model.weights_file:
         content["weights"] = str(study.model.weights_file.parent)
     if hospital.site:
-        kept = hospital.site.model_dump(mode="json", include={"role", "policy", "device"})
+        own = {"role", "policy", "device", "precision", "keep"}
+        kept = hospital.site.model_dump(mode="json", include=own)
         content.update(kept)
     if hospital.evaluates_only:
         content["role"] = "evaluate"

@@ -13,9 +13,10 @@ from client.session import open_session
 from common.errors import StudyError, complaint
 from common.network import assemble
 from common.study import Study
+from common.terminal import console
 from server.app import app as server_app
 from server.checkpoint import RunFolder
-from server.report import console, load_results, note, results_tables, save_results
+from server.report import load_results, note, results_tables, save_results
 from server.strategies import Aggregator
 from server.warm_start import first_tensors
 from simulations import compare as alone

@@ -11,9 +11,10 @@ from common import files
 from common.evidence import Estimate, difference, gap_closed, intervals, t_interval
 from common.metrics import METRICS, Counts, value
 from common.study import Study
+from common.terminal import console
 from server import figures
 from server.checkpoint import RunFolder
-from server.report import FEDERATED, Results, console, load_results, note, overall
+from server.report import FEDERATED, Results, load_results, note, overall
 
 _MOST_SITES_DRAWN = 20
 

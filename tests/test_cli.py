@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 
 from client.session import open_session
 from common.metrics import Counts
-from server.report import PlainConsole, left_out, note, overall
+from common.terminal import PlainConsole
+from server.report import left_out, note, overall
 from simulations import cli
 
 ROOT = Path(__file__).parents[1]

@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 from torch import nn
 
-from client import features, trainer
+from client import trainer
 from client.data.records import ArrayImage, FileImage
 from client.features import Prepared, Recipe, prepare
-from client.store import open_store
+from client.store import opened
 from client.trainer import Examples
 from common.cut import cut_at
 from common.errors import DataError
@@ -35,6 +35,9 @@ class Prefix(nn.Module):
             nn.init.normal_(p, generator=torch.Generator().manual_seed(seed))
         self.images, self.most = 0, most
 
+    def __deepcopy__(self, memo):
+        return self  # copies count together
+
     def forward(self, batch):
         if self.most is not None and self.images + len(batch) > self.most:
             raise KeyboardInterrupt
@@ -45,10 +48,7 @@ class Prefix(nn.Module):
 def counting(preprocess=SMALL, **changes):
     """A recipe whose prefix has counted nothing yet."""
     prefix = Prefix(**changes)
-    recipe = Recipe(prefix=prefix, preprocess=preprocess)
-    assert recipe.keeps_activations
-    prefix.images = 0
-    return recipe
+    return Recipe(prefix=prefix, preprocess=preprocess)
 
 
 def images(count, start=0, side=20):
@@ -72,7 +72,7 @@ def rows(cache, some, recipe, **options):
 
 def restart():
     """As if in a new process."""
-    open_store.cache_clear()
+    opened.cache_clear()
 
 
 def network(backbone, unfreeze, size=64, weights="none", seed=0):
@@ -89,13 +89,13 @@ def network(backbone, unfreeze, size=64, weights="none", seed=0):
     )
 
 
-def recipe_of(net):
-    return Recipe(prefix=net.split.prefix, preprocess=net.preprocess)
+def recipe_of(net, keep="auto"):
+    return Recipe.of(net, "float32", keep)
 
 
 def direct(recipe, some):
     """Activations without any cache."""
-    pixels = torch.stack([recipe.preprocess.pixels(image.pixels()) for image in some])
+    pixels = torch.stack([image.square(recipe.preprocess) for image in some])
     with torch.no_grad():
         return recipe.prefix(recipe.preprocess.normalise(pixels))
 
@@ -117,25 +117,25 @@ def test_cached_activations_are_the_prefix_run_directly(tmp_path, backbone, unfr
     prepared, kept = ready(tmp_path, some, recipe)
     found = prepared.rows[torch.arange(5)]
     assert kept == [0, 1, 2, 3, 4]
-    assert recipe.keeps_activations
+    assert recipe.activations
     torch.testing.assert_close(found, direct(recipe, some), rtol=1e-4, atol=1e-5)
     assert len({tuple(row.flatten()[:50].tolist()) for row in found}) == 5
     restart()
     assert torch.equal(rows(tmp_path, some, recipe), found)
 
 
-def test_training_is_the_same_on_activations_and_on_pixels(tmp_path, monkeypatch):
+def test_training_is_the_same_on_activations_and_on_pixels(tmp_path):
     net = network("shufflenet_v2_x0_5", "last:1", weights=str(PHANTOM))
     labels = torch.arange(9) % 3
     plan = Train(rounds=1, local_epochs=3, batch_size=4, optimizer="sgd", lr=0.05)
     results = []
-    for worth in (1e9, 0.0):
-        monkeypatch.setattr(features, "_WORTH", worth)
-        recipe = recipe_of(net)
+    for keep in ("activations", "images"):
+        recipe = recipe_of(net, keep)
+        worth = keep == "activations"
         prepared, _ = ready(tmp_path, images(9), recipe, views=2)
-        assert recipe.keeps_activations == (worth > 0)
-        assert isinstance(prepared.front, nn.Identity) == (worth > 0)
-        assert prepared.rows[torch.tensor([0])].is_floating_point() == (worth > 0)
+        assert recipe.activations == worth
+        assert isinstance(prepared.front, nn.Identity) == worth
+        assert prepared.rows[torch.tensor([0])].is_floating_point() == worth
         net.load(net.initial)
         data = Examples(prepared, labels)
         loss = trainer.train(net.split.suffix, data, plan, classes=3, lr=plan.lr, seed=5)
@@ -293,7 +293,7 @@ def test_the_same_tensors_used_in_another_way_name_another_store():
     prefixes = [cut_at(net.model, at).prefix for at in ("layer4_1_relu_1", "flatten")]
     assert len({tuple(prefix.state_dict()) for prefix in prefixes}) == 1
     recipes = [Recipe(prefix=prefix, preprocess=net.preprocess) for prefix in prefixes]
-    assert all(recipe.keeps_activations for recipe in recipes)
+    assert all(recipe.activations for recipe in recipes)
     assert recipes[0].key != recipes[1].key
 
 
@@ -317,7 +317,7 @@ def test_training_does_not_make_the_cache_stale():
 
 
 def pixels_only():
-    return Recipe(prefix=nn.Identity(), preprocess=SMALL)
+    return Recipe(prefix=nn.Identity(), preprocess=SMALL, activations=False)
 
 
 def test_views_of_an_image_lie_side_by_side_and_the_first_is_the_image(tmp_path):
@@ -326,7 +326,7 @@ def test_views_of_an_image_lie_side_by_side_and_the_first_is_the_image(tmp_path)
     found = prepared.rows[torch.arange(20)].unflatten(0, (5, 4))
     assert (len(prepared.rows), prepared.views, kept) == (20, 4, [0, 1, 2, 3, 4])
     for image, own in zip(some, found, strict=True):
-        square = SMALL.pixels(image.pixels())
+        square = image.square(SMALL)
         assert torch.equal(own[0], square)
         assert len({row.numpy().tobytes() for row in own}) == 4
         # A view is that image, a little changed: nearer to it in its mean than the gain allows.
@@ -421,7 +421,7 @@ def test_skipping_keeps_rows_beside_their_images(tmp_path, caplog, views):
         assert "4 of 9 images" in caplog.text
         assert len(prepared.rows) == 5 * views
         for row, position in enumerate(kept):
-            square = SMALL.pixels(mixed[position].pixels())
+            square = mixed[position].square(SMALL)
             assert torch.equal(prepared.rows[torch.tensor([row * views])][0], square)
         restart()
 

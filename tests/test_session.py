@@ -22,7 +22,7 @@ from client.app import app
 from client.data import npz
 from client.session import Session, cut, open_session, remember
 from client.site import Site
-from client.store import open_store
+from client.store import opened
 from common.errors import (
     BackboneError,
     ContractError,
@@ -346,13 +346,45 @@ def test_the_learning_rate_follows_the_schedule(tmp_path):
     assert moves[1] == pytest.approx(moves[0] / 2, rel=1e-3)
 
 
+def test_what_is_kept_may_be_the_hospitals_choice(tmp_path):
+    results = {}
+    for keep, dtype in (("activations", torch.float32), ("images", torch.uint8)):
+        hospital = site(tmp_path / keep, patients(8), keep=keep, precision="float32")
+        session = Session(hospital, study(model={"backbone": "resnet18", "weights": "none"}))
+        assert session.examples["train"].prepared.rows[torch.tensor([0])].dtype == dtype
+        results[keep] = run(session)
+    (_, loss, cached, _), (_, other, computed, _) = results["activations"], results["images"]
+    assert loss == pytest.approx(other, rel=1e-5)
+    for name, tensor in cached.items():
+        torch.testing.assert_close(tensor, computed[name], rtol=1e-4, atol=1e-6)
+
+
+def test_what_it_computes_in_may_be_the_hospitals_choice_and_is_told(tmp_path):
+    wanted = study(
+        model={"backbone": "shufflenet_v2_x0_5", "weights": str(PHANTOM), "unfreeze": "last:1"}
+    )
+    trained = {}
+    for dtype in ("float32", "bfloat16"):
+        hospital = site(tmp_path / dtype, patients(8), precision=dtype, weights=str(PHANTOM.parent))
+        session = Session(hospital, wanted)
+        assert session.joined().prefix_dtype == dtype
+        row = session.examples["train"].prepared.rows[torch.tensor([0])]
+        assert row.dtype == getattr(torch, dtype)
+        trained[dtype] = run(session)[2]
+    moved = 0.0
+    for name, tensor in trained["bfloat16"].items():
+        assert tensor.dtype == torch.float32
+        moved = max(moved, (tensor - trained["float32"][name]).abs().max().item())
+    assert 0 < moved < 0.05
+
+
 def test_a_second_opening_computes_nothing(tmp_path):
     hospital = site(tmp_path, patients(6))
     first = Session(hospital, study())
     shards = {p: p.stat().st_mtime_ns for p in hospital.cache_folder.rglob("*.safetensors")}
-    open_store.cache_clear()
+    opened.cache_clear()
     again = Session(hospital, study())
-    assert {p: p.stat().st_mtime_ns for p in hospital.cache_folder.rglob("*.*")} == shards
+    assert {p: p.stat().st_mtime_ns for p in hospital.cache_folder.rglob("*.safetensors")} == shards
     indices = torch.arange(6)
     rows = [s.examples["train"].prepared.rows[indices] for s in (first, again)]
     assert torch.equal(*rows)

@@ -57,7 +57,7 @@ def test_relative_paths_start_at_the_file(tmp_path: Path, monkeypatch: pytest.Mo
     folder = tmp_path / "hospital"
     folder.mkdir()
     data = {"format": "manifest", "root": "../images", "patients": "some.txt"}
-    write(folder, data=data, cache="/var/cache/x", weights="nets")
+    write(folder, data=data, cache={"folder": "../kept"}, weights="nets")
     monkeypatch.chdir(tmp_path)
     for path in (folder / "site.yaml", Path("hospital/site.yaml")):
         read = Site.read(path)
@@ -65,12 +65,33 @@ def test_relative_paths_start_at_the_file(tmp_path: Path, monkeypatch: pytest.Mo
         assert read.data.root.resolve() == tmp_path / "images"
         assert read.data.patients == folder / "some.txt"
         assert (read.state, read.weights) == (folder / "state", folder / "nets")
-        assert read.cache_folder == Path("/var/cache/x")
+        assert read.cache_folder.resolve() == tmp_path / "kept"
         assert read.source == str(path)
 
 
 def test_the_cache_is_private_unless_the_hospital_says_where(tmp_path: Path) -> None:
     assert site(tmp_path).cache_folder == tmp_path / "state" / "cache"
+    limited = site(tmp_path, cache={"limit_gb": 1.5, "days": 30})
+    assert limited.cache_folder == tmp_path / "state" / "cache"
+    elsewhere = tmp_path / "elsewhere" / "prepared"
+    assert site(tmp_path, cache={"folder": str(elsewhere)}).cache_folder == elsewhere
+    assert mode(elsewhere) == 0o700
+
+
+def test_the_cache_has_no_limits_unless_the_hospital_sets_them(tmp_path: Path) -> None:
+    assert (site(tmp_path).cache.limit, site(tmp_path).cache.days) == (None, None)
+    for given, wanted in ((50, 50 * 10**9), (0.25, 250 * 10**6)):
+        assert site(tmp_path, cache={"limit_gb": given}).cache.limit == wanted
+
+
+def test_a_cache_by_its_path_alone_is_shown_the_section(tmp_path: Path) -> None:
+    path = write(tmp_path, cache="/scratch/prepared")
+    told = refusal(path)
+    assert told.startswith(f"{path}: cache: expected a mapping of keys to values, got '/scratch")
+    assert "Write cache: {folder: /scratch/prepared}." in told
+    remedy = told[told.index("Write ") + len("Write ") : -1]
+    path.write_text(path.read_text().replace("cache: /scratch/prepared", remedy))
+    assert Site.read(path).cache.folder == Path("/scratch/prepared")
 
 
 @pytest.mark.parametrize(
@@ -91,6 +112,13 @@ def test_the_cache_is_private_unless_the_hospital_says_where(tmp_path: Path) -> 
         ({"policy": {"unfreeze": "head"}}, ["policy.unfreeze", "a list", "'head'"]),
         ({"state": 5}, ["state", "a path"]),
         ({"name": "a/b"}, ["name", "'a/b'"]),
+        ({"cache": {"limit": 5}}, ["cache.limit", "Did you mean 'limit_gb'?"]),
+        ({"cache": {"limit_gb": 0}}, ["cache.limit_gb", "greater than 0", "got 0"]),
+        ({"cache": {"limit_gb": True}}, ["cache.limit_gb", "a valid number", "got True"]),
+        ({"cache": {"limit_gb": float("inf")}}, ["cache.limit_gb", "a finite number"]),
+        ({"cache": {"days": 0}}, ["cache.days", "greater than or equal to 1"]),
+        ({"cache": {"days": 1.5}}, ["cache.days", "got 1.5"]),
+        ({"cache": 5}, ["cache", "a mapping of keys to values", "got 5"]),
         ({"role": "boss"}, ["role", "'train' or 'evaluate'", "'boss'"]),
     ],
 )
@@ -245,6 +273,12 @@ def test_a_secret_of_another_length_is_refused(size: int, tmp_path: Path) -> Non
     files.write(site(tmp_path).private() / "secret", b"x" * size)
     with pytest.raises(SiteError, match=rf"secret: expected 32 bytes, got {size} bytes\. Restore"):
         site(tmp_path).secret()
+
+
+def test_a_cache_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SiteError, match=r"site\.yaml: cache\.folder: expected a place to .*file"):
+        _ = site(tmp_path, cache={"folder": "file/cache"}).cache_folder
 
 
 def test_home_is_understood_in_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,6 +31,7 @@ JOINED = wire.JoinReply(
     contract=Contract(study="01", backbone="ab", suffix="cd", preprocessing="ef", protocol="1"),
     patients=wire.Parts(train=20, validation=3, test=5),
     images=IMAGES,
+    prefix_dtype="float32",
     versions=Versions.here(),
 )
 

@@ -1,0 +1,93 @@
+"""What every command line shares: one console, text that cannot steer it, and where errors end."""
+
+import logging
+import sys
+from typing import Any
+
+import click
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.text import Text
+
+from common.errors import ConsiliumError, complaint
+
+_INTERRUPTED = 130
+
+
+def printable(text: str) -> str:
+    """Text from elsewhere without control characters, which could steer a terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+class PlainConsole(Console):
+    """Prints every text, in tables too, as it is: nothing in it is markup or steers a terminal."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Where rich turns a str into something to print."""
+        return super().render_str(printable(text), **options)
+
+
+# A file or a pipe has no width of its own; tables must not be cut to 80 columns there.
+_WIDTH = None if sys.stdout.isatty() else 140
+console = PlainConsole(highlight=False, markup=False, emoji=False, width=_WIDTH)
+
+
+def size(number: float) -> str:
+    """Bytes as a person reads them, in units of 1000."""
+    for unit, many in (("kB", 1e3), ("MB", 1e6)):
+        if number < 1000 * many:
+            return f"{number / many:.1f} {unit}"
+    return f"{number / 1e9:.1f} GB"
+
+
+class StoppedError(Exception):
+    """Ctrl-C; the text says how to go on."""
+
+
+class _Printable(logging.Formatter):
+    """Log lines may quote what came from elsewhere."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
+def run(app: typer.Typer, *, remedy: str) -> None:
+    """Run a command line to its exit code; a mistake with a known remedy ends in one line.
+
+    Args:
+      app: The commands.
+      remedy: What to do where the system refuses a file, such as on a full disk.
+    """
+    _log_to_console()
+    try:
+        code = app(standalone_mode=False) or 0
+    except ConsiliumError as ex:
+        code = _say(str(ex), 1)
+    except OSError as ex:
+        where, got = ex.filename2 or ex.filename or "files", ex.strerror or ex
+        code = _say(complaint(where, expected="to read and write here", got=got, remedy=remedy), 1)
+    except StoppedError as ex:
+        code = _say(str(ex), _INTERRUPTED)
+    except typer.Abort:  # Ctrl-C, or no more input, where a question was asked
+        code = _say("Stopped.", _INTERRUPTED)
+    except click.ClickException as ex:
+        ex.show()
+        code = ex.exit_code
+    else:
+        if code == _INTERRUPTED:  # typer's own for Ctrl-C
+            _say("Stopped.", code)
+    sys.exit(code)
+
+
+def _log_to_console() -> None:
+    handler = RichHandler(console=console, show_time=False, show_path=False)
+    handler.setFormatter(_Printable("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    for name in ("client", "server", "simulations"):
+        logging.getLogger(name).setLevel(logging.INFO)
+
+
+def _say(text: str, code: int) -> int:
+    typer.secho(printable(text), fg="red", err=True)
+    return code

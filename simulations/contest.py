@@ -1,0 +1,237 @@
+"""Contenders: each trains in its own way, in a process of its own, one step at a time on command.
+
+So that their times can be taken in turn, and the memory of each is its own.
+"""
+
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+import torch
+from torch.utils.data import TensorDataset
+
+from client.app import app as client_app
+from client.data.image_folder import ImageFolder
+from client.session import open_session
+from common import wire
+from common.errors import RunError, complaint
+from common.study import Study
+from common.terminal import console
+from server.app import app as server_app
+from server.checkpoint import RunFolder
+from simulations import hospitals
+from simulations.grid import simulate
+from simulations.hospitals import Hospital
+from simulations.tutorial import Tutorial
+
+# Where it exists, a server imports the libraries once for all contenders, and does nothing else.
+_processes: Any = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
+_processes.set_forkserver_preload([__name__])
+
+Lap = Callable[[str], None]
+Way = Literal["naive", "frozen", "ours"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What one contender does.
+
+    Attributes:
+      way: `naive` and `frozen` are tutorials, `ours` is the real thing.
+      study: With its backbone, `unfreeze` and rounds.
+      images: A folder of images per class, all of them to train on; beside it is room for a run.
+      sample: How many of the images an epoch of a tutorial sees.
+      repeats: How many epochs a tutorial runs; the real thing runs all of its rounds.
+    """
+
+    way: Way
+    study: Study
+    images: Path
+    sample: int
+    repeats: int
+
+    @property
+    def steps(self) -> int:
+        """Laps that it takes."""
+        return self.study.train.rounds + 4 if self.way == "ours" else 1 + 2 * self.repeats
+
+
+class Contender:
+    """The process of one task.
+
+    Attributes:
+      seconds: Of every lap so far, by its label.
+      facts: What it told of itself; after `finish` all of it.
+    """
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self.seconds: dict[str, list[float]] = defaultdict(list)
+        self._pipe, theirs = _processes.Pipe()
+        self._process = _processes.Process(target=_work, args=(theirs, task), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def ready(self) -> None:
+        """Wait until it has started, so that no start disturbs another's step."""
+        self.facts: dict[str, Any] = self._receive()
+
+    def step(self) -> None:
+        """Let it work for one lap, and wait."""
+        self._pipe.send(None)
+        label, seconds = self._receive()
+        self.seconds[label].append(seconds)
+
+    def finish(self) -> None:
+        """Hear the rest of its facts, after its last lap."""
+        self._pipe.send(None)
+        self.facts |= self._receive()
+
+    def stop(self) -> None:
+        """End it, whatever it is doing."""
+        self._process.kill()
+        self._process.join()
+
+    def _receive(self) -> Any:
+        try:
+            return self._pipe.recv()
+        except EOFError:
+            what = f"{self.task.study.model.backbone}, {self.task.way}"
+            remedy = "Its last words are above; with none, it ran out of memory."
+            got = "a process that ended"
+            raise RunError(complaint(what, expected="a step", got=got, remedy=remedy)) from None
+
+
+def turns(contenders: Sequence[Contender]) -> int:
+    """How many turns a race of these takes."""
+    return max(contender.task.steps for contender in contenders)
+
+
+def race(contenders: Sequence[Contender]) -> Iterator[None]:
+    """Let them take turns until all are finished, evenly spread for those with fewer steps.
+
+    Yields before every turn.
+    """
+    total = turns(contenders)
+    try:
+        for contender in contenders:
+            contender.ready()
+        for turn in range(total):
+            yield
+            for contender in contenders:
+                steps = contender.task.steps
+                if turn * steps // total < (turn + 1) * steps // total:
+                    contender.step()
+        for contender in contenders:
+            contender.finish()
+    finally:
+        for contender in contenders:
+            contender.stop()
+
+
+def device() -> torch.device:
+    """What contenders compute on: the accelerator if there is one, as for sites."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def _work(pipe: Connection, task: Task) -> None:
+    """The contender's process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    console.quiet = True
+    began = 0.0
+
+    def turn() -> None:
+        nonlocal began
+        try:
+            pipe.recv()
+        except EOFError:  # the parent was stopped
+            sys.exit()
+        began = time.perf_counter()
+
+    def lap(label: str) -> None:
+        if device().type != "cpu":
+            torch.accelerator.synchronize()
+        pipe.send((label, time.perf_counter() - began))
+        turn()
+
+    pipe.send({"memory at start": _peak_memory()})
+    turn()
+    facts = _ours(task, lap) if task.way == "ours" else _tutorial(task, lap)
+    pipe.send({**facts, "memory": _peak_memory()})
+
+
+def _tutorial(task: Task, lap: Lap) -> dict[str, Any]:
+    tutorial = Tutorial(task.study, device())
+    images = tutorial.load(ImageFolder(root=task.images).records(task.study.classes))
+    lap("decode")
+    sample = TensorDataset(*images[: task.sample])
+    for _ in range(task.repeats):
+        tutorial.epoch(sample)
+        lap("epoch")
+        sent = tutorial.exchange() + tutorial.exchange()
+        lap("exchange")
+    return {"bytes": sent}
+
+
+def _ours(task: Task, lap: Lap) -> dict[str, Any]:
+    """A whole study of one hospital, from a cold cache, through the real apps."""
+    study, data = task.study, ImageFolder(root=task.images)
+    one = data.records(study.classes)[0].patient
+    with TemporaryDirectory(dir=task.images.parent) as scratch:
+        folder = Path(scratch) / "run"
+        RunFolder.claim(folder).begin(study)
+        # What a study costs before its first image is paid at a hospital with one image.
+        found = [Hospital(name="a", data=data, patients=(one,)), Hospital(name="b", data=data)]
+        first, hospital = hospitals.settle(found, study, folder, Path(scratch) / "cache")
+        hospitals.prepare([first], study)
+        lap("open")
+        hospitals.prepare([hospital], study)
+        lap("cache")
+        session = open_session(hospital, study.id)
+        watched = _Watched(lap, study.train.rounds)
+        simulate(server_app, watched.app, [hospital], folder)
+        lap("finish")
+    recipe = session.recipe
+    return {"bytes": watched.bytes, "activations": recipe.activations, "dtype": recipe.dtype}
+
+
+class _Watched:
+    """The real ClientApp; a round ends where the next message arrives."""
+
+    def __init__(self, lap: Lap, rounds: int) -> None:
+        self._lap, self._labels = lap, iter(["join", *["round"] * rounds])
+        self.bytes = 0
+        self.app: Any = self._answer  # called as Flower's own class is
+
+    def _answer(self, message: Any, context: Any) -> Any:
+        kind = message.metadata.message_type
+        if kind != "query":
+            self._lap(next(self._labels))
+        reply = client_app(message, context)
+        if kind == "train":
+            self.bytes = _payload(message) + _payload(reply)
+        return reply
+
+
+def _payload(message: Any) -> int:
+    return sum(wire.payload(arrays) for arrays in message.content.array_records.values())
+
+
+def _peak_memory() -> int | None:
+    """Bytes at most held by this process: on the GPU if it has one; None where nothing tells."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")  # getrusage would count the parent's memory too
+    if not status.exists():
+        return None
+    peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    return int(peak.split()[1]) * 1024

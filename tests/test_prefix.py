@@ -1,0 +1,158 @@
+"""The frozen prefix runs fast and says the same; what is kept of an image is what pays."""
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+from client import prefix as room
+from client.prefix import BATCH, Prefix, Worth
+from common import backbones
+from common.cut import Split, split
+from common.images import Preprocess
+
+SIZES = {"vit_b_16": 224, "inception_v3": 96}
+LIKE = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}
+
+
+def parts(name, unfreeze="head"):
+    """The backbone's two parts, its batch norms as if they had seen images."""
+    backbone = backbones.get(name)
+    model = backbone.build(classes=3, dropout=0.0, weights="none", seed=0)
+    draw = torch.Generator().manual_seed(1)
+    for part in model.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            part.running_mean.normal_(0, 0.3, generator=draw)
+            part.running_var.uniform_(0.5, 2.0, generator=draw)
+            part.weight.data.uniform_(0.5, 1.5, generator=draw)
+            part.bias.data.normal_(0, 0.3, generator=draw)
+    size = SIZES.get(name, 64)
+    return split(model, backbone.trainable(model, unfreeze)), Preprocess(size, size, **LIKE)
+
+
+def pixels(count, preprocess, seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    shape = (count, 3, preprocess.crop, preprocess.crop)
+    return torch.randint(256, shape, generator=draw, dtype=torch.uint8)
+
+
+def plain(found, preprocess, images):
+    with torch.no_grad():
+        return found.prefix(preprocess.normalise(images))
+
+
+@pytest.mark.parametrize("name", backbones.REGISTRY)
+def test_the_fast_prefix_says_what_the_plain_one_says(name):
+    found, preprocess = parts(name)
+    images = pixels(2, preprocess)
+    before = {key: value.clone() for key, value in found.prefix.state_dict().items()}
+    wanted = plain(found, preprocess, images)
+    got = Prefix(found.prefix, preprocess, "float32")(images)
+    scale = wanted.abs().max()
+    torch.testing.assert_close(got / scale, wanted / scale, rtol=0, atol=2e-5)
+    assert got.is_contiguous()
+    after = found.prefix.state_dict()
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+    assert torch.equal(plain(found, preprocess, images), wanted)
+
+
+def test_batch_norms_are_folded_away():
+    found, preprocess = parts("resnet18")
+    fast = Prefix(found.prefix, preprocess, "float32")
+    kinds = [
+        type(fast.prefix.get_submodule(n.target))
+        for n in fast.prefix.graph.nodes
+        if n.op == "call_module"
+    ]
+    assert nn.BatchNorm2d not in kinds
+    assert kinds.count(nn.Conv2d) == 20
+
+
+def test_half_precision_is_close_and_half_the_size():
+    found, preprocess = parts("shufflenet_v2_x0_5", "last:1")
+    images = pixels(2, preprocess)
+    wanted = plain(found, preprocess, images)
+    got = Prefix(found.prefix, preprocess, "bfloat16")(images)
+    assert got.dtype == torch.bfloat16
+    assert got.nbytes == wanted.nbytes / 2
+    error = (got.float() - wanted).norm() / wanted.norm()
+    assert 0 < error < 0.03
+    assert all(p.dtype == torch.float32 for p in found.prefix.parameters())
+
+
+def test_activations_need_no_gradient_but_can_be_trained_on():
+    found, preprocess = parts("shufflenet_v2_x0_5", "last:1")
+    got = Prefix(found.prefix, preprocess, "float32")(pixels(2, preprocess))
+    assert not got.requires_grad
+    assert not got.is_inference()
+    found.suffix(got).sum().backward()
+
+
+# --- compiling ---
+
+
+@pytest.mark.slow
+def test_a_long_pass_is_compiled_where_it_pays_and_says_the_same(monkeypatch, caplog):
+    monkeypatch.setattr(room, "_LONG", 0.0)
+    monkeypatch.setattr(room, "_GAIN", 0.0)  # as if it always paid
+    found, preprocess = parts("squeezenet1_1")
+    fast = Prefix(found.prefix, preprocess, "float32")
+    with caplog.at_level(logging.INFO):
+        fast.compile_for(5000, torch.device("cpu"))
+    assert "compiled the prefix in" in caplog.text
+    for count in (BATCH, 5):
+        images = pixels(count, preprocess)
+        torch.testing.assert_close(
+            fast(images), plain(found, preprocess, images), rtol=1e-3, atol=1e-4
+        )
+
+
+def test_without_a_compiler_the_plain_prefix_is_used(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(room, "_LONG", 0.0)
+    found, preprocess = parts("squeezenet1_1")
+    fast = Prefix(found.prefix, preprocess, "float32")
+    fast.compile_for(5000, torch.device("cpu"))
+    assert fast._run is fast.prefix
+
+
+# --- what is kept ---
+
+
+def test_an_image_keeps_its_activations_where_they_are_small_and_save_work():
+    head, preprocess = parts("resnet18")
+    worth = Worth.of(head, preprocess, "float32")
+    assert worth.room == 512 * 4
+    assert worth.image == 3 * 64 * 64
+    assert worth.share > 0.99
+    assert worth.pays
+    assert Worth.of(head, preprocess, "bfloat16").room == 512 * 2
+    assert "2.0 kB" in str(worth)
+
+
+def test_an_image_keeps_its_pixels_where_activations_are_large():
+    early, preprocess = parts("resnet18", "last:4")
+    worth = Worth.of(early, preprocess, "float32")
+    assert worth.room > 2 * worth.image
+    assert not worth.pays
+
+
+def test_an_image_keeps_its_pixels_where_the_prefix_is_little_of_the_work():
+    preprocess = Preprocess(16, 16, **LIKE)
+    prefix, wide = nn.Conv2d(3, 1, 1), nn.Sequential(nn.Flatten(), nn.Linear(256, 4000))
+    worth = Worth.of(Split(prefix, wide, "here"), preprocess, "float32")
+    assert worth.room <= 2 * worth.image
+    assert worth.share < 0.01
+    assert not worth.pays
+
+
+def test_the_share_counts_a_backward_pass_as_two_forward():
+    preprocess = Preprocess(16, 16, **LIKE)
+    same = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+    assert Worth.of(Split(*same, "here"), preprocess, "float32").share == pytest.approx(1 / 4)
+
+
+def test_with_nothing_frozen_there_is_nothing_to_keep():
+    found, preprocess = parts("resnet18", "all")
+    assert not Worth.of(found, preprocess, "float32").pays
