@@ -190,6 +190,6 @@ def _delete(folder: Path) -> None:
     # What says that it is a store goes last: an interrupted deletion can be taken up again.
     for path in sorted(_ours(folder), key=lambda path: path.name == ABOUT):
         path.unlink(missing_ok=True)
-    files._sync(folder)
+    files.sync(folder)
     with suppress(OSError):  # somebody has put something else there, or it is gone already
         folder.rmdir()

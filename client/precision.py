@@ -30,7 +30,7 @@ Asked = Literal["auto", "float32", "bfloat16"]
 
 # Half precision must be clearly faster: what differs between two measurements is no reason.
 _CLEARLY = 1.3
-_SIDE = 512
+_SIDE = 256
 
 
 class Precision(Section):

@@ -173,7 +173,7 @@ class Store:
             # Until a pass finds nothing: another process may put back what it read before.
             while found := sum(self._strip(path, gone) for path in self._paths()):
                 removed += found
-            files._sync(self._folder)
+            files.sync(self._folder)
         self._shards.clear()
         self._places.clear()
         self.refresh()

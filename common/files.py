@@ -12,14 +12,14 @@ def write(path: Path, content: bytes | str, mode: int = 0o644, *, durable: bool 
     with _part(path, content, mode, durable) as part:
         part.replace(path)
     if durable:
-        _sync(path.parent)
+        sync(path.parent)
 
 
 def create(path: Path, content: bytes | str, mode: int = 0o644) -> None:
     """Write `path` unless it is there; of two writers at once the first wins, for both."""
     with _part(path, content, mode, True) as part, suppress(FileExistsError):
         path.hardlink_to(part)
-    _sync(path.parent)
+    sync(path.parent)
 
 
 @contextmanager
@@ -38,7 +38,7 @@ def _part(path: Path, content: bytes | str, mode: int, durable: bool) -> Iterato
         part.unlink(missing_ok=True)
 
 
-def _sync(folder: Path) -> None:
+def sync(folder: Path) -> None:
     """Make a rename durable; a system that cannot open folders does without."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)

@@ -4,10 +4,8 @@ import json
 import logging
 import os
 import platform
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from math import prod
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -18,14 +16,13 @@ import torch
 from PIL import Image
 from rich.progress import track
 from rich.table import Table
-from torch.utils.flop_counter import FlopCounterMode
 
 from common import backbones
 from common.errors import StudyError
-from common.network import assemble
 from common.study import Study
 from common.terminal import console, size
 from simulations.contest import Contender, Task, Way, device, race, turns
+from simulations.flops import operations, product
 
 log = logging.getLogger(__name__)
 
@@ -139,7 +136,7 @@ def run(plan: Plan) -> Results:
         for name in plan.backbones:
             contenders += _contest(plan, name, images, peaks)
     for dtype in {c.facts.get("dtype", "float32") for c in contenders} - set(peaks):
-        peaks[dtype] = max(_product(dtype) for _ in range(_PRODUCTS))
+        peaks[dtype] = max(product(dtype) for _ in range(_PRODUCTS))
     rows: list[Row] = []
     caching: list[Caching] = []
     for name in plan.backbones:
@@ -172,7 +169,7 @@ def _contest(plan: Plan, backbone: str, images: Path, peaks: dict[str, float]) -
         disable=not console.is_terminal,
     )
     for _ in laps:
-        peaks["float32"] = max(peaks.get("float32", 0.0), _product("float32"))
+        peaks["float32"] = max(peaks.get("float32", 0.0), product("float32"))
     return contenders
 
 
@@ -232,45 +229,6 @@ def _study_seconds(plan: Plan, contender: Contender) -> float:
     if contender.task.way == "ours":
         return sum(map(sum, contender.seconds.values()))
     return contender.seconds["decode"][0] + plan.rounds * _round_seconds(plan, contender)
-
-
-def operations(study: Study) -> tuple[int, int]:
-    """FLOPs for one image: of the frozen prefix forward, of the rest forward and backward."""
-    network = assemble(study, study.model.weights)
-    prefix, suffix, _ = network.split
-    side = network.preprocess.crop
-    with torch.no_grad(), _counter() as before:
-        activation = prefix(torch.zeros(1, 3, side, side))
-    with _counter() as after:
-        trained = [p for p in suffix.parameters() if p.requires_grad]
-        torch.autograd.grad(suffix(activation).sum(), trained)
-    return before.get_total_flops(), after.get_total_flops()
-
-
-def _counter() -> FlopCounterMode:
-    # torch's own count of a grouped convolution's backward pass is too large by its groups.
-    own = {torch.ops.aten.convolution_backward: _convolution_backward}
-    return FlopCounterMode(display=False, custom_mapping=own)
-
-
-def _convolution_backward(gradient: Any, _inputs: Any, weight: Any, *rest: Any, **_: Any) -> int:
-    """As many as forward, for each of the two gradients that is asked for."""
-    wanted = sum(rest[-1][:2])
-    return int(2 * wanted * gradient[0] * prod(gradient[2:]) * prod(weight))
-
-
-def _product(dtype: str) -> float:
-    """10⁹ FLOP/s of one product of large square matrices."""
-    where = device()
-    side = 2048 if where.type == "cpu" else 8192
-    if where.type == "cuda":  # convolutions use TF32 unless told otherwise, products do not
-        torch.backends.cuda.matmul.fp32_precision = "tf32"
-    one = torch.rand(side, side, device=where).to(getattr(torch, dtype))
-    began = time.perf_counter()
-    one @ one
-    if where.type != "cpu":
-        torch.accelerator.synchronize()
-    return 2 * side**3 / (time.perf_counter() - began) / 1e9
 
 
 def _machine(contenders: Sequence[Contender], peaks: dict[str, float]) -> dict[str, Any]:

@@ -15,9 +15,10 @@ from typer.testing import CliRunner
 from common import backbones, wire
 from common.errors import RunError, StudyError
 from common.study import Study
-from simulations.bench import Plan, operations
+from simulations.bench import Plan
 from simulations.cli import app
 from simulations.contest import Contender, Task
+from simulations.flops import operations
 from simulations.tutorial import Tutorial
 
 SMALL = "shufflenet_v2_x0_5"

@@ -1,0 +1,51 @@
+"""FLOPs: how many a network asks for, and how many a second this machine can do."""
+
+import time
+from math import prod
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from common.network import assemble
+from common.study import Study
+from simulations.contest import device
+
+
+def operations(study: Study) -> tuple[int, int]:
+    """FLOPs for one image: of the frozen prefix forward, of the rest forward and backward."""
+    network = assemble(study, study.model.weights)
+    prefix, suffix, _ = network.split
+    side = network.preprocess.crop
+    with torch.no_grad(), _counter() as before:
+        activation = prefix(torch.zeros(1, 3, side, side))
+    with _counter() as after:
+        trained = [p for p in suffix.parameters() if p.requires_grad]
+        torch.autograd.grad(suffix(activation).sum(), trained)
+    return before.get_total_flops(), after.get_total_flops()
+
+
+def _counter() -> FlopCounterMode:
+    # torch's own count of a grouped convolution's backward pass is too large by its groups.
+    own = {torch.ops.aten.convolution_backward: _convolution_backward}
+    return FlopCounterMode(display=False, custom_mapping=own)
+
+
+def _convolution_backward(gradient: Any, _inputs: Any, weight: Any, *rest: Any, **_: Any) -> int:
+    """As many as forward, for each of the two gradients that is asked for."""
+    wanted = sum(rest[-1][:2])
+    return int(2 * wanted * gradient[0] * prod(gradient[2:]) * prod(weight))
+
+
+def product(dtype: str) -> float:
+    """10⁹ FLOP/s of one product of large square matrices."""
+    where = device()
+    side = 2048 if where.type == "cpu" else 8192
+    if where.type == "cuda":  # convolutions use TF32 unless told otherwise, products do not
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+    one = torch.rand(side, side, device=where).to(getattr(torch, dtype))
+    began = time.perf_counter()
+    one @ one
+    if where.type != "cpu":
+        torch.accelerator.synchronize()
+    return 2 * side**3 / (time.perf_counter() - began) / 1e9
