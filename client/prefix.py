@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 BATCH = 32
 # Activations that take more room than this many images are not worth keeping, nor are those that
 # save less than this share of a training step.
-_ROOM, _SHARE = 2.0, 0.3
+_ROOM, _SHARE = 4.0, 0.3
 # Compiling takes tens of seconds: only a long pass can win that back.
 _MANY, _LONG, _GAIN = 2000, 120.0, 1.1
 
