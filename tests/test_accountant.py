@@ -1,0 +1,243 @@
+"""ε is never below the truth and hardly above it: Google's accountant, another method, says so."""
+
+import math
+import subprocess
+import sys
+from collections.abc import Sequence
+
+import pytest
+from dp_accounting import (
+    GaussianDpEvent,
+    NeighboringRelation,
+    PoissonSampledDpEvent,
+    PrivacyAccountant,
+)
+from dp_accounting.pld import PLDAccountant
+from dp_accounting.rdp import RdpAccountant
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from client.accountant import Segment, epsilon, noise_multiplier
+from common.errors import RefusedError
+
+DELTA = 1e-5
+FEW = settings(max_examples=6, deadline=None, derandomize=True, database=None)
+
+
+def by_google(accountant: PrivacyAccountant, history: Sequence[Segment]) -> PrivacyAccountant:
+    for s in history:
+        step = PoissonSampledDpEvent(s.sample_rate, GaussianDpEvent(s.noise_multiplier))
+        accountant.compose(step, s.steps)
+    return accountant
+
+
+def google(history: Sequence[Segment], *deltas: float) -> list[float]:
+    """The least ε at each δ by the privacy loss distribution, which is rounded up, but finely."""
+    mesh = min(1e-3, 3e-3 / math.sqrt(sum(s.steps for s in history)))
+    either = NeighboringRelation.ADD_OR_REMOVE_ONE
+    accountant = by_google(PLDAccountant(either, value_discretization_interval=mesh), history)
+    return [float(accountant.get_epsilon(delta)) for delta in deltas]
+
+
+def different(n: int, steps: int = 20) -> list[Segment]:
+    """As many segments, no two alike."""
+    return [Segment(1.5 + 0.1 * i, 0.02 + 0.001 * (i % 5), steps) for i in range(n)]
+
+
+@pytest.mark.parametrize(
+    ("noise", "rate", "steps"),
+    [
+        (1.0, 1 / 16, 320),
+        (0.5, 0.01, 40),
+        (0.6, 0.5, 1),
+        (2.0, 1 / 8, 160),
+        (4.0, 0.01, 3000),
+        (1.0, 0.001, 2000),
+        (20.0, 1 / 16, 320),
+        (50.0, 0.9, 1000),
+        (2.0, 1.0, 1),
+        (10.0, 1.0, 20),
+        (30.0, 1.0, 3000),
+    ],
+)
+def test_equals_google_on_equal_steps(noise: float, rate: float, steps: int) -> None:
+    history, deltas = [Segment(noise, rate, steps)], (1e-3, 1e-5, 1e-8)
+    for delta, truth in zip(deltas, google(history, *deltas), strict=True):
+        assert 0 <= epsilon(history, delta) - truth <= 0.02
+
+
+@pytest.mark.parametrize(
+    "history",
+    [
+        [Segment(1.0, 0.02, 100), Segment(2.0, 1.0, 3)],
+        [Segment(1.2, 0.05, 60), Segment(5.0, 0.2, 200), Segment(0.8, 0.01, 30)],
+        [Segment(0.45, 0.01, 1), Segment(8.0, 0.3, 100), Segment(8.0, 0.31, 100)],
+        different(16),
+    ],
+    ids=len,
+)
+def test_equals_google_on_mixed_histories(history: list[Segment]) -> None:
+    assert 0 <= epsilon(history, DELTA) - google(history, DELTA)[0] <= 0.02
+
+
+def test_many_different_segments_are_bounded_more_loosely_never_too_low() -> None:
+    history = different(17)
+    (truth,) = google(history, DELTA)
+    renyi = by_google(RdpAccountant(), history).get_epsilon(DELTA)
+    assert truth + 0.02 < renyi - 1e-6 <= epsilon(history, DELTA) <= 1.02 * renyi
+
+
+def test_nothing_done_costs_nothing() -> None:
+    assert epsilon([], DELTA) == 0
+
+
+def test_importing_the_accountant_does_not_import_opacus() -> None:
+    check = "import sys, client.accountant; sys.exit('opacus' in sys.modules)"
+    subprocess.run([sys.executable, "-c", check], check=True)
+
+
+# --- what holds of any history ---
+
+segments = st.builds(
+    Segment,
+    noise_multiplier=st.floats(0.8, 20),
+    sample_rate=st.floats(0.001, 0.3) | st.just(1.0),
+    steps=st.integers(1, 50),
+)
+histories = st.lists(segments, min_size=1, max_size=3)
+
+
+@FEW
+@given(histories, segments)
+def test_every_further_step_costs(history: list[Segment], more: Segment) -> None:
+    before, after = epsilon(history, DELTA), epsilon([*history, more], DELTA)
+    assert after >= before - 1e-3  # the grid moves; so does the last digit or two
+    again = Segment(more.noise_multiplier, more.sample_rate, 2 * more.steps)
+    assert epsilon([*history, again], DELTA) >= after - 1e-3
+
+
+@FEW
+@given(histories.flatmap(lambda h: st.tuples(st.just(h), st.permutations(h))))
+def test_order_never_counts(both: tuple[list[Segment], list[Segment]]) -> None:
+    history, shuffled = both
+    assert epsilon(history, DELTA) == epsilon(shuffled, DELTA)
+
+
+@FEW
+@given(segments, segments, st.integers(1, 30))
+def test_equal_segments_merge_even_apart(one: Segment, other: Segment, more: int) -> None:
+    rest = Segment(one.noise_multiplier, one.sample_rate, more)
+    whole = Segment(one.noise_multiplier, one.sample_rate, one.steps + more)
+    assert epsilon([one, other, rest], DELTA) == epsilon([whole, other], DELTA)
+
+
+def test_equal_rounds_stay_tight_however_many() -> None:
+    rounds = [Segment(2.0, 0.05, 8)] * 200
+    assert epsilon(rounds, DELTA) == epsilon([Segment(2.0, 0.05, 1600)], DELTA)
+
+
+# --- noise for a plan ---
+
+
+@FEW
+@given(
+    st.floats(0.5, 20),
+    st.floats(0.005, 0.3) | st.just(1.0),
+    st.integers(1, 400),
+    st.sampled_from([[], [Segment(20.0, 0.1, 30)]]),
+)
+def test_noise_is_enough_and_no_more(
+    budget: float, rate: float, steps: int, spent: list[Segment]
+) -> None:
+    noise = _noise(budget, rate, steps, spent)
+    assert epsilon([*spent, Segment(noise, rate, steps)], DELTA) <= budget
+    assert epsilon([*spent, Segment(0.98 * noise, rate, steps)], DELTA) > budget
+
+
+def _noise(budget: float, rate: float, steps: int, spent: Sequence[Segment] = ()) -> float:
+    return noise_multiplier(epsilon=budget, delta=DELTA, sample_rate=rate, steps=steps, spent=spent)
+
+
+def test_noise_agrees_with_google() -> None:
+    noise = _noise(3.0, 1 / 16, 320)
+    (within,) = google([Segment(noise, 1 / 16, 320)], DELTA)
+    (beyond,) = google([Segment(0.99 * noise, 1 / 16, 320)], DELTA)
+    assert within <= 3.0 < beyond
+
+
+def test_noise_covers_what_many_studies_spent() -> None:
+    spent = different(20)
+    noise = _noise(8.0, 0.05, 200, spent)
+    assert epsilon([*spent, Segment(noise, 0.05, 200)], DELTA) <= 8.0
+    assert epsilon([*spent, Segment(0.98 * noise, 0.05, 200)], DELTA) > 8.0
+
+
+def test_a_spent_budget_is_said_to_be_spent() -> None:
+    spent = [Segment(1.0, 0.1, 100)]
+    with pytest.raises(RefusedError, match=r"ε within 2 .* got 7\.\d+ spent already"):
+        _noise(2.0, 0.1, 10, spent)
+
+
+# --- wrong input, and what cannot be accounted for ---
+
+
+@pytest.mark.parametrize("noise", [0, -1.0, math.nan, math.inf, True, "1"])
+def test_a_segment_needs_noise(noise: float) -> None:
+    with pytest.raises(RefusedError, match="noise_multiplier"):
+        Segment(noise, 0.1, 10)
+
+
+@pytest.mark.parametrize("rate", [0, -0.1, 1.0001, math.nan, math.inf, None])
+def test_a_segment_needs_a_sample_rate(rate: float) -> None:
+    with pytest.raises(RefusedError, match="sample_rate"):
+        Segment(1.0, rate, 10)
+
+
+@pytest.mark.parametrize("steps", [0, -1, 1.5, 10.0, True, None])
+def test_a_segment_needs_steps(steps: int) -> None:
+    with pytest.raises(RefusedError, match="steps"):
+        Segment(1.0, 0.1, steps)
+
+
+@pytest.mark.parametrize("delta", [0, 1, -1e-5, 2, math.nan, math.inf])
+@pytest.mark.parametrize("history", [[], [Segment(1.0, 0.1, 10)]], ids=len)
+def test_delta_is_a_small_chance(history: list[Segment], delta: float) -> None:
+    with pytest.raises(RefusedError, match="delta"):
+        epsilon(history, delta)
+    with pytest.raises(RefusedError, match="delta"):
+        noise_multiplier(epsilon=8, delta=delta, sample_rate=0.1, steps=10, spent=history)
+
+
+@pytest.mark.parametrize("budget", [0, -1, math.nan, math.inf])
+def test_a_budget_is_a_positive_number(budget: float) -> None:
+    with pytest.raises(RefusedError, match="epsilon"):
+        _noise(budget, 0.1, 10)
+
+
+@pytest.mark.parametrize(
+    ("history", "delta"),
+    [
+        ([Segment(1 / 24, 1.0, 1)], DELTA),
+        ([Segment(1e-200, 0.5, 1)], DELTA),
+        ([Segment(1e300, 0.5, 1)], DELTA),
+        ([Segment(1.0, 1.0, 10**6)], DELTA),
+        ([Segment(1000.0, 0.01, 10**7)], DELTA),
+        ([Segment(1000.0, 0.01, 10**10)], DELTA),
+        ([Segment(1.0, 0.1, 10**400)], DELTA),
+        ([Segment(10.0, 1.0, 1000)], 1e-11),
+        ([Segment(100.0, 1.0, 300_000)], 1e-9),
+        (different(1025), DELTA),
+        ([*different(16), Segment(1e-155, 0.5, 1)], DELTA),
+        ([*different(16), Segment(1e-160, 1.0, 1)], DELTA),
+    ],
+    ids=range(12),
+)
+def test_what_no_bound_can_be_trusted_for_is_refused(history: list[Segment], delta: float) -> None:
+    """Losses beyond float64, grids beyond memory, roundings beyond δ; NaN and ∞ of either bound."""
+    with pytest.raises(RefusedError, match="history"):
+        epsilon(history, delta)
+
+
+def test_noise_for_a_history_that_cannot_be_accounted_for_is_refused() -> None:
+    with pytest.raises(RefusedError, match="history"):
+        _noise(8.0, 0.1, 10, [Segment(1e-200, 0.5, 1)])
