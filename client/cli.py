@@ -49,7 +49,9 @@ def cache(site_file: SiteFile) -> None:
         console.print(_table(found))
     console.print(f"{_total(found, site)} in {site.cache_folder}")
     if site.cache.days is not None:
-        console.print(f"unused for {site.cache.days} days, they are deleted", style="dim")
+        console.print(
+            f"unused for {site.cache.days} days, they go when a study opens next", style="dim"
+        )
 
 
 @app.command(epilog="Example: consilium-client purge site.yaml")

@@ -37,6 +37,7 @@ B = TypeVar("B")
 
 _CPU = torch.device("cpu")
 _SHARD = 512
+_SHARD_BYTES = 64_000_000
 _SHARD_SECONDS = 30.0
 _QUIET = 5.0
 
@@ -88,8 +89,8 @@ class Recipe:
         """Names the store: equal keys give equal rows."""
         parts = [repr(self.preprocess)]
         if self.activations:
-            code = str(getattr(self.prefix, "code", ""))
-            parts += [digest(self.prefix.state_dict()), code, self.dtype]
+            # Its text has the layers' settings, such as strides, and how they are connected.
+            parts += [digest(self.prefix.state_dict()), str(self.prefix), self.dtype]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
 
     @cached_property
@@ -193,7 +194,7 @@ def _fill(
 ) -> None:
     """Make the missing rows shard by shard, decoding ahead on all cores; adds to `bad` what fails.
 
-    A shard is whole after so many rows or so much time: an interruption costs no more than that.
+    A shard is whole after so many rows, bytes or seconds: an interruption costs no more than that.
     """
 
     def squares(jobs: Sequence[_Job]) -> list[tuple[str, Tensor]]:
@@ -218,7 +219,8 @@ def _fill(
         names += [name for name, _ in batch]
         rows.append(recipe.rows([pixels for _, pixels in batch]))
         done, now = done + len(batch), time.monotonic()
-        if len(names) >= _SHARD or now - kept > _SHARD_SECONDS:
+        full = len(names) >= _SHARD or sum(part.nbytes for part in rows) >= _SHARD_BYTES
+        if full or now - kept > _SHARD_SECONDS:
             store.add(names, torch.cat(rows))
             names, rows, kept = [], [], now
         if now - told > _QUIET:

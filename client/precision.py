@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import torch
+from torch import nn
 
 from client.disk import usable
 from client.prefix import BATCH, Prefix, seconds
@@ -54,24 +55,28 @@ def settle(
     """The precision of a study at this site: the one it began with, or else the one to begin with.
 
     Args:
-      asked: By the site; other than `auto`, nothing is measured.
+      asked: By the site; other than `auto`, it rules, and nothing is measured.
       study: Its id.
       split: Its network, on `device`.
       preprocess: To the network's input.
       device: That it runs on.
       memory: File that keeps what was chosen for each study and measured for each network.
     """
-    if asked != "auto":
-        return Precision(prefix=asked, suffix=asked)
     known, network = _load(memory), _key(split, preprocess, device)
-    if study in known:
-        return known[study]
-    chosen = known.get(network) or measure(split, preprocess, device)
-    content = {**known, network: chosen, study: chosen}
-    text = json.dumps({key: value.model_dump() for key, value in content.items()}, indent=1)
-    with usable(memory, SiteError):
-        files.write(memory, text, mode=0o600, durable=False)
-    return chosen
+    found = dict(known)
+    if asked != "auto":
+        frozen = not isinstance(split.prefix, nn.Identity)  # else it only normalises pixels
+        found[study] = Precision(prefix=asked if frozen else "float32", suffix=asked)
+    elif study not in found:
+        found[study] = known.get(network) or measure(split, preprocess, device)
+        found[network] = found[study]
+    if study in known and found[study] != known[study]:
+        log.warning("the study goes on in another precision than it began with: %s", asked)
+    if found != known:
+        text = json.dumps({key: value.model_dump() for key, value in found.items()}, indent=1)
+        with usable(memory, SiteError):
+            files.write(memory, text, mode=0o600, durable=False)
+    return found[study]
 
 
 def measure(split: Split, preprocess: Preprocess, device: torch.device) -> Precision:
@@ -88,9 +93,9 @@ def measure(split: Split, preprocess: Preprocess, device: torch.device) -> Preci
 
 def _has_units(device: torch.device) -> bool:
     """Whether plain products are clearly faster in half precision: without, nothing else is."""
-    if device.type == "mps":  # too little of it is implemented
-        return False
-    one = torch.ones(_SIDE, _SIDE, device=device)
+    if device.type != "cpu":  # on mps too little of it is implemented
+        return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    one = torch.ones(_SIDE, _SIDE)
     half = one.bfloat16()
     return seconds(lambda: one @ one, device) > _CLEARLY * seconds(lambda: half @ half, device)
 

@@ -68,11 +68,11 @@ class Session:
         self.recipe = _recipe(self.network, self.precision.prefix, site.keep)
         self.examples: dict[str, Examples] = {}
         self.patients: dict[str, int] = {}
+        self._make_room()
         for part in PARTS:
             self._prepare(part, getattr(parts, part))
+        self._make_room()
         self._agree(self.patients["train"])  # again: unreadable images may have been left out
-        in_use = site.cache_folder / self.recipe.key
-        prune(site.cache_folder, limit=site.cache.limit, days=site.cache.days, keep={in_use})
 
     def _agree(self, trained: int) -> None:
         if self.site.role == "train" and not trained:
@@ -80,6 +80,11 @@ class Session:
             remedy = "Add patients, lower holdout, or set role: evaluate."
             raise DataError(complaint(where, expected=expected, got=trained, remedy=remedy))
         agree(self.site, self.study, trained)
+
+    def _make_room(self) -> None:
+        """Delete prepared images of other studies, as far as the site asks for it."""
+        folder, cache = self.site.cache_folder, self.site.cache
+        prune(folder, limit=cache.limit, days=cache.days, keep={folder / self.recipe.key})
 
     def _prepare(self, part: str, records: Sequence[Record]) -> None:
         """Keep what rounds need of these records; the images themselves may go."""
@@ -104,6 +109,7 @@ class Session:
             patients=wire.Parts(**self.patients),
             images=wire.Parts(**{p: tuple(count.tolist()) for p, count in counts.items()}),
             prefix_dtype=self.precision.prefix,
+            suffix_dtype=self.precision.suffix,
             versions=Versions.here(),
         )
 

@@ -96,7 +96,7 @@ class Preprocess:
       mean: per channel, of values in [0, 1].
       std: per channel, of values in [0, 1].
       interpolation: how the resize, always antialiased, reads between pixels.
-      version: raised whenever the same file comes to give other pixels.
+      version: raised whenever the same file comes to give other pixels, or other views.
     """
 
     resize: int

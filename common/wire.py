@@ -79,6 +79,8 @@ class JoinReply(Section):
     """How many of each class, in each part."""
     prefix_dtype: Dtype
     """What the site's frozen prefix computes in."""
+    suffix_dtype: Dtype
+    """What its trained suffix computes in; its parameters are float32 in any case."""
     versions: Versions
 
     @property

@@ -59,6 +59,7 @@ def _alone(study: Study, sessions: Sequence[Session], name: str) -> Tensors:
             classes=classes,
             lr=trainer.learning_rate(plan, number),
             seed=derive(study.seed, name, number, "train"),
+            dtype=sessions[0].precision.suffix,
         )
         now = _copy(network.tensors)
         counts = union((session.evaluate(now, "validation") for session in sessions), classes)

@@ -41,7 +41,7 @@ class Hospital:
     patients: tuple[str, ...] | None = None
     """Only these patients, where a data set is cut into hospitals."""
     site: Site | None = None
-    """The folder's own site file, if it has one: its role, policy and device count."""
+    """The folder's own site file, if it has one: its role, policy and ways to compute count."""
     evaluates_only: bool = False
 
     @property
@@ -83,13 +83,18 @@ def settle(hospitals: Sequence[Hospital], study: Study, run: Path, cache: Path) 
     """Write the hospitals' files into the run folder; returns their site files, sorted by name.
 
     Raises:
-      SiteError: two hospitals of one name.
+      SiteError: two hospitals of one name, or that are to compute in different ways.
     """
     names = [hospital.name for hospital in hospitals]
     for name in names:
         if names.count(name) > 1:
             remedy = "Rename one of the folders."
             raise SiteError(complaint("--site", expected="distinct names", got=name, remedy=remedy))
+    ways = {(h.site.keep, h.site.precision) if h.site else ("auto", "auto") for h in hospitals}
+    if len(ways) > 1:  # local and pooled training put their prepared images together
+        expected = "the same keep and precision in every site.yaml, as one machine runs them all"
+        got = " and ".join(sorted(f"{keep}/{precision}" for keep, precision in ways))
+        raise SiteError(complaint("--site", expected=expected, got=got))
     ordered = sorted(hospitals, key=lambda hospital: hospital.name)
     return [_write(hospital, study, run / "sites" / hospital.name, cache) for hospital in ordered]
 

@@ -69,7 +69,7 @@ def test_the_cache_is_shown_as_it_is(command: Command, tmp_path: Path) -> None:
     assert "1.2 MB" in new
     assert "2017-07-1" in new
     assert f"total {total / 1e6:.1f} MB of at most 2.0 GB in {tmp_path / 'prepared'}" in text
-    assert "unused for 180 days, they are deleted" in text
+    assert "unused for 180 days, they go when a study opens next" in text
 
 
 def test_an_empty_cache_without_limits(command: Command, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import torch
 
 from client import precision as room
 from client.precision import Precision, measure, settle
+from common.cut import Split
 from common.network import assemble
 from common.study import Study
 
@@ -79,4 +80,18 @@ def test_a_damaged_memory_is_measured_anew(net, tmp_path, damaged):
 def test_a_site_may_say_its_own(net, tmp_path, asked):
     memory = tmp_path / "precision.json"
     assert settled(net, memory, asked=asked) == Precision(prefix=asked, suffix=asked)
-    assert not memory.exists()
+    assert settled(net, memory) == Precision(prefix=asked, suffix=asked)
+
+
+def test_a_study_that_changes_its_precision_says_so(net, tmp_path, caplog):
+    memory = tmp_path / "precision.json"
+    settled(net, memory, asked="float32")
+    assert "another precision" not in caplog.text
+    settled(net, memory, asked="bfloat16")
+    assert "another precision" in caplog.text
+
+
+def test_with_nothing_frozen_only_what_trains_computes_in_half(net, tmp_path):
+    whole = Split(torch.nn.Identity(), net.model, "input")
+    chosen = settle("bfloat16", "0123", whole, net.preprocess, CPU, tmp_path / "precision.json")
+    assert chosen == Precision(prefix="float32", suffix="bfloat16")

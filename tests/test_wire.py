@@ -32,6 +32,7 @@ JOINED = wire.JoinReply(
     patients=wire.Parts(train=20, validation=3, test=5),
     images=IMAGES,
     prefix_dtype="float32",
+    suffix_dtype="float32",
     versions=Versions.here(),
 )
 

@@ -1,0 +1,31 @@
+"""One machine that plays many hospitals."""
+
+import pytest
+import yaml
+
+from common.errors import SiteError
+from common.study import Study
+from simulations import hospitals
+
+CONTENT = {
+    "name": "two",
+    "classes": ["clear", "lesion"],
+    "model": {"backbone": "squeezenet1_0", "weights": "none"},
+    "train": {"rounds": 1},
+}
+
+
+def test_hospitals_of_one_machine_compute_alike(phantoms, tmp_path):
+    """Local and pooled training put the hospitals' prepared images together."""
+    found = []
+    for name, keep in (("north", "images"), ("south", "auto")):
+        path = tmp_path / f"{name}.yaml"
+        data = {"format": "image_folder", "root": str(phantoms / name)}
+        content = {"name": name, "data": data, "state": "state", "keep": keep}
+        path.write_text(yaml.safe_dump(content), encoding="utf-8")
+        found.append(hospitals.from_folder(path))
+    study = Study.parse(CONTENT, "two", SiteError)
+    with pytest.raises(SiteError, match=r"same keep and precision.*auto/auto and images/auto"):
+        hospitals.settle(found, study, tmp_path / "run", tmp_path / "cache")
+    assert not (tmp_path / "run").exists()
+    hospitals.settle(found[:1], study, tmp_path / "run", tmp_path / "cache")
