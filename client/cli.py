@@ -1,13 +1,15 @@
 """`consilium-client`: a hospital looks after its own side."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
+from client import cli_privacy
+from client.cli_privacy import SiteFile, Yes
 from common import terminal
+from common.errors import SiteError, complaint
 from common.terminal import console, size
 
 if TYPE_CHECKING:
@@ -15,16 +17,20 @@ if TYPE_CHECKING:
     from client.site import Site
 
 app = typer.Typer(
-    help="Look after a hospital's own side: what is on its disk, and what becomes of it.",
-    epilog="Begin with: consilium-client cache site.yaml",
+    help="Look after a hospital's own side: what leaves it, what that costs, what is on its disk.",
+    epilog="Begin with: consilium-client plan site.yaml study.yaml",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
 
-SiteFile = Annotated[
-    Path, typer.Argument(metavar="SITE_YAML", help="The hospital's own file, site.yaml.")
-]
+for command, name, rest in (
+    (cli_privacy.plan, "plan", "study.yaml"),
+    (cli_privacy.ledger, "ledger", "--picture epsilon.png"),
+    (cli_privacy.disclosed, "disclosed", "--study skin-lesions"),
+    (cli_privacy.ledger_adopt, "ledger-adopt", "--epsilon 3 --delta 1e-6"),
+):
+    app.command(name, epilog=f"Example: consilium-client {name} site.yaml {rest}")(command)
 
 
 def main() -> None:
@@ -55,21 +61,20 @@ def cache(site_file: SiteFile) -> None:
 
 
 @app.command(epilog="Example: consilium-client purge site.yaml")
-def purge(
-    site_file: SiteFile,
-    yes: Annotated[bool, typer.Option("--yes", help="Delete without asking.")] = False,
-) -> None:
-    """Delete all prepared images, of every study; the images themselves stay.
+def purge(site_file: SiteFile, yes: Yes = False) -> None:
+    """Delete all prepared images and sealed replies, of every study; the images themselves stay.
 
-    They are patient data: something like the image can be made from them. A study that needs them
-    makes them again, also one that is running now.
+    Both are patient data: something like the image can be made from a prepared one. A study that
+    needs prepared images makes them again, also one that is running now. A private round whose
+    sealed reply is gone cannot be sent again for free: if it is asked for again, it spends anew.
+    The ledger stays as it is.
     """
     from client import cache
     from client.site import Site
 
     site = Site.read(site_file)
-    found = cache.stores(site.cache_folder)
-    if not found:
+    found, sealed = cache.stores(site.cache_folder), _sealed(site)
+    if not found and not sealed:
         console.print(f"No prepared images in {site.cache_folder}: nothing to delete.")
         return
     console.print(_table(found))
@@ -77,11 +82,67 @@ def purge(
     console.print("These are patient data. A study that needs them makes them again.")
     if site.cache.folder is not None:
         console.print("Other sites whose cache.folder is this folder lose theirs too.")
+    if sealed:
+        console.print(f"{sealed} sealed replies: a round that is asked for again spends anew.")
     if not yes and not typer.confirm("Delete them all?"):
         console.print("Nothing was deleted.")
         raise typer.Exit(1)
     deleted = cache.purge(site.cache_folder)
+    _unseal(site)
     console.print(f"Deleted {size(sum(kept.bytes for kept in deleted))}.")
+
+
+@app.command(epilog="Example: consilium-client forget site.yaml p0042")
+def forget(
+    site_file: SiteFile,
+    patient: Annotated[str, typer.Argument(metavar="ID", help="The patient, as the data has it.")],
+    yes: Yes = False,
+) -> None:
+    """Leave a patient out from now on, and delete what was prepared from the images.
+
+    His prepared images go, and every sealed reply, since he may have trained for it. A list in the
+    state folder keeps him out of every study to come; it holds no id, only a hash under the site's
+    secret. His images themselves are yours to delete, afterwards. What has left cannot be called
+    back: models that were trained with him are not unlearned, and the ledger keeps its lines.
+    """
+    from client import cache, forgotten
+    from client.features import namer
+    from client.ledger import locked
+    from client.site import Site
+
+    site = Site.read(site_file)
+    images = [row.image for row in site.data.rows(()) if row.patient == patient]
+    if not images:
+        expected, got = "a patient with images in data", "one with none"
+        remedy = "If they are deleted already, purge deletes all that was prepared."
+        raise SiteError(complaint("forget ID", expected=expected, got=got, remedy=remedy))
+    console.print(f"{len(images)} images of this patient are used by {site.name}.")
+    console.print("Models that were trained with them are not unlearned; the ledger stays.")
+    if not yes and not typer.confirm("Leave this patient out for good?"):
+        console.print("Nothing was changed.")
+        raise typer.Exit(1)
+    with locked(site.private()):  # a process at work would go on with what it has in memory
+        name = namer(site.cache_folder)
+        names = [name(image.digest()) for image in images]
+        forgotten.leave_out(site, patient)
+        rows = cache.forget(site.cache_folder, names)
+        sealed = _unseal(site)
+    console.print(f"Left out for good. Deleted {rows} prepared images, {sealed} sealed replies.")
+
+
+def _sealed(site: "Site") -> int:
+    folder = site.state / "outbox"
+    return len(list(folder.iterdir())) if folder.is_dir() else 0
+
+
+def _unseal(site: "Site") -> int:
+    """Delete every sealed reply; returns how many there were."""
+    from client.outbox import Outbox
+
+    sealed = _sealed(site)
+    if sealed:
+        Outbox(site.state / "outbox").purge()
+    return sealed
 
 
 def _table(found: Sequence["Kept"]) -> Table:

@@ -1,13 +1,16 @@
 """Images into the suffix's input: decoded once, through the frozen prefix once, then kept.
 
-The store is named by everything a row depends on beside its image; the row by the image's SHA-256
-and its view. So more images, other holdouts and other studies of one prefix find what is there.
+The store is named by everything a row depends on beside its image; the row by its view and an HMAC
+of the image's SHA-256. So more images, other holdouts and other studies of one prefix find what is
+there, and who has the image but not the cache's secret cannot tell whether it is.
 """
 
 import hashlib
+import hmac
 import json
 import logging
 import os
+import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,8 +25,10 @@ import torch
 from torch import Tensor, nn
 
 from client.data.records import Image
+from client.disk import usable
 from client.prefix import BATCH, Prefix, Worth
 from client.store import Rows, Store, open_store
+from common import files
 from common.contract import Dtype, digest
 from common.errors import DataError, complaint
 from common.images import Preprocess, view
@@ -136,11 +141,12 @@ class Prepared:
 
 @dataclass(frozen=True)
 class _Job:
-    """One row to make: which image, which view, and the row's name."""
+    """One row to make: which image, which view, the row's name, and the seed of its view."""
 
     image: int
     view: int
     name: str
+    seed: int
 
 
 def prepare(
@@ -158,8 +164,10 @@ def prepare(
     store.refresh()
     bad: dict[int, str] = {}
     digests = list(_digests(images, bad))
+    name = namer(cache)
+    # Views are drawn from the image itself: the same in every cache, so that runs can be repeated.
     jobs = [
-        _Job(i, v, "/".join((digests[i], *(("+".join(augment.ops), str(v)) if v else ()))))
+        _Job(i, v, _row(name(digests[i]), augment.ops, v), seed=int(digests[i][:12], 16) + v)
         for i in range(len(images))
         if i not in bad
         for v in range(augment.views)
@@ -173,6 +181,31 @@ def prepare(
     rows = store.rows([job.name for job in jobs if job.image not in bad], recipe.device)
     kept = [i for i in range(len(images)) if i not in bad]
     return Prepared(rows, augment.views, recipe.front()), kept
+
+
+def _row(name: str, ops: tuple[str, ...], view: int) -> str:
+    return f"{name}/{'+'.join(ops)}/{view}" if view else name
+
+
+def namer(cache: Path) -> Callable[[str], str]:
+    """What names an image's rows in the folder `cache`, from its digest.
+
+    Keyed by a secret of that folder, drawn once from the operating system: sites that share a cache
+    share rows, and nobody without the secret can tell of which images they are.
+
+    Raises:
+      DataError: the secret cannot be made or read.
+    """
+    path = cache / "secret"
+    with usable(path, DataError):
+        if not path.exists():
+            files.create(path, secrets.token_bytes(32), mode=0o600)
+        secret = path.read_bytes()
+    if len(secret) != 32:
+        remedy = "Delete it: images are then prepared anew."
+        got = f"{len(secret)} bytes"
+        raise DataError(complaint(path, expected="32 bytes", got=got, remedy=remedy))
+    return lambda digest: hmac.digest(secret, digest.encode(), "sha256").hex()
 
 
 def _digests(images: Sequence[Image], bad: dict[int, str]) -> Iterator[str]:
@@ -231,8 +264,7 @@ def _fill(
 
 
 def _viewed(square: Tensor, job: _Job, ops: tuple[str, ...]) -> Tensor:
-    seed = int(job.name[:12], 16) + job.view
-    return view(square, ops, seed) if job.view else square
+    return view(square, ops, job.seed) if job.view else square
 
 
 def _ahead(work: Callable[[A], B], items: Iterable[A]) -> Iterator[B]:

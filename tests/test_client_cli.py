@@ -156,5 +156,5 @@ def test_it_runs_as_installed_and_teaches(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    for word in ("cache", "purge", "Begin with: consilium-client cache site.yaml"):
+    for word in ("cache", "purge", "Begin with: consilium-client plan site.yaml study.yaml"):
         assert word in done.stdout

@@ -1,17 +1,21 @@
 """The frozen prefix runs once per image, whatever happens in between, and its rows are right."""
 
+import hmac
+import json
 import logging
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from torch import nn
 
 from client import trainer
 from client.data.records import ArrayImage, FileImage
-from client.features import Prepared, Recipe, prepare
+from client.features import Prepared, Recipe, namer, prepare
 from client.store import opened
 from client.trainer import Examples
 from common.cut import cut_at
@@ -457,3 +461,54 @@ def test_the_log_counts_images(tmp_path, caplog, views, told):
     with caplog.at_level(logging.INFO):
         rows(tmp_path, images(5), counting(), views=views)
     assert f"preparing {told}" in caplog.text
+
+
+# --- whose images they are, it tells nobody ---
+
+
+def names(cache):
+    """The names of all rows in a cache folder."""
+    found = set()
+    for path in cache.rglob("*.safetensors"):
+        with safe_open(path, framework="pt") as shard:
+            found |= set(json.loads(shard.metadata()["names"]))
+    return found
+
+
+def test_a_row_is_named_by_an_image_only_for_who_has_the_secret(tmp_path):
+    some = images(3)
+    for cache in ("one", "two"):
+        ready(tmp_path / cache, some, counting(), views=2)
+    one, two = names(tmp_path / "one"), names(tmp_path / "two")
+    assert len(one) == len(two) == 6
+    assert one.isdisjoint(two)
+    secret = (tmp_path / "one" / "secret").read_bytes()
+    wanted = {hmac.digest(secret, i.digest().encode(), "sha256").hex() for i in some}
+    assert {name.split("/")[0] for name in one} == wanted
+    told = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    assert not [i for i in some if i.digest().encode() in told]
+
+
+def test_the_secret_is_drawn_once_and_for_this_user_alone(tmp_path):
+    before = os.umask(0)
+    try:
+        ready(tmp_path, images(2), counting())
+    finally:
+        os.umask(before)
+    secret = tmp_path / "secret"
+    assert secret.stat().st_mode & 0o777 == 0o600
+    drawn = secret.read_bytes()
+    assert len(drawn) == 32
+    assert namer(tmp_path)("a") == namer(tmp_path)("a") != namer(tmp_path)("b")
+    assert secret.read_bytes() == drawn
+    secret.write_bytes(b"short")
+    with pytest.raises(DataError, match=r"secret: expected 32 bytes, got 5 bytes\. Delete it"):
+        ready(tmp_path, images(2), counting())
+
+
+def test_views_are_the_same_in_every_cache(tmp_path):
+    """Otherwise a simulation could not be repeated: each cache has a secret of its own."""
+    pixels = Recipe(prefix=nn.Identity(), preprocess=SMALL, activations=False)
+    one, two = (rows(tmp_path / name, images(3), pixels, views=4) for name in ("one", "two"))
+    assert torch.equal(one, two)
+    assert len({tuple(row.flatten().tolist()) for row in one}) > 6

@@ -1,0 +1,29 @@
+"""How every picture looks."""
+
+from typing import Any
+
+# Okabe and Ito (2008): told apart with any colour vision. Black is kept for the overall figure.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
+MARKERS = ("o", "s", "D", "^", "v", "P")
+INK, GREY, PALE, PALEST = "#222222", "#9AA0A6", "#E3E6E9", "#F3F4F6"
+
+STYLE: Any = {
+    "font.size": 10,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": GREY,
+    "axes.axisbelow": True,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "grid.color": PALE,
+    "legend.frameon": False,
+    "figure.constrained_layout.w_pad": 0.1,
+    "figure.constrained_layout.h_pad": 0.1,
+    "savefig.dpi": 150,
+    "text.parse_math": False,  # names of sites and classes are text, never formulas
+}
