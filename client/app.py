@@ -1,18 +1,28 @@
-"""The hospital's Flower ClientApp: parse, agree, work, reply. The error boundary."""
+"""The hospital's Flower ClientApp: parse, agree, work, record, reply. The error boundary."""
 
 import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from flwr.app import Context, Message
+from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from client.session import Session, open_session, remember
+from client.desk import Desk, open_desk
+from client.entries import Release
+from client.outbox import Reply, release
+from client.session import Session, drop, open_session, remember
 from client.site import Site
 from common import wire
-from common.errors import ConsiliumError, SiteError
-from common.flower import ClientAppCallable, error_reply
+from common.contract import digest
+from common.errors import ConsiliumError, ContractError, RefusedError, SiteError, complaint
+from common.flower import ClientAppCallable, error_reply, from_bytes, to_bytes
 
 log = logging.getLogger(__name__)
+
+Answer = wire.JoinReply | wire.RoundReply | wire.FinalReply
+
+# A coordinator that was interrupted at the end may by then hold the last model as the best one.
+_ENDS = 2
 
 
 def boundary(message: Message, context: Context, work: ClientAppCallable) -> Message:
@@ -34,8 +44,27 @@ app = ClientApp(mods=[boundary])
 def join(message: Message, context: Context) -> Message:
     """Read the proposal, agree or refuse, prepare every image."""
     request = wire.JoinRequest.read(message.content)
-    study = remember(Site.read(site_file(context)), request.proposal)
-    reply = _session(context, study.id).joined()
+    site = Site.read(site_file(context))
+    desk = open_desk(site)
+    study = remember(site, request.proposal)
+    for ended in desk.ledger.ends.keys() - {study.id}:
+        desk.outbox.purge(ended)
+    what = Release(study=study.id, name=study.name, kind="join")
+    try:
+        session = open_session(site_file(context), study.id)
+    except RefusedError as ex:  # one bit about the patients, if numbers of them decided
+        desk.ledger.send(what, Reply(ex.code.encode(), {}, (ex.code,)).contents)
+        drop(site, study)
+        raise
+    return _leave(message, session, what, lambda: session.joined(_head(desk)))
+
+
+@app.query("ledger")
+def ledger(message: Message, context: Context) -> Message:
+    """The hash of one line of this site's ledger; of no patient, and so not a line itself."""
+    request = wire.LedgerRequest.read(message.content)
+    desk = open_desk(Site.read(site_file(context)))
+    reply = wire.LedgerReply(desk.ledger.hash_at(request.count))
     return Message(reply.record(), reply_to=message)
 
 
@@ -43,31 +72,73 @@ def join(message: Message, context: Context) -> Message:
 def work(message: Message, context: Context) -> Message:
     """One round: evaluate what came on validation patients, then train it and send it back."""
     request = wire.RoundRequest.read(message.content)
-    session = _session(context, request.study)
-    tensors = wire.from_arrays(request.arrays, session.network.shapes)
-    counts = session.evaluate(tensors, "validation")
-    train_loss = session.train(tensors, request.round, request.proximal_mu)
-    reply = wire.RoundReply(
-        arrays=wire.to_arrays(session.network.tensors),
-        train_loss=train_loss,
-        counts=counts,
+    session = open_session(site_file(context), request.study)
+    study = session.study
+    if request.round > study.train.rounds:
+        raise ContractError(f"round {request.round} of a study of {study.train.rounds}")
+    received = digest(wire.from_arrays(request.arrays, session.network.shapes))
+    what = Release(
+        study=study.id, name=study.name, kind="round", round=request.round, received=received
     )
-    return Message(reply.record(), reply_to=message)
+    desk = open_desk(session.site)
+    return _leave(message, session, what, lambda: session.work(request, _head(desk)))
 
 
 @app.evaluate()
 def finish(message: Message, context: Context) -> Message:
     """The final message: counts of the last model and of the best."""
     request = wire.FinalRequest.read(message.content)
-    session = _session(context, request.study)
-    last = wire.from_arrays(request.last, session.network.shapes)
-    best = wire.from_arrays(request.best, session.network.shapes)
-    reply = wire.FinalReply(
-        validation_last=session.evaluate(last, "validation"),
-        test_last=session.evaluate(last, "test"),
-        test_best=session.evaluate(best, "test"),
-    )
-    return Message(reply.record(), reply_to=message)
+    session = open_session(site_file(context), request.study)
+    models = {"last": request.last, "best": request.best}
+    tensors = {
+        f"{which}/{name}": tensor
+        for which, arrays in models.items()
+        for name, tensor in wire.from_arrays(arrays, session.network.shapes).items()
+    }
+    study, received = session.study, digest(tensors)
+    _ends_once(session, received)
+    what = Release(study=study.id, name=study.name, kind="final", received=received)
+    return _leave(message, session, what, lambda: session.finish(request))
+
+
+def _head(desk: Desk) -> wire.LedgerHead:
+    return wire.LedgerHead(count=desk.ledger.head.count, hash=desk.ledger.head.hash)
+
+
+def _ends_once(session: Session, received: str) -> None:
+    """Where figures are told at the end only, a server cannot have every round be the end."""
+    if session.agreed().disclosure.metrics == "every_round":
+        return
+    ends = open_desk(session.site).ledger.ends.get(session.study.id, frozenset())
+    if received not in ends and len(ends) >= _ENDS:
+        where, expected = f"study {session.study.name}", "the models that it ended with before"
+        remedy = "Run it again under another name or seed."
+        raise ContractError(complaint(where, expected=expected, got="others", remedy=remedy))
+
+
+def _leave(
+    message: Message, session: Session, what: Release, work: Callable[[], Answer]
+) -> Message:
+    """The only way out: what leaves is parsed from the very bytes that were recorded."""
+    desk = open_desk(session.site)
+    data = release(desk.ledger, desk.outbox, what, lambda: _reply(work()))
+    return Message(from_bytes(data), reply_to=message)
+
+
+def _reply(answer: Answer) -> Reply:
+    record = answer.record()
+    arrays = [item for found in record.array_records.values() for item in found.items()]
+    tensors = {name: tuple(array.shape) for name, array in arrays}
+    return Reply(to_bytes(record), tensors, tuple(_figures(answer, record)))
+
+
+def _figures(answer: Answer, record: RecordDict) -> Iterator[str]:
+    """Names of all that leaves beside tensors."""
+    if isinstance(answer, wire.JoinReply):
+        for name, value in answer.model_dump(exclude_none=True).items():
+            yield from (f"{name}.{part}" for part in value) if isinstance(value, dict) else [name]
+    for part, metrics in record.metric_records.items():
+        yield from (f"{part}.{name}" for name, told in metrics.items() if told != [])
 
 
 def site_file(context: Context) -> Path:
@@ -76,7 +147,3 @@ def site_file(context: Context) -> Path:
     if not isinstance(path, str):
         raise SiteError("node configuration: expected site=<path of site.yaml>, got nothing")
     return Path(path)
-
-
-def _session(context: Context, study: str) -> Session:
-    return open_session(site_file(context), study)

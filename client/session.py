@@ -14,7 +14,8 @@ from client.data.holdout import Parts, split
 from client.data.records import Record
 from client.disk import usable
 from client.features import Keep, Recipe, prepare
-from client.policy import agree
+from client.forgotten import remaining
+from client.policy import Agreement, agree, identity
 from client.precision import settle
 from client.site import Site
 from client.trainer import Examples
@@ -24,6 +25,7 @@ from common.errors import (
     BackboneError,
     ContractError,
     DataError,
+    RefusedError,
     SiteError,
     StudyError,
     complaint,
@@ -31,8 +33,18 @@ from common.errors import (
 from common.metrics import Counts
 from common.network import Network, assemble
 from common.seeds import derive
-from common.study import Augment, Study
-from common.wire import JoinReply, Tensors
+from common.study import Augment, DpSgd, Study
+from common.wire import (
+    Figures,
+    FinalCounts,
+    FinalReply,
+    FinalRequest,
+    JoinReply,
+    LedgerHead,
+    RoundReply,
+    RoundRequest,
+    Tensors,
+)
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +55,8 @@ class Session:
     """A site in a study, ready for rounds.
 
     Opening it reads the data, cuts it by patient, asks the policy, and runs the frozen prefix over
-    every image the cache does not have yet.
+    every image the cache does not have yet. Who joined a study goes on with the patients it joined
+    with: others that came later are left out.
 
     Raises:
       ConsiliumError: whatever keeps this site from taking part, with its remedy.
@@ -52,8 +65,11 @@ class Session:
     def __init__(self, site: Site, study: Study) -> None:
         self.site, self.study = site, study
         self.classes = len(study.classes)
-        parts = cut(site, study)
-        self._agree(patients(parts.train))
+        self.disclosure = site.policy.disclose.resolved(private=study.private)
+        self.agreement = Agreement.kept(site, study.id)
+        found = cut(site, study)
+        parts = {part: self._taking_part(part, getattr(found, part)) for part in PARTS}
+        self._agree(patients(parts["train"]), len(parts["train"]))
         self.network = assemble(study, _weights(site, study))
         self.device = _device(site.device)
         self.network.model.to(self.device)
@@ -68,18 +84,27 @@ class Session:
         self.recipe = _recipe(self.network, self.precision.prefix, site.keep)
         self.examples: dict[str, Examples] = {}
         self.patients: dict[str, int] = {}
+        self._records: list[str] = []
         self._make_room()
-        for part in PARTS:
-            self._prepare(part, getattr(parts, part))
+        for part, records in parts.items():
+            self._prepare(part, records)
         self._make_room()
-        self._agree(self.patients["train"])  # again: unreadable images may have been left out
+        # Again: unreadable images may have been left out.
+        self._agree(self.patients["train"], len(self.examples["train"]))
 
-    def _agree(self, trained: int) -> None:
+    def _agree(self, trained: int, images: int) -> None:
         if self.site.role == "train" and not trained:
             where, expected = f"{self.site.source}: data", "at least one training patient"
             remedy = "Add patients, lower holdout, or set role: evaluate."
             raise DataError(complaint(where, expected=expected, got=trained, remedy=remedy))
-        agree(self.site, self.study, trained)
+        agree(self.site, self.study, trained, images)
+
+    def _taking_part(self, part: str, records: Sequence[Record]) -> list[Record]:
+        """Those that the site joined with; all of them if it has not joined yet."""
+        if self.agreement is None:
+            return list(records)
+        joined, secret = set(self.agreement.records), self.site.secret()
+        return [r for r in records if identity(r, part, self.site, secret) in joined]
 
     def _make_room(self) -> None:
         """Delete prepared images of other studies, as far as the site asks for it."""
@@ -98,20 +123,107 @@ class Session:
         labels = torch.tensor([records[i].label for i in kept], dtype=torch.int64)
         self.examples[part] = Examples(prepared, labels)
         self.patients[part] = patients([records[i] for i in kept])
+        secret = self.site.secret()
+        self._records += [identity(records[i], part, self.site, secret) for i in kept]
 
-    def joined(self) -> JoinReply:
-        """What this site tells the server about itself."""
-        counts = {p: e.labels.bincount(minlength=self.classes) for p, e in self.examples.items()}
+    def joined(self, ledger: LedgerHead) -> JoinReply:
+        """Agree, on disk, and tell the server what this site tells about itself.
+
+        Joining again, the site may tell less than before, and count without patients who left;
+        nobody who was not there at first is let in.
+
+        Args:
+          ledger: How far this site's ledger goes.
+        """
+        now = self._agreement_now()
+        if now != self.agreement:
+            now.keep(self.site)
+            self.agreement = now
+        disclosure, silent = now.disclosure, now.privacy is not None
+        patients = {p: disclosure.number(n) for p, n in now.patients.model_dump().items()}
+        images = {p: disclosure.numbers(n) for p, n in now.images.model_dump().items()}
+        if silent:  # how many train is theirs to keep: no noise protects a number told at join
+            patients["train"] = images["train"] = None
         return JoinReply(
             name=self.site.name,
             role=self.site.role,
             contract=self.network.contract,
-            patients=wire.Parts(**self.patients),
-            images=wire.Parts(**{p: tuple(count.tolist()) for p, count in counts.items()}),
-            prefix_dtype=self.precision.prefix,
-            suffix_dtype=self.precision.suffix,
+            disclosure=disclosure,
+            patients=wire.Parts(**patients),
+            images=wire.Parts(**images),
+            prefix_dtype=now.prefix_dtype,
+            suffix_dtype=now.suffix_dtype,
+            ledger=ledger,
             versions=Versions.here(),
         )
+
+    def _agreement_now(self) -> Agreement:
+        counts = {p: e.labels.bincount(minlength=self.classes) for p, e in self.examples.items()}
+        privacy, first = self.study.privacy, self.agreement
+        return Agreement(
+            study=self.study.id,
+            role=self.site.role,
+            disclosure=self.disclosure,
+            privacy=privacy if isinstance(privacy, DpSgd) else None,
+            prefix_dtype=self.precision.prefix,
+            suffix_dtype=self.precision.suffix,
+            patients=wire.Parts(**self.patients),
+            images=wire.Parts(**{p: tuple(count.tolist()) for p, count in counts.items()}),
+            records=first.records if first else tuple(sorted(self._records)),
+        )
+
+    def agreed(self) -> Agreement:
+        """What was agreed at join, if it still holds.
+
+        Raises:
+          ContractError: this site has not joined the study.
+          RefusedError: its policy now allows it to tell less than it agreed to.
+          DataError: other patients take part than it joined with.
+        """
+        kept, now = self.agreement, self._agreement_now()
+        remedy = "It can take part again when the coordinator resumes the run."
+        if kept is None:
+            raise ContractError(f"this site has not joined study {self.study.id!r}")
+        if not kept.disclosure.within(now.disclosure):
+            where, got = f"{self.site.source}: policy.disclose", "less"
+            expected = "what was agreed at join"
+            raise RefusedError(complaint(where, expected=expected, got=got, remedy=remedy))
+        if (kept.role, kept.images, kept.patients) != (now.role, now.images, now.patients):
+            where, got = f"{self.site.source}: data", "fewer, or another role"
+            expected = "the patients that it joined with"
+            raise DataError(complaint(where, expected=expected, got=got, remedy=remedy))
+        return kept
+
+    def work(self, request: RoundRequest, ledger: LedgerHead) -> RoundReply:
+        """One round: evaluate what came on validation patients, then train it; tell as agreed.
+
+        Args:
+          request: What the server asks for.
+          ledger: How far this site's ledger goes.
+        """
+        disclosure = self.agreed().disclosure
+        tensors = wire.from_arrays(request.arrays, self.network.shapes)
+        tells = disclosure.metrics == "every_round"
+        counts = disclosure.coarse(self.evaluate(tensors, "validation")) if tells else None
+        loss = self.train(tensors, request.round, request.proximal_mu)
+        loss_told = loss if disclosure.tells_scores else None
+        figures = Figures(train_loss=loss_told, counts=counts) if counts else None
+        arrays = wire.to_arrays(self.network.tensors)
+        return RoundReply(arrays=arrays, figures=figures, ledger=ledger)
+
+    def finish(self, request: FinalRequest) -> FinalReply:
+        """The end: counts of the last model and of the best, as agreed."""
+        disclosure = self.agreed().disclosure
+        last = wire.from_arrays(request.last, self.network.shapes)
+        best = wire.from_arrays(request.best, self.network.shapes)
+        if disclosure.metrics == "none":
+            return FinalReply(counts=None)
+        counts = FinalCounts(
+            validation_last=disclosure.coarse(self.evaluate(last, "validation")),
+            test_last=disclosure.coarse(self.evaluate(last, "test")),
+            test_best=disclosure.coarse(self.evaluate(best, "test")),
+        )
+        return FinalReply(counts=counts)
 
     def train(self, tensors: Tensors, round_number: int, proximal_mu: float) -> float:
         """Train the received tensors on this site's training patients; returns the mean loss.
@@ -139,7 +251,7 @@ class Session:
 
 def cut(site: Site, study: Study) -> Parts:
     """The site's records, cut by patient; at a site that only evaluates, all are test patients."""
-    records = site.data.records(study.classes)
+    records = remaining(site, site.data.records(study.classes))
     if site.role == "evaluate":
         return Parts(train=[], validation=[], test=records)
     return split(records, study.holdout, site.secret())
@@ -189,6 +301,12 @@ def remember(site: Site, proposal: str) -> Study:
     return study
 
 
+def drop(site: Site, study: Study) -> None:
+    """Delete a proposal that was refused, unless the site agreed to it before."""
+    if Agreement.kept(site, study.id) is None:
+        (site.private("studies") / f"{study.id}.json").unlink(missing_ok=True)
+
+
 def _parse(proposal: str) -> Study:
     try:
         return Study.model_validate_json(proposal)
@@ -196,13 +314,24 @@ def _parse(proposal: str) -> Study:
         raise ContractError(f"the proposal is not a valid study: {ex}") from None
 
 
-@lru_cache(maxsize=1024)
 def open_session(site_file: Path, study_id: str) -> Session:
-    """The session of a site in a study it has joined; loaded once per process.
+    """The session of a site in a study it was sent; loaded once per process and site file as it is.
 
     Raises:
-      ContractError: this site never joined that study.
+      ContractError: this site was never sent that study.
     """
+    with usable(site_file, SiteError):
+        now = site_file.stat()
+    return _session(site_file, (now.st_mtime_ns, now.st_size, now.st_ino), study_id)
+
+
+def close_sessions() -> None:
+    """Let go of every session of this process."""
+    _session.cache_clear()
+
+
+@lru_cache(maxsize=1024)
+def _session(site_file: Path, _: tuple[int, ...], study_id: str) -> Session:
     site = Site.read(site_file)
     path = site.state / "studies" / f"{study_id}.json"
     # The id is a name from the network: one spelling, no path, no second session.

@@ -5,16 +5,19 @@ import secrets
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, StrictInt, field_validator
+from pydantic import Field, StrictInt, field_validator, model_validator
 
 from client.data.formats import Data
 from client.disk import usable
 from client.features import Keep
 from client.precision import Asked
 from common import files
+from common.disclosure import Disclosure
 from common.errors import SiteError, complaint
-from common.study import Name, Unfreeze
+from common.study import Name, Number, Positive, Unfreeze, Word
 from common.yaml import Section, YamlFile
+
+AtLeastOne = Annotated[StrictInt, Field(ge=1)]
 
 
 class Policy(Section):
@@ -22,10 +25,29 @@ class Policy(Section):
 
     require_privacy: bool = False
     """Refuse studies without differential privacy."""
-    min_patients: Annotated[StrictInt, Field(ge=1)] = 1
+    max_epsilon: Positive | None = None
+    """Most that all studies together may spend; one without privacy has no ε, and is refused."""
+    delta: Annotated[Number, Field(gt=0, lt=1)] | None = None
+    """Refuse a larger δ; the δ of `max_epsilon`, which means nothing without one."""
+    min_patients: AtLeastOne = 1
     """Refuse to train on fewer training patients."""
+    backbones: tuple[Word, ...] | None = None
+    """The backbones allowed; without it, any."""
     unfreeze: tuple[Unfreeze, ...] | None = None
     """The depths allowed; without it, any."""
+    max_local_epochs: AtLeastOne | None = None
+    """Refuse longer rounds, also where the study counts them in steps."""
+    max_local_steps: AtLeastOne | None = None
+    """Refuse longer rounds, also where the study counts them in epochs."""
+    max_batch_size: AtLeastOne | None = None
+    disclose: Disclosure = Disclosure()
+    """What leaves beside trained tensors."""
+
+    @model_validator(mode="after")
+    def _epsilon_has_its_delta(self) -> Self:
+        if self.max_epsilon is not None and self.delta is None:
+            raise ValueError("expected delta beside max_epsilon, got none. Write delta: 1.0e-5.")
+        return self
 
 
 class Cache(Section):

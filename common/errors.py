@@ -45,6 +45,12 @@ class RefusedError(ConsiliumError):
     code = "refused"
 
 
+class BudgetError(RefusedError):
+    """The hospital's privacy budget does not suffice."""
+
+    code = "budget"
+
+
 class ContractError(ConsiliumError):
     """A message does not fit what was agreed at join."""
 

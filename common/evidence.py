@@ -66,6 +66,8 @@ def _redraws(counts: Counts, seed: int, draws: int) -> Iterator[Counts]:
 
 def _redraw(counts: Ints, rng: np.random.Generator) -> Ints:
     """Each row drawn again with its own total and shares."""
+    if not counts.size:  # scores are withheld
+        return counts
     totals = counts.sum(axis=1)
     return rng.multinomial(totals, counts / np.maximum(totals, 1)[:, None])
 
@@ -137,8 +139,8 @@ class Calibration:
 
 
 def calibration(counts: Counts, bins: int = 10) -> Calibration | None:
-    """Calibration from the score histograms, in equal bins of probability; None without images."""
-    if not counts.n:
+    """Calibration from the score histograms, in equal bins of probability; None without scores."""
+    if not counts.positive.any():
         return None
     probability = (1 + np.tanh(CENTRES / 2)) / 2
     group = np.minimum((probability * bins).astype(int), bins - 1)
@@ -146,7 +148,7 @@ def calibration(counts: Counts, bins: int = 10) -> Calibration | None:
     everyone = counts.positive + counts.negative
     images = everyone @ member
     expected, true = (everyone * probability) @ member, counts.positive @ member
-    errors = np.abs(true - expected).sum(axis=1) / counts.n
+    errors = np.abs(true - expected).sum(axis=1) / counts.positive.sum()
     with np.errstate(invalid="ignore"):
         predicted, observed = expected / images, true / images
     error = float(errors[counts.positive.any(axis=1)].mean())

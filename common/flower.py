@@ -20,10 +20,11 @@ try:
     _installed = version("flwr")
     if not _installed.startswith("1.41."):
         raise ImportError
-    from flwr.app import Error, Message
+    from flwr.app import Error, Message, RecordDict
     from flwr.clientapp.typing import ClientAppCallable
     from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
     from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
+    from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
     from flwr.supercore.run import Run
     from flwr.supercore.task_identity import TaskIdentity
 except ImportError:
@@ -39,8 +40,10 @@ __all__ = [
     "Run",
     "TaskIdentity",
     "error_reply",
+    "from_bytes",
     "recorddict_from_proto",
     "recorddict_to_proto",
+    "to_bytes",
 ]
 
 logging.getLogger("flwr").setLevel(logging.ERROR)
@@ -49,3 +52,14 @@ logging.getLogger("flwr").setLevel(logging.ERROR)
 def error_reply(message: Message, reason: str) -> Message:
     """A reply that says no, with a public code as its only text."""
     return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
+
+
+def to_bytes(record: RecordDict) -> bytes:
+    """A record as it travels: equal records give equal bytes."""
+    data: bytes = recorddict_to_proto(record).SerializeToString(deterministic=True)
+    return data
+
+
+def from_bytes(data: bytes) -> RecordDict:
+    """The record that `to_bytes` gave, which gives these very bytes again."""
+    return recorddict_from_proto(ProtoRecordDict.FromString(data))

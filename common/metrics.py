@@ -33,8 +33,9 @@ class Counts:
     Attributes:
       confusion: int64 [K, K], images by true class (row) and predicted class (column).
       positive: int64 [K, BINS], for each class, its images by the log-odds given to that class.
-      negative: int64 [K, BINS], the same for the images of all other classes.
-      loss_sum: cross-entropy in nats, summed over the images.
+      negative: int64 [K, BINS], the same for the images of all other classes. Both are empty for
+        images whose scores are withheld: figures of scores are then of the other images alone.
+      loss_sum: cross-entropy in nats, summed over the images with scores.
     """
 
     confusion: Ints
@@ -91,6 +92,11 @@ class Counts:
             self.loss_sum + other.loss_sum,
         )
 
+    def unscored(self, confusion: Ints) -> Self:
+        """These counts without scores and losses, with another confusion matrix."""
+        nothing = np.zeros_like(self.positive)
+        return type(self)(confusion, nothing, nothing, 0.0)
+
     def sparse(self) -> Sparse:
         """These counts for the wire: each array as [index, count, …] of its non-zero cells."""
         return {
@@ -101,12 +107,15 @@ class Counts:
         }
 
     @classmethod
-    def from_sparse(cls, record: Mapping[str, object], classes: int) -> Self:
+    def from_sparse(
+        cls, record: Mapping[str, object], classes: int, *, scored: bool = True
+    ) -> Self:
         """The counts another machine sent, trusting none of it.
 
         Args:
           record: what `sparse` gave there.
           classes: K as agreed at join; sizes come from here, never from the record.
+          scored: Whether it must have the scores of all images, or of none.
 
         Raises:
           ContractError: a key, type, index, count or total is not what `sparse` could have given.
@@ -117,12 +126,13 @@ class Counts:
         confusion = _dense("confusion", record["confusion"], classes, classes)
         positive = _dense("positive", record["positive"], classes, BINS)
         negative = _dense("negative", record["negative"], classes, BINS)
-        images = confusion.sum(axis=1)
+        images = confusion.sum(axis=1) * scored
         if (positive.sum(axis=1) != images).any():
             raise _bad("positive", "as many images of each class as in confusion", "others")
         if (negative.sum(axis=1) != images.sum() - images).any():
             raise _bad("negative", "as many images outside each class as in confusion", "others")
-        return cls(confusion, positive, negative, _loss_sum(record["loss_sum"], int(images.sum())))
+        loss_sum = _loss_sum(record["loss_sum"], int(images.sum()))
+        return cls(confusion, positive, negative, loss_sum)
 
 
 def _log_scores(z: Floats) -> tuple[Floats, Floats]:
@@ -178,7 +188,7 @@ def _dense(key: str, pairs: object, rows: int, columns: int) -> Ints:
 
 def _loss_sum(value: object, n: int) -> float:
     if not isinstance(value, float) or not np.isfinite(value) or value < 0 or (n == 0 and value):
-        raise _bad("loss_sum", "a finite sum of losses, at least 0, and 0 without images", value)
+        raise _bad("loss_sum", "a finite sum of losses, at least 0, and 0 without scores", value)
     return value
 
 
@@ -232,7 +242,8 @@ def _auroc(counts: Counts) -> float | None:
 
 
 def _loss(counts: Counts) -> float | None:
-    return _number(_ratio(counts.loss_sum, counts.n))
+    # Losses are withheld with the scores.
+    return _number(_ratio(counts.loss_sum, counts.positive.sum()))
 
 
 METRICS: Mapping[str, Metric] = {

@@ -158,10 +158,27 @@ class Aggregate(Section):
     """Seconds to wait for a round's replies."""
 
 
-class Privacy(Section):
-    """Which privacy mechanism protects training patients."""
+class NoPrivacy(Section):
+    """Nothing bounds what trained tensors tell about training patients."""
 
     mechanism: Literal["none"] = "none"
+
+
+class DpSgd(Section):
+    """DP-SGD by patient (Abadi et al. 2016): bounds what all rounds together tell about one."""
+
+    mechanism: Literal["dp_sgd"]
+    epsilon: Positive
+    """Over all planned rounds and the spare ones."""
+    delta: Annotated[Number, Field(gt=0, lt=1)]
+    clip_norm: Positive = 1.0
+    """Largest L2 norm of one patient's gradient."""
+    spare_rounds: Annotated[StrictInt, Field(ge=0, le=100_000)] = 2
+    """Rounds that may be repeated, beyond `train.rounds`, within epsilon."""
+
+
+Privacy = Annotated[NoPrivacy | DpSgd, Field(discriminator="mechanism")]
+"""Which mechanism protects training patients."""
 
 
 class Study(YamlFile):
@@ -175,7 +192,7 @@ class Study(YamlFile):
     holdout: Holdout = Holdout()
     select: Literal["accuracy", "balanced_accuracy", "f1", "auroc", "loss"] = "balanced_accuracy"
     aggregate: Aggregate = Aggregate()
-    privacy: Privacy = Privacy()
+    privacy: Privacy = NoPrivacy()
     seed: Annotated[StrictInt, Field(ge=0, lt=2**63)] = 0
 
     @field_validator("classes", mode="after")
@@ -194,6 +211,27 @@ class Study(YamlFile):
                 f"got {len(weights)}"
             )
         return self
+
+    @model_validator(mode="after")
+    def _nothing_beside_the_mechanism(self) -> Self:
+        if not self.private:
+            return self
+        if self.train.imbalance == "weighted":
+            raise ValueError(
+                "expected train.imbalance: none or focal with privacy, got weighted. Its weights "
+                "come from patients; set train.class_weights to constants instead."
+            )
+        if self.train.patience:
+            raise ValueError(
+                f"expected no train.patience with privacy, got {self.train.patience}. "
+                "No round is scored; the last model is released."
+            )
+        return self
+
+    @property
+    def private(self) -> bool:
+        """Whether a mechanism protects training patients."""
+        return self.privacy.mechanism != "none"
 
     @classmethod
     def read(cls, path: Path, changes: tuple[str, ...] = ()) -> Self:

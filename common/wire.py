@@ -6,18 +6,20 @@ not exactly what the protocol says raises `ContractError`.
 
 import io
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Annotated, Any, Generic, Literal, TypeVar
+from typing import Annotated, Any, Generic, Literal, Self, TypeVar
 
 import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
-from pydantic import Field, ValidationError
+from pydantic import Field, StrictInt, ValidationError, model_validator
 from torch import Tensor
 
 from common.contract import Contract, Dtype, Versions
+from common.disclosure import Disclosure
 from common.errors import ContractError
 from common.metrics import MOST, Counts
 from common.study import Name
@@ -25,9 +27,9 @@ from common.yaml import Section
 
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
 WEIGHT = "weight"
-_LAST, _BEST = "last", "best"
+_LAST, _BEST, _LEDGER = "last", "best", "ledger"
 _JSON, _STUDY, _ROUND, _PROXIMAL = "json", "study", "server-round", "proximal-mu"
-_LOSS = "train-loss"
+_LOSS, _COUNT, _HASH = "train-loss", "count", "hash"
 _LONGEST_JSON = 1_000_000
 # No weight of a working network comes near; larger ones would break the sites that receive them.
 _LARGEST = 1e4
@@ -38,6 +40,11 @@ Shapes = Mapping[str, tuple[int, ...]]
 Tensors = dict[str, Tensor]
 
 
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+LEDGER = "query.ledger"
+"""The type of the message that asks for a line of a site's ledger; Flower's name for it."""
+
 T = TypeVar("T")
 
 
@@ -47,6 +54,20 @@ class Parts(Section, Generic[T]):
     train: T
     validation: T
     test: T
+
+    @property
+    def all(self) -> tuple[T, T, T]:
+        """Of training, validation and test patients."""
+        return self.train, self.validation, self.test
+
+
+class LedgerHead(Section):
+    """How far a site's ledger of releases goes."""
+
+    count: Annotated[StrictInt, Field(ge=1)]
+    """Its number of lines."""
+    hash: Sha256
+    """Of the last of them, which covers all before it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,20 +94,34 @@ class JoinReply(Section):
     name: Name
     role: Literal["train", "evaluate"]
     contract: Contract
-    patients: Parts[Count]
-    """How many, in each part."""
-    images: Parts[tuple[Count, ...]]
-    """How many of each class, in each part."""
+    disclosure: Disclosure
+    """What the site tells, here and later."""
+    patients: Parts[Count | None]
+    """How many, in each part; None where the site does not tell."""
+    images: Parts[tuple[Count, ...] | None]
+    """How many of each class, in each part; None where the site does not tell."""
     prefix_dtype: Dtype
     """What the site's frozen prefix computes in."""
     suffix_dtype: Dtype
     """What its trained suffix computes in; its parameters are float32 in any case."""
+    ledger: LedgerHead
     versions: Versions
 
-    @property
-    def weight(self) -> int:
-        """Weight in FedAvg: the number of training images."""
-        return sum(self.images.train)
+    @model_validator(mode="after")
+    def _tells_what_it_says(self) -> Self:
+        disclosure, silent = self.disclosure, self.disclosure.counts == "none"
+        told = list(zip(self.patients.all, self.images.all, strict=True))
+        if any((patients is None) != (images is None) for patients, images in told):
+            raise ValueError("expected both patients and images of a part, or neither")
+        # Under privacy training patients are not told, whatever else is.
+        if any((patients is None) != silent for patients, _ in (told if silent else told[1:])):
+            raise ValueError("expected the parts that it says it tells")
+        numbers = [n for patients, images in told for n in (patients or 0, *(images or ()))]
+        if any(n % disclosure.base for n in numbers):
+            raise ValueError("expected numbers as coarse as it says")
+        if disclosure != disclosure.resolved(private=False):
+            raise ValueError("expected no metrics without counts")
+        return self
 
     def record(self) -> RecordDict:
         """As Flower sends it."""
@@ -136,41 +171,75 @@ def round_config(study: str) -> ConfigRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Figures:
+    """What a site tells about a round beside its tensors."""
+
+    train_loss: float | None
+    """Mean over the images seen; None where losses are withheld."""
+    counts: Counts
+    """Of the tensors received, on the site's validation patients."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RoundReply:
     """What a site sends after a round."""
 
     arrays: ArrayRecord
     """The trained tensors; as read, checked and in the order agreed."""
-    train_loss: float
-    counts: Counts
-    """Of the tensors received, on the site's validation patients."""
+    figures: Figures | None
+    """If the site tells them every round."""
+    ledger: LedgerHead
+    """How far the site's ledger went before this left."""
 
     def record(self) -> RecordDict:
         """As Flower sends it."""
-        metrics = MetricRecord({_LOSS: self.train_loss})
-        counts = MetricRecord(self.counts.sparse())
-        return RecordDict({ARRAYS: self.arrays, METRICS: metrics, _LAST: counts})
+        head = ConfigRecord({_COUNT: self.ledger.count, _HASH: self.ledger.hash})
+        record = RecordDict({ARRAYS: self.arrays, _LEDGER: head})
+        if self.figures and self.figures.train_loss is not None:
+            record[METRICS] = MetricRecord({_LOSS: self.figures.train_loss})
+        if self.figures:
+            record[_LAST] = MetricRecord(self.figures.counts.sparse())
+        return record
 
     @classmethod
-    def read(cls, record: RecordDict, shapes: Shapes, images: Sequence[int]) -> "RoundReply":
+    def read(cls, record: RecordDict, shapes: Shapes, joined: JoinReply) -> "RoundReply":
         """Back from Flower; raises `ContractError` unless it is exactly as agreed.
 
         Args:
           record: What the site sent.
           shapes: Of the tensors that travel.
-          images: The site's validation images of each class, as it told at join.
+          joined: What the site told at join.
         """
-        _exactly(record, ARRAYS, METRICS, _LAST)
-        metrics = _only(record.metric_records, METRICS)
-        if set(metrics) != {_LOSS}:
-            raise ContractError("metrics other than the agreed ones")
-        loss = metrics[_LOSS]
-        if not isinstance(loss, float) or not 0 <= loss <= _WORST_LOSS:
-            raise ContractError("a loss that is no loss")
+        tells = joined.disclosure.metrics == "every_round"
+        scored = tells and joined.disclosure.tells_scores
+        expected = {ARRAYS: True, _LEDGER: True, METRICS: scored, _LAST: tells}
+        _exactly(record, *(name for name, there in expected.items() if there))
         arrays = _only(record.array_records, ARRAYS)
         from_arrays(arrays, shapes)
         ordered = ArrayRecord({name: arrays[name] for name in shapes})
-        return cls(arrays=ordered, train_loss=loss, counts=_counts(record, _LAST, images))
+        figures = _figures(record, joined) if tells else None
+        return cls(arrays=ordered, figures=figures, ledger=_ledger(record))
+
+
+def _figures(record: RecordDict, joined: JoinReply) -> Figures:
+    counts = _counts(record, _LAST, joined.images.validation, joined.disclosure)
+    if not joined.disclosure.tells_scores:
+        return Figures(train_loss=None, counts=counts)
+    metrics = _only(record.metric_records, METRICS)
+    if set(metrics) != {_LOSS}:
+        raise ContractError("metrics other than the agreed ones")
+    loss = metrics[_LOSS]
+    if not isinstance(loss, float) or not 0 <= loss <= _WORST_LOSS:
+        raise ContractError("a loss that is no loss")
+    return Figures(train_loss=loss, counts=counts)
+
+
+def _ledger(record: RecordDict) -> LedgerHead:
+    told = _only(record.config_records, _LEDGER)
+    try:
+        return LedgerHead.model_validate(dict(told))
+    except ValidationError:
+        raise ContractError("a ledger that is none") from None
 
 
 def strategy_record(arrays: ArrayRecord, weight: float) -> RecordDict:
@@ -201,30 +270,88 @@ class FinalRequest:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinalReply:
-    """Counts of the last model on validation patients, and of both on test patients."""
+class FinalCounts:
+    """Of the last model on validation patients, and of both models on test patients."""
 
     validation_last: Counts
     test_last: Counts
     test_best: Counts
 
+
+_FINAL_PARTS = ("validation-last", "test-last", "test-best")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinalReply:
+    """What a site sends at the end."""
+
+    counts: FinalCounts | None
+    """If the site tells them."""
+
     def record(self) -> RecordDict:
         """As Flower sends it."""
-        parts = (self.validation_last, self.test_last, self.test_best)
+        if self.counts is None:
+            return RecordDict()
+        parts = (self.counts.validation_last, self.counts.test_last, self.counts.test_best)
         records = (MetricRecord(counts.sparse()) for counts in parts)
         return RecordDict(dict(zip(_FINAL_PARTS, records, strict=True)))
 
     @classmethod
-    def read(cls, record: RecordDict, images: Parts[tuple[int, ...]]) -> "FinalReply":
-        """Back from Flower; raises `ContractError` unless it counts the images told at join."""
+    def read(cls, record: RecordDict, joined: JoinReply) -> "FinalReply":
+        """Back from Flower; raises `ContractError` unless it is exactly as told at join."""
+        if joined.disclosure.metrics == "none":
+            _exactly(record)
+            return cls(counts=None)
         _exactly(record, *_FINAL_PARTS)
-        told = (images.validation, images.test, images.test)
+        told = (joined.images.validation, joined.images.test, joined.images.test)
         parts = zip(_FINAL_PARTS, told, strict=True)
-        validation, last, best = (_counts(record, part, each) for part, each in parts)
-        return cls(validation_last=validation, test_last=last, test_best=best)
+        validation, last, best = (
+            _counts(record, part, images, joined.disclosure) for part, images in parts
+        )
+        counts = FinalCounts(validation_last=validation, test_last=last, test_best=best)
+        return cls(counts=counts)
 
 
-_FINAL_PARTS = ("validation-last", "test-last", "test-best")
+@dataclass(frozen=True)
+class LedgerRequest:
+    """Asks a site for the hash of one line of its ledger, to see that it was not rolled back."""
+
+    count: int
+    """The line, from 1."""
+
+    def record(self) -> RecordDict:
+        """As Flower sends it."""
+        return RecordDict({CONFIG: ConfigRecord({_COUNT: self.count})})
+
+    @classmethod
+    def read(cls, record: RecordDict) -> "LedgerRequest":
+        """Back from Flower; raises `ContractError`."""
+        _exactly(record, CONFIG)
+        config = _only(record.config_records, CONFIG)
+        if set(config) != {_COUNT} or (count := _value(record, CONFIG, _COUNT, int)) < 1:
+            raise ContractError("a line before the first")
+        return cls(count)
+
+
+@dataclass(frozen=True)
+class LedgerReply:
+    """The hash of that line."""
+
+    hash: str | None
+    """None where the ledger does not go so far."""
+
+    def record(self) -> RecordDict:
+        """As Flower sends it."""
+        return RecordDict({CONFIG: ConfigRecord({_HASH: self.hash or ""})})
+
+    @classmethod
+    def read(cls, record: RecordDict) -> "LedgerReply":
+        """Back from Flower; raises `ContractError`."""
+        _exactly(record, CONFIG)
+        config, told = _only(record.config_records, CONFIG), _value(record, CONFIG, _HASH, str)
+        if set(config) != {_HASH} or not re.fullmatch(r"([0-9a-f]{64})?", told):
+            raise ContractError("a hash that is none")
+        return cls(told or None)
 
 
 def to_arrays(tensors: Mapping[str, Tensor]) -> ArrayRecord:
@@ -263,11 +390,16 @@ def _header(shape: tuple[int, ...]) -> bytes:
     return file.getvalue()
 
 
-def _counts(record: RecordDict, key: str, images: Sequence[int]) -> Counts:
-    """Counts of exactly these images of each class."""
-    counts = Counts.from_sparse(_only(record.metric_records, key), len(images))
-    if counts.confusion.sum(axis=1).tolist() != list(images):
+def _counts(
+    record: RecordDict, key: str, images: Sequence[int] | None, disclosure: Disclosure
+) -> Counts:
+    """Counts of exactly these images of each class, no finer than the site disclosed at join."""
+    told, base = _only(record.metric_records, key), disclosure.base
+    counts = Counts.from_sparse(told, len(images or ()), scored=base == 1)
+    if counts.confusion.sum(axis=1).tolist() != list(images or ()):
         raise ContractError("counts of other images than it told at join")
+    if disclosure.coarse(counts).sparse() != counts.sparse():
+        raise ContractError("counts finer than it disclosed at join")
     return counts
 
 

@@ -1,7 +1,7 @@
 """The sites of one study as the server sees them. Every reply is hostile until checked."""
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -12,7 +12,8 @@ from common import errors, wire
 from common.errors import ContractError, RunError
 from common.network import Network
 from common.study import Study
-from common.wire import JoinReply
+from common.wire import JoinReply, LedgerHead, LedgerReply, LedgerRequest
+from server.ledgers import ROLLED_BACK
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +28,7 @@ _MEANING = {
     "study": "it cannot read the study",
     "contract": "it did not accept the message",
     "run": "it could not compute",
+    "budget": "its privacy budget does not suffice",
     "internal": "it failed",
 }
 _SILENT = "it did not answer in time"
@@ -49,12 +51,27 @@ class Member:
         """Whether it takes part in rounds."""
         return self.reply.role == "train"
 
+    @property
+    def scores(self) -> bool:
+        """Whether its validation patients help to choose the released model."""
+        return self.trains and self.reply.disclosure.metrics == "every_round"
+
 
 class Federation:
-    """The joined sites of a study, sorted by name, and the exchanges with them."""
+    """The joined sites of a study, sorted by name, and the exchanges with them.
 
-    def __init__(self, grid: Grid, study: Study, network: Network) -> None:
+    Args:
+      grid: To reach them by.
+      study: That they are asked to join.
+      network: Of the study.
+      ledgers: How far the ledgers of sites went when they last joined, by name.
+    """
+
+    def __init__(
+        self, grid: Grid, study: Study, network: Network, ledgers: Mapping[str, LedgerHead]
+    ) -> None:
         self._grid, self._study, self._network = grid, study, network
+        self._ledgers = ledgers
         self.members: list[Member] = []
         self.refusals: dict[str, str] = {}
         """Why nodes that answered are not members."""
@@ -63,6 +80,17 @@ class Federation:
     def training(self) -> list[Member]:
         """The members that train."""
         return [member for member in self.members if member.trains]
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Weight in FedAvg of each site that trains: its training images, or else all the same.
+
+        Told by all of them exactly, without privacy, they are a fair weight; told by some, or
+        coarsely, they are none.
+        """
+        if all(m.reply.disclosure.base == 1 and m.reply.images.train for m in self.training):
+            return {m.name: float(sum(m.reply.images.train or ())) for m in self.training}
+        return {m.name: 1.0 for m in self.training}
 
     def join(self) -> None:
         """Propose the study to every connected node.
@@ -77,6 +105,7 @@ class Federation:
         self.refusals = {f"node {node}": why for node, why in failures.items()}
         for node, reply in sorted(replies.items(), key=lambda item: (item[1].name, item[0])):
             self._admit(Member(node, reply))
+        self._check_ledgers()
         quorum = self._study.aggregate.quorum
         if len(self.training) < quorum:
             expected = f"{quorum} training sites (aggregate.quorum)"
@@ -85,20 +114,41 @@ class Federation:
 
     def _admit(self, member: Member) -> None:
         differ = self._network.contract.differences(member.reply.contract)
-        images = member.reply.images
+        reply, private, classes = member.reply, self._study.private, len(self._study.classes)
+        untold = private or reply.disclosure.counts == "none"
         if differ:
             self.refusals[member.name] = f"its {', '.join(differ)} differ from ours"
-        elif any(
-            len(c) != len(self._study.classes)
-            for c in (images.train, images.validation, images.test)
-        ):
+        elif any(len(told) != classes for told in reply.images.all if told is not None):
             self.refusals[member.name] = "it counts other classes than the study has"
+        elif (reply.images.train is None) != untold or (private and member.scores):
+            self.refusals[member.name] = "it does not tell what this study lets it tell"
         elif any(member.name == other.name for other in self.members):
             self.refusals[f"node {member.node}"] = f"the name {member.name} is taken"
-        elif member.trains and not member.reply.weight:
+        elif member.trains and reply.disclosure.base == 1 and reply.images.train == (0,) * classes:
             self.refusals[member.name] = "it has nothing to train on"
         else:
             self.members.append(member)
+
+    def _check_ledgers(self) -> None:
+        """Leave out every member whose ledger no longer holds all that it held when it last joined.
+
+        It must go further by now, as joining adds a line, and is asked for the hash at that place.
+        """
+        before = self._ledgers
+        again = [m for m in self.members if m.name in before]
+        shorter = {
+            m.name: ROLLED_BACK for m in again if m.reply.ledger.count <= before[m.name].count
+        }
+        asked = [member for member in again if member.name not in shorter]
+        messages = [
+            Message(LedgerRequest(before[m.name].count).record(), m.node, wire.LEDGER)
+            for m in asked
+        ]
+        replies, failures = self.ask(asked, messages, lambda _, record: LedgerReply.read(record))
+        changed = {n: ROLLED_BACK for n, told in replies.items() if told.hash != before[n].hash}
+        out = shorter | failures | changed
+        self.refusals |= out
+        self.members = [member for member in self.members if member.name not in out]
 
     def ask(
         self,

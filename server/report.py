@@ -36,6 +36,8 @@ class Outcome:
     study: Study
     round: int
     test: dict[str, Counts]
+    withheld: dict[str, str]
+    """What sites do not tell, in words; only those that withhold something."""
 
 
 def union(counts: Iterable[Counts], classes: int) -> Counts:
@@ -54,10 +56,15 @@ def left_out(results: Results) -> list[str]:
     return sorted(n for n in _sites(results) if any(n not in way for way in results.values()))
 
 
-def note(results: Results) -> str:
-    """What to print under a table with an overall row: the sites it leaves out, if any."""
-    names = ", ".join(left_out(results))
-    return names and f"overall leaves out {names}: not every way of training has figures for it"
+def note(results: Results, withheld: Mapping[str, str]) -> str:
+    """What to print under a table: the sites that overall leaves out, and who withheld what."""
+    lines = []
+    if names := ", ".join(left_out(results)):
+        lines.append(f"overall leaves out {names}: not every way of training has figures for it")
+    if withheld:
+        told = "; ".join(f"{site}: {what}" for site, what in sorted(withheld.items()))
+        lines.append(f"withheld by sites: {told}")
+    return "\n".join(lines)
 
 
 def _sites(results: Results) -> set[str]:
@@ -108,7 +115,8 @@ class Reporter:
         self._folder.write("model.safetensors", save(tensors))
         self._pictures(outcome)
         # The report comes last: with it the run counts as finished.
-        save_results(self._folder, {FEDERATED: outcome.test}, released_round=outcome.round)
+        facts = {"released_round": outcome.round, "withheld": outcome.withheld}
+        save_results(self._folder, {FEDERATED: outcome.test}, **facts)
 
     def _pictures(self, outcome: Outcome) -> None:
         keys = dict.fromkeys((self._study.select, "auroc"))
@@ -151,7 +159,9 @@ def load_results(path: Path, classes: int) -> tuple[Results, dict[str, Any]]:
     told = report.pop("results")
     results = {
         way: {
-            name: Counts.from_sparse(site["counts"], classes)
+            name: Counts.from_sparse(
+                site["counts"], classes, scored=bool(site["counts"]["positive"])
+            )
             for name, site in result["sites"].items()
         }
         for way, result in told.items()
@@ -173,16 +183,21 @@ def _calibration_error(counts: Counts) -> float | None:
     return found.error if found else None
 
 
-def results_tables(results: Results, classes: Sequence[str]) -> tuple[Table, Table]:
-    """Per site and overall, one row for each way of training: metrics, and sensitivities."""
+def results_tables(
+    results: Results, classes: Sequence[str], withheld: Mapping[str, str]
+) -> tuple[Table, Table]:
+    """Per site and overall, one row for each way of training: metrics, and sensitivities.
+
+    A site that withheld everything has a row of dashes.
+    """
     metrics = [*(METRICS[name].label for name in _COLUMNS), "calibration error"]
 
     def figures_of(counts: Counts) -> list[float | None]:
         return [*(value(counts, name) for name in _COLUMNS), _calibration_error(counts)]
 
     return (
-        _table(results, len(classes), metrics, figures_of),
-        _table(results, len(classes), classes, sensitivities),
+        _table(results, withheld, len(classes), metrics, figures_of),
+        _table(results, withheld, len(classes), classes, sensitivities),
     )
 
 
@@ -193,6 +208,7 @@ def sensitivities(counts: Counts) -> list[float | None]:
 
 def _table(
     results: Results,
+    withheld: Iterable[str],
     classes: int,
     columns: Sequence[str],
     figures_of: Callable[[Counts], list[float | None]],
@@ -200,10 +216,12 @@ def _table(
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("site", "images", "trained", *columns):
         table.add_column(name, justify="left" if name in ("site", "trained") else "right")
-    sites = sorted(_sites(results))
+    sites = sorted(_sites(results) | set(withheld))
     rows = [(site, {w: s[site] for w, s in results.items() if site in s}, "") for site in sites]
     rows.append(("overall", overall(results, classes), "bold"))
     for site, ways, style in rows:
+        if not ways:
+            table.add_row(site, *[_figure(None)] * (len(columns) + 2), style=style)
         for i, (way, counts) in enumerate(ways.items()):
             first = ("", "") if i else (site, str(counts.n))
             table.add_row(*first, way, *map(_figure, figures_of(counts)), style=style)

@@ -15,7 +15,8 @@ from common.errors import RunError, complaint
 from common.metrics import METRICS, Counts, better, value
 from common.network import assemble
 from common.seeds import derive
-from common.wire import FinalReply, FinalRequest, RoundReply
+from common.wire import FinalCounts, FinalReply, FinalRequest, RoundReply
+from server import ledgers
 from server.checkpoint import Checkpoint, RunFolder
 from server.federation import Federation, Member
 from server.report import Outcome, Reporter, union
@@ -37,7 +38,7 @@ class Run:
         self._folder, self._report = folder, reporter
         self._study = study = folder.study
         self._network = network = assemble(study, study.model.weights)
-        self._federation = Federation(grid, study, network)
+        self._federation = Federation(grid, study, network, ledgers.known(folder))
         self._aggregator = Aggregator(study, network.trainable)
         self._last = self._restore()
         self._best = folder.best()
@@ -56,6 +57,8 @@ class Run:
     def go(self) -> Outcome:
         """Join, train whatever rounds are left, evaluate, report."""
         self._federation.join()
+        heads = {member.name: member.reply.ledger for member in self._federation.members}
+        ledgers.keep(self._folder, heads)
         self._folder.write_facts(self._facts())
         whole = sum(tensor.nbytes for tensor in self._network.model.state_dict().values())
         self._report.joined(
@@ -86,15 +89,18 @@ class Run:
     def _round(self, number: int) -> None:
         began = time.monotonic()
         replies = self._train(number)
-        counts = self._pooled([reply.counts for reply in replies.values()])
+        told = {name: reply.figures for name, reply in replies.items() if reply.figures}
+        counts = self._pooled([figures.counts for figures in told.values()])
         self._keep_if_best(self._last, counts)
-        weight = {member.name: float(member.reply.weight) for member in self._federation.training}
+        weight = self._federation.weights
         updates = [(reply.arrays, weight[name]) for name, reply in replies.items()]
         merged = self._aggregator.merge(number, updates)
         lines = [self._line(number, name, reply) for name, reply in replies.items()]
-        total = sum(weight[name] for name in replies)
-        loss = sum(weight[name] * reply.train_loss for name, reply in replies.items()) / total
-        lines.append(_line(number, None, loss, self._bytes * len(replies), counts))
+        ledgers.keep(self._folder, {name: reply.ledger for name, reply in replies.items()})
+        losses = {n: f.train_loss for n, f in told.items() if f.train_loss is not None}
+        total = sum(weight[name] for name in losses)
+        mean = sum(weight[n] * x for n, x in losses.items()) / total if losses else None
+        lines.append(_line(number, None, mean, self._bytes * len(replies), counts))
         self._folder.log(lines)
         state = self._aggregator.state()
         self._last = Checkpoint(round=number, tensors=merged, state=state)
@@ -102,7 +108,10 @@ class Run:
         self._report.round(lines, seconds=time.monotonic() - began)
 
     def _line(self, number: int, name: str, reply: RoundReply) -> dict[str, Any]:
-        return _line(number, name, reply.train_loss, self._bytes, reply.counts)
+        figures = reply.figures
+        if figures is None:
+            return _line(number, name, None, self._bytes, None)
+        return _line(number, name, figures.train_loss, self._bytes, figures.counts)
 
     def _pooled(self, counts: Sequence[Counts]) -> Counts:
         return union(counts, len(self._study.classes))
@@ -122,7 +131,7 @@ class Run:
             return self._aggregator.requests(number, self._last.tensors, config, nodes)
 
         def read(member: Member, record: RecordDict) -> RoundReply:
-            return RoundReply.read(record, self._network.shapes, member.reply.images.validation)
+            return RoundReply.read(record, self._network.shapes, member.reply)
 
         return self._ask(f"round {number}", order, size, messages, read, enough=aggregate.quorum)
 
@@ -177,37 +186,41 @@ class Run:
             return [Message(request, member.node, MessageType.EVALUATE) for member in members]
 
         def read(member: Member, record: RecordDict) -> FinalReply:
-            return FinalReply.read(record, member.reply.images)
+            return FinalReply.read(record, member.reply)
 
         members = self._federation.members
         everyone = len(members)
         replies = self._ask("evaluation", members, everyone, messages, read, enough=everyone)
-        self._score_last(replies)
+        told = {name: reply.counts for name, reply in replies.items() if reply.counts}
+        self._score_last(told)
         chosen = self._best or self._last
         last = chosen.round == self._last.round
-        test = {name: r.test_last if last else r.test_best for name, r in replies.items()}
+        test = {name: r.test_last if last else r.test_best for name, r in told.items()}
         self._network.load(chosen.tensors)
-        outcome = Outcome(study=self._study, round=chosen.round, test=test)
+        withheld = {m.name: words for m in members if (words := m.reply.disclosure.withheld)}
+        outcome = Outcome(study=self._study, round=chosen.round, test=test, withheld=withheld)
         self._report.finished(outcome, self._network.model)
         return outcome
 
-    def _score_last(self, replies: dict[str, FinalReply]) -> None:
-        """Log the last model's validation; it is a candidate if no training site is missing."""
+    def _score_last(self, told: dict[str, FinalCounts]) -> None:
+        """Log the last model's validation; it is a candidate if no site that scores is missing."""
         number = self._last.round + 1
-        trains = [member.name for member in self._federation.training if member.name in replies]
-        counts = self._pooled([replies[name].validation_last for name in trains])
-        lines = [_line(number, name, None, 0, replies[name].validation_last) for name in trains]
+        trains = [member.name for member in self._federation.training if member.name in told]
+        scoring = [member.name for member in self._federation.training if member.scores]
+        counts = self._pooled([told[name].validation_last for name in scoring if name in told])
+        lines = [_line(number, name, None, 0, told[name].validation_last) for name in trains]
         self._folder.log([*lines, _line(number, None, None, 0, counts)])
-        if len(trains) == len(self._federation.training):
+        if set(scoring) <= set(trains):
             self._keep_if_best(self._last, counts)
 
 
 def _line(
-    number: int, site: str | None, train_loss: float | None, size: int, counts: Counts
+    number: int, site: str | None, train_loss: float | None, size: int, counts: Counts | None
 ) -> dict[str, Any]:
     """One line of `metrics.jsonl`: a round's training, and how the model it began with validates.
 
-    That model had `model_round` rounds; the line after the last round has no training.
+    That model had `model_round` rounds; the line after the last round has no training. What a site
+    does not tell is None.
     """
     return {
         "round": number,
@@ -215,5 +228,5 @@ def _line(
         "train_loss": train_loss,
         "bytes": size,
         "model_round": number - 1,
-        **{metric: value(counts, metric) for metric in METRICS},
+        **{metric: None if counts is None else value(counts, metric) for metric in METRICS},
     }

@@ -2,6 +2,7 @@
 
 Both references use the study's own trainer, rounds and checkpoint choice, without a federation:
 `local` trains at each site on that site's patients alone, `pooled` on those of all sites together.
+What a site does not tell a federation is not told here either, so that all ways know the same.
 """
 
 import logging
@@ -24,7 +25,10 @@ log = logging.getLogger(__name__)
 
 
 def references(study: Study, site_files: Sequence[Path]) -> Results:
-    """Test counts per site of local and pooled training, on the federation's own test patients."""
+    """Test counts per site of local and pooled training, on the federation's own test patients.
+
+    As coarse as the site discloses them; sites that disclose none are left out.
+    """
     sessions = []
     for path in site_files:
         with suppress(RefusedError):  # it took no part in the federation either
@@ -34,15 +38,26 @@ def references(study: Study, site_files: Sequence[Path]) -> Results:
     for session in training:
         log.info("local: %s", session.site.name)
         model = _alone(study, [session], session.site.name)
-        local[session.site.name] = session.evaluate(model, "test")
+        local |= _tested([session], model)
     log.info("pooled: %d sites", len(training))
     model = _alone(study, training, "pooled")
-    pooled = {session.site.name: session.evaluate(model, "test") for session in sessions}
-    return {"local": local, "pooled": pooled}
+    return {"local": local, "pooled": _tested(sessions, model)}
+
+
+def _tested(sessions: Sequence[Session], model: Tensors) -> dict[str, Counts]:
+    return {
+        session.site.name: session.disclosure.coarse(session.evaluate(model, "test"))
+        for session in sessions
+        if session.disclosure.metrics != "none"
+    }
 
 
 def _alone(study: Study, sessions: Sequence[Session], name: str) -> Tensors:
-    """Train on the patients of `sessions` as one site; the best round's tensors by validation."""
+    """Train on the patients of `sessions` as one site; the best round's tensors by validation.
+
+    As in the federation, sites that disclose every round choose; without any it is the last round.
+    """
+    choosing = [session for session in sessions if session.disclosure.metrics == "every_round"]
     network, classes = sessions[0].network, len(study.classes)
     plan = study.train
     if plan.local_steps:  # as many steps as these sites take in a round of the federation
@@ -62,8 +77,8 @@ def _alone(study: Study, sessions: Sequence[Session], name: str) -> Tensors:
             dtype=sessions[0].precision.suffix,
         )
         now = _copy(network.tensors)
-        counts = union((session.evaluate(now, "validation") for session in sessions), classes)
-        figure = value(counts, study.select)
+        counts = [s.disclosure.coarse(s.evaluate(now, "validation")) for s in choosing]
+        figure = value(union(counts, classes), study.select)
         if better(study.select, figure, score):
             best, score = now, figure
     return best or now

@@ -125,6 +125,8 @@ def _write(hospital: Hospital, study: Study, folder: Path, cache: Path) -> Path:
         own = {"role", "policy", "device", "precision", "keep"}
         kept = hospital.site.model_dump(mode="json", include=own)
         content.update(kept)
+    else:  # a virtual hospital keeps nothing from the researcher, whose data it is
+        content["policy"] = {"disclose": {"counts": "exact"}}
     if hospital.evaluates_only:
         content["role"] = "evaluate"
     path = folder / "site.yaml"

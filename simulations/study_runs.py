@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 from rich.table import Table
 
 from client.app import app as client_app
-from client.session import open_session
+from client.session import close_sessions
 from common.errors import StudyError, complaint
 from common.network import assemble
 from common.study import Study
@@ -74,7 +74,7 @@ def start(
             resume(run, study_file, seeded, compare=compare)
         else:
             _new(Study.read(study_file, seeded), source, run, cache, compare=compare)
-        open_session.cache_clear()  # the next seed has sessions of its own
+        close_sessions()  # the next seed has sessions of its own
     summary.over_seeds(folder, seeds)
 
 
@@ -154,9 +154,11 @@ def _conclude(run: RunFolder, site_files: Sequence[Path], *, compare: bool) -> N
         results = {**alone.references(study, site_files), **results}
         save_results(run, results, **facts)
     summary.picture(study, results, run.path / "comparison.png")
-    for title, table in zip(_TITLES, results_tables(results, study.classes), strict=True):
+    withheld = facts.get("withheld", {})
+    tables = results_tables(results, study.classes, withheld)
+    for title, table in zip(_TITLES, tables, strict=True):
         console.print(f"\n{title}", style="bold")
         console.print(table)
-        if left_out := note(results):
-            console.print(left_out, style="dim")
+        if below := note(results, withheld):
+            console.print(below, style="dim")
     console.print(f"\nrun folder: {run.path}")

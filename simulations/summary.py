@@ -38,7 +38,8 @@ def over_seeds(folder: Path, seeds: Sequence[int]) -> None:
     """Mean ± sd over seeds of the overall figures, and what federating gained, paired by seed."""
     study = RunFolder(folder / f"seed-{seeds[0]}").study
     classes = len(study.classes)
-    runs = [load_results(folder / f"seed-{seed}", classes)[0] for seed in seeds]
+    loaded = [load_results(folder / f"seed-{seed}", classes) for seed in seeds]
+    runs = [results for results, _ in loaded]
     together = [overall(run, classes) for run in runs]
     figures_of = {
         way: {metric: [value(each[way], metric) for each in together] for metric in METRICS}
@@ -52,8 +53,8 @@ def over_seeds(folder: Path, seeds: Sequence[int]) -> None:
         table.add_row(way, *(_mean_sd(values) for values in by_metric.values()))
     console.print()
     console.print(table)
-    if left_out := note(runs[0]):
-        console.print(left_out, style="dim")
+    if below := note(runs[0], loaded[0][1].get("withheld", {})):
+        console.print(below, style="dim")
     told: dict[str, object] = {"seeds": list(seeds), "overall": figures_of}
     told["gains"] = _gains(study.select, {w: f[study.select] for w, f in figures_of.items()})
     files.write(folder / "summary.json", json.dumps(told, indent=1))

@@ -1,11 +1,14 @@
 """What every test may use: one torch thread, the shared test data, four small phantom hospitals."""
 
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from client import desk
+from client.session import close_sessions
 from simulations import phantom
 
 
@@ -30,3 +33,17 @@ def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("phantoms")
     phantom.write(folder, patients=40)
     return folder
+
+
+@pytest.fixture
+def new_process() -> Iterator[Callable[[], None]]:
+    """From each call on as in another process: no site is open, no session is loaded."""
+
+    def begin() -> None:
+        for state in list(desk._awake):
+            desk._awake.pop(state).ledger.close()
+        desk._desk.cache_clear()
+        close_sessions()
+
+    yield begin
+    begin()

@@ -17,7 +17,7 @@ from PIL import Image
 from rich.table import Table
 from safetensors.torch import save_file
 
-from client.session import open_session
+from client import session
 from common.metrics import Counts
 from common.terminal import PlainConsole
 from server.report import left_out, note, overall
@@ -36,6 +36,7 @@ def command(
     capsys: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
+    new_process: Callable[[], None],
     tmp_path: Path,
 ) -> Command:
     """Runs `consilium-simulate` with arguments in an empty folder: exit code, all it printed."""
@@ -43,7 +44,7 @@ def command(
 
     def run(*arguments: object) -> tuple[int, str]:
         caplog.clear()
-        open_session.cache_clear()
+        new_process()
         monkeypatch.setattr(sys, "argv", ["consilium-simulate", *map(str, arguments)])
         try:
             cli.main()
@@ -148,7 +149,8 @@ def refused(command: Command, expected: str, *arguments: object) -> None:
         ("aggregate.strategy=fedavgg", "Did you mean 'fedavg'?"),
         ("aggregate.options.mu=1", "aggregate.options.mu: expected an option of fedavg"),
         ("images.size=16", "images.size: expected"),
-        ("privacy.mechanism=dp_sgd", "privacy.mechanism: expected 'none', got 'dp_sgd'"),
+        ("privacy.mechanism=dp_sdg", "'none', 'dp_sgd', got 'dp_sdg'. Did you mean 'dp_sgd'?"),
+        ("privacy.mechanism=dp_sgd", "privacy.epsilon: expected a value, got nothing. Add the key"),
     ],
 )
 def test_a_wrong_study(key: str, expected: str, command: Command, site_options: list[str]) -> None:
@@ -369,16 +371,22 @@ def test_a_folder_names_its_site(command: Command, hospital: Path, tmp_path: Pat
 
 def test_sessions_end_with_their_seed(command: Command, site_options: list[str]) -> None:
     assert command("run", DEMO, *site_options, *SHORT, "--seeds", "0", "--out", "runs")[0] == 0
-    assert open_session.cache_info().currsize == 0
+    assert session._session.cache_info().currsize == 0
 
 
 def test_overall_names_the_sites_it_leaves_out() -> None:
     counts = Counts.of(torch.randn(4, 2), torch.tensor([0, 1, 0, 1]))
     results = {"local": {"a": counts}, "federated": {"a": counts, "b": counts}}
     assert left_out(results) == ["b"]
-    assert "overall leaves out b" in note(results)
+    assert "overall leaves out b" in note(results, {})
     assert overall(results, 2)["federated"].n == 4
-    assert not note({"federated": {"a": counts, "b": counts}})
+    assert not note({"federated": {"a": counts, "b": counts}}, {})
+
+
+def test_what_sites_withhold_is_told_in_words() -> None:
+    counts = Counts.of(torch.randn(4, 2), torch.tensor([0, 1, 0, 1]))
+    told = note({"federated": {"a": counts}}, {"c": "all figures", "b": "scores"})
+    assert told == "withheld by sites: b: scores; c: all figures"
 
 
 def test_many_sites_are_cut_short(command: Command, shared: Path) -> None:

@@ -159,3 +159,30 @@ def test_calibration_leaves_out_a_class_without_images() -> None:
     assert padded_one is not None
     assert padded_one.error == pytest.approx(without.error, abs=1e-9)
     assert not math.isnan(padded_one.error)
+
+
+# --- where scores are withheld ---
+
+
+def test_without_scores_the_other_intervals_stay() -> None:
+    counts = counted(120, 3, 0)
+    withheld = counts.unscored(counts.confusion)
+    found = intervals(withheld, list(METRICS), seed=0, draws=50)
+    assert {name for name, estimate in found.items() if estimate} == {
+        "accuracy",
+        "balanced_accuracy",
+        "f1",
+    }
+    assert calibration(withheld) is None
+
+
+def test_calibration_and_auroc_are_of_the_images_with_scores() -> None:
+    one, other = counted(120, 3, 0), counted(90, 3, 1)
+    together = one + other.unscored(other.confusion)
+    assert calibration(together).error == pytest.approx(calibration(one).error)
+    found = intervals(together, ["auroc", "accuracy", "loss"], seed=0, draws=50)
+    assert found["accuracy"].value == value(one + other, "accuracy")
+    for name in ("auroc", "loss"):
+        alone = intervals(one, [name], seed=0, draws=200)[name]
+        assert found[name].value == alone.value
+        assert found[name].high - found[name].low == pytest.approx(alone.high - alone.low, rel=0.3)

@@ -263,3 +263,25 @@ def test_the_largest_counts_add_up_without_overflow() -> None:
     total = sum([largest] * 20, Counts.zero(2))
     assert value(total, "auroc") == 1.0
     assert value(total, "accuracy") == 1.0
+
+
+def test_scores_are_told_of_all_images_or_of_none() -> None:
+    counts = Counts.of(*scores(60, 3, 2.0))
+    withheld = counts.unscored(counts.confusion)
+    assert (withheld.positive.any(), withheld.negative.any(), withheld.loss_sum) == (0, 0, 0)
+    again = Counts.from_sparse(withheld.sparse(), 3, scored=False)
+    assert np.array_equal(again.confusion, counts.confusion)
+    for record, scored in ((withheld.sparse(), True), (counts.sparse(), False)):
+        with pytest.raises(ContractError, match="counts: positive"):
+            Counts.from_sparse(record, 3, scored=scored)
+    # A loss would tell what scores are withheld for.
+    with pytest.raises(ContractError, match="counts: loss_sum"):
+        Counts.from_sparse(withheld.sparse() | {"loss_sum": 1.0}, 3, scored=False)
+
+
+def test_the_loss_is_of_the_images_with_scores() -> None:
+    one, other = Counts.of(*scores(60, 3, 2.0)), Counts.of(*scores(40, 3, 2.0, seed=1))
+    withheld = other.unscored(other.confusion)
+    assert value(withheld, "loss") is None
+    assert value(one + withheld, "loss") == value(one, "loss")
+    assert value(one + withheld, "accuracy") == value(one + other, "accuracy")

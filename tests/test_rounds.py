@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from flwr.app import Array, Context, Message
 from safetensors.torch import load_file
 
@@ -24,6 +25,7 @@ from common.errors import RunError, StudyError
 from common.inference import load_model
 from common.network import assemble
 from common.study import Study
+from common.yaml import dump
 from server.app import app as server_app
 from server.checkpoint import RunFolder
 from server.report import load_results, union
@@ -55,6 +57,11 @@ def settle(
 def run(study: Study, folder: Path, phantoms: Path, app: ClientApp = client_app) -> RunFolder:
     simulate(server_app, app, settle(study, folder, phantoms), folder)  # type: ignore[arg-type]
     return RunFolder(folder)
+
+
+def edit(site_file: Path, **keys: object) -> None:
+    """Edit a site file, as a hospital would."""
+    site_file.write_text(dump(yaml.safe_load(site_file.read_text()) | keys))
 
 
 def site_of(context: Context) -> str:
@@ -396,8 +403,7 @@ def test_a_site_with_another_backbone_is_refused_by_name(tmp_path: Path, phantom
 def test_a_join_below_the_quorum_tells_each_reason(tmp_path: Path, phantoms: Path) -> None:
     study, folder = make_study("aggregate.quorum=4"), tmp_path / "run"
     site_files = settle(study, folder, phantoms)
-    with site_files[0].open("a") as file:
-        file.write("policy: {require_privacy: true}\n")
+    edit(site_files[0], policy={"require_privacy": True})
     with pytest.raises(RunError, match=r"expected 4 training sites.*its policy refuses"):
         simulate(server_app, client_app, site_files, folder)
 

@@ -10,22 +10,14 @@ import pytest
 import yaml
 
 from client.data.manifest import Manifest
-from client.policy import agree
 from client.site import Site
 from common import files
-from common.errors import RefusedError, SiteError
-from common.study import Study
+from common.errors import SiteError
 
 BASE: dict[str, Any] = {
     "name": "east",
     "data": {"format": "manifest", "root": "images"},
     "state": "state",
-}
-STUDY = {
-    "name": "lesions",
-    "classes": ["benign", "malignant"],
-    "model": {"backbone": "squeezenet1_1", "weights": "none"},
-    "train": {"rounds": 1},
 }
 
 
@@ -37,10 +29,6 @@ def write(folder: Path, **changes: object) -> Path:
 
 def site(folder: Path, **changes: object) -> Site:
     return Site.read(write(folder, **changes))
-
-
-def study(**model: object) -> Study:
-    return Study.model_validate({**STUDY, "model": {**STUDY["model"], **model}})  # type: ignore[dict-item]
 
 
 def mode(path: Path) -> int:
@@ -110,6 +98,27 @@ def test_a_cache_by_its_path_alone_is_shown_the_section(tmp_path: Path) -> None:
         ({"policy": {"require_privacy": "perhaps"}}, ["policy.require_privacy", "'perhaps'"]),
         ({"policy": {"unfreeze": ["heads"]}}, ["policy.unfreeze.0", "head, last:<k> or all"]),
         ({"policy": {"unfreeze": "head"}}, ["policy.unfreeze", "a list", "'head'"]),
+        ({"policy": {"max_epsilon": 0}}, ["policy.max_epsilon", "greater than 0", "got 0"]),
+        ({"policy": {"max_epsilon": float("inf")}}, ["policy.max_epsilon", "a finite number"]),
+        ({"policy": {"max_epsilon": True}}, ["policy.max_epsilon", "a number, got True"]),
+        ({"policy": {"delta": 1}}, ["policy.delta", "less than 1", "got 1"]),
+        ({"policy": {"delta": 0}}, ["policy.delta", "greater than 0", "got 0"]),
+        ({"policy": {"backbones": "resnet18"}}, ["policy.backbones", "a list", "'resnet18'"]),
+        ({"policy": {"max_local_epochs": 0}}, ["policy.max_local_epochs", "equal to 1", "got 0"]),
+        ({"policy": {"max_local_steps": 1.5}}, ["policy.max_local_steps", "integer", "got 1.5"]),
+        ({"policy": {"max_batch_size": True}}, ["policy.max_batch_size", "integer", "got True"]),
+        ({"policy": {"disclose": "none"}}, ["policy.disclose", "a mapping of keys to values"]),
+        ({"policy": {"disclose": {"count": "none"}}}, ["disclose.count", "Did you mean 'counts'?"]),
+        (
+            {"policy": {"disclose": {"counts": "round"}}},
+            ["policy.disclose.counts", "'exact', 'rounded' or 'none'", "Did you mean 'rounded'?"],
+        ),
+        (
+            {"policy": {"disclose": {"metrics": "last"}}},
+            ["policy.disclose.metrics", "'every_round', 'final' or 'none'", "'last'"],
+        ),
+        ({"policy": {"disclose": {"min_cell": 0}}}, ["disclose.min_cell", "equal to 1", "got 0"]),
+        ({"policy": {"disclose": {"min_cell": True}}}, ["disclose.min_cell", "integer"]),
         ({"state": 5}, ["state", "a path"]),
         ({"name": "a/b"}, ["name", "'a/b'"]),
         ({"cache": {"limit": 5}}, ["cache.limit", "Did you mean 'limit_gb'?"]),
@@ -207,48 +216,6 @@ def test_a_state_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
         site(tmp_path).private()
     with pytest.raises(SiteError, match="expected a place to read and write"):
         site(tmp_path, state="state/inside").secret()
-
-
-def test_a_site_without_rules_agrees(tmp_path: Path) -> None:
-    for unfreeze in ("head", "last:2", "all"):
-        agree(site(tmp_path), study(unfreeze=unfreeze), 1)
-
-
-def test_a_policy_that_is_met_agrees(tmp_path: Path) -> None:
-    hospital = site(tmp_path, policy={"min_patients": 20, "unfreeze": ["head", "last:1"]})
-    for unfreeze in ("head", "last:1"):
-        agree(hospital, study(unfreeze=unfreeze), 20)
-
-
-def refused(hospital: Site, wanted: Study, patients: int) -> str:
-    with pytest.raises(RefusedError) as caught:
-        agree(hospital, wanted, patients)
-    assert str(caught.value).startswith(f"{hospital.source}: policy: expected ")
-    return str(caught.value)
-
-
-def test_a_study_without_privacy_is_refused(tmp_path: Path) -> None:
-    hospital = site(tmp_path, policy={"require_privacy": True})
-    assert "require_privacy" in refused(hospital, study(), 100)
-
-
-@pytest.mark.parametrize("allowed", [["head"], ["head", "last:1"], ["last:3"], []])
-def test_a_depth_that_is_not_allowed_is_refused(allowed: list[str], tmp_path: Path) -> None:
-    hospital = site(tmp_path, policy={"unfreeze": allowed})
-    told = refused(hospital, study(unfreeze="last:2"), 100)
-    assert told.endswith(f"unfreeze to be one of {', '.join(allowed)}, got last:2")
-
-
-def test_too_few_patients_are_refused_where_they_would_train(tmp_path: Path) -> None:
-    policy = {"min_patients": 20}
-    told = refused(site(tmp_path, policy=policy), study(), 19)
-    assert "at least 20 training patients (min_patients), got 19" in told
-    agree(site(tmp_path, policy=policy, role="evaluate"), study(), 0)
-
-
-def test_a_site_that_only_evaluates_keeps_its_other_rules(tmp_path: Path) -> None:
-    policy = {"require_privacy": True}
-    assert "require_privacy" in refused(site(tmp_path, policy=policy, role="evaluate"), study(), 0)
 
 
 @pytest.mark.parametrize("rights", [0o755, 0o750, 0o701, 0o720])

@@ -75,7 +75,18 @@ WRONG: dict[str, tuple[str, str, list[str]]] = {
         ["select", "'acuracy'", "Did you mean 'accuracy'?"],
     ),
     "near miss in a list": ("images.augment", "{views: 2, ops: [flop]}", ["ops.0", "mean 'flip'?"]),
-    "unknown mechanism": ("privacy.mechanism", "magic", ["privacy.mechanism", "'none'", "'magic'"]),
+    "unknown mechanism": (
+        "privacy.mechanism",
+        "magic",
+        ["privacy.mechanism", "'none'", "'dp_sgd'", "'magic'"],
+    ),
+    "near miss of a mechanism": ("privacy.mechanism", "dp-sgd", ["Did you mean 'dp_sgd'?"]),
+    "no mechanism": ("privacy", "{epsilon: 8.0}", ["privacy.mechanism", "got nothing"]),
+    "ε without a mechanism": (
+        "privacy",
+        "{mechanism: none, epsilon: 8.0}",
+        ["privacy.epsilon", "a known key"],
+    ),
     "depth": ("model.unfreeze", "last:0", ["model.unfreeze", "head, last:<k> or all", "'last:0'"]),
     "depth in words": ("model.unfreeze", "tail", ["model.unfreeze", "head, last:<k> or all"]),
     "one class": ("classes", "[benign]", ["classes", "at least 2"]),
@@ -333,7 +344,7 @@ OTHER = {
     "aggregate.fraction": 0.5,
     "aggregate.quorum": 2,
     "aggregate.round_timeout": 60,
-    "privacy.mechanism": None,  # has one value only so far
+    "privacy.mechanism": None,  # another one brings keys of its own
     "seed": 1,
 }
 PLAIN = {**yaml.safe_load(BASE), "images": {"augment": {"views": 2, "ops": ["flip"]}}}
@@ -363,3 +374,84 @@ def test_numbers_that_yaml_reads_as_text_are_numbers() -> None:
         yaml.safe_load(BASE) | {"train": {"rounds": 100_000, "lr": "1e-3", "weight_decay": 1}}
     )
     assert (study.train.lr, study.train.weight_decay) == (1e-3, 1.0)
+
+
+# --- privacy ---
+
+PRIVATE = {
+    **yaml.safe_load(BASE),
+    "privacy": {"mechanism": "dp_sgd", "epsilon": 8.0, "delta": 1e-5},
+}
+
+
+def test_a_private_study_is_one_that_names_a_mechanism() -> None:
+    assert not Study.model_validate(PLAIN).private
+    study = Study.model_validate(PRIVATE)
+    assert study.private
+    assert study.id != Study.model_validate(yaml.safe_load(BASE)).id
+    assert Study.model_validate_json(study.proposal()) == study
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("epsilon", 7.9), ("delta", 1e-6), ("clip_norm", 0.5), ("spare_rounds", 0)]
+)
+def test_the_id_changes_with_every_key_of_privacy(key: str, value: float) -> None:
+    changed = PRIVATE | {"privacy": PRIVATE["privacy"] | {key: value}}
+    assert Study.model_validate(changed).id != Study.model_validate(PRIVATE).id
+    assert {*PRIVATE["privacy"], "clip_norm", "spare_rounds"} == set(
+        Study.model_validate(PRIVATE).privacy.model_dump()
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("epsilon", 0, "greater than 0, got 0"),
+        ("epsilon", float("inf"), "a finite number"),
+        ("epsilon", True, "a number, got True"),
+        ("delta", 0, "greater than 0, got 0"),
+        ("delta", 1, "less than 1, got 1"),
+        ("clip_norm", 0, "greater than 0"),
+        ("clip_norm", float("nan"), "a finite number"),
+        ("spare_rounds", -1, "greater than or equal to 0"),
+        ("spare_rounds", 0.5, "integer"),
+        ("clipnorm", 1.0, "a known key, got 'clipnorm'. Did you mean 'clip_norm'?"),
+        ("noise", 1.0, "a known key, got 'noise'"),
+    ],
+)
+def test_what_is_wrong_in_privacy_is_named(
+    key: str, value: object, words: str, tmp_path: Path
+) -> None:
+    content = PRIVATE | {"privacy": PRIVATE["privacy"] | {key: value}}
+    told = refusal(write(tmp_path, yaml.safe_dump(content)))
+    assert f"privacy.{key}: expected" in told
+    assert words in told
+
+
+@pytest.mark.parametrize("key", ["epsilon", "delta"])
+def test_what_privacy_cannot_do_without_is_asked_for(key: str, tmp_path: Path) -> None:
+    content = json.loads(json.dumps(PRIVATE))
+    del content["privacy"][key]
+    told = refusal(write(tmp_path, yaml.safe_dump(content)))
+    assert told.endswith(f"privacy.{key}: expected a value, got nothing. Add the key.")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            "train.imbalance=weighted",
+            ["train.imbalance", "got weighted", "come from patients", "class_weights to constants"],
+        ),
+        ("train.patience=3", ["no train.patience", "got 3", "No round is scored"]),
+    ],
+)
+def test_what_patients_would_decide_is_refused_under_privacy(
+    change: str, words: list[str], tmp_path: Path
+) -> None:
+    path = write(tmp_path, yaml.safe_dump(PRIVATE))
+    told = refusal(path, change)
+    assert [word for word in words if word not in told] == []
+    assert told.startswith(f"{path}: ")
+    Study.read(path, ("train.class_weights=[1, 2]", "train.imbalance=focal"))
+    Study.read(write(tmp_path, BASE), (change,))  # without privacy there is nothing to protect

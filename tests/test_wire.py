@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from common import wire
 from common.contract import Contract, Versions
+from common.disclosure import Disclosure
 from common.errors import ContractError
 from common.flower import recorddict_from_proto, recorddict_to_proto
 from common.metrics import Counts
@@ -29,12 +30,34 @@ JOINED = wire.JoinReply(
     name="east",
     role="train",
     contract=Contract(study="01", backbone="ab", suffix="cd", preprocessing="ef", protocol="1"),
+    disclosure=Disclosure(counts="exact"),
     patients=wire.Parts(train=20, validation=3, test=5),
     images=IMAGES,
     prefix_dtype="float32",
     suffix_dtype="float32",
+    ledger=wire.LedgerHead(count=3, hash="ab" * 32),
     versions=Versions.here(),
 )
+NOTHING = wire.Parts(train=None, validation=None, test=None)
+
+
+def joined(disclosure: Disclosure) -> wire.JoinReply:
+    """What the same site says at join if it discloses less."""
+    silent = disclosure.counts == "none"
+    numbers = {part: disclosure.number(n) for part, n in JOINED.patients.model_dump().items()}
+    images = {part: disclosure.numbers(n or ()) for part, n in IMAGES.model_dump().items()}
+    return JOINED.model_copy(
+        update={
+            "disclosure": disclosure,
+            "patients": NOTHING if silent else wire.Parts(**numbers),
+            "images": NOTHING if silent else wire.Parts(**images),
+        }
+    )
+
+
+ROUNDED = joined(Disclosure(counts="rounded"))
+FINAL = joined(Disclosure(counts="exact", metrics="final"))
+SILENT = joined(Disclosure(counts="none", metrics="none"))
 
 Change = Callable[[RecordDict], object]
 
@@ -64,9 +87,10 @@ def round_request() -> RecordDict:
     return RecordDict({"arrays": wire.to_arrays(TENSORS), "config": config})
 
 
-def round_reply() -> RecordDict:
-    reply = wire.RoundReply(arrays=wire.to_arrays(TENSORS), train_loss=0.5, counts=COUNTS)
-    return reply.record()
+def round_reply(loss: float | None = 0.5, counts: Counts | None = COUNTS) -> RecordDict:
+    figures = wire.Figures(train_loss=loss, counts=counts) if counts else None
+    arrays = wire.to_arrays(TENSORS)
+    return wire.RoundReply(arrays=arrays, figures=figures, ledger=JOINED.ledger).record()
 
 
 def final_request() -> RecordDict:
@@ -75,9 +99,20 @@ def final_request() -> RecordDict:
 
 
 def final_reply() -> RecordDict:
-    twice = COUNTS + COUNTS
-    reply = wire.FinalReply(validation_last=COUNTS, test_last=twice, test_best=twice)
-    return reply.record()
+    return final(COUNTS, COUNTS + COUNTS)
+
+
+def final(validation: Counts, test: Counts) -> RecordDict:
+    counts = wire.FinalCounts(validation_last=validation, test_last=test, test_best=test)
+    return wire.FinalReply(counts=counts).record()
+
+
+def ledger_request() -> RecordDict:
+    return wire.LedgerRequest(7).record()
+
+
+def ledger_reply() -> RecordDict:
+    return wire.LedgerReply("0f" * 32).record()
 
 
 def read_round_request(record: RecordDict) -> wire.Tensors:
@@ -86,7 +121,7 @@ def read_round_request(record: RecordDict) -> wire.Tensors:
 
 
 def read_round_reply(record: RecordDict) -> wire.RoundReply:
-    return wire.RoundReply.read(record, SHAPES, IMAGES.validation)
+    return wire.RoundReply.read(record, SHAPES, JOINED)
 
 
 def read_final_request(record: RecordDict) -> tuple[wire.Tensors, wire.Tensors]:
@@ -95,7 +130,7 @@ def read_final_request(record: RecordDict) -> tuple[wire.Tensors, wire.Tensors]:
 
 
 def read_final_reply(record: RecordDict) -> wire.FinalReply:
-    return wire.FinalReply.read(record, IMAGES)
+    return wire.FinalReply.read(record, JOINED)
 
 
 # Every message: how a good one is made, and how the other side reads it.
@@ -106,6 +141,8 @@ MESSAGES: dict[str, tuple[Callable[[], RecordDict], Callable[[RecordDict], Any]]
     "round reply": (round_reply, read_round_reply),
     "final request": (final_request, read_final_request),
     "final reply": (final_reply, read_final_reply),
+    "ledger request": (ledger_request, wire.LedgerRequest.read),
+    "ledger reply": (ledger_reply, wire.LedgerReply.read),
 }
 
 
@@ -145,8 +182,10 @@ def test_a_round_reply_arrives() -> None:
     reply = read_round_reply(sent(round_reply()))
     assert equal(wire.from_arrays(reply.arrays, SHAPES), TENSORS)
     assert list(reply.arrays) == list(SHAPES)
-    assert reply.train_loss == 0.5
-    assert same(reply.counts, COUNTS)
+    assert reply.figures is not None
+    assert reply.figures.train_loss == 0.5
+    assert reply.ledger == JOINED.ledger
+    assert same(reply.figures.counts, COUNTS)
 
 
 def test_a_final_request_arrives() -> None:
@@ -157,20 +196,141 @@ def test_a_final_request_arrives() -> None:
 
 
 def test_a_final_reply_arrives() -> None:
-    reply = read_final_reply(sent(final_reply()))
-    assert same(reply.validation_last, COUNTS)
-    assert same(reply.test_last, COUNTS + COUNTS)
-    assert same(reply.test_best, COUNTS + COUNTS)
+    counts = read_final_reply(sent(final_reply())).counts
+    assert counts is not None
+    assert same(counts.validation_last, COUNTS)
+    assert same(counts.test_last, COUNTS + COUNTS)
+    assert same(counts.test_best, COUNTS + COUNTS)
 
 
 def test_a_site_without_validation_images_answers() -> None:
-    empty = Counts.zero(CLASSES)
-    record = wire.RoundReply(arrays=wire.to_arrays(TENSORS), train_loss=0.5, counts=empty).record()
-    assert same(wire.RoundReply.read(sent(record), SHAPES, (0, 0, 0)).counts, empty)
+    images = IMAGES.model_copy(update={"validation": (0, 0, 0)})
+    nobody = JOINED.model_copy(update={"images": images})
+    record = sent(round_reply(counts=Counts.zero(CLASSES)))
+    figures = wire.RoundReply.read(record, SHAPES, nobody).figures
+    assert figures is not None
+    assert same(figures.counts, Counts.zero(CLASSES))
 
 
-def test_the_weight_is_the_training_images_told_at_join() -> None:
-    assert JOINED.weight == WEIGHT
+def test_a_question_about_the_ledger_and_its_answers_arrive() -> None:
+    assert wire.LedgerRequest.read(sent(ledger_request())).count == 7
+    assert wire.LedgerReply.read(sent(ledger_reply())).hash == "0f" * 32
+    beyond = wire.LedgerReply(None).record()
+    assert wire.LedgerReply.read(sent(beyond)).hash is None
+
+
+# --- a site tells just as much as it said at join ---
+
+
+def test_what_is_told_coarsely_arrives() -> None:
+    tells = ROUNDED.disclosure
+    once, twice = tells.coarse(COUNTS), tells.coarse(COUNTS + COUNTS)
+    figures = wire.RoundReply.read(sent(round_reply(None, once)), SHAPES, ROUNDED).figures
+    assert figures is not None
+    assert same(figures.counts, once)
+    assert figures.train_loss is None
+    counts = wire.FinalReply.read(sent(final(once, twice)), ROUNDED).counts
+    assert counts is not None
+    assert same(counts.test_last, twice)
+
+
+def test_who_withholds_figures_still_answers() -> None:
+    for told in (FINAL, SILENT):
+        reply = wire.RoundReply.read(sent(round_reply(None, None)), SHAPES, told)
+        assert reply.figures is None
+        assert equal(wire.from_arrays(reply.arrays, SHAPES), TENSORS)
+    assert wire.FinalReply.read(sent(final_reply()), FINAL).counts is not None
+    nothing = wire.FinalReply(counts=None).record()
+    assert wire.FinalReply.read(sent(nothing), SILENT).counts is None
+
+
+@pytest.mark.parametrize("told", [FINAL, SILENT])
+def test_a_round_that_tells_more_than_was_said_is_refused(told: wire.JoinReply) -> None:
+    for spoil in (lambda r: None, dropping("metrics", "train-loss"), lambda r: r.pop("last")):
+        record = round_reply()
+        spoil(record)
+        with pytest.raises(ContractError, match="other parts than agreed"):
+            wire.RoundReply.read(sent(record), SHAPES, told)
+
+
+def test_an_end_that_tells_more_than_was_said_is_refused() -> None:
+    with pytest.raises(ContractError, match="other parts than agreed"):
+        wire.FinalReply.read(sent(final_reply()), SILENT)
+
+
+@pytest.mark.parametrize("told", [JOINED, ROUNDED])
+def test_who_said_it_tells_and_does_not_is_refused(told: wire.JoinReply) -> None:
+    with pytest.raises(ContractError, match="other parts than agreed"):
+        wire.RoundReply.read(sent(round_reply(None, None)), SHAPES, told)
+    with pytest.raises(ContractError, match="other parts than agreed"):
+        wire.FinalReply.read(sent(wire.FinalReply(counts=None).record()), told)
+
+
+def test_a_loss_said_to_be_told_is_not_left_out() -> None:
+    with pytest.raises(ContractError, match="other parts than agreed"):
+        read_round_reply(sent(round_reply(None)))
+
+
+def test_a_round_that_tells_finer_than_was_said_is_refused() -> None:
+    coarse = ROUNDED.disclosure.coarse(COUNTS)
+    unrounded = coarse.unscored(COUNTS.confusion)
+    scored = Counts(coarse.confusion, COUNTS.positive, COUNTS.negative, coarse.loss_sum)
+    with_loss = Counts(coarse.confusion, coarse.positive, coarse.negative, 0.01)
+    shifted = coarse.unscored(coarse.confusion[::-1].copy())
+    cells = coarse.confusion.copy()
+    cells[0, cells[0].argmax()] -= 1
+    cells[0, cells[0].argmin()] += 1  # the row's sum stays
+    finer = coarse.unscored(cells)
+    with pytest.raises(ContractError, match="counts finer than it disclosed"):
+        wire.RoundReply.read(sent(round_reply(None, finer)), SHAPES, ROUNDED)
+    for counts in (COUNTS, unrounded, scored, with_loss, shifted, finer):
+        with pytest.raises(ContractError):
+            wire.RoundReply.read(sent(round_reply(None, counts)), SHAPES, ROUNDED)
+        with pytest.raises(ContractError):
+            wire.FinalReply.read(sent(final(counts, counts)), ROUNDED)
+    wire.RoundReply.read(sent(round_reply(None, coarse)), SHAPES, ROUNDED)
+    with pytest.raises(ContractError, match="other parts than agreed"):
+        wire.RoundReply.read(sent(round_reply(0.5, coarse)), SHAPES, ROUNDED)
+
+
+def test_scores_said_to_be_told_are_not_left_out() -> None:
+    unscored = COUNTS.unscored(COUNTS.confusion)
+    with pytest.raises(ContractError):
+        read_round_reply(sent(round_reply(0.5, unscored)))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"disclosure": Disclosure(counts="rounded")},
+        {"disclosure": Disclosure(counts="exact", min_cell=7)},
+        {"disclosure": Disclosure(counts="none", metrics="none")},
+        {"disclosure": Disclosure(counts="exact"), "patients": NOTHING, "images": NOTHING},
+        {"patients": NOTHING},
+        {"images": NOTHING},
+        {"images": wire.Parts(train=(30, 10, 0), validation=None, test=(8, 6, 6))},
+        {
+            "disclosure": Disclosure(counts="none", metrics="every_round"),
+            "patients": NOTHING,
+            "images": NOTHING,
+        },
+        {"disclosure": Disclosure()},
+    ],
+)
+def test_a_join_reply_that_contradicts_itself_is_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(ContractError):
+        wire.JoinReply.read(sent(JOINED.model_copy(update=change).record()))
+
+
+@pytest.mark.parametrize("told", [JOINED, ROUNDED, FINAL, SILENT])
+def test_a_join_reply_tells_as_much_as_it_says(told: wire.JoinReply) -> None:
+    assert wire.JoinReply.read(sent(told.record())) == told
+    # Under privacy it keeps its training patients to itself, whatever else it tells.
+    hidden = {
+        name: getattr(told, name).model_copy(update={"train": None})
+        for name in ("patients", "images")
+    }
+    assert wire.JoinReply.read(sent(told.model_copy(update=hidden).record())).images.train is None
 
 
 def test_tensors_that_arrive_are_our_own_to_change() -> None:
@@ -195,8 +355,11 @@ def test_a_round_reply_holds_the_float32_tensors_of_the_suffix_and_no_other_arra
     assert all(array.numpy().dtype == np.float32 for _, array in arrays)
     size = sum(4 * tensor.numel() for tensor in TENSORS.values())
     assert size <= wire.payload(record["arrays"]) <= size + 128 * len(SHAPES)
-    # Beside the tensors: two numbers, and counts of images without an image's own scores.
-    assert list(record.config_records) == []
+    # Beside the tensors: how far the ledger goes, the training loss, and counts of images without
+    # an image's own scores.
+    assert {part: set(config) for part, config in record.config_records.items()} == {
+        "ledger": {"count", "hash"}
+    }
     assert {part: set(metrics) for part, metrics in record.metric_records.items()} == {
         "metrics": {"train-loss"},
         "last": {"confusion", "positive", "negative", "loss_sum"},
@@ -379,6 +542,13 @@ def bad_join_replies() -> dict[str, Change]:
         "another role": {"role": "server"},
         "a contract of numbers": {"contract": {"protocol": 1}},
         "no contract": {"contract": None},
+        "another disclosure": {"disclosure": {"counts": "all"}},
+        "a disclosure with more to it": {"disclosure": {**good["disclosure"], "patient": "p1"}},
+        "a ledger of no lines": {"ledger": {**good["ledger"], "count": 0}},
+        "a ledger of less": {"ledger": {**good["ledger"], "count": -1}},
+        "a ledger without a hash": {"ledger": {"count": 3}},
+        "markup for a hash": {"ledger": {"count": 3, "hash": "[/x]"}},
+        "one more line of the ledger": {"ledger": {**good["ledger"], "line": "x"}},
     }
     texts |= {how: json.dumps({**good, **change}) for how, change in changes.items()}
     texts |= {f"no {key}": json.dumps({k: good[k] for k in good if k != key}) for key in good}
@@ -400,11 +570,23 @@ HOSTILE: dict[str, dict[str, Change]] = {
     | {f"loss {x!r}": setting("metrics", "train-loss", x) for x in (1, [0.5], [], -0.5, 1.7e308)}
     | {f"loss {x!r}": setting("metrics", "train-loss", float(x)) for x in ("nan", "inf", "-inf")}
     | {"no loss": dropping("metrics", "train-loss")}
-    | {"one more metric": setting("metrics", "patients", 3)},
+    | {"one more metric": setting("metrics", "patients", 3)}
+    | {f"line {n!r}": setting("ledger", "count", n) for n in (0, -1, 1.0, "1", [1], True)}
+    | {f"hash {h!r}": setting("ledger", "hash", h) for h in ("", "[/x]", "0f" * 33, 5, b"0f")}
+    | {"one more key of the ledger": setting("ledger", "line", "p1")}
+    | {"no hash": dropping("ledger", "hash")},
     "final request": bad_tensors("last") | bad_tensors("best") | bad_text("study"),
     "final reply": bad_counts("validation-last")
     | bad_counts("test-last")
     | bad_counts("test-best"),
+    "ledger request": {
+        f"line {n!r}": setting("config", "count", n) for n in (0, -1, 1.0, "1", [1], True)
+    }
+    | {"one more key": setting("config", "path", "ledger.jsonl")}
+    | {"no line": dropping("config", "count")},
+    "ledger reply": bad_text("hash")
+    | {f"hash {h!r}": setting("config", "hash", h) for h in ("[/x]", "0f" * 33, "0F" * 32, "0\n")}
+    | {"one more key": setting("config", "line", "p1")},
 }
 for message, (make, _) in MESSAGES.items():
     for part in make():

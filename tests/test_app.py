@@ -1,0 +1,395 @@
+"""Nothing leaves a hospital unrecorded, to nobody twice, and never beyond what it agreed to."""
+
+import csv
+import hashlib
+import os
+import resource
+import signal
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import ConfigRecord, MessageType, RecordDict
+from PIL import Image
+
+from client import desk, forgotten
+from client.app import app
+from client.data.records import FileImage
+from client.desk import open_desk
+from client.entries import Privacy, Release, Sent
+from client.ledger import Ledger, read
+from client.outbox import Reply, release
+from client.session import close_sessions, open_session
+from client.site import Site
+from common import wire
+from common.contract import digest
+from common.flower import recorddict_to_proto
+from common.study import Study
+from common.yaml import dump
+from simulations.grid import InProcessGrid
+
+CLASSES = ("dark", "bright")
+# Found nowhere by chance.
+PATIENT, PICTURE = "DOE_JANE_1970_{}", "scan-of-jane-{}.png"
+COARSE = {"disclose": {"counts": "rounded", "metrics": "final"}}
+
+
+@pytest.fixture(autouse=True)
+def _own_desks():
+    """Each test is a process of its own as far as open sites go."""
+    yield
+    for state in list(desk._awake):
+        desk._awake.pop(state).ledger.close()
+    desk._desk.cache_clear()
+    close_sessions()
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Nothing here depends on what outlives a power cut."""
+    monkeypatch.setattr(os, "fsync", lambda file: None)
+
+
+def study(**changes):
+    given = {
+        "name": "skin",
+        "classes": CLASSES,
+        "model": {"backbone": "shufflenet_v2_x0_5", "weights": "none"},
+        "images": {"size": 32, "augment": {"views": 2, "ops": ["flip"]}},
+        "train": {"rounds": 3, "batch_size": 8},
+    }
+    return Study(**given | changes)
+
+
+def hospital(folder, *, patients=4, **keys):
+    """A site file whose every part has two patients of each class."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "manifest.csv").open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["image", "label", "patient", "split"])
+        for i in range(3 * patients):
+            noise = np.random.default_rng(i).integers(0, 256, (32, 32, 3), np.uint8)
+            Image.fromarray(noise).save(folder / PICTURE.format(i))
+            split = ("train", "validation", "test")[i % 3]
+            table.writerow([PICTURE.format(i), CLASSES[i % 2], PATIENT.format(i), split])
+    content = {"name": folder.name, "data": {"format": "manifest", "root": "."}, "state": "state"}
+    (folder / "site.yaml").write_text(dump(content | {"device": "cpu"} | keys))
+    return folder / "site.yaml"
+
+
+class Server:
+    """Asks one site, over the wire, whatever it wants."""
+
+    def __init__(self, site_file, wanted):
+        self.file, self.study = site_file, wanted
+        self.grid = InProcessGrid(app, [site_file])
+        self.session = None
+
+    def send(self, content, kind):
+        (node,) = self.grid.get_node_ids()
+        message = self.grid.create_message(content, kind, node, "0")
+        (reply,) = self.grid.send_and_receive([message])
+        return reply
+
+    def join(self):
+        reply = self.send(wire.JoinRequest(proposal=self.study.proposal()).record(), "query")
+        if not reply.has_error():
+            self.session = open_session(self.file, self.study.id)
+        return reply
+
+    def model(self, seed=0):
+        torch.manual_seed(seed)
+        shapes = self.session.network.shapes
+        return {name: torch.randn(shape) * 0.01 for name, shape in shapes.items()}
+
+    def round(self, number=1, seed=0, **changes):
+        config = {**wire.round_config(self.study.id), "server-round": number} | changes
+        arrays = wire.to_arrays(self.model(seed))
+        record = RecordDict({"arrays": arrays, "config": ConfigRecord(config)})
+        return self.send(record, MessageType.TRAIN)
+
+    def final(self, last=0, best=0):
+        request = wire.FinalRequest(
+            study=self.study.id,
+            last=wire.to_arrays(self.model(last)),
+            best=wire.to_arrays(self.model(best)),
+        )
+        return self.send(request.record(), MessageType.EVALUATE)
+
+
+@pytest.fixture
+def server(tmp_path):
+    """A site that has joined a study."""
+    server = Server(hospital(tmp_path / "ward"), study())
+    assert not server.join().has_error()
+    return server
+
+
+def state(server):
+    return server.file.parent / "state"
+
+
+def left(server):
+    return [entry for entry in read(state(server)) if isinstance(entry, Sent)]
+
+
+def sha256(message):
+    data = recorddict_to_proto(message.content).SerializeToString(deterministic=True)
+    return hashlib.sha256(data).hexdigest(), len(data)
+
+
+def patients_part(message):
+    """SHA-256 of all in a reply but how far the ledger went before it."""
+    parts = {k: v for k, v in message.content.items() if k != "ledger"}
+    data = recorddict_to_proto(RecordDict(parts)).SerializeToString(deterministic=True)
+    return hashlib.sha256(data).hexdigest()
+
+
+# --- nothing leaves unrecorded ---
+
+
+def test_what_arrives_is_what_the_ledger_says_left_byte_for_byte(tmp_path):
+    server = Server(hospital(tmp_path / "ward"), study())
+    replies = [server.join(), server.round(1), server.round(2, seed=1), server.final(2, 1)]
+    lines = left(server)
+    assert [sha256(reply) for reply in replies] == [
+        (line.contents.sha256, line.contents.bytes) for line in lines
+    ]
+    assert [(line.release.kind, line.release.round) for line in lines] == [
+        ("join", None),
+        ("round", 1),
+        ("round", 2),
+        ("final", None),
+    ]
+    assert {line.release.study for line in lines} == {server.study.id}
+    shapes = server.session.network.shapes
+    assert [line.contents.tensors for line in lines] == [{}, shapes, shapes, {}]
+    received = [line.release.received for line in lines]
+    assert received[:3] == [None, digest(server.model(0)), digest(server.model(1))]
+    assert len(set(received)) == 4
+
+
+def test_a_line_names_all_that_left(tmp_path):
+    server = Server(hospital(tmp_path / "ward"), study())
+    join, first, final = server.join(), server.round(), server.final()
+    told = [line.contents.metrics for line in left(server)]
+    assert {"name", "role", "patients.train", "images.test", "ledger.hash"} <= set(told[0])
+    for reply, names in ((first, told[1]), (final, told[2])):
+        records = reply.content.metric_records
+        assert sorted(names) == sorted(f"{part}.{key}" for part in records for key in records[part])
+    assert "metrics.train-loss" in told[1]
+    assert not join.has_error()
+    silent = Server(hospital(tmp_path / "silent", policy={"disclose": {"counts": "none"}}), study())
+    silent.join(), silent.round(), silent.final()
+    told = [line.contents.metrics for line in left(silent)]
+    assert not [name for name in told[0] if name.startswith(("patients", "images"))]
+    assert told[1:] == [(), ()]
+
+
+def test_the_join_tells_how_far_the_ledger_went_before_it(server):
+    reply = wire.JoinReply.read(server.join().content)
+    lines = read(state(server))
+    assert reply.ledger.count == len(lines) - 1
+    asked = server.send(wire.LedgerRequest(reply.ledger.count).record(), wire.LEDGER)
+    assert wire.LedgerReply.read(asked.content).hash == reply.ledger.hash
+    beyond = server.send(wire.LedgerRequest(len(lines) + 1).record(), wire.LEDGER)
+    assert wire.LedgerReply.read(beyond.content).hash is None
+    assert server.send(wire.LedgerRequest(0).record(), wire.LEDGER).error.reason == "contract"
+    assert len(read(state(server))) == len(lines)
+
+
+def test_an_error_leaves_no_line_and_no_figure(server):
+    lines = len(read(state(server)))
+    for reply in (
+        server.round(0),
+        server.round(server.study.train.rounds + 1),
+        server.round(1, study="0" * 16),
+        server.send(RecordDict(), MessageType.TRAIN),
+        server.send(RecordDict(), MessageType.EVALUATE),
+    ):
+        assert reply.error.reason == "contract"
+    assert len(read(state(server))) == lines
+
+
+@contextmanager
+def limited(most):
+    """No file of this process may grow beyond `most` bytes: as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("room", [0, 1, 200])
+def test_nothing_leaves_if_the_disk_is_full(server, room):
+    path = state(server) / "ledger.jsonl"
+    before = path.read_bytes()
+    with limited(len(before) + room):
+        replies = [server.round(), server.final(), server.join()]
+    assert [reply.error.reason for reply in replies] == ["site"] * 3
+    assert not any(reply.has_content() for reply in replies)
+    assert path.read_bytes() == before
+    assert not server.round().has_error()
+
+
+# --- one process at a time ---
+
+
+@contextmanager
+def another(state):
+    """Another process that has this site open; a line says so, and it ends by being killed."""
+    ready, go = os.pipe()
+    pid = os.fork()
+    if not pid:
+        with suppress(BaseException):
+            ledger = Ledger(state)
+            os.write(go, b"!")
+            signal.pause()
+            ledger.close()
+        os._exit(1)
+    os.close(go)
+    try:
+        assert os.read(ready, 1) == b"!"
+        yield
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        os.close(ready)
+
+
+def test_a_second_process_is_refused_and_told_no_more(tmp_path, caplog):
+    server = Server(hospital(tmp_path / "ward"), study())
+    Site.read(server.file).private()
+    with another(state(server)):
+        assert server.join().error.reason == "site"
+        assert "one process at a time, got another that has it open" in caplog.text
+        assert left(server) == []
+    assert not server.join().has_error()
+
+
+@pytest.mark.usefixtures("quick")
+def test_many_sites_of_one_process_hold_few_files_and_forget_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(desk, "_AWAKE", 2)
+    servers = [Server(hospital(tmp_path / f"s{i}"), study()) for i in range(5)]
+    for server in servers:
+        server.join()
+    for number in (1, 2):
+        for server in servers:
+            assert not server.round(number).has_error()
+            open_files = list(Path("/proc/self/fd").iterdir())
+            targets = [str(fd.readlink()) for fd in open_files if fd.is_symlink()]
+            assert len([path for path in targets if "/ledger." in path]) <= 6
+    assert [len(left(server)) for server in servers] == [3] * 5
+
+
+@pytest.mark.usefixtures("quick")
+def test_who_writes_while_a_site_rests_is_noticed(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(desk, "_AWAKE", 1)
+    one, other = (Server(hospital(tmp_path / f"s{i}"), study()) for i in range(2))
+    one.join(), other.join()
+    with another(state(one)):
+        assert one.round().error.reason == "site"
+    assert "one process at a time" in caplog.text
+    assert not one.round().has_error()
+    other.round()
+    lines = len(left(one))
+    with Ledger(state(one)) as ledger:  # as another process would, and ends
+        ledger.send(Release(study="0" * 16, name="x", kind="join"), Reply(b"x", {}).contents)
+    assert one.round().error.reason == "site"
+    assert "as this process left it, got another" in caplog.text
+    assert len(left(one)) == lines + 1
+
+
+# --- a hostile server ---
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_thousand_questions_get_no_more_than_was_agreed(tmp_path):
+    server = Server(hospital(tmp_path / "ward", policy=COARSE), study())
+    server.join()
+    rounds = {patients_part(server.round(1)) for _ in range(100)}
+    assert len(rounds) == 1  # nothing is drawn anew, so nothing averages out
+    told = server.round(2, seed=3).content
+    assert not told.metric_records
+    ends = [server.final(seed, seed + 1) for seed in range(900)]
+    good = [reply for reply in ends if not reply.has_error()]
+    assert len(good) == 2
+    assert {reply.error.reason for reply in ends if reply.has_error()} == {"contract"}
+    again = server.final(0, 1)
+    assert sha256(again) == sha256(good[0])
+    for reply in good:
+        for counts in reply.content.metric_records.values():
+            assert not counts["positive"]
+            assert all(n % 10 == 0 for n in counts["confusion"][1::2])
+    # The next process knows which ends there were.
+    desk._awake.clear()
+    for opened in (open_desk(Site.read(server.file)),):
+        opened.ledger.close()
+    desk._desk.cache_clear()
+    desk._awake.clear()
+    assert server.final(7, 7).error.reason == "contract"
+
+
+@pytest.mark.usefixtures("quick")
+def test_rejoining_does_not_make_it_tell_more(tmp_path):
+    server = Server(hospital(tmp_path / "ward", policy=COARSE), study())
+    first = wire.JoinReply.read(server.join().content).model_dump(exclude={"ledger"})
+    for _ in range(20):
+        again = wire.JoinReply.read(server.join().content).model_dump(exclude={"ledger"})
+        assert again == first
+
+
+# --- what stays behind ---
+
+
+def test_sealed_replies_of_a_study_that_ended_go_at_the_next_join(server):
+    site = Site.read(server.file)
+    outbox = state(server) / "outbox"
+
+    def seal(of):
+        privacy = Privacy(
+            mechanism="dp_sgd",
+            noise_multiplier=1.0,
+            sample_rate=0.1,
+            steps=1,
+            delta=1e-5,
+            clip_norm=1.0,
+        )
+        what = Release(study=of, name="x", kind="round", round=1, privacy=privacy)
+        open_site = open_desk(site)
+        release(open_site.ledger, open_site.outbox, what, lambda: Reply(os.urandom(9), {}))
+
+    seal(server.study.id)
+    seal("f" * 16)
+    server.final()
+    server.join()  # the same study: it may be resumed
+    assert len(list(outbox.iterdir())) == 2
+    assert not Server(server.file, study(seed=2)).join().has_error()
+    (kept,) = outbox.iterdir()
+    assert kept.name.startswith("f" * 16)
+
+
+@pytest.mark.parametrize("cache", [None, "prepared"])
+def test_no_file_names_a_patient_or_an_image(tmp_path, cache):
+    keys = {"cache": {"folder": cache}} if cache else {}
+    file = hospital(tmp_path / "ward", **keys)
+    server = Server(file, study())
+    server.join(), server.round(), server.final()
+    forgotten.leave_out(Site.read(file), PATIENT.format(0))
+    images = sorted(file.parent.glob("*.png"))
+    secrets = [PATIENT.format(i) for i in range(12)] + [path.name for path in images]
+    digests = [FileImage(path).digest() for path in images]
+    secrets += digests + [digest[:12] for digest in digests]
+    secrets += [hashlib.sha256(PATIENT.format(i).encode()).hexdigest() for i in range(12)]
+    folders = [state(server), *([file.parent / cache] if cache else [])]
+    found = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+    assert {"ledger.jsonl", "forgotten", "secret"} <= {path.name for path in found}
+    assert any(path.suffix == ".safetensors" for path in found)
+    for path in found:
+        content = path.read_bytes() + str(path.relative_to(file.parent)).encode()
+        assert not [word for word in secrets if word.encode() in content], path
+        assert path.stat().st_mode & 0o077 == 0, path

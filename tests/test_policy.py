@@ -1,0 +1,464 @@
+"""The hospital has the last word: it agrees or refuses by name, and holds to what it agreed to."""
+
+import csv
+import hashlib
+import logging
+import os
+import shutil
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from client.policy import Agreement, agree
+from client.session import Session
+from client.site import Site
+from common import wire
+from common.errors import ContractError, DataError, RefusedError, SiteError
+from common.study import Study
+from common.wire import FinalRequest, LedgerHead, RoundRequest
+from common.yaml import dump
+
+CLASSES = ("dark", "bright")
+HEAD = LedgerHead(count=1, hash="0" * 64)
+# Found nowhere by chance.
+PATIENT, PICTURE = "DOE_JANE_1970_{}", "scan-of-jane-{}.png"
+
+
+def study(**changes):
+    given = {
+        "name": "skin",
+        "classes": CLASSES,
+        "model": {"backbone": "shufflenet_v2_x0_5", "weights": "none"},
+        "images": {"size": 32},
+        "train": {"rounds": 3, "batch_size": 4},
+    }
+    return Study(**given | changes)
+
+
+def private(epsilon=4.0, delta=1e-6, **changes):
+    return study(privacy={"mechanism": "dp_sgd", "epsilon": epsilon, "delta": delta}, **changes)
+
+
+def model(**keys):
+    return study(model={"backbone": "shufflenet_v2_x0_5", "weights": "none"} | keys)
+
+
+def train(**keys):
+    return study(train={"rounds": 3} | keys)
+
+
+def write(folder, **keys):
+    """The site file of a hospital, which may have no images at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {"name": "ward", "data": {"format": "manifest", "root": "images"}, "state": "state"}
+    (folder / "site.yaml").write_text(dump(content | {"device": "cpu"} | keys))
+    return Site.read(folder / "site.yaml")
+
+
+# --- what it agrees to ---
+
+
+def refused(site, wanted, patients=100, images=None):
+    with pytest.raises(RefusedError) as caught:
+        agree(site, wanted, patients, patients if images is None else images)
+    told = str(caught.value)
+    assert told.startswith(f"{site.source}: policy: expected ")
+    assert ", got " in told
+    assert "\n" not in told
+    return told
+
+
+# Policy, a study (and training patients) that is refused, and what the refusal says: the key, what
+# this site allows, and what the study has.
+REFUSED = {
+    "no privacy": (
+        {"require_privacy": True},
+        (study(), 100),
+        ["(require_privacy)", "differential privacy", "got privacy: none"],
+    ),
+    "no privacy, so no ε": (
+        {"max_epsilon": 8.0, "delta": 0.1},
+        (study(), 100),
+        ["(max_epsilon)", "none"],
+    ),
+    "ε": (
+        {"max_epsilon": 3.9, "delta": 0.1},
+        (private(), 100),
+        ["ε within 3.9 (max_epsilon)", "got 4.0"],
+    ),
+    "δ": ({"delta": 1e-7}, (private(), 100), ["δ within 1e-07 (delta)", "got 1e-06"]),
+    "few patients": (
+        {"min_patients": 20},
+        (study(), 19),
+        ["at least 20 training patients (min_patients), got 19"],
+    ),
+    "backbone": (
+        {"backbones": ["resnet18", "vit_b_16"]},
+        (study(), 100),
+        ["resnet18, vit_b_16 (backbones), got shufflenet_v2_x0_5"],
+    ),
+    "no backbone at all": ({"backbones": []}, (study(), 100), ["(backbones)"]),
+    "depth": (
+        {"unfreeze": ["head", "last:1"]},
+        (model(unfreeze="last:2"), 100),
+        ["unfreeze to be one of head, last:1, got last:2"],
+    ),
+    "a lower depth": ({"unfreeze": ["last:3"]}, (model(unfreeze="last:2"), 100), ["unfreeze"]),
+    "no depth at all": ({"unfreeze": []}, (study(), 100), ["unfreeze"]),
+    "epochs": (
+        {"max_local_epochs": 2},
+        (train(local_epochs=3), 100),
+        ["at most 2 epochs (max_local_epochs), got 12 steps, 3 epochs"],
+    ),
+    "epochs asked for in steps": (
+        {"max_local_epochs": 2},  # an epoch of 100 images is 4 steps of 32
+        (train(local_steps=9), 100),
+        ["at most 2 epochs (max_local_epochs), got 9 steps, 2.25 epochs"],
+    ),
+    "steps": (
+        {"max_local_steps": 8},
+        (train(local_steps=9), 100),
+        ["at most 8 steps (max_local_steps), got 9 steps"],
+    ),
+    "steps asked for in epochs": (
+        {"max_local_steps": 7},
+        (train(local_epochs=2), 100),
+        ["at most 7 steps (max_local_steps), got 8 steps, 2 epochs"],
+    ),
+    "steps of one epoch, asked for in neither": (
+        {"max_local_steps": 3},
+        (train(), 100),
+        ["(max_local_steps), got 4 steps, 1 epochs"],
+    ),
+    "batches": (
+        {"max_batch_size": 31},
+        (study(train={"rounds": 1, "batch_size": 32}), 100),
+        ["batches of at most 31 (max_batch_size), got 32"],
+    ),
+}
+# The same policies at a study that just fits.
+AGREED = {
+    "no rules": ({}, (model(unfreeze="all"), 1)),
+    "patients": ({"min_patients": 20}, (study(), 20)),
+    "backbone": ({"backbones": ["resnet18", "shufflenet_v2_x0_5"]}, (study(), 1)),
+    "depth": ({"unfreeze": ["head", "last:2"]}, (model(unfreeze="last:2"), 1)),
+    "epochs": ({"max_local_epochs": 3}, (train(local_epochs=3), 100)),
+    "epochs asked for in steps": ({"max_local_epochs": 2}, (train(local_steps=8), 100)),
+    "steps": ({"max_local_steps": 9}, (train(local_steps=9), 100)),
+    "steps asked for in epochs": ({"max_local_steps": 8}, (train(local_epochs=2), 100)),
+    "batches": ({"max_batch_size": 32}, (study(train={"rounds": 1, "batch_size": 32}), 100)),
+    "a δ of studies with privacy only": ({"delta": 1e-9}, (study(), 1)),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_the_policy_forbids_is_refused_by_its_key(case, tmp_path):
+    policy, (wanted, patients), words = REFUSED[case]
+    told = refused(write(tmp_path, policy=policy), wanted, patients)
+    assert [word for word in words if word not in told] == []
+
+
+@pytest.mark.parametrize("case", AGREED)
+def test_what_the_policy_allows_is_agreed_to(case, tmp_path):
+    policy, (wanted, patients) = AGREED[case]
+    agree(write(tmp_path, policy=policy), wanted, patients, patients)
+
+
+def test_every_rule_of_a_policy_is_tried_here(tmp_path):
+    tried = {key for policy, *_ in REFUSED.values() for key in policy}
+    assert tried | {"disclose"} == set(write(tmp_path).policy.model_dump())
+
+
+def test_images_not_patients_make_an_epoch(tmp_path):
+    site = write(tmp_path, policy={"max_local_steps": 4})
+    agree(site, train(local_epochs=1), 5, 128)
+    assert "got 5 steps, 1 epochs" in refused(site, train(local_epochs=1), 5, 129)
+
+
+@pytest.mark.parametrize("policy", [{"min_patients": 14}, {"min_patients": 20}])
+def test_yes_and_no_tell_nothing_finer_than_is_told(tmp_path, policy):
+    """Who may ask for any batch size and watch the policy say no would count patients that way."""
+    site = write(tmp_path, policy=policy | {"disclose": {"counts": "rounded"}})
+    assert "min_patients), got 10" in refused(site, study(), 19)
+    agree(site, study(), 20, 20)
+    caps = {"max_local_steps": 3, "disclose": {"counts": "rounded"}}
+    capped = write(tmp_path, policy=caps)
+    for images in range(1, 60):
+        tens, wanted = -(-images // 10), study(train={"rounds": 1, "batch_size": 10})
+        if tens <= 3:
+            agree(capped, wanted, images, images)
+        else:
+            assert f"got {tens} steps" in refused(capped, wanted, images, images)
+
+
+def test_one_patient_is_enough_where_no_least_is_set(tmp_path):
+    for patients in (1, 9, 11):
+        agree(write(tmp_path, policy={"disclose": {"counts": "rounded"}}), study(), patients, 20)
+
+
+def test_a_site_that_only_evaluates_keeps_the_rules_that_are_not_of_training(tmp_path):
+    caps = {"min_patients": 20, "max_local_steps": 1, "max_local_epochs": 1, "max_batch_size": 1}
+    agree(write(tmp_path, policy=caps, role="evaluate"), train(local_epochs=9), 0, 0)
+    for policy, wanted in (
+        ({"require_privacy": True}, study()),
+        ({"backbones": ["resnet18"]}, study()),
+        ({"unfreeze": ["head"]}, model(unfreeze="all")),
+    ):
+        refused(write(tmp_path, policy=policy, role="evaluate"), wanted, 0)
+
+
+@pytest.mark.parametrize("role", ["train", "evaluate"])
+def test_this_release_refuses_private_studies_rather_than_train_without(role, tmp_path):
+    policy = {"require_privacy": True, "max_epsilon": 8.0, "delta": 1e-5}
+    told = refused(write(tmp_path, policy=policy, role=role), private(), 100)
+    assert "this release has no dp_sgd yet" in told
+
+
+@pytest.mark.parametrize(
+    ("wanted", "patients", "warned"),
+    [
+        (private(delta=1.001e-3), 100, True),
+        (private(delta=1e-3), 100, False),  # exactly a tenth of 1/100
+        (private(delta=1e-3), 101, True),
+        (private(delta=0.5), 0, False),
+        (study(), 10**6, False),
+    ],
+)
+def test_a_delta_that_protects_few_is_warned_of(tmp_path, caplog, wanted, patients, warned):
+    with caplog.at_level(logging.WARNING), suppress(RefusedError):
+        agree(write(tmp_path), wanted, patients, patients)
+    assert ("δ = " in caplog.text and f"{patients} training patients" in caplog.text) == warned
+
+
+# --- what it agreed to, it holds to ---
+
+
+def hospital(folder, patients=12, **keys):
+    """Every part has patients of each class; the manifest says who is in which."""
+    site, images = write(folder, **keys), folder / "images"
+    images.mkdir(exist_ok=True)
+    with (images / "manifest.csv").open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["image", "label", "patient", "split"])
+        for i in range(patients):
+            noise = np.random.default_rng(i).integers(0, 256, (32, 32, 3), np.uint8)
+            Image.fromarray(noise).save(images / PICTURE.format(i))
+            split = ("train", "validation", "test")[i % 3]
+            table.writerow([PICTURE.format(i), CLASSES[i % 2], PATIENT.format(i), split])
+    return site
+
+
+def edit(site, **keys):
+    """The same hospital with other keys in its site file."""
+    path = Path(site.source)
+    path.write_text(dump(yaml.safe_load(path.read_text()) | keys))
+    return Site.read(path)
+
+
+def rows(site, change):
+    """Change the manifest's rows."""
+    path = site.data.root / "manifest.csv"
+    first, *lines = path.read_text().splitlines()
+    path.write_text("\n".join([first, *change(lines)]) + "\n")
+
+
+def join(site, wanted=None):
+    """Joins, as a process of its own would; what was told."""
+    return Session(site, wanted or study()).joined(HEAD)
+
+
+def work(site, number=1):
+    """A round, as a process of its own would."""
+    session = Session(site, study())
+    arrays = wire.to_arrays(session.network.initial)
+    request = RoundRequest(study=study().id, round=number, proximal_mu=0.0, arrays=arrays)
+    return session.work(request, HEAD)
+
+
+def finish(site):
+    session = Session(site, study())
+    arrays = wire.to_arrays(session.network.initial)
+    return session.finish(FinalRequest(study=study().id, last=arrays, best=arrays))
+
+
+def on_disk(site):
+    return site.state / "studies" / f"{study().id}.agreement.json"
+
+
+def test_what_was_agreed_is_on_disk_and_for_this_user_alone(tmp_path):
+    before = os.umask(0)
+    try:
+        site = hospital(tmp_path, policy={"disclose": {"counts": "rounded", "metrics": "final"}})
+        assert Agreement.kept(site, study().id) is None
+        told = join(site)
+    finally:
+        os.umask(before)
+    assert on_disk(site).stat().st_mode & 0o777 == 0o600
+    kept = Agreement.kept(site, study().id)
+    assert kept is not None
+    assert (kept.study, kept.role, kept.privacy) == (study().id, "train", None)
+    assert kept.disclosure == told.disclosure
+    # The site itself knows the exact numbers; what it told is coarse.
+    assert (kept.patients.all, kept.images.all) == ((4, 4, 4), ((2, 2),) * 3)
+    assert (told.patients.all, told.images.all) == ((0, 0, 0), ((0, 0),) * 3)
+    assert len(kept.records) == 12
+    assert Agreement.kept(site, "0" * 16) is None
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"{}", b"[1]", b"null", b"\xff\xfe"])
+def test_a_damaged_agreement_is_named_and_nothing_is_made_up(content, tmp_path):
+    site = hospital(tmp_path)
+    join(site)
+    on_disk(site).write_bytes(content)
+    for use in (lambda: Agreement.kept(site, study().id), lambda: join(site), lambda: work(site)):
+        with pytest.raises(SiteError, match=r"agreement\.json: expected an agreement.*Restore it"):
+            use()
+    assert on_disk(site).read_bytes() == content
+
+
+def test_a_cut_or_longer_agreement_is_damaged_too(tmp_path):
+    site = hospital(tmp_path)
+    join(site)
+    whole = on_disk(site).read_bytes()
+    longer = whole.rstrip()[:-1] + b', "patient": "p1"}'
+    for content in (whole[:-9], longer, whole.replace(b'"train"', b'"server"', 1)):
+        on_disk(site).write_bytes(content)
+        with pytest.raises(SiteError, match="expected an agreement as written"):
+            Agreement.kept(site, study().id)
+
+
+def test_no_id_of_a_patient_or_image_stands_in_it(tmp_path):
+    sites = [hospital(tmp_path / name) for name in ("one", "two")]
+    for site in sites:
+        join(site)
+    texts = [on_disk(site).read_text() for site in sites]
+    for i in range(12):
+        for word in (PATIENT.format(i), PICTURE.format(i)):
+            assert all(word not in text for text in texts)
+            assert hashlib.sha256(word.encode()).hexdigest()[:16] not in texts[0]
+        image = (sites[0].data.root / PICTURE.format(i)).read_bytes()
+        assert hashlib.sha256(image).hexdigest()[:16] not in texts[0]
+    # The same patients under another secret: nobody can tell that they are the same.
+    records = [set(Agreement.kept(site, study().id).records) for site in sites]
+    assert len(records[0]) == len(records[1]) == 12
+    assert not records[0] & records[1]
+
+
+def test_a_site_that_gained_patients_goes_on_with_those_it_joined_with(tmp_path):
+    site = hospital(tmp_path)
+    before = join(site)
+    first = work(site)
+    hospital(tmp_path, patients=30)  # the same twelve, and others
+    assert Session(site, study()).patients == {"train": 4, "validation": 4, "test": 4}
+    again = work(site)
+    assert again.figures.train_loss == first.figures.train_loss
+    assert again.figures.counts.sparse() == first.figures.counts.sparse()
+    assert all(again.arrays[name].data == first.arrays[name].data for name in first.arrays)
+    assert join(site) == before  # nor does joining again let them in
+    assert join(site, study(name="other")).patients.all == (10, 10, 10)
+
+
+def test_a_site_that_lost_a_patient_is_refused_until_it_joins_again(tmp_path):
+    site = hospital(tmp_path)
+    join(site)
+    rows(site, lambda lines: [line for line in lines if PATIENT.format(3) not in line])
+    for use in (work, finish):
+        with pytest.raises(DataError, match=r"site\.yaml: data: expected the patients.*fewer"):
+            use(site)
+    again = join(site)
+    assert again.patients.all == (3, 4, 4)
+    assert again.images.train == (2, 1)
+    assert work(site).figures is not None
+    # Who comes back was there at first.
+    hospital(tmp_path)
+    with pytest.raises(DataError):
+        work(site)
+    assert join(site).patients.all == (4, 4, 4)
+
+
+@pytest.mark.parametrize("part", ["train", "validation", "test"])
+def test_one_of_any_part_is_missed_also_if_another_came(part, tmp_path):
+    site = hospital(tmp_path)
+    join(site)
+    gone = PATIENT.format(("train", "validation", "test").index(part))
+
+    def swap(lines):
+        return [line.replace(gone, "somebody") for line in lines]
+
+    rows(site, swap)
+    with pytest.raises(DataError, match="the patients that it joined with"):
+        work(site)
+
+
+def test_who_changed_label_or_part_is_not_who_joined(tmp_path):
+    for name, old, new in (("label", "dark", "bright"), ("part", "validation", "train")):
+        site = hospital(tmp_path / name)
+        join(site)
+        rows(site, lambda lines, old=old, new=new: [x.replace(old, new) for x in lines])
+        with pytest.raises(DataError):
+            work(site)
+
+
+def test_the_same_data_mounted_elsewhere_are_the_same_patients(tmp_path):
+    site = hospital(tmp_path)
+    before = join(site)
+    shutil.move(tmp_path / "images", tmp_path / "mounted")
+    moved = edit(site, data={"format": "manifest", "root": "mounted"})
+    assert work(moved).figures is not None
+    assert join(moved) == before
+
+
+def test_a_policy_that_tells_less_than_agreed_refuses_until_it_joins_again(tmp_path):
+    site = hospital(tmp_path)
+    assert join(site).disclosure.metrics == "every_round"
+    for disclose in ({"metrics": "final"}, {"counts": "rounded"}, {"min_cell": 3}):
+        less = edit(site, policy={"disclose": disclose})
+        for use in (work, finish):
+            with pytest.raises(RefusedError, match=r"site\.yaml: policy\.disclose: expected what"):
+                use(less)
+    less = edit(site, policy={"disclose": {"counts": "none"}})
+    told = join(less)
+    assert told.disclosure.counts == "none"
+    assert told.patients.all == told.images.all == (None, None, None)
+    assert work(less).figures is None
+    assert finish(less).counts is None
+
+
+def test_a_policy_that_tells_more_changes_nothing_that_was_agreed(tmp_path):
+    agreed = {"counts": "rounded", "metrics": "final", "min_cell": 12}
+    site = hospital(tmp_path, policy={"disclose": agreed})
+    join(site)
+    more = edit(site, policy={"disclose": {"counts": "exact"}})
+    assert work(more).figures is None
+    counts = finish(more).counts
+    for told in (counts.validation_last, counts.test_last, counts.test_best):
+        assert (told.confusion % 12 == 0).all()
+        assert not told.positive.any()
+
+
+def test_a_rule_that_came_later_is_kept_from_then_on(tmp_path):
+    site = hospital(tmp_path)
+    join(site)
+    for policy in ({"require_privacy": True}, {"min_patients": 5}, {"backbones": []}):
+        with pytest.raises(RefusedError):
+            work(edit(site, policy=policy))
+    assert work(edit(site, policy={})).figures is not None
+
+
+def test_another_role_is_another_agreement(tmp_path):
+    site = hospital(tmp_path)
+    join(site)
+    with pytest.raises(DataError, match="another role"):
+        finish(edit(site, role="evaluate"))
+
+
+def test_who_has_not_joined_does_nothing(tmp_path):
+    site = hospital(tmp_path)
+    for use in (work, finish):
+        with pytest.raises(ContractError, match="has not joined"):
+            use(site)
+    assert not on_disk(site).exists()
