@@ -4,7 +4,7 @@ Adding a backbone is one line in `_BACKBONES`.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,20 +19,58 @@ from common.images import Preprocess
 from common.weights import Fit
 
 
+class Centre(nn.Module):
+    """Each image's features less their public mean [width], a frozen tensor of the study."""
+
+    mean: torch.Tensor
+
+    def __init__(self, mean: torch.Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mean", mean)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """[n, width] → [n, width]."""
+        return features - self.mean
+
+
+class UnitNorm(nn.Module):
+    """Each image's features, scaled to length 1: no image pulls harder for having large ones."""
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """[n, width] → [n, width]."""
+        return nn.functional.normalize(features)
+
+
 class Head(nn.Sequential):
-    """Dropout → Linear on pooled features [n, width]; logits [n, classes].
+    """Centre → UnitNorm → Dropout → Linear on pooled features [n, width]; logits [n, classes].
+
+    The first two only where the study asks for them.
 
     Zero at first: every class starts equally likely, whatever the seed, and with or without noise
     the first step is already useful.
     """
 
-    def __init__(self, width: int, classes: int, dropout: float) -> None:
+    def __init__(
+        self,
+        width: int,
+        classes: int,
+        dropout: float,
+        *,
+        mean: Sequence[float] | None = None,
+        unit: bool = False,
+    ) -> None:
         with torch.device("meta"):  # draws nothing from the global generator
             linear = nn.Linear(width, classes)
         linear.to_empty(device="cpu")
         nn.init.zeros_(linear.weight)
         nn.init.zeros_(linear.bias)
-        super().__init__(OrderedDict(dropout=nn.Dropout(dropout), linear=linear))
+        layers: OrderedDict[str, nn.Module] = OrderedDict()
+        if mean is not None:
+            layers["centre"] = Centre(torch.tensor(mean, dtype=torch.float32))
+        if unit:
+            layers["unit"] = UnitNorm()
+        layers |= {"dropout": nn.Dropout(dropout), "linear": linear}
+        super().__init__(layers)
 
 
 @dataclass(frozen=True)
@@ -59,7 +97,16 @@ class Backbone:
     dropped: tuple[str, ...] = ()
     """Prefixes of checkpoint keys that are not used, beside the head's own."""
 
-    def build(self, *, classes: int, dropout: float, weights: str, seed: int) -> nn.Module:
+    def build(
+        self,
+        *,
+        classes: int,
+        dropout: float,
+        weights: str,
+        seed: int,
+        mean: Sequence[float] | None = None,
+        unit: bool = False,
+    ) -> nn.Module:
         """The classifier in eval mode: normalised images [n, 3, H, W] → logits [n, classes].
 
         Args:
@@ -67,6 +114,8 @@ class Backbone:
           dropout: probability in the head, in [0, 1).
           weights: `DEFAULT` (torchvision's own), `none` (random), or a checkpoint file.
           seed: draws the random weights of `none`; the global generators are left alone.
+          mean: subtracted from each image's features before the head, `width` numbers.
+          unit: then scale them to length 1.
 
         Raises:
           BackboneError: the weights cannot be had, read, or belong to another architecture.
@@ -77,7 +126,7 @@ class Backbone:
                 model = self.make()
         else:
             model = self._load(weights)
-        model.set_submodule(self.head, Head(self.width, classes, dropout))
+        model.set_submodule(self.head, Head(self.width, classes, dropout, mean=mean, unit=unit))
         return model.eval()
 
     def _load(self, weights: str) -> nn.Module:

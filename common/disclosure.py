@@ -86,6 +86,11 @@ class Disclosure(Section):
         return counts.unscored(np.array(told, np.int64))
 
     @property
+    def tells(self) -> bool:
+        """Whether it tells any number at all."""
+        return self.counts != "none"
+
+    @property
     def withheld(self) -> str:
         """What a reader of the results misses, in words; nothing if all is told."""
         if self.metrics == "none":

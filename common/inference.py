@@ -65,7 +65,14 @@ def load_model(run: str | Path) -> ReleasedModel:
         raise RunError(complaint(folder, expected="a finished run", got="none", remedy=remedy))
     study = Study.read(study_file)
     backbone = backbones.get(study.model.backbone)
-    network = backbone.build(classes=len(study.classes), dropout=0.0, weights="none", seed=0)
+    network = backbone.build(
+        classes=len(study.classes),
+        dropout=0.0,
+        weights="none",
+        seed=0,
+        mean=study.model.feature_mean,
+        unit=study.model.unit_features,
+    )
     try:
         network.load_state_dict(load_file(file))
     except (SafetensorError, RuntimeError, OSError):

@@ -5,7 +5,7 @@ from functools import lru_cache
 
 from torch import Tensor, nn
 
-from common import backbones
+from common import backbones, private
 from common.contract import Contract
 from common.cut import Split, split
 from common.errors import ContractError
@@ -23,6 +23,8 @@ class Network:
     model: nn.Module
     split: Split
     trainable: tuple[str, ...]
+    held: tuple[str, ...]
+    """Asked to train as well, but frozen: they cannot be trained with differential privacy."""
     preprocess: Preprocess
     contract: Contract
     initial: dict[str, Tensor]
@@ -68,19 +70,36 @@ def _assemble(proposal: str, weights: str) -> Network:
         backbone.check_size(study.images.size)
     seed = derive(study.seed, "initial weights")
     classes, dropout = len(study.classes), study.model.dropout
-    model = backbone.build(classes=classes, dropout=dropout, weights=weights, seed=seed)
-    trainable = backbone.trainable(model, study.model.unfreeze)
+    mean = study.model.feature_mean
+    if mean is not None and len(mean) != backbone.width:
+        expected, got = f"{backbone.width} numbers, the features of {backbone.name}", len(mean)
+        remedy = "Make it with consilium-simulate feature-mean."
+        raise study.error("model.feature_mean", expected=expected, got=got, remedy=remedy)
+    model = backbone.build(
+        classes=classes,
+        dropout=dropout,
+        weights=weights,
+        seed=seed,
+        mean=mean,
+        unit=study.model.unit_features,
+    )
     preprocess = backbone.preprocess(weights).with_size(study.images.size)
+    asked = backbone.trainable(model, study.model.unfreeze)
+    trainable = private.hookable(model, asked, preprocess.crop) if study.private else asked
     state = model.state_dict()
     frozen = {name: tensor for name, tensor in state.items() if name not in trainable}
     shapes = {name: tuple(state[name].shape) for name in trainable}
     contract = Contract.of(study=study.id, frozen=frozen, shapes=shapes, preprocess=preprocess)
     initial = {name: state[name].clone() for name in trainable}
+    parts = split(model, trainable)
+    if study.private:  # the suffix alone: what the prefix keeps serves other studies too
+        private.prepare(parts.suffix)
     return Network(
         backbone=backbone.name,
         model=model,
-        split=split(model, trainable),
+        split=parts,
         trainable=trainable,
+        held=tuple(name for name in asked if name not in trainable),
         preprocess=preprocess,
         contract=contract,
         initial=initial,

@@ -34,6 +34,7 @@ _LONGEST_JSON = 1_000_000
 # No weight of a working network comes near; larger ones would break the sites that receive them.
 _LARGEST = 1e4
 _WORST_LOSS = 1e12
+_MOST_PROXIMAL = 1e6
 
 Count = Annotated[int, Field(ge=0, le=MOST)]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -100,6 +101,8 @@ class JoinReply(Section):
     """How many, in each part; None where the site does not tell."""
     images: Parts[tuple[Count, ...] | None]
     """How many of each class, in each part; None where the site does not tell."""
+    enrolled: Annotated[StrictInt, Field(ge=1, le=10**9)] | None
+    """Under privacy, about how many patients train: a constant of the site's; None if untold."""
     prefix_dtype: Dtype
     """What the site's frozen prefix computes in."""
     suffix_dtype: Dtype
@@ -155,8 +158,8 @@ class RoundRequest:
         _exactly(record, ARRAYS, CONFIG)
         config = _only(record.config_records, CONFIG)
         mu = config.get(_PROXIMAL, 0.0)
-        if type(mu) not in (float, int) or not math.isfinite(mu) or mu < 0:
-            raise ContractError("a proximal term that is not a number >= 0")
+        if type(mu) not in (float, int) or not 0 <= mu <= _MOST_PROXIMAL:
+            raise ContractError(f"a proximal term that is not in [0, {_MOST_PROXIMAL:g}]")
         number = _value(record, CONFIG, _ROUND, int)
         if number < 1:
             raise ContractError("a round before the first")

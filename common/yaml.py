@@ -61,13 +61,22 @@ class YamlFile(Section):
         content = _read(path, error)
         for change in changes:
             _apply(content, change, error)
-        return cls.parse(content, str(path), error)
+        return cls.parse(content, str(path), error, folder=path.parent)
 
     @classmethod
-    def parse(cls, content: object, source: str, error: type[ConsiliumError]) -> Self:
-        """Validate an already read mapping; `source` names it in errors."""
+    def parse(
+        cls,
+        content: object,
+        source: str,
+        error: type[ConsiliumError],
+        folder: Path | None = None,
+    ) -> Self:
+        """Validate an already read mapping; `source` names it in errors.
+
+        Only with `folder` do keys read the files they name, which are relative to it.
+        """
         try:
-            parsed = cls.model_validate(content)
+            parsed = cls.model_validate(content, context=folder and {"folder": folder})
         except ValidationError as ex:
             lines = [_explain(cls, source, problem) for problem in ex.errors()]
             raise error("\n".join(lines)) from None
@@ -200,5 +209,7 @@ def _sections(annotation: object) -> list[type[BaseModel]]:
 
 
 def dump(content: Mapping[str, Any]) -> str:
-    """YAML text with keys in their own order."""
-    return yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True)
+    """YAML text with keys in their own order, innermost lists and mappings on one line."""
+    return yaml.safe_dump(
+        dict(content), sort_keys=False, allow_unicode=True, default_flow_style=None, width=100
+    )

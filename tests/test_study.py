@@ -320,6 +320,8 @@ OTHER = {
     "model.weights": "DEFAULT",
     "model.unfreeze": "last:1",
     "model.dropout": 0.1,
+    "model.feature_mean": [0.5],
+    "model.unit_features": True,
     "images.size": 64,
     "images.unreadable": "skip",
     "images.augment.views": 3,
@@ -395,12 +397,36 @@ def test_a_private_study_is_one_that_names_a_mechanism() -> None:
 @pytest.mark.parametrize(
     ("key", "value"), [("epsilon", 7.9), ("delta", 1e-6), ("clip_norm", 0.5), ("spare_rounds", 0)]
 )
-def test_the_id_changes_with_every_key_of_privacy(key: str, value: float) -> None:
+def test_the_id_changes_with_every_number_of_privacy(key: str, value: float) -> None:
     changed = PRIVATE | {"privacy": PRIVATE["privacy"] | {key: value}}
     assert Study.model_validate(changed).id != Study.model_validate(PRIVATE).id
-    assert {*PRIVATE["privacy"], "clip_norm", "spare_rounds"} == set(
+    assert {*PRIVATE["privacy"], "preset", "clip_norm", "spare_rounds"} == set(
         Study.model_validate(PRIVATE).privacy.model_dump()
     )
+
+
+def test_a_preset_fills_in_what_the_study_does_not_say() -> None:
+    content = PRIVATE | {"privacy": PRIVATE["privacy"] | {"preset": "head"}}
+    study = Study.model_validate(content | {"train": {"rounds": 7, "lr": 2.0}})
+    assert study.model.unit_features
+    assert (study.train.rounds, study.train.lr) == (7, 2.0)
+    assert (study.train.local_steps, study.train.optimizer) == (1, "sgd")
+    epochs = Study.model_validate(content | {"train": {"rounds": 7, "local_epochs": 3}})
+    assert (epochs.train.local_epochs, epochs.train.local_steps) == (3, None)
+    told = Study.model_validate_json(study.proposal())
+    assert told.id == study.id
+    for other in (
+        {"train": {"rounds": 7, "optimizer": "adamw"}},
+        {"model": {"unfreeze": "last:1"}},
+    ):
+        given = {key: content[key] | other.get(key, {}) for key in ("train", "model")}
+        with pytest.raises(ValueError, match=r"expected .*, or a train"):
+            Study.model_validate(content | given)
+        given["train"] = given["train"] | {"lr": 0.1}
+        assert Study.model_validate(content | given).train.lr == 0.1
+    plain = Study.model_validate(PRIVATE)
+    assert not plain.model.unit_features
+    assert plain.train.local_steps is None
 
 
 @pytest.mark.parametrize(
@@ -411,7 +437,8 @@ def test_the_id_changes_with_every_key_of_privacy(key: str, value: float) -> Non
         ("epsilon", True, "a number, got True"),
         ("delta", 0, "greater than 0, got 0"),
         ("delta", 1, "less than 1, got 1"),
-        ("clip_norm", 0, "greater than 0"),
+        ("clip_norm", 1e-30, "greater than or equal to 0.001"),
+        ("clip_norm", 1e30, "less than or equal to 1000"),
         ("clip_norm", float("nan"), "a finite number"),
         ("spare_rounds", -1, "greater than or equal to 0"),
         ("spare_rounds", 0.5, "integer"),
