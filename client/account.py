@@ -90,19 +90,21 @@ class Account:
         """What the ledger began with, in place of one that was lost."""
         return adopted(self.entries)
 
-    def epsilon(self, planned: Sequence[Segment] = ()) -> float:
-        """ε of all studies together, and of what is planned; by basic composition where adopted.
+    def epsilon(self, planned: Sequence[Segment] = (), study: str | None = None) -> float:
+        """ε of all studies together, or of one, and of what is planned.
+
+        What was adopted adds to it by basic composition; to one study's, if that had begun before.
 
         Raises:
           RefusedError: no finite bound was found.
           BudgetError: what was adopted has taken all of δ.
         """
-        begun, spent = self.adopted, [*history(self.entries), *planned]
-        if begun is None:
+        begun, spent = self.adopted, [*history(self.entries, study), *planned]
+        if begun is None or (study and study not in begun.studies):
             return accountant.epsilon(spent, self.delta)
         if begun.delta >= self.delta:
             expected, got = f"less than δ = {self.delta:g} adopted with it", f"{begun.delta:g}"
-            remedy = "Set policy.delta above it."
+            remedy = "Choose a larger δ (policy.delta, or privacy.delta of the study)."
             raise BudgetError(complaint("ledger", expected=expected, got=got, remedy=remedy))
         return begun.epsilon + accountant.epsilon(spent, self.delta - begun.delta)
 

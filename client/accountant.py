@@ -67,7 +67,7 @@ class Segment:
             raise _refusal("steps", "a whole number, at least 1", self.steps)
 
 
-Bound = Callable[[Sequence[Segment], float], float]
+Bound = Callable[[tuple[Segment, ...], float], float]
 
 
 def epsilon(history: Sequence[Segment], delta: float) -> float:
@@ -89,36 +89,37 @@ def noise_multiplier(
     delta: float,
     sample_rate: float,
     steps: int,
-    spent: Sequence[Segment] = (),
 ) -> float:
-    """The least σ with which `steps` more steps after `spent` stay within `epsilon` at `delta`.
+    """The least σ with which `steps` steps stay within `epsilon` at `delta`.
 
     Args:
-      epsilon: The whole budget, what `spent` used of it included; above 0.
+      epsilon: The budget, above 0.
       delta: Between 0 and 1.
-      sample_rate: q of the steps to come, in (0, 1].
+      sample_rate: q of each step, in (0, 1].
       steps: All that are planned, at least 1.
-      spent: What happened before.
 
     Returns:
       A σ that was itself tried and found good, rounded up by 0.23 % at most; at least 0.1.
 
     Raises:
-      RefusedError: no σ up to 10000 is enough, because the budget is spent, or as in `epsilon`.
+      RefusedError: no σ up to 10000 is enough, or as in `epsilon`.
     """
     _within("epsilon", epsilon, "above 0", above=0)
 
     def stays(bound: Bound, choice: int) -> bool:
-        history = [*spent, Segment(_NOISE[choice], sample_rate, steps)]
+        planned = [Segment(_NOISE[choice], sample_rate, steps)]
         try:
-            return _guarded(bound, history, delta) <= epsilon
+            return _guarded(bound, planned, delta) <= epsilon
         except RefusedError:  # too little noise to account for is too little noise
             return False
 
     near = bisect_left(range(_LAST), True, key=partial(stays, _renyi))
     found = _first(partial(stays, _composed), near)
     if found is None:
-        raise _exhausted(spent, Segment(_NOISE[-1], sample_rate, steps), delta, epsilon)
+        least = _guarded(_composed, [Segment(_NOISE[-1], sample_rate, steps)], delta)
+        expected = f"ε within {epsilon:g} at δ = {delta:g}"
+        got, remedy = f"{least:.4g} with any noise", "Plan fewer steps or raise epsilon."
+        raise RefusedError(complaint("privacy", expected=expected, got=got, remedy=remedy))
     return _NOISE[found]
 
 
@@ -132,15 +133,6 @@ def _first(good: Callable[[int], bool], near: int) -> int | None:
     return bisect_left(range(high), True, max(high - stride, 0), key=good)
 
 
-def _exhausted(
-    spent: Sequence[Segment], plan: Segment, delta: float, budget: float
-) -> RefusedError:
-    before, after = epsilon(spent, delta), epsilon([*spent, plan], delta)
-    got = f"{before:.4g} spent already, {after:.4g} after {plan.steps} steps with any noise"
-    expected, remedy = f"ε within {budget:g} at δ = {delta:g}", "Plan fewer steps or raise epsilon."
-    return RefusedError(complaint("privacy: budget", expected=expected, got=got, remedy=remedy))
-
-
 def _guarded(bound: Bound, history: Sequence[Segment], delta: float) -> float:
     """What `bound` makes of a history, or a refusal."""
     _within("delta", delta, "above 0, below 1", above=0, most=math.nextafter(1, 0))
@@ -151,7 +143,7 @@ def _guarded(bound: Bound, history: Sequence[Segment], delta: float) -> float:
         return 0.0
     try:
         with np.errstate(all="ignore"):
-            spent = bound(segments, delta)
+            spent = bound(tuple(segments), delta)
     except RefusedError:
         raise
     except Exception as ex:
@@ -169,7 +161,8 @@ def _merge(history: Sequence[Segment]) -> list[Segment]:
     return [Segment(noise, rate, n) for (noise, rate), n in sorted(steps.items())]
 
 
-def _composed(segments: Sequence[Segment], delta: float) -> float:
+@lru_cache(maxsize=4096)  # the virtual sites of a simulation spend alike
+def _composed(segments: tuple[Segment, ...], delta: float) -> float:
     return (_numerical if len(segments) <= _TIGHT else _renyi)(segments, delta)
 
 

@@ -14,7 +14,14 @@ from client.session import Session, drop, open_session, remember
 from client.site import Site
 from common import wire
 from common.contract import digest
-from common.errors import ConsiliumError, ContractError, RefusedError, SiteError, complaint
+from common.errors import (
+    ConsiliumError,
+    ContractError,
+    DataError,
+    RefusedError,
+    SiteError,
+    complaint,
+)
 from common.flower import ClientAppCallable, error_reply, from_bytes, to_bytes
 
 log = logging.getLogger(__name__)
@@ -52,11 +59,11 @@ def join(message: Message, context: Context) -> Message:
     what = Release(study=study.id, name=study.name, kind="join")
     try:
         session = open_session(site_file(context), study.id)
-    except RefusedError as ex:  # one bit about the patients, if numbers of them decided
+    except (RefusedError, DataError) as ex:  # a bit about the patients, where they decided
         desk.ledger.send(what, Reply(ex.code.encode(), {}, (ex.code,)).contents)
         drop(site, study)
         raise
-    return _leave(message, session, what, lambda: session.joined(_head(desk)))
+    return _leave(message, session, what, lambda: session.joined(_head(desk), desk.ledger.spending))
 
 
 @app.query("ledger")
@@ -77,8 +84,14 @@ def work(message: Message, context: Context) -> Message:
     if request.round > study.train.rounds:
         raise ContractError(f"round {request.round} of a study of {study.train.rounds}")
     received = digest(wire.from_arrays(request.arrays, session.network.shapes))
+    protection = session.agreed().protection
     what = Release(
-        study=study.id, name=study.name, kind="round", round=request.round, received=received
+        study=study.id,
+        name=study.name,
+        kind="round",
+        round=request.round,
+        received=received,
+        privacy=protection.round if protection else None,
     )
     desk = open_desk(session.site)
     return _leave(message, session, what, lambda: session.work(request, _head(desk)))
@@ -121,7 +134,10 @@ def _leave(
 ) -> Message:
     """The only way out: what leaves is parsed from the very bytes that were recorded."""
     desk = open_desk(session.site)
-    data = release(desk.ledger, desk.outbox, what, lambda: _reply(work()))
+    spending = desk.ledger.spending
+    data = release(
+        desk.ledger, desk.outbox, what, lambda: _reply(work()), lambda: session.allow(spending)
+    )
     return Message(from_bytes(data), reply_to=message)
 
 

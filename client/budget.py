@@ -2,10 +2,9 @@
 
 from collections.abc import Sequence
 
-from client import accountant
 from client.account import Account
 from client.accountant import Segment
-from client.entries import Entry, history
+from client.entries import Entry
 from client.site import Site
 from common.errors import BudgetError, complaint
 from common.study import DpSgd, Study
@@ -27,7 +26,7 @@ def afford(
       BudgetError: the study would spend more than it promised, or the site more than it allows.
       RefusedError: ε cannot be bounded.
     """
-    alone = accountant.epsilon([*history(entries, study.id), planned], privacy.delta)
+    alone = Account(entries, privacy.delta).epsilon([planned], study.id)
     if alone > privacy.epsilon:
         where, remedy = f"study {study.name}: privacy.epsilon", "It ends here for this site."
         raise _over(where, privacy.epsilon, alone, remedy)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from client.entries import Contents, Sent
     from client.plan import Noise
     from client.site import Site
-    from common.study import Study
+    from common.study import DpSgd, Study
 
 SiteFile = Annotated[
     Path, typer.Argument(metavar="SITE_YAML", help="The hospital's own file, site.yaml.")
@@ -175,7 +175,8 @@ def disclosed(
     """List every message that left: when, for which study, what was in it, and its SHA-256.
 
     The hash is of the message byte by byte, so what a server has can be compared with what left.
-    Errors and answers about the ledger itself are not listed: they say nothing of patients.
+    A join that was refused is listed with the word that was told. Errors of rounds and answers
+    about the ledger itself are not: they say nothing of patients.
     """
     from client import account
     from client.ledger import read
@@ -245,7 +246,7 @@ def plan(site_file: SiteFile, study_file: StudyFile) -> None:
     console.print(f"training here  {found.training:,} patients, {found.images:,} images")
     if isinstance(study.privacy, DpSgd):
         if found.noise:
-            _show_noise(found.noise)
+            _show_noise(found.noise, study.privacy)
         console.print(account.MEANING, style="dim")
     else:
         text = "trained without differential privacy: not accounted, no ε bounds what it tells"
@@ -258,15 +259,15 @@ def plan(site_file: SiteFile, study_file: StudyFile) -> None:
         console.print("agreed         the policy has nothing against it", style="green")
 
 
-def _show_noise(noise: "Noise") -> None:
-    plan, privacy = noise.plan, noise.privacy
-    each = plan.steps // noise.rounds
-    in_all = f"{noise.rounds} rounds, {privacy.spare_rounds} of them spare"
+def _show_noise(noise: "Noise", privacy: "DpSgd") -> None:
+    one, rounds = noise.protection.round, noise.protection.rounds
+    batch, total = noise.protection.batch, one.steps * rounds
+    in_all = f"{rounds} rounds, {privacy.spare_rounds} of them spare"
     console.print(f"asked for      ε {privacy.epsilon:g} at δ = {privacy.delta:g}")
-    console.print(f"sampling       q {plan.sample_rate:.3g}, {noise.batch:g} patients a step")
-    console.print(f"steps          {each} a round, {plan.steps:,} in {in_all}")
+    console.print(f"sampling       q {one.sample_rate:.3g}, {batch:g} patients a step")
+    console.print(f"steps          {one.steps} a round, {total:,} in {in_all}")
     clip = privacy.clip_norm
-    console.print(f"noise          σ {plan.noise_multiplier:.4g}, clipping at {clip:g}")
+    console.print(f"noise          σ {one.noise_multiplier:.4g}, clipping at {clip:g}")
     if noise.before.entries:
         console.print("               ε below is of all studies of this site together")
     table = _table(("after round", "ε"), left=0)
@@ -283,9 +284,12 @@ def _leaving(site: "Site", study: "Study") -> str:
     from common.network import assemble
 
     told = site.policy.disclose.resolved(private=study.private)
-    shapes = assemble(study, "none").shapes
+    network = assemble(study, "none")
+    shapes = network.shapes
     numbers = sum(prod(shape) for shape in shapes.values())
     each = f"each round {len(shapes)} tensors of {numbers:,} numbers ({size(4 * numbers)})"
+    if network.held:
+        each += f"; frozen, as nothing protects them: {len(network.held)} tensors"
     if site.role == "evaluate":
         each = "no tensors"
     withheld = told.withheld

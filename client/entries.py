@@ -86,6 +86,8 @@ class Adopted(_Line):
     state: Literal["adopted"] = "adopted"
     epsilon: Annotated[float, Field(ge=0)]
     delta: Annotated[float, Field(ge=0, lt=1)]
+    studies: tuple[str, ...] = ()
+    """Agreed to before: any of them may have spent it, so each must make do with the rest."""
 
 
 class Reserved(_Line):

@@ -168,7 +168,10 @@ def adopt(folder: Path, epsilon: float, delta: float) -> None:
         if path.exists():
             path.rename(_aside(folder, "replaced"))
         # The old head stays until the new ledger is there: a kill in between starts no empty one.
-        _create(folder, Adopted(n=1, time=_now(), epsilon=epsilon, delta=delta))
+        ending = ".agreement.json"
+        studies = sorted(p.name.removesuffix(ending) for p in folder.glob(f"studies/*{ending}"))
+        first = Adopted(n=1, time=_now(), epsilon=epsilon, delta=delta, studies=tuple(studies))
+        _create(folder, first)
 
 
 class Ledger:

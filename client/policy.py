@@ -5,11 +5,12 @@ import hmac
 import logging
 import math
 from collections.abc import Iterator
-from typing import Literal, Self
+from typing import Literal, NamedTuple, Self
 
 from client.data.records import Record
 from client.disk import usable
-from client.site import Site
+from client.protection import Protection
+from client.site import Policy, Site
 from common import files
 from common.contract import Dtype
 from common.disclosure import Disclosure
@@ -28,8 +29,8 @@ class Agreement(Section):
     """Its id."""
     role: Literal["train", "evaluate"]
     disclosure: Disclosure
-    privacy: DpSgd | None
-    """None: trained without differential privacy."""
+    protection: Protection | None
+    """None: it does not train, or trains without differential privacy."""
     prefix_dtype: Dtype
     """What the frozen prefix computes in."""
     suffix_dtype: Dtype
@@ -67,6 +68,36 @@ class Agreement(Section):
             files.write(path, self.model_dump_json(indent=1), mode=0o600)
 
 
+def same_holdout(site: Site, study: Study) -> None:
+    """Return if a private study holds out the shares that every private one here does.
+
+    With other shares, those told of validation and test would add up to who trains; and who trains
+    in one would be a test patient of another, whom no noise protects.
+
+    Raises:
+      RefusedError: an earlier one held out others.
+    """
+    path = site.state / "holdout.json"
+    with usable(path, SiteError):
+        text = path.read_bytes() if path.is_file() else None
+    if text is not None and study.private and text != _shares(study):
+        where, got = "holdout", _shares(study).decode()
+        expected = f"that of the private studies before, {text.decode()}"
+        raise RefusedError(complaint(where, expected=expected, got=got))
+
+
+def keep_holdout(site: Site, study: Study) -> None:
+    """From its first private study on, a site holds out the same patients in all of them."""
+    path = site.private() / "holdout.json"
+    with usable(path, SiteError):
+        if study.private and not path.exists():
+            files.write(path, _shares(study), mode=0o600)
+
+
+def _shares(study: Study) -> bytes:
+    return study.holdout.model_dump_json().encode()
+
+
 def identity(record: Record, part: str, site: Site, secret: bytes) -> str:
     """Names an image of a patient in a part, with its label, to nobody without the secret.
 
@@ -77,12 +108,15 @@ def identity(record: Record, part: str, site: Site, secret: bytes) -> str:
     return hmac.digest(secret, b"record:" + text.encode(), hashlib.sha256).hex()[:32]
 
 
-def agree(site: Site, study: Study, patients: int, images: int) -> None:
+def agree(
+    site: Site, study: Study, protection: Protection | None, patients: int, images: int
+) -> None:
     """Return if this site takes part in a study; raise `RefusedError` otherwise.
 
     Args:
       site: Whose policy decides.
       study: The request.
+      protection: Of its private training here, if it is private and this site trains.
       patients: That would train here; 0 at a site that only evaluates.
       images: Of these patients.
     """
@@ -92,7 +126,8 @@ def agree(site: Site, study: Study, patients: int, images: int) -> None:
     # Numbers as coarse as they are told, so that yes and no tell nothing finer.
     base = site.policy.disclose.resolved(private=study.private).base
     fewest, most = max(patients // base * base, min(patients, 1)), -(-images // base) * base
-    for kept, expected, got in _rules(site, study, fewest, most):
+    length = _private_length(protection) if protection else _length(study, most)
+    for kept, expected, got in _rules(site, study, length, fewest):
         if not kept:
             where = f"{site.source}: policy"
             raise RefusedError(complaint(where, expected=expected, got=got))
@@ -102,7 +137,28 @@ Rule = tuple[bool, str, object]
 """Whether it is kept, what was expected, and what the study has."""
 
 
-def _rules(site: Site, study: Study, patients: int, images: int) -> Iterator[Rule]:
+class Length(NamedTuple):
+    """Of one round, however the study asks for it."""
+
+    steps: int
+    epochs: float
+    batch: float
+
+
+def _length(study: Study, images: int) -> Length:
+    plan = study.train
+    epoch = max(math.ceil(images / plan.batch_size), 1)
+    steps = plan.local_steps or (plan.local_epochs or 1) * epoch
+    return Length(steps, steps / epoch, plan.batch_size)
+
+
+def _private_length(protection: Protection) -> Length:
+    """From constants alone, so that a refusal tells nothing of who trains."""
+    one = protection.round
+    return Length(one.steps, one.steps * one.sample_rate, protection.batch)
+
+
+def _rules(site: Site, study: Study, length: Length, patients: int) -> Iterator[Rule]:
     policy, model = site.policy, study.model
     yield from _privacy(site, study)
     if policy.backbones is not None:
@@ -114,9 +170,7 @@ def _rules(site: Site, study: Study, patients: int, images: int) -> Iterator[Rul
     if site.role == "train":
         least = f"at least {policy.min_patients} training patients (min_patients)"
         yield patients >= policy.min_patients, least, patients
-        yield from _caps(site, study, images)
-    # The one line to delete once there is a client/dp_sgd.py.
-    yield not study.private, "a study without dp_sgd: this release has no dp_sgd yet", "dp_sgd"
+        yield from _caps(policy, length)
 
 
 def _privacy(site: Site, study: Study) -> Iterator[Rule]:
@@ -131,16 +185,13 @@ def _privacy(site: Site, study: Study) -> Iterator[Rule]:
         yield not (policy.require_privacy or policy.max_epsilon), private, "privacy: none"
 
 
-def _caps(site: Site, study: Study, images: int) -> Iterator[Rule]:
-    """A round's length in steps and in epochs of this site's images, however it is asked for."""
-    policy, plan = site.policy, study.train
-    epoch = math.ceil(images / plan.batch_size)
-    steps = plan.local_steps or (plan.local_epochs or 1) * epoch
-    asked = f"{steps} steps, {steps / max(epoch, 1):g} epochs"
+def _caps(policy: Policy, round_: Length) -> Iterator[Rule]:
+    asked = f"{round_.steps} steps, {round_.epochs:g} epochs"
     if (most := policy.max_local_epochs) is not None:
-        yield steps <= most * epoch, f"rounds of at most {most} epochs (max_local_epochs)", asked
+        allowed = f"rounds of at most {most} epochs (max_local_epochs)"
+        yield round_.epochs <= most, allowed, asked
     if (most := policy.max_local_steps) is not None:
-        yield steps <= most, f"rounds of at most {most} steps (max_local_steps)", asked
+        yield round_.steps <= most, f"rounds of at most {most} steps (max_local_steps)", asked
     if (most := policy.max_batch_size) is not None:
-        size = plan.batch_size
-        yield size <= most, f"batches of at most {most} (max_batch_size)", size
+        allowed = f"batches of at most {most} (max_batch_size)"
+        yield round_.batch <= most, allowed, f"{round_.batch:g}"

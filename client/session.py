@@ -8,15 +8,20 @@ from pathlib import Path
 
 import torch
 
-from client import trainer
+from client import dp_sgd, trainer
+from client.budget import afford
 from client.cache import prune
 from client.data.holdout import Parts, split
 from client.data.records import Record
 from client.disk import usable
+from client.dp_sgd import Patients
+from client.entries import Entry
 from client.features import Keep, Recipe, prepare
 from client.forgotten import remaining
-from client.policy import Agreement, agree, identity
+from client.policy import Agreement, agree, identity, keep_holdout, same_holdout
 from client.precision import settle
+from client.protection import Protection, protect
+from client.self_check import check
 from client.site import Site
 from client.trainer import Examples
 from common import files, wire
@@ -67,11 +72,15 @@ class Session:
         self.classes = len(study.classes)
         self.disclosure = site.policy.disclose.resolved(private=study.private)
         self.agreement = Agreement.kept(site, study.id)
+        self.protection = self.agreement.protection if self.agreement else self._protection()
+        same_holdout(site, study)
         found = cut(site, study)
         parts = {part: self._taking_part(part, getattr(found, part)) for part in PARTS}
         self._agree(patients(parts["train"]), len(parts["train"]))
         self.network = assemble(study, _weights(site, study))
         self.device = _device(site.device)
+        if held := self.network.held:
+            log.info("not trained, as nothing protects it: %s", ", ".join(held))
         self.network.model.to(self.device)
         self.precision = settle(
             site.precision,
@@ -85,6 +94,7 @@ class Session:
         self.examples: dict[str, Examples] = {}
         self.patients: dict[str, int] = {}
         self._records: list[str] = []
+        self._checked = False
         self._make_room()
         for part, records in parts.items():
             self._prepare(part, records)
@@ -97,7 +107,7 @@ class Session:
             where, expected = f"{self.site.source}: data", "at least one training patient"
             remedy = "Add patients, lower holdout, or set role: evaluate."
             raise DataError(complaint(where, expected=expected, got=trained, remedy=remedy))
-        agree(self.site, self.study, trained, images)
+        agree(self.site, self.study, self.protection, trained, images)
 
     def _taking_part(self, part: str, records: Sequence[Record]) -> list[Record]:
         """Those that the site joined with; all of them if it has not joined yet."""
@@ -123,10 +133,12 @@ class Session:
         labels = torch.tensor([records[i].label for i in kept], dtype=torch.int64)
         self.examples[part] = Examples(prepared, labels)
         self.patients[part] = patients([records[i] for i in kept])
+        if part == "train":
+            self._whose = Patients.of([records[i].patient for i in kept])
         secret = self.site.secret()
         self._records += [identity(records[i], part, self.site, secret) for i in kept]
 
-    def joined(self, ledger: LedgerHead) -> JoinReply:
+    def joined(self, ledger: LedgerHead, entries: Sequence[Entry]) -> JoinReply:
         """Agree, on disk, and tell the server what this site tells about itself.
 
         Joining again, the site may tell less than before, and count without patients who left;
@@ -134,12 +146,19 @@ class Session:
 
         Args:
           ledger: How far this site's ledger goes.
+          entries: Of that ledger: who cannot pay for all rounds does not begin.
+
+        Raises:
+          BudgetError: the site's privacy budget does not suffice.
         """
+        if self.agreement is None:
+            self._afford(entries, whole=True)
         now = self._agreement_now()
         if now != self.agreement:
+            keep_holdout(self.site, self.study)
             now.keep(self.site)
             self.agreement = now
-        disclosure, silent = now.disclosure, now.privacy is not None
+        disclosure, silent = now.disclosure, self.study.private
         patients = {p: disclosure.number(n) for p, n in now.patients.model_dump().items()}
         images = {p: disclosure.numbers(n) for p, n in now.images.model_dump().items()}
         if silent:  # how many train is theirs to keep: no noise protects a number told at join
@@ -151,6 +170,7 @@ class Session:
             disclosure=disclosure,
             patients=wire.Parts(**patients),
             images=wire.Parts(**images),
+            enrolled=now.protection.enrolled if now.protection and disclosure.tells else None,
             prefix_dtype=now.prefix_dtype,
             suffix_dtype=now.suffix_dtype,
             ledger=ledger,
@@ -159,18 +179,45 @@ class Session:
 
     def _agreement_now(self) -> Agreement:
         counts = {p: e.labels.bincount(minlength=self.classes) for p, e in self.examples.items()}
-        privacy, first = self.study.privacy, self.agreement
+        first = self.agreement
         return Agreement(
             study=self.study.id,
             role=self.site.role,
             disclosure=self.disclosure,
-            privacy=privacy if isinstance(privacy, DpSgd) else None,
+            protection=self.protection,
             prefix_dtype=self.precision.prefix,
-            suffix_dtype=self.precision.suffix,
+            suffix_dtype="float32" if self.protection else self.precision.suffix,
             patients=wire.Parts(**self.patients),
             images=wire.Parts(**{p: tuple(count.tolist()) for p, count in counts.items()}),
             records=first.records if first else tuple(sorted(self._records)),
         )
+
+    def _protection(self) -> Protection | None:
+        privacy = self.study.privacy
+        if not isinstance(privacy, DpSgd) or self.site.role != "train":
+            return None
+        return protect(self.site, self.study, privacy)
+
+    def allow(self, entries: Sequence[Entry]) -> None:
+        """Return if a private round may be drawn: it can be paid for, and the mechanism is right.
+
+        Args:
+          entries: Of the site's ledger.
+
+        Raises:
+          RefusedError: it cannot be paid for, or the mechanism failed its own check.
+        """
+        protection = self.agreed().protection
+        self._afford(entries, whole=False)
+        if protection and not self._checked:
+            check(self.network.split.suffix, self.examples["train"], protection)
+            self._checked = True
+
+    def _afford(self, entries: Sequence[Entry], *, whole: bool) -> None:
+        protection, privacy = self.protection, self.study.privacy
+        if protection and isinstance(privacy, DpSgd):
+            planned = protection.whole if whole else protection.round.segment
+            afford(entries, self.site, self.study, privacy, planned)
 
     def agreed(self) -> Agreement:
         """What was agreed at join, if it still holds.
@@ -181,6 +228,8 @@ class Session:
           DataError: other patients take part than it joined with.
         """
         kept, now = self.agreement, self._agreement_now()
+        if kept and kept.role == "train" and bool(kept.protection) != self.study.private:
+            raise ContractError("an agreement about another kind of privacy than the study's")
         remedy = "It can take part again when the coordinator resumes the run."
         if kept is None:
             raise ContractError(f"this site has not joined study {self.study.id!r}")
@@ -201,8 +250,13 @@ class Session:
           request: What the server asks for.
           ledger: How far this site's ledger goes.
         """
-        disclosure = self.agreed().disclosure
+        agreed = self.agreed()
+        disclosure, protection = agreed.disclosure, agreed.protection
         tensors = wire.from_arrays(request.arrays, self.network.shapes)
+        if protection:
+            self.train_privately(tensors, request.round, request.proximal_mu, protection)
+            arrays = wire.to_arrays(self.network.tensors)
+            return RoundReply(arrays=arrays, figures=None, ledger=ledger)
         tells = disclosure.metrics == "every_round"
         counts = disclosure.coarse(self.evaluate(tensors, "validation")) if tells else None
         loss = self.train(tensors, request.round, request.proximal_mu)
@@ -241,6 +295,25 @@ class Session:
             seed=derive(self.study.seed, self.site.name, round_number, "train"),
             proximal_mu=proximal_mu,
             dtype=self.precision.suffix,
+        )
+
+    def train_privately(
+        self, tensors: Tensors, round_number: int, proximal_mu: float, protection: Protection
+    ) -> None:
+        """Train the received tensors with differential privacy; result in `self.network.tensors`.
+
+        Draws from the operating system's entropy: no two results are the same.
+        """
+        self.network.load(tensors)
+        plan = self.study.train
+        dp_sgd.train(
+            self.network.split.suffix,
+            self.examples["train"],
+            self._whose,
+            plan,
+            protection,
+            lr=trainer.learning_rate(plan, round_number),
+            proximal_mu=proximal_mu,
         )
 
     def evaluate(self, tensors: Tensors, part: str) -> Counts:

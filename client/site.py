@@ -45,6 +45,8 @@ class Policy(Section):
 
     @model_validator(mode="after")
     def _epsilon_has_its_delta(self) -> Self:
+        if self.require_privacy and self.max_epsilon is None:
+            raise ValueError("expected max_epsilon beside require_privacy, got none: any ε passes")
         if self.max_epsilon is not None and self.delta is None:
             raise ValueError("expected delta beside max_epsilon, got none. Write delta: 1.0e-5.")
         return self

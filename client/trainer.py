@@ -67,16 +67,21 @@ def class_weights(plan: Train, labels: Tensor, classes: int) -> Tensor | None:
 
 
 def loss(logits: Tensor, labels: Tensor, plan: Train, weights: Tensor | None) -> Tensor:
-    """Cross-entropy, or the focal loss of Lin et al. (2017) with γ = 2; the mean over images.
+    """The mean of `losses` over images.
 
     A weighted image counts by its weight, whoever shares its batch: dividing by a batch's weights,
     as torch does, would let a site of common classes pull harder than its images do when pooled.
     """
+    return losses(logits, labels, plan, weights).mean()
+
+
+def losses(logits: Tensor, labels: Tensor, plan: Train, weights: Tensor | None) -> Tensor:
+    """Each image's cross-entropy, or the focal loss of Lin et al. (2017) with γ = 2; [n]."""
     each = F.cross_entropy(logits, labels, weight=weights, reduction="none")
     if plan.imbalance == "focal":
         sure = logits.log_softmax(1).gather(1, labels[:, None]).squeeze(1).exp()
         each = each * (1 - sure) ** _FOCUS
-    return each.mean()
+    return each
 
 
 def make_optimizer(suffix: nn.Module, plan: Train, lr: float) -> torch.optim.Optimizer:

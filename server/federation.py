@@ -86,8 +86,10 @@ class Federation:
         """Weight in FedAvg of each site that trains: its training images, or else all the same.
 
         Told by all of them exactly, without privacy, they are a fair weight; told by some, or
-        coarsely, they are none.
+        coarsely, they are none. With privacy it is the number of patients that each declares.
         """
+        if all(m.reply.enrolled for m in self.training):
+            return {m.name: float(m.reply.enrolled or 0) for m in self.training}
         if all(m.reply.disclosure.base == 1 and m.reply.images.train for m in self.training):
             return {m.name: float(sum(m.reply.images.train or ())) for m in self.training}
         return {m.name: 1.0 for m in self.training}
@@ -122,6 +124,8 @@ class Federation:
             self.refusals[member.name] = "it counts other classes than the study has"
         elif (reply.images.train is None) != untold or (private and member.scores):
             self.refusals[member.name] = "it does not tell what this study lets it tell"
+        elif reply.enrolled and not (private and member.trains):
+            self.refusals[member.name] = "it declares patients that nobody asked for"
         elif any(member.name == other.name for other in self.members):
             self.refusals[f"node {member.node}"] = f"the name {member.name} is taken"
         elif member.trains and reply.disclosure.base == 1 and reply.images.train == (0,) * classes:

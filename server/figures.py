@@ -138,6 +138,34 @@ def comparison(
     _write(draw, path)
 
 
+def utility(results: Mapping[str, Mapping[float | None, Estimate | None]], path: Path) -> None:
+    """What each ε costs: a line for each figure, with 95 % intervals.
+
+    Args:
+      results: figure → ε (None without privacy) → estimate, None where it is undefined.
+      path: the PNG to write.
+    """
+    levels = sorted({e for by in results.values() for e in by}, key=lambda e: (e is None, e or 0))
+    names = ["none" if level is None else f"{level:g}" for level in levels]
+
+    def draw(figure: Figure) -> None:
+        figure.set_size_inches(7, 4)
+        axes = figure.subplots()
+        for index, (name, by_level) in enumerate(results.items()):
+            known = [(x, f) for x, level in enumerate(levels) if (f := by_level.get(level))]
+            x, colour = [place for place, _ in known], COLOURS[index]
+            axes.vlines(x, [f.low for _, f in known], [f.high for _, f in known], color=colour)
+            heights = [f.value for _, f in known]
+            axes.plot(x, heights, MARKERS[index], ls="-", lw=1.8, color=colour, label=name)
+        axes.set_xticks(range(len(levels)), names)
+        axes.set_xlabel("ε of the study")
+        axes.set_ylabel("on the test images of all sites")
+        axes.grid(axis="y")
+        figure.legend(loc="outside upper center", ncols=len(results))
+
+    _write(draw, path)
+
+
 def _dots(
     axes: Axes,
     rows: Sequence[str | None],

@@ -1,6 +1,7 @@
 """Where a study begins: with the backbone as loaded, or where an earlier run ended."""
 
 import hashlib
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,15 @@ from common.study import Study
 from common.wire import Tensors
 from server.checkpoint import RunFolder
 
+log = logging.getLogger(__name__)
+
 
 def first_tensors(study: Study, network: Network) -> Tensors:
     """The tensors of round 1: as assembled, or the released model of the run `model.init` names.
 
     Raises:
-      StudyError: that run is unfinished, or of another backbone, classes, holdout or seed. With
+      StudyError: that run is unfinished, not private where this study is, or of another backbone,
+        classes, holdout or seed. With
         another holdout it would have trained on patients that this study tests on; in a
         simulation the seed decides who they are.
     """
@@ -29,6 +33,12 @@ def first_tensors(study: Study, network: Network) -> Tensors:
     if differ:
         expected, got = "a run of the same " + ", ".join(ours), f"another {', '.join(differ)}"
         raise study.error("model.init", expected=expected, got=got)
+    if study.private and not folder.study.private:
+        expected, got = "a private run, as this study is", "one without privacy"
+        remedy = "Its model may hold what no noise of this study takes back."
+        raise study.error("model.init", expected=expected, got=got, remedy=remedy)
+    if folder.study.private:
+        log.warning("the ε of %s adds to this study's: the same patients trained it", folder.path)
     start = folder.released().tensors
     deeper = [name for name in start if name not in network.shapes]
     if deeper:

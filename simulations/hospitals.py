@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from client.account import Account
 from client.data.formats import Data, guess
-from client.session import cut, open_session, remember
+from client.ledger import read
+from client.session import cut, open_session, patients, remember
 from client.site import Site
 from common import files
 from common.errors import DataError, RefusedError, RunError, SiteError, complaint
@@ -107,6 +109,12 @@ def settled(run: Path) -> list[Path]:
     return found
 
 
+def spent(site_files: Sequence[Path]) -> dict[str, float]:
+    """ε that the ledger of each site adds up to, by name."""
+    sites = [Site.read(path) for path in site_files]
+    return {site.name: Account.of(read(site.state)).epsilon() for site in sites}
+
+
 def _write(hospital: Hospital, study: Study, folder: Path, cache: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     data = hospital.data.model_dump(mode="json", exclude_none=True)
@@ -132,7 +140,11 @@ def _write(hospital: Hospital, study: Study, folder: Path, cache: Path) -> Path:
     path = folder / "site.yaml"
     files.write(path, dump(content))
     secret = hashlib.sha256(f"{derive(study.seed, hospital.name, 'secret')}".encode()).digest()
-    files.write(Site.read(path).private() / "secret", secret, 0o600)
+    site = Site.read(path)
+    files.write(site.private() / "secret", secret, 0o600)
+    if study.private and site.data.enrolled_patients is None:  # a real hospital declares it
+        training = patients(cut(site, study).train)
+        files.write(path, dump(content | {"data": data | {"enrolled_patients": max(training, 1)}}))
     return path
 
 

@@ -144,18 +144,15 @@ def test_equal_rounds_stay_tight_however_many() -> None:
     st.floats(0.5, 20),
     st.floats(0.005, 0.3) | st.just(1.0),
     st.integers(1, 400),
-    st.sampled_from([[], [Segment(20.0, 0.1, 30)]]),
 )
-def test_noise_is_enough_and_no_more(
-    budget: float, rate: float, steps: int, spent: list[Segment]
-) -> None:
-    noise = _noise(budget, rate, steps, spent)
-    assert epsilon([*spent, Segment(noise, rate, steps)], DELTA) <= budget
-    assert epsilon([*spent, Segment(0.98 * noise, rate, steps)], DELTA) > budget
+def test_noise_is_enough_and_no_more(budget: float, rate: float, steps: int) -> None:
+    noise = _noise(budget, rate, steps)
+    assert epsilon([Segment(noise, rate, steps)], DELTA) <= budget
+    assert epsilon([Segment(0.98 * noise, rate, steps)], DELTA) > budget
 
 
-def _noise(budget: float, rate: float, steps: int, spent: Sequence[Segment] = ()) -> float:
-    return noise_multiplier(epsilon=budget, delta=DELTA, sample_rate=rate, steps=steps, spent=spent)
+def _noise(budget: float, rate: float, steps: int) -> float:
+    return noise_multiplier(epsilon=budget, delta=DELTA, sample_rate=rate, steps=steps)
 
 
 def test_noise_agrees_with_google() -> None:
@@ -165,17 +162,9 @@ def test_noise_agrees_with_google() -> None:
     assert within <= 3.0 < beyond
 
 
-def test_noise_covers_what_many_studies_spent() -> None:
-    spent = different(20)
-    noise = _noise(8.0, 0.05, 200, spent)
-    assert epsilon([*spent, Segment(noise, 0.05, 200)], DELTA) <= 8.0
-    assert epsilon([*spent, Segment(0.98 * noise, 0.05, 200)], DELTA) > 8.0
-
-
-def test_a_spent_budget_is_said_to_be_spent() -> None:
-    spent = [Segment(1.0, 0.1, 100)]
-    with pytest.raises(RefusedError, match=r"ε within 2 .* got 7\.\d+ spent already"):
-        _noise(2.0, 0.1, 10, spent)
+def test_a_budget_below_what_any_noise_costs_is_refused() -> None:
+    with pytest.raises(RefusedError, match=r"ε within 0\.001 at δ = 1e-05, got 0\.0\d+ with any"):
+        _noise(0.001, 0.1, 10)
 
 
 # --- wrong input, and what cannot be accounted for ---
@@ -205,7 +194,7 @@ def test_delta_is_a_small_chance(history: list[Segment], delta: float) -> None:
     with pytest.raises(RefusedError, match="delta"):
         epsilon(history, delta)
     with pytest.raises(RefusedError, match="delta"):
-        noise_multiplier(epsilon=8, delta=delta, sample_rate=0.1, steps=10, spent=history)
+        noise_multiplier(epsilon=8, delta=delta, sample_rate=0.1, steps=10)
 
 
 @pytest.mark.parametrize("budget", [0, -1, math.nan, math.inf])
@@ -236,8 +225,3 @@ def test_what_no_bound_can_be_trusted_for_is_refused(history: list[Segment], del
     """Losses beyond float64, grids beyond memory, roundings beyond δ; NaN and ∞ of either bound."""
     with pytest.raises(RefusedError, match="history"):
         epsilon(history, delta)
-
-
-def test_noise_for_a_history_that_cannot_be_accounted_for_is_refused() -> None:
-    with pytest.raises(RefusedError, match="history"):
-        _noise(8.0, 0.1, 10, [Segment(1e-200, 0.5, 1)])

@@ -76,7 +76,8 @@ def site(folder: Path, patients: int = 0, **changes: object) -> Path:
             Image.fromarray(noise).save(folder / f"{i}.png")
             table.writerow([f"{i}.png", ("dark", "bright")[i % 2], f"p{i // 2}"])
     path = folder / "site.yaml"
-    path.write_text(yaml.safe_dump({**SITE, "device": "cpu", **changes}))
+    data = SITE["data"] | ({"enrolled_patients": patients} if patients else {})
+    path.write_text(yaml.safe_dump({**SITE, "data": data, "device": "cpu", **changes}))
     return path
 
 
@@ -305,9 +306,11 @@ def test_a_plan_without_privacy_says_that_nothing_is_accounted(
     assert "not accounted, no ε bounds what it tells" in text
     assert "agreed" in text
     assert "refused" not in text
-    code, text = command("plan", site(tmp_path, 4, policy={"require_privacy": True}), wanted)
+    code, text = command(
+        "plan", site(tmp_path, 4, policy={"max_epsilon": 1, "delta": 1e-5}), wanted
+    )
     assert "refused" in text
-    assert "require_privacy" in text
+    assert "max_epsilon" in text
     assert "agreed " not in text
 
 

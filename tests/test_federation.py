@@ -75,6 +75,7 @@ def reply(name: str, disclosure: Disclosure = EXACT, **changes: Any) -> JoinRepl
         "disclosure": tells,
         "patients": {part: tells.number(n) for part, n in patients.items()},
         "images": {part: tells.numbers(n) for part, n in images.items()},
+        "enrolled": None,
         "prefix_dtype": "float32",
         "suffix_dtype": "float32",
         "ledger": head(1),
@@ -148,9 +149,19 @@ def hidden(**changes: Any) -> JoinReply:
     return told.model_copy(update=parts | changes)
 
 
-def test_in_privacy_all_weigh_the_same() -> None:
+def test_in_privacy_sites_weigh_by_what_they_declare_or_else_all_the_same() -> None:
     federation = Sites([hidden(), hidden(name="b")]).join(PRIVATE)
     assert federation.weights == {"a": 1.0, "b": 1.0}
+    federation = Sites([hidden(enrolled=300), hidden(name="b", enrolled=100)]).join(PRIVATE)
+    assert federation.weights == {"a": 300.0, "b": 100.0}
+    federation = Sites([hidden(enrolled=300), hidden(name="b")]).join(PRIVATE)
+    assert federation.weights == {"a": 1.0, "b": 1.0}
+
+
+def test_who_declares_patients_to_a_study_without_privacy_is_left_out() -> None:
+    federation = Sites([reply("a"), reply("b", enrolled=300)]).join()
+    assert names(federation) == ["a"]
+    assert federation.refusals == {"b": "it declares patients that nobody asked for"}
 
 
 # --- who is let in ---
@@ -347,7 +358,7 @@ def test_a_run_with_sites_that_tell_less_is_whole(
     assert all(n % 10 == 0 for n in sites["west"]["images"]["train"])
 
     capsys.readouterr()
-    study_runs.resume(mixed.path, None, (), compare=False)
+    study_runs.resume(mixed.path, None, compare=False)
     shown = capsys.readouterr().out
     rows = [line.split() for line in shown.splitlines() if line.startswith("north")]
     assert len(rows) == 2  # metrics, and sensitivities
@@ -395,13 +406,13 @@ def test_without_any_figure_of_rounds_the_last_model_is_released(
     assert all(torch.equal(released[name], tensor) for name, tensor in last.tensors.items())
     report = json.loads((path / "report.json").read_text(), parse_constant=strict)
     assert report["released_round"] == 2
-    study_runs.resume(path, None, (), compare=False)
+    study_runs.resume(path, None, compare=False)
     assert "overall" in capsys.readouterr().out
 
 
 def test_a_comparison_tells_no_more_than_the_federation(mixed: RunFolder, tmp_path: Path) -> None:
     path = Path(shutil.copytree(mixed.path, tmp_path / "run"))
-    study_runs.resume(path, None, (), compare=True)
+    study_runs.resume(path, None, compare=True)
     results, facts = load_results(path, 4)
     assert set(results) == {"local", "pooled", "federated"}
     for by_site in results.values():

@@ -4,6 +4,7 @@ import csv
 import hashlib
 import logging
 import os
+import re
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -13,7 +14,8 @@ import pytest
 import yaml
 from PIL import Image
 
-from client.policy import Agreement, agree
+from client.policy import Agreement, agree, keep_holdout, same_holdout
+from client.protection import protect
 from client.session import Session
 from client.site import Site
 from common import wire
@@ -64,7 +66,7 @@ def write(folder, **keys):
 
 def refused(site, wanted, patients=100, images=None):
     with pytest.raises(RefusedError) as caught:
-        agree(site, wanted, patients, patients if images is None else images)
+        agree(site, wanted, None, patients, patients if images is None else images)
     told = str(caught.value)
     assert told.startswith(f"{site.source}: policy: expected ")
     assert ", got " in told
@@ -76,7 +78,7 @@ def refused(site, wanted, patients=100, images=None):
 # this site allows, and what the study has.
 REFUSED = {
     "no privacy": (
-        {"require_privacy": True},
+        {"require_privacy": True, "max_epsilon": 1.0, "delta": 0.1},
         (study(), 100),
         ["(require_privacy)", "differential privacy", "got privacy: none"],
     ),
@@ -165,7 +167,7 @@ def test_what_the_policy_forbids_is_refused_by_its_key(case, tmp_path):
 @pytest.mark.parametrize("case", AGREED)
 def test_what_the_policy_allows_is_agreed_to(case, tmp_path):
     policy, (wanted, patients) = AGREED[case]
-    agree(write(tmp_path, policy=policy), wanted, patients, patients)
+    agree(write(tmp_path, policy=policy), wanted, None, patients, patients)
 
 
 def test_every_rule_of_a_policy_is_tried_here(tmp_path):
@@ -175,7 +177,7 @@ def test_every_rule_of_a_policy_is_tried_here(tmp_path):
 
 def test_images_not_patients_make_an_epoch(tmp_path):
     site = write(tmp_path, policy={"max_local_steps": 4})
-    agree(site, train(local_epochs=1), 5, 128)
+    agree(site, train(local_epochs=1), None, 5, 128)
     assert "got 5 steps, 1 epochs" in refused(site, train(local_epochs=1), 5, 129)
 
 
@@ -184,38 +186,69 @@ def test_yes_and_no_tell_nothing_finer_than_is_told(tmp_path, policy):
     """Who may ask for any batch size and watch the policy say no would count patients that way."""
     site = write(tmp_path, policy=policy | {"disclose": {"counts": "rounded"}})
     assert "min_patients), got 10" in refused(site, study(), 19)
-    agree(site, study(), 20, 20)
+    agree(site, study(), None, 20, 20)
     caps = {"max_local_steps": 3, "disclose": {"counts": "rounded"}}
     capped = write(tmp_path, policy=caps)
     for images in range(1, 60):
         tens, wanted = -(-images // 10), study(train={"rounds": 1, "batch_size": 10})
         if tens <= 3:
-            agree(capped, wanted, images, images)
+            agree(capped, wanted, None, images, images)
         else:
             assert f"got {tens} steps" in refused(capped, wanted, images, images)
 
 
 def test_one_patient_is_enough_where_no_least_is_set(tmp_path):
     for patients in (1, 9, 11):
-        agree(write(tmp_path, policy={"disclose": {"counts": "rounded"}}), study(), patients, 20)
+        agree(
+            write(tmp_path, policy={"disclose": {"counts": "rounded"}}), study(), None, patients, 20
+        )
 
 
 def test_a_site_that_only_evaluates_keeps_the_rules_that_are_not_of_training(tmp_path):
     caps = {"min_patients": 20, "max_local_steps": 1, "max_local_epochs": 1, "max_batch_size": 1}
-    agree(write(tmp_path, policy=caps, role="evaluate"), train(local_epochs=9), 0, 0)
+    agree(write(tmp_path, policy=caps, role="evaluate"), train(local_epochs=9), None, 0, 0)
     for policy, wanted in (
-        ({"require_privacy": True}, study()),
+        ({"require_privacy": True, "max_epsilon": 1.0, "delta": 0.1}, study()),
         ({"backbones": ["resnet18"]}, study()),
         ({"unfreeze": ["head"]}, model(unfreeze="all")),
     ):
         refused(write(tmp_path, policy=policy, role="evaluate"), wanted, 0)
 
 
-@pytest.mark.parametrize("role", ["train", "evaluate"])
-def test_this_release_refuses_private_studies_rather_than_train_without(role, tmp_path):
-    policy = {"require_privacy": True, "max_epsilon": 8.0, "delta": 1e-5}
-    told = refused(write(tmp_path, policy=policy, role=role), private(), 100)
-    assert "this release has no dp_sgd yet" in told
+def test_the_length_of_private_rounds_is_what_will_run_whoever_trains(tmp_path):
+    """From `enrolled_patients`, not from images: who asks again and again counts nobody."""
+    data = {"format": "manifest", "root": "images", "enrolled_patients": 1000}
+    wanted = private(train={"rounds": 3, "local_epochs": 2, "batch_size": 64})
+    for policy, said in (
+        ({"max_local_steps": 31}, "at most 31 steps (max_local_steps), got 32 steps, 2.048 epochs"),
+        ({"max_local_epochs": 2}, "at most 2 epochs (max_local_epochs), got 32 steps"),
+        ({"max_batch_size": 63}, "at most 63 (max_batch_size), got 64"),
+    ):
+        site = write(tmp_path, data=data, policy=policy)
+        protection = protect(site, wanted, wanted.privacy)
+        for images in (1, 100_000):
+            with pytest.raises(RefusedError, match=re.escape(said)):
+                agree(site, wanted, protection, 1, images)
+    site = write(tmp_path, data=data, policy={"max_local_steps": 32, "max_batch_size": 64})
+    agree(site, wanted, protect(site, wanted, wanted.privacy), 1, 100_000)
+    whole = private(train={"rounds": 3, "local_steps": 1, "batch_size": 65_536})
+    site = write(tmp_path, data=data, policy={"max_batch_size": 1000})
+    agree(site, whole, protect(site, whole, whole.privacy), 1, 100_000)
+
+
+def test_private_studies_of_one_site_hold_out_the_same_patients(tmp_path):
+    """With other shares, what is told of test patients would add up to how many train."""
+    site, first = write(tmp_path), private(name="first")
+    keep_holdout(site, study(holdout={"test": 0.1}))  # without privacy: nothing to keep
+    same_holdout(site, first)
+    keep_holdout(site, first)
+    same_holdout(site, private(epsilon=1.0))
+    same_holdout(site, study(holdout={"test": 0.5}))
+    for shares in ({"test": 0.5}, {"validation": 0.0}, {"test": 0.2000001}):
+        with pytest.raises(RefusedError, match="expected that of the private studies before"):
+            same_holdout(site, private(holdout=shares))
+    keep_holdout(site, private(holdout={"test": 0.5}))
+    same_holdout(site, first)
 
 
 @pytest.mark.parametrize(
@@ -230,7 +263,7 @@ def test_this_release_refuses_private_studies_rather_than_train_without(role, tm
 )
 def test_a_delta_that_protects_few_is_warned_of(tmp_path, caplog, wanted, patients, warned):
     with caplog.at_level(logging.WARNING), suppress(RefusedError):
-        agree(write(tmp_path), wanted, patients, patients)
+        agree(write(tmp_path), wanted, None, patients, patients)
     assert ("δ = " in caplog.text and f"{patients} training patients" in caplog.text) == warned
 
 
@@ -268,7 +301,7 @@ def rows(site, change):
 
 def join(site, wanted=None):
     """Joins, as a process of its own would; what was told."""
-    return Session(site, wanted or study()).joined(HEAD)
+    return Session(site, wanted or study()).joined(HEAD, [])
 
 
 def work(site, number=1):
@@ -300,7 +333,7 @@ def test_what_was_agreed_is_on_disk_and_for_this_user_alone(tmp_path):
     assert on_disk(site).stat().st_mode & 0o777 == 0o600
     kept = Agreement.kept(site, study().id)
     assert kept is not None
-    assert (kept.study, kept.role, kept.privacy) == (study().id, "train", None)
+    assert (kept.study, kept.role, kept.protection) == (study().id, "train", None)
     assert kept.disclosure == told.disclosure
     # The site itself knows the exact numbers; what it told is coarse.
     assert (kept.patients.all, kept.images.all) == ((4, 4, 4), ((2, 2),) * 3)
@@ -443,7 +476,7 @@ def test_a_policy_that_tells_more_changes_nothing_that_was_agreed(tmp_path):
 def test_a_rule_that_came_later_is_kept_from_then_on(tmp_path):
     site = hospital(tmp_path)
     join(site)
-    for policy in ({"require_privacy": True}, {"min_patients": 5}, {"backbones": []}):
+    for policy in ({"max_epsilon": 1.0, "delta": 0.1}, {"min_patients": 5}, {"backbones": []}):
         with pytest.raises(RefusedError):
             work(edit(site, policy=policy))
     assert work(edit(site, policy={})).figures is not None

@@ -403,7 +403,7 @@ def test_a_site_with_another_backbone_is_refused_by_name(tmp_path: Path, phantom
 def test_a_join_below_the_quorum_tells_each_reason(tmp_path: Path, phantoms: Path) -> None:
     study, folder = make_study("aggregate.quorum=4"), tmp_path / "run"
     site_files = settle(study, folder, phantoms)
-    edit(site_files[0], policy={"require_privacy": True})
+    edit(site_files[0], policy={"max_epsilon": 1.0, "delta": 1e-5})
     with pytest.raises(RunError, match=r"expected 4 training sites.*its policy refuses"):
         simulate(server_app, client_app, site_files, folder)
 

@@ -112,7 +112,7 @@ def test_what_it_joins_with_is_what_the_folder_holds(tmp_path):
     augment = {"views": 3, "ops": ["flip", "rotate"]}
     wanted = study(images={"size": 64, "augment": augment})
     session = Session(site(tmp_path, rows), wanted)
-    reply = session.joined(HEAD)
+    reply = session.joined(HEAD, [])
     assert (reply.name, reply.role, reply.ledger) == ("ward", "train", HEAD)
     assert reply.patients.model_dump() == {"train": 2, "validation": 1, "test": 2}
     assert reply.images.model_dump() == {
@@ -148,7 +148,7 @@ def test_a_phantom_hospital_is_cut_by_patient_and_learns(phantoms, tmp_path):
         holdout={"validation": 0.2, "test": 0.3},
     )
     session = Session(Site.read(tmp_path / "site.yaml"), wanted)
-    reply = session.joined(HEAD)
+    reply = session.joined(HEAD, [])
     assert sum(reply.patients.model_dump().values()) == len({row["patient"] for row in table})
     total = Counter(row["label"] for row in table)
     summed = np.sum(list(reply.images.model_dump().values()), axis=0)
@@ -170,7 +170,11 @@ def test_a_phantom_hospital_is_cut_by_patient_and_learns(phantoms, tmp_path):
 
 def test_one_patient_is_enough(tmp_path):
     session = Session(site(tmp_path, [("grey", "only", "")]), study())
-    assert session.joined(HEAD).patients.model_dump() == {"train": 1, "validation": 0, "test": 0}
+    assert session.joined(HEAD, []).patients.model_dump() == {
+        "train": 1,
+        "validation": 0,
+        "test": 0,
+    }
     before, loss, tensors, after = run(session)
     assert (before.n, after.n) == (0, 0)
     assert loss == pytest.approx(np.log(3), rel=1e-4)
@@ -180,7 +184,7 @@ def test_one_patient_is_enough(tmp_path):
 def test_a_part_without_patients_has_no_counts(tmp_path):
     rows = [("dark", "a", "train"), ("bright", "b", "train"), ("grey", "c", "test")]
     session = Session(site(tmp_path, rows), study())
-    assert session.joined(HEAD).images.validation == (0, 0, 0)
+    assert session.joined(HEAD, []).images.validation == (0, 0, 0)
     before, _, _, after = run(session)
     assert (before.n, after.n) == (0, 1)
 
@@ -199,7 +203,7 @@ def test_a_class_nobody_has_here_is_fine(tmp_path):
     rows = [("dark", "a", ""), ("bright", "b", ""), ("dark", "c", "")]
     how = {"rounds": 3, "imbalance": "weighted"}
     session = Session(site(tmp_path, rows), study(train=how))
-    assert session.joined(HEAD).images.train == (2, 0, 1)
+    assert session.joined(HEAD, []).images.train == (2, 0, 1)
     _, loss, tensors, _ = run(session)
     assert np.isfinite(loss)
     assert all(tensor.isfinite().all() for tensor in tensors.values())
@@ -210,7 +214,7 @@ def test_a_site_that_only_evaluates_holds_out_everyone(tmp_path, split):
     rows = [(label, patient, split) for label, patient, _ in patients(7)]
     policy = {"min_patients": 100}  # of training patients: there are none to protect
     session = Session(site(tmp_path, rows, role="evaluate", policy=policy), study())
-    reply = session.joined(HEAD)
+    reply = session.joined(HEAD, [])
     assert (reply.role, reply.images.train) == ("evaluate", (0, 0, 0))
     assert reply.patients.model_dump() == {"train": 0, "validation": 0, "test": 7}
     assert session.evaluate(session.network.initial, "test").n == 7
@@ -228,7 +232,7 @@ def test_labels_outside_the_study_are_named_and_counted(tmp_path):
 @pytest.mark.parametrize(
     ("policy", "why"),
     [
-        ({"require_privacy": True}, "require_privacy"),
+        ({"max_epsilon": 1.0, "delta": 1e-5}, "max_epsilon"),
         ({"unfreeze": ["head"]}, "unfreeze"),
         ({"min_patients": 4}, "min_patients"),
     ],
@@ -247,7 +251,7 @@ def test_policy_that_is_met_does_not_refuse(tmp_path):
     policy = {"unfreeze": ["head", "last:1"], "min_patients": 3}
     model = {"backbone": "shufflenet_v2_x0_5", "weights": "none", "unfreeze": "last:1"}
     session = Session(site(tmp_path, patients(3), policy=policy), study(model=model))
-    assert session.joined(HEAD).images.train == (1, 1, 1)
+    assert session.joined(HEAD, []).images.train == (1, 1, 1)
 
 
 @pytest.mark.parametrize("keys", [{}, {"weights": "empty"}])
@@ -298,7 +302,7 @@ def test_skipping_keeps_each_row_beside_its_label(tmp_path, caplog):
         for view in range(3):
             light = data.prepared.rows[torch.tensor([3 * i + view])].float().mean()
             assert abs(light - LIGHT[CLASSES[label]]) < 20
-    reply = session.joined(HEAD)
+    reply = session.joined(HEAD, [])
     assert reply.patients.train == 9
     assert reply.images.train == (3, 2, 4)
 
@@ -307,7 +311,7 @@ def test_skipped_images_do_not_count_towards_the_policys_least(tmp_path):
     hospital = site(tmp_path, patients(5), policy={"min_patients": 4})
     skip = study(images={"size": 64, "unreadable": "skip"})
     (tmp_path / "0.png").write_bytes(b"not an image")
-    assert Session(hospital, skip).joined(HEAD).patients.train == 4
+    assert Session(hospital, skip).joined(HEAD, []).patients.train == 4
     (tmp_path / "1.png").write_bytes(b"not an image")
     with pytest.raises(RefusedError, match=r"min_patients.*got 3"):
         Session(hospital, skip)
@@ -367,7 +371,7 @@ def test_what_it_computes_in_may_be_the_hospitals_choice_and_is_told(tmp_path):
     for dtype in ("float32", "bfloat16"):
         hospital = site(tmp_path / dtype, patients(8), precision=dtype, weights=str(PHANTOM.parent))
         session = Session(hospital, wanted)
-        assert session.joined(HEAD).prefix_dtype == dtype
+        assert session.joined(HEAD, []).prefix_dtype == dtype
         row = session.examples["train"].prepared.rows[torch.tensor([0])]
         assert row.dtype == getattr(torch, dtype)
         trained[dtype] = run(session)[2]
@@ -429,7 +433,7 @@ def test_a_session_keeps_no_image(tmp_path):
     npz._arrays.cache_clear()
     gc.collect()
     assert pool() is None
-    assert session.joined(HEAD).patients.train == 6
+    assert session.joined(HEAD, []).patients.train == 6
 
 
 @pytest.mark.parametrize("name", ["0123456789abcdef", "", "../../site", "../secret"])

@@ -5,11 +5,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Annotated, Literal, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import Field, StrictInt
 from torch import Tensor
 
 from common.errors import DataError, complaint
@@ -115,10 +116,13 @@ class Format(Section):
     Attributes:
       root: where the data is.
       patients: a text file with one patient id a line; without it, all patients are used.
+      enrolled_patients: about how many patients train here: a number of the hospital's own, so that
+        nothing it sends depends on the exact one. Needed for studies with privacy.
     """
 
     root: Path
     patients: Path | None = None
+    enrolled_patients: Annotated[StrictInt, Field(ge=1)] | None = None
 
     def records(self, classes: Sequence[str]) -> list[Record]:
         """All records of the used patients, in a fixed order, no image decoded.

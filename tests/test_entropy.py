@@ -1,0 +1,197 @@
+"""The secret numbers are what ε assumes: of the right distribution, and never the same twice.
+
+Every statistical test here fails a correct generator less than once in 10⁹ runs.
+"""
+
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from cryptography.hazmat.primitives.ciphers import Cipher
+from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
+from scipy import stats
+
+from client.entropy import Entropy
+
+RARE = 1e-9
+FAR = 6.5  # standard deviations
+
+
+def known(key=bytes(32)):
+    entropy = Entropy()
+    entropy._key_of_tests_only(key)
+    return entropy
+
+
+def normal(n, entropy=None):
+    (values,) = (entropy or Entropy()).gaussians([torch.Size([n])])
+    return values.double()
+
+
+def far(sample, mean, variance):
+    """How many standard deviations the mean of `sample` is off."""
+    return abs(sample.double().mean().item() - mean) * math.sqrt(len(sample) / variance)
+
+
+# --- the stream ---
+
+
+def test_nobody_can_seed_it():
+    with pytest.raises(TypeError):
+        Entropy(7)
+    draws = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        np.random.seed(0)
+        draws.append(normal(10))
+    assert not torch.equal(*draws)
+
+
+def test_it_leaves_torchs_generator_alone():
+    before = torch.get_rng_state()
+    entropy = Entropy()
+    entropy.poisson(10, 0.5), entropy.below(torch.tensor([3])), normal(10, entropy)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_same_key_gives_the_same_stream_and_another_another():
+    one, again, other = known(), known(), known(bytes(31) + b"\1")
+    for draw in (lambda e: normal(5, e), lambda e: e.below(torch.full((9,), 2**40))):
+        value = draw(one)
+        assert torch.equal(value, draw(again))
+        assert not torch.equal(value, draw(other))
+
+
+def test_words_are_chacha20_under_a_nonce_for_each_request():
+    entropy = known(bytes(range(32)))
+    for nonce in range(3):
+        start = bytes(4) + nonce.to_bytes(12, "little")
+        stream = Cipher(ChaCha20(bytes(range(32)), start), mode=None).encryptor().update(bytes(80))
+        words = np.frombuffer(stream, "<u8") & (2**53 - 1)
+        assert entropy._words(10).tolist() == words.tolist()
+
+
+def test_no_position_of_the_stream_is_used_twice():
+    seen = []
+
+    class Noting(Entropy):
+        def _words(self, n):
+            words = super()._words(n)
+            seen.extend(words.tolist())
+            return words
+
+    entropy = Noting()
+    for _ in range(10):
+        entropy.poisson(20, 0.3)
+        entropy.below(torch.full((20,), 7))
+        entropy.gaussians([torch.Size([3, 5]), torch.Size([7])])
+        entropy.seed()
+    assert len(seen) > 1000
+    assert len(set(seen)) == len(seen)
+
+
+def test_the_key_is_not_shown():
+    entropy = known(b"0123456789abcdef0123456789abcdef")
+    assert "0123456789abcdef" not in f"{entropy} {entropy!r}"
+
+
+# --- noise ---
+
+
+def test_noise_is_standard_normal():
+    values = normal(400_000)
+    assert values.dtype == torch.float64
+    assert stats.kstest(values.numpy(), "norm").pvalue > RARE
+    assert far(values, 0, 1) < FAR
+    assert far(values.square(), 1, 2) < FAR
+    assert far(values**4, 3, 96) < FAR
+
+
+def test_numbers_do_not_depend_on_each_other():
+    values = normal(400_000)
+    # Neighbours, and what shares its radius: the cosine and the sine of a pair.
+    for lag in (1, 2, 2**15, 2**16):
+        a, b = values[lag:], values[:-lag]
+        assert far(a * b, 0, 1) < FAR
+        assert far(a.square() * b.square(), 1, 8) < FAR
+
+
+def test_two_streams_are_independent():
+    one, other = normal(200_000), normal(200_000)
+    assert far(one * other, 0, 1) < FAR
+    assert far(one.square() * other.square(), 1, 8) < FAR
+
+
+def test_a_number_is_half_the_sum_of_four_of_different_pairs():
+    n = 6
+    u = known()._words(8 * n).double().view(2, 4, n).numpy()
+    radius, angle = np.sqrt(-2 * np.log((u[0] + 1) / 2**53)), 2 * np.pi * u[1] / 2**53
+    wanted = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)], 1).sum(0) / 2
+    np.testing.assert_allclose(normal(2 * n, known()), wanted, rtol=1e-6)
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 3, 2**16 - 1, 2**16, 2**16 + 1, 150_001])
+def test_every_number_of_every_size_is_filled(n):
+    shapes = [torch.Size([]), torch.Size([n]), torch.Size([2, 3, 1])]
+    values = Entropy().gaussians(shapes)
+    assert [v.shape for v in values] == shapes
+    assert {v.dtype for v in values} == {torch.float32}
+    flat = torch.cat([v.flatten() for v in values])
+    assert flat.isfinite().all()
+    assert len(flat.unique()) > 0.99 * len(flat)
+    assert Entropy().gaussians([]) == []
+
+
+# --- sampling ---
+
+
+@pytest.mark.parametrize("rate", [0.5, 0.01, 1 / 3, 1 - 2**-53, 3 * 2.0**-60])
+def test_the_rate_is_exact_and_never_above(rate):
+    # All 2⁵³ words are equally likely, so their share below the threshold is the true rate.
+    words, drawn = known()._words(5000), known().poisson(5000, rate)
+    share = math.floor(Fraction(rate) * 2**53)
+    assert 0 <= Fraction(rate) - Fraction(share, 2**53) < Fraction(1, 2**53)
+    assert drawn.tolist() == [i for i, word in enumerate(words.tolist()) if word < share]
+
+
+def test_rate_one_draws_everybody():
+    for _ in range(20):
+        assert Entropy().poisson(1000, 1.0).tolist() == list(range(1000))
+    assert Entropy().poisson(0, 1.0).tolist() == []
+
+
+def test_each_is_drawn_by_itself():
+    n, steps, rate = 40, 20_000, 0.2
+    entropy = Entropy()
+    drawn = torch.zeros(steps, n)
+    for step in range(steps):
+        drawn[step, entropy.poisson(n, rate)] = 1
+    variance = rate * (1 - rate)
+    assert all(far(drawn[:, i], rate, variance) < FAR for i in range(n))
+    sizes = drawn.sum(1)  # binomial only if independent within a step
+    spread = n * variance
+    kurtosis = 3 + (1 - 6 * variance) / spread
+    assert far((sizes - n * rate) ** 2, spread, spread**2 * (kurtosis - 1)) < FAR
+    apart = drawn - rate
+    assert far((apart[1:] * apart[:-1]).flatten(), 0, variance**2) < FAR
+
+
+def test_numbers_below_a_bound_are_equally_likely_row_by_row():
+    bounds = torch.tensor([1, 2, 3, 7, 50]).repeat(40_000)
+    values = Entropy().below(bounds)
+    for bound in (1, 2, 3, 7, 50):
+        counts = values[bounds == bound].bincount(minlength=bound)
+        assert len(counts) == bound
+        assert stats.chisquare(counts.numpy()).pvalue > RARE or bound == 1
+
+
+def test_large_bounds_are_not_biased_either():
+    # By remainders alone, the numbers below 2⁵¹ would come half of the time, not a third.
+    bound = 3 * 2**51
+    values = Entropy().below(torch.full((100_000,), bound))
+    assert values.max() < bound
+    low = (values < 2**51).double()
+    assert far(low, 1 / 3, 2 / 9) < FAR
+    assert Entropy().below(torch.empty(0, dtype=torch.int64)).tolist() == []
