@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -127,13 +128,15 @@ def run(
     ] = Path("runs/cache"),
 ) -> None:
     """Run a study across virtual hospitals, or go on with one that was interrupted."""
+    from common.study import Study
     from simulations import study_runs
 
     if resume is not None:
         if site or evaluate_site or pool or seeds or out or (changes and study is None):
             raise typer.BadParameter("--resume goes on with the run's own study and hospitals")
         with _stoppable(resume, f"consilium-simulate run --resume {resume}"):
-            study_runs.resume(resume, study, tuple(changes or ()), compare=compare)
+            expected = Study.read(study, tuple(changes or ())) if study else None
+            study_runs.resume(resume, expected, compare=compare)
         return
     source = _source(site, evaluate_site, pool, partition, sites)
     if study is None:
@@ -150,6 +153,73 @@ def run(
             compare=compare,
             cache=cache,
         )
+
+
+@app.command(
+    epilog="Example: consilium-simulate utility configs/skin_private.yaml --site SKIN/rosendahl "
+    "--site SKIN/vidir_modern --epsilons none,8,3,1 --seeds 0,1,2,3,4,5,6,7,8,9 --class mel"
+)
+def utility(
+    study: Annotated[Path, typer.Argument(help="A study with privacy, a YAML file.")],
+    site: Sites = None,
+    evaluate_site: Evaluators = None,
+    pool: Pool = None,
+    partition: PartitionSpec = "iid",
+    sites: Count = 4,
+    changes: Changes = None,
+    epsilons: Annotated[
+        str, typer.Option(help="Privacy to compare; none is the study without.")
+    ] = "none,8,3,1",
+    seeds: Annotated[str, typer.Option(help="Run once for each at each ε.")] = "0,1,2",
+    of: Annotated[
+        str | None, typer.Option("--class", help="A class whose own AUROC is shown as well.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The folder of all runs; the same again goes on.")
+    ] = None,
+    cache: Annotated[
+        Path, typer.Option(help="Prepared images, shared by all runs; delete it at will.")
+    ] = Path("runs/cache"),
+) -> None:
+    """Show what privacy costs: one study at several ε and without, on the same holdouts."""
+    from common.study import Study
+    from simulations import utility
+
+    read = Study.read(study, tuple(changes or ()))
+    folder = out or Path("runs") / f"{study.stem}-utility-{datetime.now():%Y%m%d-%H%M%S}"
+    with _stoppable(folder, f"the same command with --out {folder}"):
+        utility.show(
+            read,
+            _source(site, evaluate_site, pool, partition, sites),
+            folder,
+            epsilons=_epsilons(epsilons),
+            seeds=_numbers(seeds),
+            of=of,
+            cache=cache,
+        )
+
+
+@app.command(
+    name="feature-mean",
+    epilog="Example: consilium-simulate feature-mean configs/skin_private.yaml PUBLIC --out "
+    "configs/mean.json",
+)
+def feature_mean(
+    study: StudyFile,
+    folder: Annotated[Path, typer.Argument(help="Public images; subfolders are searched too.")],
+    changes: Changes = None,
+    out: Annotated[Path, typer.Option(help="The JSON file to write.")] = Path("mean.json"),
+) -> None:
+    """Average a backbone's features over public images, for `model.feature_mean` of a study.
+
+    Subtracting it makes private training better, and costs no privacy as long as no image is one
+    of a hospital's. The study's own kind of images is best; any others help.
+    """
+    from common.study import Study
+    from simulations import feature_mean
+
+    count = feature_mean.write(Study.read(study, tuple(changes or ())), folder, out)
+    console.print(f"mean of {count} images → {out}")
 
 
 @app.command(epilog="Example: consilium-simulate predict runs/mine images/ --out predictions.csv")
@@ -233,6 +303,9 @@ def bench(
     engine: Annotated[
         bool, typer.Option("--engine", help="Measure instead what the round loop itself costs.")
     ] = False,
+    privacy: Annotated[
+        bool, typer.Option("--privacy", help="Measure instead what DP-SGD costs in time.")
+    ] = False,
 ) -> None:
     """Measure what it is worth to run the frozen part of a backbone only once.
 
@@ -249,6 +322,12 @@ def bench(
         from simulations.engine import show
 
         show()
+        return
+    if privacy:
+        from simulations import private_bench
+
+        for name in backbone:
+            private_bench.show(name)
         return
     from simulations import bench as benchmark
 
@@ -280,6 +359,17 @@ def _source(
         partition=partition,
         sites=sites,
     )
+
+
+def _epsilons(text: str) -> list[float | None]:
+    try:
+        found = [None if part == "none" else float(part) for part in text.split(",")]
+    except ValueError:
+        found = [0.0]
+    if any(epsilon is not None and not 0 < epsilon < math.inf for epsilon in found):
+        expected = "--epsilons: expected numbers above 0, or none, such as none,8,3,1"
+        raise typer.BadParameter(f"{expected}, got {text!r}")
+    return found
 
 
 def _numbers(text: str | None) -> tuple[int, ...]:

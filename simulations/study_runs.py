@@ -8,6 +8,7 @@ from tempfile import TemporaryDirectory
 
 from rich.table import Table
 
+from client.account import MEANING
 from client.app import app as client_app
 from client.session import close_sessions
 from common.errors import StudyError, complaint
@@ -64,22 +65,31 @@ def start(
 
     A folder that already holds some of the seeds is completed.
     """
+    if compare:
+        _comparable(Study.read(study_file, changes))
     if not seeds:
         _new(Study.read(study_file, changes), source, folder, cache, compare=compare)
         return
     for seed in seeds:
-        run, seeded = folder / f"seed-{seed}", (*changes, f"seed={seed}")
         console.print(f"\nseed {seed}", style="bold")
-        if (run / "study.yaml").exists():
-            resume(run, study_file, seeded, compare=compare)
-        else:
-            _new(Study.read(study_file, seeded), source, run, cache, compare=compare)
-        close_sessions()  # the next seed has sessions of its own
+        seeded = Study.read(study_file, (*changes, f"seed={seed}"))
+        one(seeded, source, folder / f"seed-{seed}", cache, compare=compare)
     summary.over_seeds(folder, seeds)
+
+
+def one(study: Study, source: Source, run: Path, cache: Path, *, compare: bool = False) -> None:
+    """One run of a series, or what is left of it where it was begun."""
+    if (run / "study.yaml").exists():
+        resume(run, study, compare=compare)
+    else:
+        _new(study, source, run, cache, compare=compare)
+    close_sessions()  # the next has sessions of its own
 
 
 def _new(study: Study, source: Source, folder: Path, cache: Path, *, compare: bool) -> None:
     able = _inspect(study, source)
+    if folder.is_dir() and {path.name for path in folder.iterdir()} == {"sites"}:
+        shutil.rmtree(folder)  # a run that was killed before it began
     run = RunFolder.claim(folder)
     try:
         site_files = hospitals.settle(able, study, folder, cache)
@@ -92,12 +102,24 @@ def _new(study: Study, source: Source, folder: Path, cache: Path, *, compare: bo
     _conclude(run, site_files, compare=compare)
 
 
-def resume(
-    folder: Path, study_file: Path | None, changes: tuple[str, ...], *, compare: bool
-) -> None:
-    """Go on with an interrupted run; a finished one only shows its results again."""
-    study = Study.read(study_file, changes) if study_file else None
+def _comparable(study: Study) -> None:
+    if study.private:
+        expected, got = "a study without privacy", study.privacy.mechanism
+        remedy = "Its references would train without noise; see consilium-simulate utility."
+        raise StudyError(complaint("--compare", expected=expected, got=got, remedy=remedy))
+
+
+def resume(folder: Path, study: Study | None, *, compare: bool) -> None:
+    """Go on with an interrupted run; a finished one only shows its results again.
+
+    Args:
+      folder: Of the run.
+      study: That it should be of, if anything was said about it.
+      compare: Whether to train locally and pooled as well.
+    """
     run = RunFolder.resume(folder, study)
+    if compare:
+        _comparable(run.study)
     site_files = hospitals.settled(folder)
     if not (folder / "report.json").exists():
         simulate(server_app, client_app, site_files, folder)
@@ -161,4 +183,9 @@ def _conclude(run: RunFolder, site_files: Sequence[Path], *, compare: bool) -> N
         console.print(table)
         if below := note(results, withheld):
             console.print(below, style="dim")
+    if study.private:
+        epsilons = list(hospitals.spent(site_files).items())[:_MOST_SITES_SHOWN]
+        told = ", ".join(f"{name} {epsilon:.2f}" for name, epsilon in epsilons)
+        console.print(f"\nε spent, by each site's ledger: {told}")
+        console.print(MEANING, style="dim")
     console.print(f"\nrun folder: {run.path}")

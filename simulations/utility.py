@@ -1,0 +1,168 @@
+"""What privacy costs: one study at several ε and without, on the same holdouts."""
+
+import json
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from statistics import mean
+
+from rich.table import Table
+
+from client.account import MEANING
+from common import files
+from common.errors import StudyError, complaint
+from common.evidence import Estimate, difference, t_interval
+from common.metrics import METRICS, Counts, class_auroc, value
+from common.study import DpSgd, NoPrivacy, Study
+from common.terminal import console
+from server import figures
+from server.report import FEDERATED, Results, load_results, overall
+from simulations import hospitals, study_runs
+from simulations.study_runs import Source
+
+Figure = Callable[[Counts], float | None]
+
+
+def show(
+    study: Study,
+    source: Source,
+    folder: Path,
+    *,
+    epsilons: Sequence[float | None],
+    seeds: Sequence[int],
+    of: str | None,
+    cache: Path,
+) -> None:
+    """Run the study at each ε, on each seed; print and draw what the released models are worth.
+
+    Runs that are there already are only read, so that an interrupted series goes on.
+
+    Args:
+      study: With privacy; everything but ε is the same in all runs.
+      source: Of the hospitals.
+      folder: One folder in it for each ε, and in that one for each seed.
+      epsilons: None is the study without privacy.
+      seeds: Each draws another holdout.
+      of: A class whose own AUROC is wanted as well.
+      cache: Of prepared images.
+
+    Raises:
+      StudyError: the study is not private, or has no such class.
+    """
+    wanted = _figures(study, of)
+    if not isinstance(study.privacy, DpSgd):
+        raise study.error("privacy", expected="mechanism: dp_sgd", got="none")
+    runs: dict[float | None, list[Path]] = {}
+    for epsilon in epsilons:
+        privacy = study.privacy.model_copy(update={"epsilon": epsilon}) if epsilon else NoPrivacy()
+        for seed in seeds:
+            run = folder / _name(epsilon) / f"seed-{seed}"
+            console.print(f"\n{_label(epsilon)}, seed {seed}", style="bold")
+            changed = study.model_copy(update={"privacy": privacy, "seed": seed})
+            study_runs.one(changed, source, run, cache)
+            runs.setdefault(epsilon, []).append(run)
+    console.print()
+    _report(study, runs, wanted, folder)
+
+
+def _figures(study: Study, of: str | None) -> dict[str, Figure]:
+    """What is measured, by name: on the test images of all sites together."""
+    shown = ("balanced_accuracy", "auroc")
+    found: dict[str, Figure] = {METRICS[name].label: partial(value, name=name) for name in shown}
+    if of is not None:
+        if of not in study.classes:
+            known = ", ".join(study.classes)
+            raise StudyError(complaint("--class", expected=f"one of {known}", got=of))
+        k = study.classes.index(of)
+        found[f"AUROC of {of}"] = partial(class_auroc, k=k)
+    return found
+
+
+def _report(
+    study: Study,
+    runs: dict[float | None, list[Path]],
+    wanted: dict[str, Figure],
+    folder: Path,
+) -> None:
+    results = {
+        epsilon: [load_results(run, len(study.classes))[0] for run in paths]
+        for epsilon, paths in runs.items()
+    }
+    together = {
+        epsilon: [overall(each, len(study.classes))[FEDERATED] for each in found]
+        for epsilon, found in results.items()
+    }
+    figures_of = {
+        epsilon: {name: [figure(c) for c in counts] for name, figure in wanted.items()}
+        for epsilon, counts in together.items()
+    }
+    told = {_label(e): by_name for e, by_name in figures_of.items()}
+    estimates = {
+        name: {e: t_interval(by_name[name]) for e, by_name in figures_of.items()} for name in wanted
+    }
+    console.print(_table(figures_of, list(wanted)))
+    if None in runs:
+        console.print("in brackets: the difference to no privacy, paired by seed, 95 % interval")
+    _positives(study, results[next(iter(runs))])
+    spent = {_label(e): _spent(paths) for e, paths in runs.items() if e is not None}
+    for label, by_site in spent.items():
+        each = ", ".join(f"{site} {epsilon:.2f}" for site, epsilon in by_site.items())
+        console.print(f"{label}: spent by the ledger, the most of any seed: {each}")
+    console.print(MEANING, style="dim")
+    content = {"figures": told, "spent": spent}
+    files.write(folder / "utility.json", json.dumps(content, indent=1))
+    figures.utility(estimates, folder / "utility.png")
+    console.print(f"\nrun folder: {folder}, with utility.json and utility.png")
+
+
+def _table(
+    figures_of: dict[float | None, dict[str, list[float | None]]], names: Sequence[str]
+) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("privacy")
+    for name in names:
+        table.add_column(name, justify="right")
+    plain = figures_of.get(None, {})
+    for epsilon, by_name in figures_of.items():
+        cells = []
+        for name in names:
+            loss = difference(by_name[name], plain[name]) if epsilon and plain else None
+            cells.append(_cell(by_name[name], loss))
+        table.add_row(_label(epsilon), *cells)
+    return table
+
+
+def _cell(values: Sequence[float | None], loss: Estimate | None) -> str:
+    known = [figure for figure in values if figure is not None]
+    text = f"{mean(known):.3f}" if known else "–"
+    if loss is None:
+        return text
+    return f"{text} ({loss.value:+.3f}, {loss.low:+.3f} to {loss.high:+.3f})"
+
+
+def _positives(study: Study, found: Sequence[Results]) -> None:
+    """Test images of each class and site, the mean over seeds: few of them make a rough figure."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("test images, mean of seeds", *study.classes):
+        table.add_column(name, justify="left" if name.startswith("test") else "right")
+    for site in found[0][FEDERATED]:
+        rows = [run[FEDERATED][site].confusion.sum(axis=1).tolist() for run in found]
+        table.add_row(site, *(f"{mean(column):.1f}" for column in zip(*rows, strict=True)))
+    console.print(table)
+
+
+def _spent(runs: Sequence[Path]) -> dict[str, float]:
+    """ε that each site's ledger adds up to: the most of all runs."""
+    spent: dict[str, float] = {}
+    for run in runs:
+        for name, epsilon in hospitals.spent(hospitals.settled(run)).items():
+            spent[name] = max(epsilon, spent.get(name, 0.0))
+    return spent
+
+
+def _name(epsilon: float | None) -> str:
+    return "no-privacy" if epsilon is None else f"epsilon-{epsilon:g}"
+
+
+def _label(epsilon: float | None) -> str:
+    return "no privacy" if epsilon is None else f"ε = {epsilon:g}"

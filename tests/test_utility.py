@@ -1,0 +1,74 @@
+"""What privacy costs, in figures and in time."""
+
+import json
+
+import pytest
+
+from common.errors import StudyError
+from common.study import Study
+from common.terminal import console
+from simulations import private_bench, utility
+from simulations.study_runs import Source
+
+CONTENT = {
+    "name": "cost",
+    "classes": ["clear", "nodule", "consolidation", "effusion"],
+    "model": {"backbone": "shufflenet_v2_x0_5", "weights": "none"},
+    "images": {"size": 32},
+    "train": {"rounds": 2},
+    "privacy": {"mechanism": "dp_sgd", "preset": "head", "epsilon": 8.0, "delta": 1e-5},
+}
+
+
+@pytest.fixture(autouse=True)
+def _own_process(new_process):
+    new_process()
+
+
+def show(phantoms, folder, study=CONTENT, of="nodule"):
+    utility.show(
+        Study.parse(study, "cost", StudyError),
+        Source(folders=(phantoms / "north", phantoms / "south")),
+        folder,
+        epsilons=(None, 2.0),
+        seeds=(0, 1),
+        of=of,
+        cache=folder.parent / "cache",
+    )
+
+
+def test_a_study_at_several_epsilons_is_compared_on_the_same_holdouts(
+    phantoms, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(console, "width", 200)
+    show(phantoms, tmp_path / "u")
+    out = capsys.readouterr().out
+    assert "AUROC of nodule" in out
+    assert "ε = 2: spent by the ledger, the most of any seed: north 1." in out
+    assert "Validation and test patients it does not cover" in out.replace("\n", " ")
+    told = json.loads((tmp_path / "u" / "utility.json").read_text())
+    assert set(told["figures"]) == {"no privacy", "ε = 2"}
+    assert all(len(values) == 2 for values in told["figures"]["ε = 2"].values())
+    assert all(1 < epsilon <= 2 for epsilon in told["spent"]["ε = 2"].values())
+    assert (tmp_path / "u" / "utility.png").stat().st_size > 10_000
+    ledgers = sorted((tmp_path / "u").rglob("ledger.jsonl"))
+    before = [path.read_bytes() for path in ledgers]
+    assert len(before) == 8
+    show(phantoms, tmp_path / "u")  # what is there is only read
+    assert [path.read_bytes() for path in ledgers] == before
+
+
+def test_what_cannot_be_compared_is_refused_before_anything_runs(phantoms, tmp_path):
+    with pytest.raises(StudyError, match="--class: expected one of clear, nodule"):
+        show(phantoms, tmp_path / "u", of="melanoma")
+    open_study = CONTENT | {"privacy": {"mechanism": "none"}}
+    with pytest.raises(StudyError, match="privacy: expected mechanism: dp_sgd, got none"):
+        show(phantoms, tmp_path / "u", open_study)
+    assert not (tmp_path / "u").exists()
+
+
+def test_the_time_of_privacy_is_a_ratio_of_one_run(capsys):
+    private_bench.show("shufflenet_v2_x0_5", ("head",))
+    out = capsys.readouterr().out
+    assert "without privacy" in out
+    assert "self-check" in out
