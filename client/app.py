@@ -7,10 +7,11 @@ from pathlib import Path
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from client.backbone import receive
 from client.desk import Desk, open_desk
 from client.entries import Release
 from client.outbox import Reply, release
-from client.session import Session, drop, open_session, remember
+from client.session import Session, drop, open_session, proposed, remember
 from client.site import Site
 from common import wire
 from common.contract import digest
@@ -18,6 +19,7 @@ from common.errors import (
     ConsiliumError,
     ContractError,
     DataError,
+    MissingWeightsError,
     RefusedError,
     SiteError,
     complaint,
@@ -59,11 +61,23 @@ def join(message: Message, context: Context) -> Message:
     what = Release(study=study.id, name=study.name, kind="join")
     try:
         session = open_session(site_file(context), study.id)
+    except MissingWeightsError as ex:
+        log.info("%s", ex)
+        return Message(wire.lacking(), reply_to=message)
     except (RefusedError, DataError) as ex:  # a bit about the patients, where they decided
         desk.ledger.send(what, Reply(ex.code.encode(), {}, (ex.code,)).contents)
         drop(site, study)
         raise
     return _leave(message, session, what, lambda: session.joined(_head(desk), desk.ledger.spending))
+
+
+@app.query("backbone")
+def backbone(message: Message, context: Context) -> Message:
+    """A piece of the backbone, for a site that said it has no copy; nothing of a patient leaves."""
+    part = wire.BackbonePart.read(message.content)
+    site = Site.read(site_file(context))
+    held = receive(site, proposed(site, part.study), part)
+    return Message(wire.BackboneHeld(held).record(), reply_to=message)
 
 
 @app.query("ledger")

@@ -1,12 +1,13 @@
 """`consilium-client`: a hospital looks after its own side."""
 
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
-from client import cli_privacy
+from client import cli_link, cli_privacy
 from client.cli_privacy import SiteFile, Yes
 from common import terminal
 from common.errors import SiteError, complaint
@@ -18,23 +19,27 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     help="Look after a hospital's own side: what leaves it, what that costs, what is on its disk.",
-    epilog="Begin with: consilium-client plan site.yaml study.yaml",
+    epilog="Begin with: consilium-client init site.yaml",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
 
 for command, name, rest in (
+    (cli_link.init, "init", "--server link.example.org:443"),
+    (cli_link.check, "check", "study.yaml"),
+    (cli_link.start, "start", ""),
     (cli_privacy.plan, "plan", "study.yaml"),
     (cli_privacy.ledger, "ledger", "--picture epsilon.png"),
     (cli_privacy.disclosed, "disclosed", "--study skin-lesions"),
     (cli_privacy.ledger_adopt, "ledger-adopt", "--epsilon 3 --delta 1e-6"),
 ):
-    app.command(name, epilog=f"Example: consilium-client {name} site.yaml {rest}")(command)
+    app.command(name, epilog=f"Example: consilium-client {name} site.yaml {rest}".rstrip())(command)
 
 
 def main() -> None:
     """Run the command line; a mistake with a known remedy ends in one line, never a traceback."""
+    os.umask(0o077)  # whatever a hospital's client writes is for its user alone
     remedy = "Free some space, or mend the rights, then try again."
     terminal.run(app, remedy=remedy)
 

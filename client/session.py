@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from client import dp_sgd, trainer
+from client.backbone import find
 from client.budget import afford
 from client.cache import prune
 from client.data.holdout import Parts, split
@@ -27,7 +28,6 @@ from client.trainer import Examples
 from common import files, wire
 from common.contract import Dtype, Versions
 from common.errors import (
-    BackboneError,
     ContractError,
     DataError,
     RefusedError,
@@ -77,7 +77,7 @@ class Session:
         found = cut(site, study)
         parts = {part: self._taking_part(part, getattr(found, part)) for part in PARTS}
         self._agree(patients(parts["train"]), len(parts["train"]))
-        self.network = assemble(study, _weights(site, study))
+        self.network = assemble(study, find(site, study))
         self.device = _device(site.device)
         if held := self.network.held:
             log.info("not trained, as nothing protects it: %s", ", ".join(held))
@@ -340,19 +340,6 @@ def _recipe(network: Network, dtype: Dtype, keep: Keep) -> Recipe:
     return Recipe.of(network, dtype, keep)
 
 
-def _weights(site: Site, study: Study) -> str:
-    """Where this machine has the study's weights; the study names the file only."""
-    name = study.model.weights
-    if study.model.weights_file is None:
-        return name
-    path = site.weights / Path(name).name if site.weights else None
-    if path is None or not path.is_file():
-        where, expected = f"{site.source}: weights", f"a folder with {Path(name).name}"
-        got, remedy = site.weights or "nothing", "Set it to the folder that holds the file."
-        raise BackboneError(complaint(where, expected=expected, got=got, remedy=remedy))
-    return str(path)
-
-
 def _device(wanted: str) -> torch.device:
     if wanted != "auto":
         return torch.device(wanted)
@@ -406,8 +393,13 @@ def close_sessions() -> None:
 @lru_cache(maxsize=1024)
 def _session(site_file: Path, _: tuple[int, ...], study_id: str) -> Session:
     site = Site.read(site_file)
+    return Session(site, proposed(site, study_id))
+
+
+def proposed(site: Site, study_id: str) -> Study:
+    """A study that this site was sent; raises `ContractError` if it was not."""
     path = site.state / "studies" / f"{study_id}.json"
     # The id is a name from the network: one spelling, no path, no second session.
     if not re.fullmatch(r"[0-9a-f]{16}", study_id) or not path.is_file():
         raise ContractError(f"this site has not joined study {study_id!r}")
-    return Session(site, _parse(path.read_text(encoding="utf-8")))
+    return _parse(path.read_text(encoding="utf-8"))

@@ -1,6 +1,7 @@
 """The site: what one hospital says about itself in its `site.yaml`. It always wins."""
 
 import os
+import re
 import secrets
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -68,6 +69,31 @@ class Cache(Section):
         return None if self.limit_gb is None else round(self.limit_gb * 1e9)
 
 
+class Connect(Section):
+    """Where the coordinator is, and who this site is to him."""
+
+    server: str
+    """`host:port`."""
+    ca: Path
+    """The certificate that he gave out; it vouches for his server."""
+    key: Path
+    """This site's own private key."""
+
+    @field_validator("server")
+    @classmethod
+    def _is_host_and_port(cls, given: str) -> str:
+        host, _, port = given.rpartition(":")
+        numbered = re.fullmatch(r"[0-9]{1,5}", port) and 0 < int(port) < 2**16
+        if not re.fullmatch(r"[A-Za-z0-9.-]+", host) or not numbered:
+            raise ValueError(f"expected host:port, such as link.example.org:443, got {given!r}")
+        return given
+
+    @property
+    def host(self) -> str:
+        """Of the server."""
+        return self.server.rpartition(":")[0]
+
+
 class Site(YamlFile):
     """One hospital."""
 
@@ -81,6 +107,8 @@ class Site(YamlFile):
     role: Literal["train", "evaluate"] = "train"
     """`evaluate`: never trains; all of its patients are test patients."""
     policy: Policy = Policy()
+    connect: Connect | None = None
+    """Not needed in a simulation."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     precision: Asked = "auto"
     """What to compute in; `auto` measures it once, on this machine and network."""

@@ -131,10 +131,7 @@ class Backbone:
 
     def _load(self, weights: str) -> nn.Module:
         """The architecture holding the given weights, its own head left without any."""
-        if weights == "DEFAULT":
-            state = checkpoints.download(self._published(weights))
-        else:
-            state = checkpoints.read(Path(weights))
+        state = self.checkpoint(weights)
         fit, model = self._fit(state)
         if not fit.exact:
             owners = [other.name for other in _BACKBONES if other._fit(state)[0].exact]
@@ -145,6 +142,24 @@ class Backbone:
             raise BackboneError(complaint(weights, expected=expected, got=f"{fit}", remedy=remedy))
         model.load_state_dict(fit.tensors, strict=False, assign=True)
         return model
+
+    def checkpoint(self, weights: str) -> dict[str, torch.Tensor]:
+        """The tensors of `DEFAULT` or of a file; raises `BackboneError` if they cannot be had."""
+        if weights == "DEFAULT":
+            return checkpoints.download(self._published(weights))
+        return checkpoints.read(Path(weights))
+
+    @property
+    def largest_file(self) -> int:
+        """Bytes that no file of its weights needs: thrice those of its parameters and buffers."""
+        state = self._outline(classes=1000).state_dict()
+        return int(3 * sum(int(t.numel()) * t.element_size() for t in state.values()))
+
+    @property
+    def downloaded(self) -> bool:
+        """Whether torchvision has its own weights of it on this machine already."""
+        name = Path(self._published("DEFAULT").url).name
+        return (Path(torch.hub.get_dir()) / "checkpoints" / name).is_file()
 
     def _fit(self, state: dict[str, torch.Tensor]) -> tuple[Fit, nn.Module]:
         model = self._outline()

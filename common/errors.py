@@ -39,6 +39,10 @@ class BackboneError(ConsiliumError):
     code = "backbone"
 
 
+class MissingWeightsError(BackboneError):
+    """This machine has no copy of the backbone's weights; the coordinator can send one."""
+
+
 class RefusedError(ConsiliumError):
     """The hospital's own policy says no to this study."""
 
@@ -61,6 +65,10 @@ class RunError(ConsiliumError):
     """A run folder, or the run itself, cannot go on."""
 
     code = "run"
+
+
+class LinkError(ConsiliumError):
+    """The link between a hospital and the coordinator, or a key or certificate of it, is wrong."""
 
 
 def complaint(where: object, *, expected: str, got: object, remedy: str = "") -> str:

@@ -2,7 +2,9 @@
 
 import logging
 import sys
-from typing import Any
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
+from typing import Any, NoReturn
 
 import click
 import typer
@@ -52,6 +54,28 @@ class _Printable(logging.Formatter):
         return printable(super().format(record))
 
 
+class _Dated(_Printable):
+    """For a process that goes on for months; what led to an error is in its file alone."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(f"{self.formatTime(record, '%Y-%m-%d %H:%M:%S')} {record.getMessage()}")
+
+
+def log_to(path: Path, *, dated: bool = False) -> None:
+    """Write what this process logs into files too, which rotate.
+
+    Args:
+      path: The newest of them; private, as texts of errors may name paths.
+      dated: Show times on the terminal as well.
+    """
+    root = logging.getLogger()
+    for shown in root.handlers if dated else ():
+        shown.setFormatter(_Dated())
+    file = RotatingFileHandler(path, maxBytes=4_000_000, backupCount=4, encoding="utf-8")
+    file.setFormatter(_Printable("%(asctime)s %(levelname)s %(message)s"))
+    root.addHandler(file)
+
+
 def run(app: typer.Typer, *, remedy: str) -> None:
     """Run a command line to its exit code; a mistake with a known remedy ends in one line.
 
@@ -78,6 +102,11 @@ def run(app: typer.Typer, *, remedy: str) -> None:
         if code == _INTERRUPTED:  # typer's own for Ctrl-C
             _say("Stopped.", code)
     sys.exit(code)
+
+
+def end(text: str) -> NoReturn:
+    """Say what went wrong, and end with it."""
+    sys.exit(_say(text, 1))
 
 
 def _log_to_console() -> None:

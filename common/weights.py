@@ -25,16 +25,16 @@ def read(path: Path) -> dict[str, Tensor]:
     """The tensors in a checkpoint file; no code in it is ever run.
 
     Args:
-      path: `.safetensors`, or what `torch.save(model.state_dict(), path)` writes.
+      path: In the format of safetensors, or what `torch.save(model.state_dict(), path)` writes.
 
     Raises:
       BackboneError: the file is missing, damaged, or not a mapping of names to tensors.
     """
     expected = "a state dict in a .pth, .pt or .safetensors file"
     try:
-        with path.open("rb"):
-            pass
-        if path.suffix == ".safetensors":
+        with path.open("rb") as file:
+            begins = file.read(9)
+        if begins.endswith(b"{"):  # safetensors: 8 bytes of a length, then JSON
             return _modern(load_file(path))
         content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as ex:

@@ -30,6 +30,8 @@ WEIGHT = "weight"
 _LAST, _BEST, _LEDGER = "last", "best", "ledger"
 _JSON, _STUDY, _ROUND, _PROXIMAL = "json", "study", "server-round", "proximal-mu"
 _LOSS, _COUNT, _HASH = "train-loss", "count", "hash"
+_LACKS, _SIZE, _OFFSET, _DATA = "lacks", "size", "offset", "data"
+_LARGEST_BACKBONE = 4 * 10**9
 _LONGEST_JSON = 1_000_000
 # No weight of a working network comes near; larger ones would break the sites that receive them.
 _LARGEST = 1e4
@@ -45,6 +47,9 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 LEDGER = "query.ledger"
 """The type of the message that asks for a line of a site's ledger; Flower's name for it."""
+
+BACKBONE = "query.backbone"
+"""The type of a message with a piece of the backbone, for a site that has no copy."""
 
 T = TypeVar("T")
 
@@ -138,6 +143,75 @@ class JoinReply(Section):
             return cls.model_validate_json(_value(record, CONFIG, _JSON, str))
         except ValidationError as ex:
             raise ContractError(f"a join reply with {ex.error_count()} misfits") from None
+
+
+def lacking() -> RecordDict:
+    """What a site answers to a proposal if it has no copy of the backbone."""
+    return RecordDict({CONFIG: ConfigRecord({_LACKS: "backbone"})})
+
+
+def read_join(record: RecordDict) -> JoinReply | None:
+    """The answer to a proposal; None if the site lacks the backbone. Raises `ContractError`."""
+    if dict(record.config_records.get(CONFIG, {})) == {_LACKS: "backbone"}:
+        _exactly(record, CONFIG)
+        return None
+    return JoinReply.read(record)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackbonePart:
+    """A piece of the backbone: a safetensors file, of no use unless it is whole."""
+
+    study: str
+    sha256: str
+    """Of the whole file."""
+    size: int
+    """Of the whole file, in bytes."""
+    offset: int
+    """Where this piece begins."""
+    data: bytes
+
+    def record(self) -> RecordDict:
+        """As Flower sends it."""
+        config = ConfigRecord({_STUDY: self.study, _HASH: self.sha256, _DATA: self.data})
+        config[_SIZE], config[_OFFSET] = self.size, self.offset
+        return RecordDict({CONFIG: config})
+
+    @classmethod
+    def read(cls, record: RecordDict) -> "BackbonePart":
+        """Back from Flower; raises `ContractError`."""
+        _exactly(record, CONFIG)
+        part = cls(
+            study=_value(record, CONFIG, _STUDY, str),
+            sha256=_value(record, CONFIG, _HASH, str),
+            size=_value(record, CONFIG, _SIZE, int),
+            offset=_value(record, CONFIG, _OFFSET, int),
+            data=_value(record, CONFIG, _DATA, bytes),
+        )
+        fits = 0 <= part.offset <= part.offset + len(part.data) <= part.size <= _LARGEST_BACKBONE
+        if not fits or not re.fullmatch(r"[0-9a-f]{64}", part.sha256):
+            raise ContractError("a piece of a backbone that cannot be")
+        return part
+
+
+@dataclass(frozen=True)
+class BackboneHeld:
+    """How much of the backbone a site has by now, from its beginning."""
+
+    bytes: int
+
+    def record(self) -> RecordDict:
+        """As Flower sends it."""
+        return RecordDict({CONFIG: ConfigRecord({_OFFSET: self.bytes})})
+
+    @classmethod
+    def read(cls, record: RecordDict) -> "BackboneHeld":
+        """Back from Flower; raises `ContractError`."""
+        _exactly(record, CONFIG)
+        held = _value(record, CONFIG, _OFFSET, int)
+        if not 0 <= held <= _LARGEST_BACKBONE:
+            raise ContractError("an impossible part of a backbone")
+        return cls(held)
 
 
 @dataclass(frozen=True, kw_only=True)

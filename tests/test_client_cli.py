@@ -156,5 +156,12 @@ def test_it_runs_as_installed_and_teaches(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    for word in ("cache", "purge", "Begin with: consilium-client plan site.yaml study.yaml"):
+    for word in (
+        "cache",
+        "purge",
+        "init",
+        "check",
+        "start",
+        "Begin with: consilium-client init site.yaml",
+    ):
         assert word in done.stdout

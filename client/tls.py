@@ -1,0 +1,68 @@
+"""TLS that trusts one coordinator, and what its failures mean to a person."""
+
+import socket
+import ssl
+from datetime import UTC, datetime
+from pathlib import Path
+
+import httpx
+
+from common.errors import LinkError, complaint
+
+_CERTIFICATE = {
+    9: "It is not valid yet: is this machine's clock right?",
+    10: "The coordinator makes a new one: consilium-server renew. Is this machine's clock right?",
+    62: "Is connect.server in site.yaml the name that the coordinator gave you?",
+    64: "Is connect.server in site.yaml the name that the coordinator gave you?",
+}
+"""By OpenSSL's number of what is wrong with a certificate."""
+_ANOTHER = "Ask the coordinator for ca.crt; compare fingerprints by telephone: this may be another."
+
+
+def trusting(ca: Path) -> ssl.SSLContext:
+    """TLS that trusts one authority, and none of the system's.
+
+    Raises:
+      LinkError: the file holds no certificate.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    try:
+        context.load_verify_locations(cafile=ca)
+    except OSError as ex:  # which an SSLError is too
+        got = "something else" if isinstance(ex, ssl.SSLError) else ex.strerror
+        expected, remedy = "the coordinator's certificate, PEM", "Ask the coordinator for ca.crt."
+        raise LinkError(complaint(ca, expected=expected, got=got, remedy=remedy)) from None
+    return context
+
+
+def expiry(response: httpx.Response) -> datetime:
+    """When the certificate expires of the server that answers, while it does."""
+    stream = response.extensions["network_stream"]
+    certificate = stream.get_extra_info("ssl_object").getpeercert()
+    return datetime.fromtimestamp(ssl.cert_time_to_seconds(certificate["notAfter"]), UTC)
+
+
+def explained(failure: httpx.RequestError, server: str, ca: Path) -> LinkError:
+    """What it means that there was no answer.
+
+    Args:
+      failure: What happened.
+      server: That was asked.
+      ca: The file of the authority that was trusted.
+    """
+    cause: BaseException | None = failure
+    while cause is not None and not isinstance(cause, ssl.SSLError | socket.gaierror):
+        cause = cause.__cause__ or cause.__context__
+    if isinstance(cause, ssl.SSLCertVerificationError):
+        expected, got = f"a certificate that {ca} vouches for", cause.verify_message
+        remedy = _CERTIFICATE.get(cause.verify_code, _ANOTHER)
+    elif isinstance(cause, ssl.SSLError):
+        expected, got = "a coordinator, which speaks TLS", "something else"
+        remedy = "Is connect.server in site.yaml the address that the coordinator gave you?"
+    elif isinstance(cause, socket.gaierror):
+        expected, got = "a name that this machine can look up", "an unknown one"
+        remedy = "Is connect.server in site.yaml right, and does DNS work here?"
+    else:
+        expected, got = "an answer", "none"
+        remedy = "Is the coordinator up, and may this machine connect to it?"
+    return LinkError(complaint(server, expected=expected, got=got, remedy=remedy))

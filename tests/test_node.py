@@ -1,0 +1,428 @@
+"""A hospital's node with the real app, over TLS: whatever is killed, it answers once."""
+
+import hashlib
+import logging
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.context import ForkServerProcess as Process
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvicorn
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.supercore.fab import Fab
+
+from client import cli
+from client import node as node_module
+from client.entries import Sent
+from client.ledger import read
+from client.node import Node
+from common import keys, wire
+from common.errors import RunError, StudyError
+from common.flower import APP, RELEASE, TaskIdentity, to_bytes
+from common.network import assemble
+from common.study import Study
+from common.yaml import dump
+from server import certificates
+from server import grid as grid_module
+from server import link as link_module
+from server.grid import LinkGrid, connected
+from server.link import NOOP_FEDERATION_ID, NOOP_FLWR_AID, TaskType, open_state
+from server.project import Project
+from server.serve import listen, server
+from server.sites import Sites
+
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["client.node"])  # seconds, once
+STUDY: dict[str, Any] = {
+    "name": "together",
+    "classes": ["clear", "nodule", "consolidation", "effusion"],
+    "model": {"backbone": "shufflenet_v2_x0_5", "weights": "none"},
+    "images": {"size": 32},
+    "train": {"rounds": 9, "local_epochs": 1, "batch_size": 8},
+    "holdout": {"validation": 0.2, "test": 0.2},
+    "aggregate": {"quorum": 1},
+}
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        return int(listening.getsockname()[1])
+
+
+def until(there: Callable[[], object], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not there():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+class World:
+    """A coordinator whose link can be up or down, and one hospital."""
+
+    def __init__(self, folder: Path, data: Path) -> None:
+        self.folder = folder
+        self.project = Project.create(folder / "project", ("localhost",), free_port())
+        self.sites = Sites(self.project)
+        self.key = keys.new()
+        keys.write_private(folder / "site.key", self.key)
+        self.sites.admit(self.key.public_key(), "north")
+        ca = str(certificates.authority_file(self.project.folder))
+        server_ = f"localhost:{self.project.settings.port}"
+        content = {
+            "name": "north",
+            "data": {"format": "manifest", "root": str(data)},
+            "state": "state",
+            "connect": {"server": server_, "ca": ca, "key": "site.key"},
+        }
+        self.site = folder / "site.yaml"
+        self.site.write_text(dump(content))
+        self.link = folder / "state" / "link"
+
+    @contextmanager
+    def up(self) -> Iterator[None]:
+        """The link, served by a thread."""
+        serving: uvicorn.Server = server(self.project)
+        sockets = [listen("127.0.0.1", self.project.settings.port)]
+        thread = threading.Thread(target=serving.run, kwargs={"sockets": sockets}, daemon=True)
+        thread.start()
+        try:
+            until(lambda: serving.started)
+            yield
+        finally:
+            serving.should_exit = True
+            thread.join()
+
+    @property
+    def connected(self) -> bool:
+        return self.sites.all()[0].connected
+
+    @contextmanager
+    def node(self) -> Iterator[threading.Event]:
+        """The node as a thread of this process; the event stops it."""
+        stop = threading.Event()
+        node = Node(self.site, stop)
+        thread = threading.Thread(target=node.serve, daemon=True)
+        thread.start()
+        try:
+            yield stop
+        finally:
+            stop.set()
+            thread.join(60)
+            assert not thread.is_alive()
+
+    def start(self, monkeypatch: pytest.MonkeyPatch) -> "Process":
+        """`consilium-client start` as a process of its own."""
+        monkeypatch.setattr(sys, "argv", ["consilium-client", "start", str(self.site)])
+        process = PROCESSES.Process(target=cli.main, daemon=True)
+        process.start()
+        return process
+
+    def log(self) -> str:
+        return (self.folder / "state/logs/client.log").read_text("utf-8")
+
+    def left(self) -> list[Sent]:
+        """Every message that left the hospital."""
+        return [one for one in read(self.folder / "state") if isinstance(one, Sent)]
+
+
+@pytest.fixture
+def world(
+    tmp_path: Path,
+    phantoms: Path,
+    new_process: Callable[[], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> World:
+    new_process()
+    monkeypatch.setattr(node_module, "_IDLE", 0.1)
+    return World(tmp_path, phantoms / "west")
+
+
+def study(**changes: Any) -> Study:
+    return Study.parse(STUDY | changes, "study", StudyError)
+
+
+def request(wanted: Study, number: int) -> RecordDict:
+    """Of a round, as a strategy makes it."""
+    tensors = assemble(wanted, "none").tensors
+    config = ConfigRecord({**wire.round_config(wanted.id), "server-round": number})
+    return RecordDict({wire.ARRAYS: wire.to_arrays(tensors), wire.CONFIG: config})
+
+
+def ask(grid: LinkGrid, kind: str, content: RecordDict) -> str:
+    until(grid.get_node_ids)
+    (node,) = grid.get_node_ids()
+    (identity,) = grid.push_messages([grid.create_message(content, kind, node, "")])
+    return identity
+
+
+def hear(grid: LinkGrid, identity: str) -> Message:
+    found: list[Message] = []
+    until(lambda: found or found.extend(grid.pull_messages([identity])))
+    return found[0]
+
+
+def exchange(grid: LinkGrid, kind: str, content: RecordDict) -> Message:
+    return hear(grid, ask(grid, kind, content))
+
+
+def join(wanted: Study) -> RecordDict:
+    return wire.JoinRequest(proposal=wanted.proposal()).record()
+
+
+def test_it_answers_with_its_own_app_and_says_so(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "client")
+    wanted = study()
+    with world.up(), world.node(), connected(world.project.database) as grid:
+        joined = wire.JoinReply.read(exchange(grid, "query", join(wanted)).content)
+        assert joined.name == "north"
+        began = time.monotonic()
+        for number in (1, 2):
+            reply = exchange(grid, "train", request(wanted, number))
+            assert set(reply.content.array_records[wire.ARRAYS]) == set(
+                assemble(wanted, "none").shapes
+            )
+        assert time.monotonic() - began < 15
+        assert world.connected
+        assert not list(world.link.glob("letter"))
+    assert not world.connected
+    assert [one.release.kind for one in world.left()] == ["join", "round", "round"]
+    assert world.left()[-1].contents.sha256 == hashlib.sha256(to_bytes(reply.content)).hexdigest()
+    for said in (
+        f"connected to localhost:{world.project.settings.port}",
+        f"study together ({wanted.id}) asks this site to join",
+        "study together: round 2 answered in",
+    ):
+        assert said in caplog.text
+
+
+MALICE = """
+from pathlib import Path
+Path({proof!r}).write_text(Path({secret!r}).read_text())
+from flwr.clientapp import ClientApp
+app = ClientApp()
+"""
+
+
+def test_code_that_comes_with_a_run_is_neither_fetched_nor_run(
+    world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bundle whose client/app.py reads a file of the hospital, from an admitted coordinator."""
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path / "flwr"))
+    secret, proof = tmp_path / "patients.csv", tmp_path / "stolen"
+    secret.write_text("DOE, JOHN")
+    code = MALICE.format(proof=str(proof), secret=str(secret)).encode()
+    state = open_state(world.project.database)
+    bundle = Fab(hashlib.sha256(code).hexdigest(), code, {})
+    stored = state.store_fab(bundle)
+    asked: list[str] = []
+    monkeypatch.setattr(state.__class__, "get_fab", lambda _, name: asked.append(name))
+    with world.up(), world.node():
+        for name, release, fab in (
+            (APP, RELEASE, stored),
+            ("flwrlabs/other", RELEASE, ""),
+            (APP, "0.9.1", ""),
+            (APP, "", ""),
+        ):
+            with _run(world, name, release, fab) as grid:
+                reply = exchange(grid, "query", join(study()))
+                assert reply.has_error()
+                assert reply.error.reason == "contract"
+    assert not proof.exists()
+    assert not asked
+    assert not (tmp_path / "flwr" / "apps").exists()
+    assert not world.left()
+    assert "with code" in caplog.text
+    assert "expected release 0.1.0, as here, got 0.9.1" in caplog.text
+
+
+@contextmanager
+def _run(world: World, name: str, release: str, fab: str) -> Iterator[LinkGrid]:
+    """A run as a coordinator with other software would begin it."""
+    with connected(world.project.database) as grid:
+        ours, create = grid.run, grid._state.create_run
+        assert (ours.fab_id, ours.fab_version, ours.fab_hash) == (APP, RELEASE, "")
+        rest = ({}, NOOP_FEDERATION_ID, None, NOOP_FLWR_AID, TaskType.SERVER_APP)
+        number = create(name, release, fab, *rest)
+        (task,) = grid._state.get_tasks(run_ids=[number])
+        grid._state.claim_task(task.task_id)
+        grid._state.activate_task(task.task_id)
+        TaskIdentity.run_id = number
+        yield LinkGrid(grid._state, number)
+        grid._state.stop_run(number)
+
+
+def test_it_outlives_its_coordinator_and_its_own_admission(
+    world: World, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.INFO, "client")
+    monkeypatch.setattr(node_module, "_AGAIN", 0.5)
+    with world.node():
+        until(lambda: "expected an answer, got none" in caplog.text)
+        with world.up():
+            until(lambda: world.connected)
+            with connected(world.project.database) as grid:
+                exchange(grid, "query", join(study()))
+            world.sites.remove("north")
+            until(lambda: "expected a key that the coordinator admitted" in caplog.text)
+        assert caplog.text.count("got none. Is the coordinator up") == 1
+        world.sites.admit(world.key.public_key(), "north")
+        with world.up():
+            until(lambda: world.connected)
+            with connected(world.project.database) as grid:
+                exchange(grid, "query", join(study()))
+    assert caplog.text.count("connected to") == 2
+
+
+def ended(process: Process) -> int | None:
+    process.join(30)
+    return process.exitcode
+
+
+def kill(process: Process) -> None:
+    process.kill()
+    assert ended(process) == -signal.SIGKILL
+
+
+def begun(world: World, what: str) -> None:
+    until(lambda: (world.link / what).exists())
+
+
+def test_two_nodes_of_one_site_are_one_too_many(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with world.up(), world.node():
+        until(lambda: world.connected)
+        assert ended(world.start(monkeypatch)) == 1
+        assert world.connected
+        assert not world.log()
+
+
+def test_killed_at_any_moment_it_answers_once(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In training; between its reply and the coordinator; and while nobody waits any more."""
+    wanted = study(train={"rounds": 9, "local_epochs": 600, "batch_size": 2})
+    with connected(world.project.database) as grid:
+        with world.up():
+            process = world.start(monkeypatch)
+            exchange(grid, "query", join(wanted))
+            first = ask(grid, "train", request(wanted, 1))
+            begun(world, "letter")
+            time.sleep(0.4)  # at work
+            kill(process)
+            assert len(world.left()) == 1
+            assert not (world.link / "reply").exists()
+            process = world.start(monkeypatch)
+            assert hear(grid, first).has_content()
+            second = ask(grid, "train", request(wanted, 2))
+            begun(world, "letter")
+            time.sleep(0.4)
+            assert not (world.link / "reply").exists()
+        begun(world, "reply")  # the link is down: the reply cannot go
+        kill(process)
+        assert len(world.left()) == 3
+        with world.up():
+            process = world.start(monkeypatch)
+            reply = hear(grid, second)
+            sent = hashlib.sha256(to_bytes(reply.content)).hexdigest()
+            assert [one.contents.sha256 for one in world.left()][2:] == [sent]  # not made again
+            ask(grid, "train", request(wanted, 3))
+            begun(world, "letter")
+            kill(process)
+            grid._withdraw(grid._state.get_message_ids_from_run_id(grid.run.run_id))
+            process = world.start(monkeypatch)
+            until(lambda: "nobody waits for an answer any more" in world.log())
+            assert len(world.left()) == 3
+            kill(process)
+    assert all(line[:2] == "20" for line in world.log().splitlines())
+    assert (world.folder / "state/logs").stat().st_mode & 0o077 == 0
+
+
+def test_it_answers_before_it_stops_unless_told_twice(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = study(train={"rounds": 9, "local_epochs": 300, "batch_size": 2})
+    with connected(world.project.database) as grid, world.up():
+        process = world.start(monkeypatch)
+        exchange(grid, "query", join(wanted))
+        first = ask(grid, "train", request(wanted, 1))
+        begun(world, "letter")
+        os.kill(process.pid or 0, signal.SIGTERM)
+        assert hear(grid, first).has_content()
+        assert ended(process) == 0
+        assert not world.connected
+        process = world.start(monkeypatch)
+        ask(grid, "train", request(wanted, 2))
+        begun(world, "letter")
+        time.sleep(0.5)
+        os.kill(process.pid or 0, signal.SIGINT)
+        time.sleep(0.2)
+        assert process.is_alive()
+        os.kill(process.pid or 0, signal.SIGINT)
+        assert ended(process) == 130
+        assert (world.link / "letter").exists()
+    assert world.log().count("stopping, as soon as what is being worked on is answered") == 2
+    assert world.log().count("INFO stopped") == 1
+
+
+def test_a_site_admitted_anew_forgets_what_it_was_asked_before(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it then answered would be another site's reply, refused again and again."""
+    monkeypatch.setattr(node_module, "_AGAIN", 0.2)
+    with world.up(), connected(world.project.database) as grid, world.node():
+        until(lambda: world.connected)
+        wanted = study()
+        assert not exchange(grid, "query", join(wanted)).has_error()
+        asked = ask(grid, "train", request(wanted, 1))
+        until(lambda: (world.link / "letter").exists())
+        world.sites.remove("north")
+        world.sites.admit(world.key.public_key(), "north")
+        until(lambda: world.connected)
+        until(lambda: not (world.link / "letter").exists())
+        grid._withdraw([asked])
+        assert not exchange(grid, "train", request(wanted, 1)).has_error()
+
+
+def test_a_run_that_was_paused_too_long_says_how_to_go_on(world: World) -> None:
+    with world.up(), connected(world.project.database) as grid, world.node():
+        until(lambda: world.connected)
+        grid._state.stop_run(grid._run_id)
+        with pytest.raises(RunError, match=r"counts as ended.*run --resume"):
+            ask(grid, "query", join(study()))
+
+
+def test_a_reply_beyond_all_measure_is_left_out(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grid_module, "_MARGIN", 1_000)
+    huge = RecordDict({"config": ConfigRecord({"json": "x" * 1_000_000})})
+    monkeypatch.setattr(node_module, "app", lambda message, _: Message(huge, reply_to=message))
+    with world.up(), connected(world.project.database) as grid, world.node():
+        until(lambda: world.connected)
+        assert exchange(grid, "query", join(study())).has_error()
+
+
+def test_many_parts_are_refused_at_the_door(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link_module, "_MOST_PARTS", 3)
+    monkeypatch.setattr(node_module, "_AGAIN", 0.2)
+    with world.up(), connected(world.project.database) as grid, world.node():
+        until(lambda: world.connected)
+        many = {f"c{i}": ConfigRecord({"x": i}) for i in range(9)}
+        monkeypatch.setattr(
+            node_module, "app", lambda message, _: Message(RecordDict(many), reply_to=message)
+        )
+        asked = ask(grid, "query", join(study()))
+        time.sleep(1)
+        assert grid.pull_messages([asked]) == []
