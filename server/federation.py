@@ -12,7 +12,8 @@ from common import errors, wire
 from common.errors import ContractError, RunError
 from common.network import Network
 from common.study import Study
-from common.wire import JoinReply, LedgerHead, LedgerReply, LedgerRequest
+from common.wire import BackboneHeld, JoinReply, LedgerHead, LedgerReply, LedgerRequest
+from server.backbone import Backbone
 from server.ledgers import ROLLED_BACK
 
 log = logging.getLogger(__name__)
@@ -72,6 +73,7 @@ class Federation:
     ) -> None:
         self._grid, self._study, self._network = grid, study, network
         self._ledgers = ledgers
+        self._names: dict[int, str] = {}
         self.members: list[Member] = []
         self.refusals: dict[str, str] = {}
         """Why nodes that answered are not members."""
@@ -101,10 +103,10 @@ class Federation:
           RunError: fewer training sites joined than the study's quorum.
         """
         content = wire.JoinRequest(proposal=self._study.proposal()).record()
-        nodes = sorted(self._grid.get_node_ids())
-        messages = [Message(content, node, MessageType.QUERY) for node in nodes]
-        replies, failures = self._exchange(messages, lambda _, record: JoinReply.read(record))
-        self.refusals = {f"node {node}": why for node, why in failures.items()}
+        self._names = {info.node_id: info.name for info in self._grid.get_nodes()}
+        nodes = sorted(self._names)
+        replies, failures = self._propose(content, nodes)
+        self.refusals = {self._known_as(node): why for node, why in failures.items()}
         for node, reply in sorted(replies.items(), key=lambda item: (item[1].name, item[0])):
             self._admit(Member(node, reply))
         self._check_ledgers()
@@ -114,11 +116,53 @@ class Federation:
             got = f"{len(self.training)} of {len(nodes)} sites{_because(self.refusals)}"
             raise RunError(errors.complaint("join", expected=expected, got=got))
 
+    def _propose(
+        self, content: RecordDict, nodes: Sequence[int]
+    ) -> tuple[dict[int, JoinReply], dict[int, str]]:
+        """Ask to join; sites without a copy of the backbone get one, and are asked again."""
+        messages = [Message(content, node, MessageType.QUERY) for node in nodes]
+        told, failures = self._exchange(messages, lambda _, record: wire.read_join(record))
+        replies = {node: reply for node, reply in told.items() if reply is not None}
+        if lacking := [node for node in told if node not in replies]:
+            served, unserved = self._send_backbone(lacking)
+            messages = [Message(content, node, MessageType.QUERY) for node in served]
+            again, still = self._exchange(messages, lambda _, record: JoinReply.read(record))
+            replies, failures = replies | again, failures | unserved | still
+        return replies, failures
+
+    def _send_backbone(self, nodes: Sequence[int]) -> tuple[list[int], dict[int, str]]:
+        """Send every node what it lacks, piece by piece; those that have it all, and why not."""
+        backbone = Backbone(self._study)
+        pieces = dict.fromkeys(nodes, backbone.announcement())
+        done: list[int] = []
+        failures: dict[int, str] = {}
+        while pieces:
+            messages = [Message(p.record(), node, wire.BACKBONE) for node, p in pieces.items()]
+            held, bad = self._exchange(messages, lambda _, record: BackboneHeld.read(record))
+            stuck = [
+                node
+                for node, now in held.items()
+                if not pieces[node].offset + bool(pieces[node].data) <= now.bytes <= backbone.size
+            ]
+            failures |= bad | dict.fromkeys(stuck, "it did not take the backbone")
+            done += [node for node, now in held.items() if now.bytes == backbone.size]
+            growing = {n: now for n, now in held.items() if n not in failures and n not in done}
+            if growing:
+                log.info("sending the backbone: %s", _progress(growing, backbone.size))
+            pieces = {node: backbone.after(now) for node, now in growing.items()}
+        return done, failures
+
+    def _known_as(self, node: int) -> str:
+        return self._names.get(node) or f"node {node}"
+
     def _admit(self, member: Member) -> None:
         differ = self._network.contract.differences(member.reply.contract)
         reply, private, classes = member.reply, self._study.private, len(self._study.classes)
         untold = private or reply.disclosure.counts == "none"
-        if differ:
+        admitted = self._names[member.node]
+        if admitted and member.name != admitted:
+            self.refusals[admitted] = "it does not go by the name that it was admitted by"
+        elif differ:
             self.refusals[member.name] = f"its {', '.join(differ)} differ from ours"
         elif any(len(told) != classes for told in reply.images.all if told is not None):
             self.refusals[member.name] = "it counts other classes than the study has"
@@ -127,7 +171,7 @@ class Federation:
         elif reply.enrolled and not (private and member.trains):
             self.refusals[member.name] = "it declares patients that nobody asked for"
         elif any(member.name == other.name for other in self.members):
-            self.refusals[f"node {member.node}"] = f"the name {member.name} is taken"
+            self.refusals[self._known_as(member.node)] = f"the name {member.name} is taken"
         elif member.trains and reply.disclosure.base == 1 and reply.images.train == (0,) * classes:
             self.refusals[member.name] = "it has nothing to train on"
         else:
@@ -202,6 +246,11 @@ class Federation:
                 except ContractError as ex:
                     bad[node] = f"it sent {ex}"
         return good, {node: why for node, why in bad.items() if node not in good}
+
+
+def _progress(held: Mapping[int, BackboneHeld], size: int) -> str:
+    share = sum(there.bytes for there in held.values()) / (size * len(held))
+    return f"{100 * share:.0f} % of {size / 1e6:.0f} MB to {len(held)} sites"
 
 
 def _because(reasons: dict[str, str]) -> str:

@@ -183,6 +183,19 @@ def _calibration_error(counts: Counts) -> float | None:
     return found.error if found else None
 
 
+def show_results(
+    results: Results, classes: Sequence[str], withheld: Mapping[str, str], where: Path
+) -> None:
+    """Print the tables of a finished run."""
+    tables = results_tables(results, classes, withheld)
+    for title, table in zip(("test images", "sensitivity per class"), tables, strict=True):
+        console.print(f"\n{title}", style="bold")
+        console.print(table)
+        if below := note(results, withheld):
+            console.print(below, style="dim")
+    console.print(f"\nrun folder: {where}")
+
+
 def results_tables(
     results: Results, classes: Sequence[str], withheld: Mapping[str, str]
 ) -> tuple[Table, Table]:

@@ -1,0 +1,52 @@
+"""The backbone as a file to send, for sites that have no copy."""
+
+import hashlib
+from functools import cached_property
+
+from safetensors.torch import save
+
+from common import backbones
+from common.study import Study
+from common.wire import BackboneHeld, BackbonePart
+
+_PIECE = 2 * 2**20
+"""Bytes; small enough for a slow line."""
+
+
+class Backbone:
+    """What this machine loads for a study, in one format whatever file it came from."""
+
+    def __init__(self, study: Study) -> None:
+        self._study = study
+
+    @cached_property
+    def _data(self) -> bytes:
+        model = self._study.model
+        state = backbones.get(model.backbone).checkpoint(model.weights)
+        return save({name: tensor.contiguous() for name, tensor in state.items()})
+
+    @cached_property
+    def _sha256(self) -> str:
+        return hashlib.sha256(self._data).hexdigest()
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return len(self._data)
+
+    def announcement(self) -> BackbonePart:
+        """Nothing of it yet: a site answers how much of it is there, from an earlier time."""
+        return self._part(0, 0)
+
+    def after(self, held: BackboneHeld) -> BackbonePart:
+        """The piece that follows on what a site has."""
+        return self._part(held.bytes, held.bytes + _PIECE)
+
+    def _part(self, start: int, end: int) -> BackbonePart:
+        return BackbonePart(
+            study=self._study.id,
+            sha256=self._sha256,
+            size=self.size,
+            offset=start,
+            data=self._data[start:end],
+        )

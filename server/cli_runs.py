@@ -1,0 +1,103 @@
+"""The coordinator's commands about runs: begin, go on, stop, read."""
+
+import os
+import signal
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from common.errors import RunError, complaint
+from common.terminal import StoppedError, console, log_to
+
+Folder = Annotated[
+    Path,
+    typer.Option("--project", envvar="CONSILIUM_PROJECT", help="The folder that init made."),
+]
+HERE = Path()
+Changes = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Override a key of the study, such as train.lr=0.01. Repeat."),
+]
+
+
+def run(
+    study: Annotated[Path | None, typer.Argument(help="The study, a YAML file.")] = None,
+    changes: Changes = None,
+    resume: Annotated[Path | None, typer.Option(help="A run folder to go on with.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The run folder; by default a new one under runs/.")
+    ] = None,
+    wait: Annotated[
+        float, typer.Option(min=0, help="Seconds for a quorum of sites to connect.")
+    ] = 600.0,
+    project: Folder = HERE,
+) -> None:
+    """Run a study on the hospitals that are connected, or go on with one that was interrupted.
+
+    The link must be up: consilium-server start. This may be interrupted, or killed, at any time;
+    --resume goes on after the last finished round.
+    """
+    from common.study import Study
+    from server import running
+    from server.checkpoint import RunFolder
+    from server.project import Project
+
+    place = Project.open(project)
+    if (study is None) == (resume is None):
+        raise typer.BadParameter("name a study file, or a run with --resume")
+    if resume is not None:
+        if changes or out:
+            raise typer.BadParameter("--resume goes on with the run's own study")
+        folder = RunFolder.resume(resume)
+    else:
+        assert study is not None  # noqa: S101  (one of the two is there)
+        name = f"{study.stem}-{datetime.now():%Y%m%d-%H%M%S}"
+        wanted = Study.read(study, tuple(changes or ()))
+        folder = running.begin(wanted, out or place.runs / name)
+    log_to(folder.path / "run.log")
+    again = f"consilium-server run --resume {folder.path}"
+    try:
+        if not (folder.path / "report.json").exists():
+            running.go(folder, place.database, wait=wait)
+        running.show(folder)
+    except KeyboardInterrupt:
+        raise StoppedError(f"Stopped. Go on with: {again}") from None
+
+
+def stop(
+    run: Annotated[Path, typer.Argument(help="The run folder.")],
+) -> None:
+    """Stop a run that is going on; it can be resumed."""
+    from filelock import FileLock, Timeout
+
+    from server.checkpoint import RunFolder
+
+    process = RunFolder.resume(run).path / "process"
+    try:
+        with FileLock(run / ".lock", timeout=0):
+            raise RunError(complaint(run, expected="a run that is going on", got="none"))
+    except Timeout:
+        if not process.is_file():
+            expected, got = "a run of consilium-server", "one that another command is on"
+            raise RunError(complaint(run, expected=expected, got=got)) from None
+        os.kill(int(process.read_text()), signal.SIGINT)
+    console.print(f"Stopping. Go on with: consilium-server run --resume {run}")
+
+
+def logs(
+    run: Annotated[
+        Path | None, typer.Argument(help="A run folder; without one, the link's own log.")
+    ] = None,
+    lines: Annotated[int, typer.Option(min=1, help="How many of the last.")] = 50,
+    project: Folder = HERE,
+) -> None:
+    """Show the last lines of a run's log, or of the link's."""
+    from server.project import Project
+
+    path = run / "run.log" if run else Project.open(project).log
+    if not path.is_file():
+        raise RunError(complaint(path, expected="a log", got="no such file"))
+    for line in path.read_text(encoding="utf-8").splitlines()[-lines:]:
+        console.print(line)

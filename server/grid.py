@@ -1,0 +1,207 @@
+"""A Flower `Grid` over the database that the coordinator's link serves to hospitals."""
+
+import logging
+import math
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from flwr.app import Message, RecordDict
+from flwr.serverapp import Grid
+
+from common.errors import RunError, complaint
+from common.flower import (
+    APP,
+    RELEASE,
+    SUPERLINK_NODE_ID,
+    NodeInfo,
+    Run,
+    Status,
+    TaskIdentity,
+    message_from_proto,
+    names_in,
+    pack,
+    spoiled,
+    unpack,
+)
+from server.link import NOOP_FEDERATION_ID, NOOP_FLWR_AID, LinkState, TaskType, open_state
+
+log = logging.getLogger(__name__)
+
+_LOOK = 0.05
+"""Seconds between looks for replies."""
+_MARGIN = 64 * 2**20
+"""Bytes that a reply may have beyond twice those it answers."""
+_PULSE = 10.0
+"""Seconds between signs of life; after a minute without any, the run counts as ended."""
+
+
+class _Arriving(NamedTuple):
+    """A reply, and those of its parts that are there."""
+
+    letter: Message
+    parts: dict[str, bytes]
+
+
+class LinkGrid(Grid):
+    """The sites that are connected to this coordinator's link, for one run.
+
+    Args:
+      state: Of the link's database.
+      run_id: Flower's number of the run.
+    """
+
+    def __init__(self, state: LinkState, run_id: int) -> None:
+        self._state, self._run_id = state, run_id
+        self._arriving: dict[str, _Arriving] = {}
+        self._most = _MARGIN
+
+    def set_run(self, run: Run) -> None:
+        """It is set already."""
+
+    @property
+    def run(self) -> Run:
+        """As the database has it."""
+        (run,) = self._state.get_run_info(run_ids=[self._run_id])
+        return run
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        """As Flower's own grids do."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> list[int]:
+        """Sites that are connected now."""
+        return sorted(self._state.get_nodes(self._run_id))
+
+    def get_nodes(self) -> list[NodeInfo]:
+        """What is known of them: the names that they were admitted by, among other things."""
+        return list(self._state.get_node_info(node_ids=self.get_node_ids()))
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        """Lay messages out for their sites; returns the ids of those whose sites are admitted.
+
+        Raises:
+          RunError: Flower counts this run as ended.
+        """
+        session = self._state.start_session(self._run_id)
+        wanted: dict[str, bytes] = {}
+        ids = []
+        for message in messages:
+            parcel = pack(message)
+            letter = message_from_proto(parcel.letter)
+            stored, missing = self._state.store_message_and_object_tree(
+                letter, parcel.tree, session
+            )
+            wanted |= {name: parcel.objects[name] for name in missing}
+            self._most = max(self._most, 2 * sum(map(len, parcel.objects.values())) + _MARGIN)
+            if stored:
+                ids.append(letter.metadata.message_id)
+            else:
+                self._still_on()
+        for name, content in wanted.items():
+            self._state.store_object(self._run_id, session, name, content)
+        return ids
+
+    def _still_on(self) -> None:
+        if self.run.status.status != Status.RUNNING:
+            expected, got = "a run that is going on", "one that counts as ended"
+            remedy = "It was paused for over a minute; go on with run --resume."
+            raise RunError(complaint("the link", expected=expected, got=got, remedy=remedy))
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        """Those of the replies to these messages that have arrived whole."""
+        for letter in self._state.get_message_res(set(message_ids), self._run_id):
+            self._arriving[letter.metadata.reply_to_message_id] = _Arriving(letter, {})
+        whole = {asked: self._open(reply) for asked, reply in self._arriving.items()}
+        replies = {asked: reply for asked, reply in whole.items() if reply is not None}
+        self._withdraw(replies)
+        return list(replies.values())
+
+    def _open(self, reply: _Arriving) -> Message | None:
+        """The whole reply; None while parts of it are still on their way."""
+        letter, parts = reply
+        if letter.has_error():
+            return letter
+        store, identity = self._state.object_store, letter.metadata.message_id
+        try:
+            names = names_in(store.get_object_tree(identity))
+            for name in names:
+                part = parts.get(name) or self._state.get_object(self._run_id, name)
+                if not part:
+                    return spoiled(letter, "run") if part is None else None
+                parts[name] = part
+                if sum(map(len, parts.values())) > self._most:
+                    raise ValueError
+            return unpack(identity, parts)
+        except Exception:  # whatever a site sent that is no message, or too large for one
+            log.warning("a reply that cannot be read is left out")
+            return spoiled(letter, "run")
+
+    def _withdraw(self, message_ids: Iterable[str]) -> None:
+        """Forget messages with their replies: a site that still works on one learns so."""
+        for asked in message_ids:
+            if reply := self._arriving.pop(asked, None):
+                self._state.object_store.delete(reply.letter.metadata.message_id)
+            self._state.object_store.delete(asked)
+        self._state.delete_messages(set(message_ids))
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> list[Message]:
+        """Replies of all sites that answer in time; whatever comes later is refused.
+
+        A site that is gone counts as having answered, with an error, once it gave no sign of life
+        for half a minute.
+        """
+        waiting = set(self.push_messages(messages))
+        limit = math.inf if timeout is None else time.monotonic() + timeout
+        replies: list[Message] = []
+        while waiting and time.monotonic() < limit:
+            arrived = self.pull_messages(waiting)
+            replies += arrived
+            waiting -= {reply.metadata.reply_to_message_id for reply in arrived}
+            if waiting:
+                time.sleep(_LOOK)
+        self._withdraw(waiting)
+        return replies
+
+
+@contextmanager
+def connected(database: Path) -> Iterator[LinkGrid]:
+    """A grid for one new run, which ends with the block; sites drop what was left of it."""
+    state = open_state(database)
+    run_id = state.create_run(
+        APP, RELEASE, "", {}, NOOP_FEDERATION_ID, None, NOOP_FLWR_AID, TaskType.SERVER_APP
+    )
+    (task,) = state.get_tasks(run_ids=[run_id])
+    state.claim_task(task.task_id)
+    state.activate_task(task.task_id)
+    TaskIdentity.task_id, TaskIdentity.run_id = task.task_id, run_id
+    TaskIdentity.node_id = SUPERLINK_NODE_ID
+    done = threading.Event()
+
+    def beat() -> None:
+        while not done.wait(_PULSE):
+            try:
+                state.acknowledge_task_heartbeat(task.task_id)
+            except Exception as ex:  # the next may succeed; if none does, the run says so
+                log.warning("no sign of life could be given: %s", type(ex).__name__)
+
+    pulse = threading.Thread(target=beat, daemon=True)
+    pulse.start()
+    try:
+        yield LinkGrid(state, run_id)
+    finally:
+        done.set()
+        pulse.join()
+        state.stop_run(run_id)

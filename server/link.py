@@ -1,0 +1,234 @@
+"""The one door to hospitals: Flower's Fleet interface over TLS, and nothing else of a SuperLink.
+
+A stock SuperLink serves two more interfaces at the same port, for starting runs and for taking
+their tasks. Neither exists here: a coordinator's commands work on the database beside this process,
+on this machine.
+"""
+
+import logging
+import re
+from base64 import b64decode
+from collections.abc import Callable
+from pathlib import Path
+from typing import cast
+
+from cryptography.exceptions import UnsupportedAlgorithm
+from fastapi import FastAPI, HTTPException, Request, Response
+from filelock import FileLock
+from sqlalchemy import select, update
+from starlette.concurrency import run_in_threadpool
+from starlette.middleware import Middleware
+from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from common import keys
+from common.flower import RELEASE_HEADER, ObjectTree, pinned
+
+with pinned():
+    from flwr.common.constant import NOOP_FLWR_AID, TRANSPORT_TYPE_GRPC_RERE
+    from flwr.proto.fleet_pb2 import (
+        ActivateNodeRequest,
+        PullMessagesRequest,
+        PushMessagesRequest,
+    )
+    from flwr.server.superlink.linkstate import LinkState, LinkStateFactory, SqlLinkState
+    from flwr.supercore import sql_mixin
+    from flwr.supercore.constant import (
+        FLEET_HTTP_PUBLIC_KEY_HEADER,
+        NOOP_FEDERATION_ID,
+        SQLITE_PRAGMAS,
+        NodeStatus,
+        TaskType,
+    )
+    from flwr.supercore.error import http_error_translator
+    from flwr.supercore.primitives.asymmetric import bytes_to_public_key
+    from flwr.supercore.protobuf.translation import ProtobufTranslationMiddleware
+    from flwr.supercore.state.schema.linkstate_models import MessageIns, MessageRes, Node
+    from flwr.supercore.utils import uint64_to_int64
+    from flwr.superlink.config_loader import get_objectstore_linkstate_factories
+    from flwr.superlink.federation.noop_federation_manager import NoOpFederationManager
+    from flwr.superlink.routers.fleet.node_auth import NodeAuthMiddleware, authenticate_node
+    from flwr.superlink.routers.fleet.router import router as fleet
+
+# Flower waits five seconds for another's write; the replies of many hospitals at once take longer.
+setattr(sql_mixin, "SQLITE_PRAGMAS", (*SQLITE_PRAGMAS, ("busy_timeout", "60000")))  # noqa: B010
+
+log = logging.getLogger(__name__)
+
+__all__ = [
+    "NOOP_FEDERATION_ID",
+    "NOOP_FLWR_AID",
+    "LinkState",
+    "NodeStatus",
+    "TaskType",
+    "fleet_app",
+    "free_key",
+    "open_state",
+]
+
+_LARGEST = 16 * 2**20
+"""Bytes of a request: an object travels in parts of 5 MiB."""
+_MOST_PARTS = 5000
+"""Of a message: the largest reply of any backbone has under two thousand."""
+_PATHS = {
+    f"/v1/fleet/{name}"
+    for name in (
+        "activate-node",
+        "deactivate-node",
+        "send-node-heartbeat",
+        "pull-messages",
+        "push-messages",
+        "get-run",
+        "push-object",
+        "pull-object",
+    )
+}
+"""What a node needs; Flower's others are for nodes that register themselves, and for code."""
+_RELEASE = re.compile(r"[0-9A-Za-z.+]{1,32}")
+_REMEMBERED = 1000
+"""Unknown keys that are logged; more would only fill the log."""
+
+
+def open_state(database: Path) -> LinkState:
+    """The messages, sites and runs in a database that several processes may have open."""
+    return _factory(database).state()
+
+
+def _factory(database: Path) -> LinkStateFactory:
+    """Opens the database, one process at a time: two that make it at once would both fail."""
+    _, factory = get_objectstore_linkstate_factories(str(database), NoOpFederationManager())
+    with FileLock(database.with_name(f".{database.name}.lock"), mode=0o600):
+        factory.state()
+    return factory
+
+
+def free_key(state: LinkState, public: bytes) -> None:
+    """Let the key of a removed site be admitted again, which Flower would refuse for good."""
+    removed = Node.public_key == public, Node.status == NodeStatus.UNREGISTERED
+    with cast(SqlLinkState, state).session() as session:
+        session.execute(update(Node).where(*removed).values(public_key=None))
+
+
+def fleet_app(database: Path, note: Callable[[str, str], None] = lambda _, __: None) -> FastAPI:
+    """What hospitals can reach: every request is signed by the key of a site that was admitted.
+
+    Args:
+      database: Of the link.
+      note: Is told a site's key, by fingerprint, and the release of Consilium that it says it runs.
+    """
+    factory = _factory(database)
+    app = FastAPI(
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        middleware=[
+            Middleware(_Door, state=factory.state(), note=note),
+            Middleware(BaseHTTPMiddleware, dispatch=http_error_translator),
+            Middleware(ProtobufTranslationMiddleware),
+            Middleware(NodeAuthMiddleware),
+            Middleware(BaseHTTPMiddleware, dispatch=_own_replies),
+            Middleware(BaseHTTPMiddleware, dispatch=_offer_again),
+        ],
+    )
+    app.state.linkstate_factory = factory
+    app.state.enable_supernode_auth = True
+    app.state.fleet_api_type = TRANSPORT_TYPE_GRPC_RERE
+    app.state.fleet_event_log_plugin = None
+    app.include_router(fleet)
+    return app
+
+
+class _Door:
+    """Turns away what no admitted site has signed, before any of its body is read."""
+
+    def __init__(self, app: ASGIApp, state: LinkState, note: Callable[[str, str], None]) -> None:
+        self._app, self._state, self._note = app, state, note
+        self._unknown: set[str] = set()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        status = self._unfit(scope) or await run_in_threadpool(self._unsigned, scope)
+        if status:
+            await Response(status_code=status, headers={"connection": "close"})(
+                scope, receive, send
+            )
+        else:
+            await self._app(scope, receive, send)
+
+    def _unfit(self, scope: Scope) -> int:
+        """The status that refuses a request for its first lines; 0 if they are well."""
+        if scope["type"] != "http" or scope["path"] not in _PATHS or scope["method"] != "POST":
+            return 404
+        headers = dict(scope["headers"])
+        told = headers.get(b"content-length", b"")
+        if not told.isdigit() or b"transfer-encoding" in headers:
+            return 411
+        return 413 if len(told) > 8 or int(told) > _LARGEST else 0
+
+    def _unsigned(self, scope: Scope) -> int:
+        """401 unless an admitted key signed the request; 0 if it did."""
+        request = Request({**scope, "state": {}})
+        try:
+            public = b64decode(request.headers[FLEET_HTTP_PUBLIC_KEY_HEADER], validate=True)
+            request.state.protobuf_request = ActivateNodeRequest(public_key=public)
+            authenticate_node(request)
+            fingerprint = keys.fingerprint(bytes_to_public_key(public))
+        except (HTTPException, KeyError, ValueError, AttributeError, UnsupportedAlgorithm):
+            return 401
+        if self._state.get_node_id_by_public_key(public) is None:
+            self._refuse(fingerprint)
+            return 401
+        release = request.headers.get(RELEASE_HEADER, "")
+        if _RELEASE.fullmatch(release):
+            self._note(fingerprint, release)
+        return 0
+
+    def _refuse(self, fingerprint: str) -> None:
+        if fingerprint not in self._unknown and len(self._unknown) < _REMEMBERED:
+            self._unknown.add(fingerprint)
+            log.warning("refused: a key that is not admitted, %s", fingerprint)
+
+
+async def _offer_again(request: Request, call_next: RequestResponseEndpoint) -> Response:
+    """A site that asks for a message has none: what it was handed and did not answer was lost.
+
+    Flower hands out a message once, and a connection may break just then.
+    """
+    asked = getattr(request.state, "protobuf_request", None)
+    if isinstance(asked, PullMessagesRequest):
+        state = cast(SqlLinkState, request.app.state.linkstate_factory.state())
+        await run_in_threadpool(_take_back, state, uint64_to_int64(asked.node.node_id))
+    return await call_next(request)
+
+
+def _take_back(state: SqlLinkState, node: int) -> None:
+    answered = select(MessageRes.reply_to_message_id)
+    lost = (
+        MessageIns.dst_node_id == node,
+        MessageIns.delivered_at != "",
+        MessageIns.message_id.not_in(answered),
+    )
+    with state.session() as session:
+        if session.scalar(select(MessageIns.message_id).where(*lost)) is not None:
+            session.execute(update(MessageIns).where(*lost).values(delivered_at=""))
+
+
+def _parts(tree: ObjectTree) -> int:
+    """How many objects a message has; counting ends soon after too many."""
+    waiting, number = [tree], 0
+    while waiting and number <= _MOST_PARTS:
+        number += 1
+        waiting += waiting.pop().children
+    return number
+
+
+async def _own_replies(request: Request, call_next: RequestResponseEndpoint) -> Response:
+    """A site answers for itself, and sends nothing else: Flower believes what a message says."""
+    asked = getattr(request.state, "protobuf_request", None)
+    if isinstance(asked, PushMessagesRequest):
+        for message in asked.messages_list:
+            told = message.metadata
+            if told.src_node_id != asked.node.node_id or not told.reply_to_message_id:
+                raise HTTPException(403)
+        if any(_parts(tree) > _MOST_PARTS for tree in asked.message_object_trees):
+            raise HTTPException(413)
+    return await call_next(request)

@@ -1,0 +1,101 @@
+"""One study from the coordinator's command to its end: wait for sites, then the round loop."""
+
+import os
+import time
+from pathlib import Path
+
+from flwr.serverapp import Grid
+from rich.table import Table
+
+from common.errors import RunError, complaint
+from common.network import assemble
+from common.study import Study
+from common.terminal import console
+from server.checkpoint import RunFolder
+from server.federation import Federation
+from server.grid import connected
+from server.report import Reporter, load_results, show_results
+from server.rounds import Run
+from server.strategies import Aggregator
+from server.warm_start import first_tensors
+
+_LOOK = 1.0
+"""Seconds between counts of the sites that are connected."""
+
+
+def begin(study: Study, folder: Path) -> RunFolder:
+    """A new run folder, after everything is checked that needs no site.
+
+    Raises:
+      StudyError: the study cannot be run as it is.
+      RunError: the folder is taken.
+    """
+    network = assemble(study, study.model.weights)
+    Aggregator(study, network.trainable)
+    first_tensors(study, network)
+    run = RunFolder.claim(folder)
+    run.begin(study)
+    return run
+
+
+def go(run: RunFolder, database: Path, *, wait: float) -> None:
+    """Run a study, or go on with it, on the sites that are connected.
+
+    Args:
+      run: Its folder; one process at a time.
+      database: Of the link.
+      wait: Seconds for as many sites as the quorum to connect.
+
+    Raises:
+      RunError: too few sites, or too few that can take part; the run can be resumed.
+    """
+    with run.locked(), connected(database) as grid:
+        run.write("process", str(os.getpid()), durable=False)
+        try:
+            _await(grid, run.study.aggregate.quorum, wait)
+            Run(grid, run, Announcer(run)).go()
+        finally:
+            (run.path / "process").unlink(missing_ok=True)
+
+
+class Announcer(Reporter):
+    """Shows a run to a coordinator: also what every site agreed to."""
+
+    def joined(self, federation: Federation, *, resumed: int, sent: int, whole: int) -> None:
+        """As a table, one row for each site."""
+        super().joined(federation, resumed=resumed, sent=sent, whole=whole)
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for name in ("site", "role", "tells", "computes in", "ledger", "software", "contract"):
+            table.add_column(name)
+        for member in federation.members:
+            reply = member.reply
+            tells = reply.disclosure
+            table.add_row(
+                member.name,
+                reply.role,
+                f"counts {tells.counts}, metrics {tells.metrics}",
+                reply.prefix_dtype,
+                f"{reply.ledger.count} lines",
+                f"torch {reply.versions.torch}, flwr {reply.versions.flwr}",
+                reply.contract.fingerprint[:12],
+            )
+        console.print(table)
+
+
+def show(run: RunFolder) -> None:
+    """The tables of a finished run."""
+    results, facts = load_results(run.path, len(run.study.classes))
+    show_results(results, run.study.classes, facts.get("withheld", {}), run.path)
+
+
+def _await(grid: Grid, quorum: int, wait: float) -> None:
+    limit = time.monotonic() + wait
+    with console.status("") as shown:
+        while (found := len(list(grid.get_node_ids()))) < quorum:
+            left = limit - time.monotonic()
+            if left <= 0:
+                expected, got = f"{quorum} sites connected (aggregate.quorum)", str(found)
+                remedy = "See consilium-server sites; go on with run --resume."
+                raise RunError(complaint("join", expected=expected, got=got, remedy=remedy))
+            shown.update(f"{found} of {quorum} sites connected; waiting {left:.0f} s more")
+            time.sleep(min(_LOOK, left))

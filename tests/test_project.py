@@ -1,0 +1,204 @@
+"""The coordinator's folder: one authority for good, certificates that fit, keys with one name."""
+
+import ipaddress
+import os
+import stat
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+from cryptography.x509.oid import ExtendedKeyUsageOID
+
+from common import keys
+from common.errors import LinkError, StudyError
+from common.study import Study
+from server import certificates
+from server.checkpoint import Checkpoint, RunFolder
+from server.project import Project, RunState
+from server.sites import Releases, Sites
+
+HOSTS = ("study.example.org", "192.0.2.7")
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    return Project.create(tmp_path / "coordinator", HOSTS, 8443)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_a_project_is_private(project: Project) -> None:
+    assert mode(project.folder) == mode(project.runs) == 0o700
+    assert {mode(path) for path in project.folder.iterdir() if path.is_file()} == {0o600}
+
+
+def test_a_second_init_changes_nothing(project: Project) -> None:
+    before = content(project.folder)
+    with pytest.raises(LinkError, match=r"new or empty folder.*renew"):
+        Project.create(project.folder, ("other.example.org",), 443)
+    assert content(project.folder) == before
+
+
+def test_what_is_created_is_what_is_opened(project: Project) -> None:
+    settings = Project.open(project.folder).settings
+    assert settings.hosts == HOSTS
+    assert settings.port == 8443
+
+
+@pytest.mark.parametrize("host", ["", "a b", "a..b", "-a", "*.example.org", "300.1.1.1", "a" * 64])
+def test_a_host_that_no_certificate_can_name_is_refused(tmp_path: Path, host: str) -> None:
+    with pytest.raises(LinkError, match="hosts"):
+        Project.create(tmp_path / "coordinator", (host,), 443)
+    assert not (tmp_path / "coordinator").exists()
+
+
+def test_a_folder_without_a_project_and_one_open_to_others_are_refused(
+    project: Project, tmp_path: Path
+) -> None:
+    with pytest.raises(LinkError, match="consilium-server init"):
+        Project.open(tmp_path)
+    project.folder.chmod(0o750)
+    with pytest.raises(LinkError, match="chmod 700"):
+        Project.open(project.folder)
+
+
+def test_the_certificates_are_for_these_hosts_and_nothing_else(project: Project) -> None:
+    authority = certificates.read(project.folder / "ca.crt")
+    server = certificates.read(project.folder / "server.crt")
+    extensions = server.extensions
+    names = extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert set(names.get_values_for_type(x509.DNSName)) == {"study.example.org", "localhost"}
+    addresses = {ipaddress.ip_address("192.0.2.7"), ipaddress.ip_address("127.0.0.1")}
+    assert set(names.get_values_for_type(x509.IPAddress)) == addresses
+    usage = extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
+    assert list(usage) == [ExtendedKeyUsageOID.SERVER_AUTH]
+    assert not extensions.get_extension_for_class(x509.BasicConstraints).value.ca
+    constraints = authority.extensions.get_extension_for_class(x509.BasicConstraints)
+    assert constraints.critical
+    assert constraints.value == x509.BasicConstraints(ca=True, path_length=0)
+    server.verify_directly_issued_by(authority)
+    years = (server.not_valid_after_utc - datetime.now(UTC)).days / 365
+    assert years == pytest.approx(2, abs=0.01)
+    years = (authority.not_valid_after_utc - datetime.now(UTC)).days / 365.25
+    assert years == pytest.approx(10, abs=0.01)
+
+
+def test_renewal_adds_names_and_keeps_the_authority_and_the_key(project: Project) -> None:
+    before = content(project.folder)
+    renewed = project.renew(("new.example.org",))
+    after = content(project.folder)
+    changed = {Path(name).name for name in before if before[name] != after[name]}
+    assert changed == {"server.crt", "coordinator.yaml"}
+    hosts = (*HOSTS, "new.example.org")
+    assert renewed.settings.hosts == Project.open(project.folder).settings.hosts == hosts
+    assert certificates.check(project.folder, hosts) == []
+
+
+def test_renewal_needs_the_authority_s_key(project: Project) -> None:
+    (project.folder / "ca.key").rename(project.folder.parent / "elsewhere.key")
+    with pytest.raises(LinkError, match=r"ca\.key.*Put it back"):
+        project.renew(())
+    keys.write_private(project.folder / "ca.key", keys.new())
+    with pytest.raises(LinkError, match="got another"):
+        project.renew(())
+
+
+def test_a_certificate_that_ends_soon_is_warned_of_and_one_that_ended_refused(
+    project: Project,
+) -> None:
+    now = datetime.now(UTC)
+    assert certificates.check(project.folder, HOSTS) == []
+    certificates.write_server(project.folder, HOSTS, now - timedelta(days=701))
+    (warning,) = certificates.check(project.folder, HOSTS)
+    assert "consilium-server renew" in warning
+    certificates.write_server(project.folder, HOSTS, now - timedelta(days=731))
+    with pytest.raises(LinkError, match=r"expired on .* consilium-server renew"):
+        certificates.check(project.folder, HOSTS)
+
+
+def test_a_certificate_of_another_authority_key_or_name_is_noticed(
+    project: Project, tmp_path: Path
+) -> None:
+    (warning,) = certificates.check(project.folder, (*HOSTS, "new.example.org"))
+    assert "new.example.org" in warning
+    other = Project.create(tmp_path / "other", HOSTS, 443)
+    (project.folder / "server.key").unlink()
+    keys.write_private(project.folder / "server.key", keys.new())
+    with pytest.raises(LinkError, match="one for another key"):
+        certificates.check(project.folder, HOSTS)
+    (other.folder / "server.crt").replace(project.folder / "server.crt")
+    with pytest.raises(LinkError, match="one by another"):
+        certificates.check(project.folder, HOSTS)
+
+
+def test_a_key_has_one_name_and_a_name_one_key(project: Project) -> None:
+    sites, east, west = Sites(project), keys.new().public_key(), keys.new().public_key()
+    sites.admit(east, "east")
+    for key, name, why in ((east, "west", "admitted as east"), (west, "East", "another site's")):
+        with pytest.raises(LinkError, match=why):
+            sites.admit(key, name)
+    sites.admit(west, "west")
+    found = Sites(project).all()
+    assert [(site.name, site.fingerprint) for site in found] == [
+        ("east", keys.fingerprint(east)),
+        ("west", keys.fingerprint(west)),
+    ]
+    assert not any(site.connected or site.seen or site.release for site in found)
+
+
+def test_a_removed_key_and_its_name_are_free_again(project: Project) -> None:
+    sites, first, second = Sites(project), keys.new().public_key(), keys.new().public_key()
+    sites.admit(first, "east")
+    sites.remove("east")
+    assert sites.all() == []
+    sites.admit(second, "east")
+    sites.admit(first, "west")
+    assert [site.name for site in sites.all()] == ["east", "west"]
+    sites.remove("west")
+    sites.admit(first, "west")
+    assert [site.name for site in sites.all()] == ["east", "west"]
+    with pytest.raises(LinkError, match="Did you mean 'west'"):
+        sites.remove("wets")
+
+
+def test_a_release_is_remembered_by_key(tmp_path: Path) -> None:
+    path = tmp_path / "releases.json"
+    Releases(path).note("ab", "0.1.0")
+    Releases(path).note("cd", "0.2.0")
+    assert Releases.read(path) == {"ab": "0.1.0", "cd": "0.2.0"}
+    assert mode(path) == 0o600
+    path.write_text("{")
+    assert Releases.read(path) == {}
+
+
+def test_a_run_s_state_is_told(project: Project) -> None:
+    content = {"name": "s", "classes": ["a", "b"], "model": {"backbone": "shufflenet_v2_x0_5"}}
+    study = Study.parse(content | {"train": {"rounds": 7}}, "study", StudyError)
+    first = RunFolder.claim(project.runs / "first")
+    first.begin(study)
+    assert project.states() == [RunState("first", 0, 7, busy=False, finished=False)]
+    first.save_last(Checkpoint(round=3, tensors={}, state={}))
+    with first.locked():
+        assert project.states() == [RunState("first", 3, 7, busy=True, finished=False)]
+    first.write("report.json", "{}")
+    first.write("study.yaml", "{")
+    assert project.states() == [RunState("first", 3, None, busy=False, finished=True)]
+
+
+def test_a_lock_is_seen_from_outside(project: Project) -> None:
+    assert not project.is_up()
+    with project.locked("start"):
+        assert project.is_up()
+        with (
+            pytest.raises(LinkError, match="no other consilium-server start"),
+            Project.open(project.folder).locked("start"),
+        ):
+            os.abort()
+    assert not project.is_up()
