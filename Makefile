@@ -6,10 +6,10 @@ PHANTOMS := runs/phantom
 HOSPITALS := north south east west
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all format clean
+.PHONY: help install demo deployment-demo test test-all format clean
 
 help: ## Show the commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(INSTALLED) ## Make .venv with pinned versions (several GB, minutes)
 
@@ -23,12 +23,16 @@ demo: $(INSTALLED) ## Four phantom hospitals train together, beside local and po
 	@$(BIN)/consilium-simulate phantom $(PHANTOMS)
 	@$(BIN)/consilium-simulate run configs/demo.yaml --compare $(HOSPITALS:%=--site $(PHANTOMS)/%)
 
+deployment-demo: $(INSTALLED) ## A coordinator and three phantom hospitals over TLS, on this machine
+	@rm -rf runs/deployment
+	@$(BIN)/consilium-simulate deployment runs/deployment
+
 test: $(INSTALLED) ## Lint, types, import rules, tests
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@PYTHONPATH=. $(BIN)/lint-imports --no-logo
-	@$(BIN)/python -m pytest --durations=15
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --durations=15
 
 test-all: $(INSTALLED) ## Also the proofs that take minutes
 	@$(MAKE) --no-print-directory test

@@ -87,6 +87,24 @@ def phantom(
     console.print("  ".join(f"{folder / hospital.name}" for hospital in HOSPITALS))
 
 
+@app.command(epilog="Example: consilium-simulate deployment runs/deployment")
+def deployment(
+    folder: Annotated[Path, typer.Argument(help="A new folder for all of it.")],
+) -> None:
+    """Show a real deployment on this machine: a coordinator and three phantom hospitals over TLS.
+
+    They are processes of their own, with certificates and keys of their own. One hospital is killed
+    at work and comes back.
+    """
+    from simulations import deployment_demo
+
+    if folder.exists() and any(folder.iterdir()):
+        expected, got = "a new or empty folder", "one with files"
+        raise RunError(complaint(folder, expected=expected, got=got))
+    with _stoppable(folder, "the same command in a new folder"):
+        deployment_demo.show(folder)
+
+
 @app.command(epilog="Example: consilium-simulate check configs/demo.yaml --site runs/phantom/north")
 def check(
     study: StudyFile,

@@ -17,7 +17,7 @@ from common.study import Study
 from common.terminal import console
 from server.app import app as server_app
 from server.checkpoint import RunFolder
-from server.report import load_results, note, results_tables, save_results
+from server.report import load_results, save_results, show_results
 from server.strategies import Aggregator
 from server.warm_start import first_tensors
 from simulations import compare as alone
@@ -25,7 +25,6 @@ from simulations import hospitals, summary
 from simulations.grid import simulate
 from simulations.hospitals import Census, Hospital
 
-_TITLES = ("test images", "sensitivity per class")
 _MOST_SITES_SHOWN = 40
 
 
@@ -176,16 +175,9 @@ def _conclude(run: RunFolder, site_files: Sequence[Path], *, compare: bool) -> N
         results = {**alone.references(study, site_files), **results}
         save_results(run, results, **facts)
     summary.picture(study, results, run.path / "comparison.png")
-    withheld = facts.get("withheld", {})
-    tables = results_tables(results, study.classes, withheld)
-    for title, table in zip(_TITLES, tables, strict=True):
-        console.print(f"\n{title}", style="bold")
-        console.print(table)
-        if below := note(results, withheld):
-            console.print(below, style="dim")
+    show_results(results, study.classes, facts.get("withheld", {}), run.path)
     if study.private:
         epsilons = list(hospitals.spent(site_files).items())[:_MOST_SITES_SHOWN]
         told = ", ".join(f"{name} {epsilon:.2f}" for name, epsilon in epsilons)
         console.print(f"\nε spent, by each site's ledger: {told}")
         console.print(MEANING, style="dim")
-    console.print(f"\nrun folder: {run.path}")

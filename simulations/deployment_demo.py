@@ -1,0 +1,56 @@
+"""A deployment on one machine, told step by step; one hospital loses its power on the way."""
+
+import time
+from pathlib import Path
+
+from client.site import Site
+from common.errors import RunError, complaint
+from common.study import Study
+from common.terminal import console
+from simulations import hospitals, phantom
+from simulations.loopback import Loopback, until
+
+_STUDY = Path(__file__).parents[1] / "configs" / "demo.yaml"
+_ROUNDS = 20
+_UNLUCKY = "north"
+
+
+def show(folder: Path) -> None:
+    """Run it in a new folder, which keeps the certificates, the run, and what everybody printed.
+
+    Raises:
+      RunError: a step failed; says which log tells more.
+    """
+    began = time.monotonic()
+
+    def tell(text: str) -> None:
+        console.print(f"{time.monotonic() - began:5.1f} s  {text}")
+
+    phantoms = folder / "phantoms"
+    phantom.write(phantoms)
+    study = Study.read(_STUDY, (f"train.rounds={_ROUNDS}",))
+    found = [hospitals.from_folder(phantoms / name) for name in ("east", "north", "south")]
+    with Loopback(folder, study, found) as world:
+        tell(f"An authority, a server certificate, and a key of each hospital: {folder}")
+        world.link()
+        tell(f"The coordinator listens at https://127.0.0.1:{world.project.settings.port}")
+        for name in world.sites:
+            world.hospital(name)
+        tell(f"Three hospitals start: {', '.join(world.sites)}")
+        run = folder / "run"
+        process = world.run(str(world.study), "--out", str(run))
+        until(lambda: (run / "last.json").exists() or process.poll() is not None, 90)
+        tell("The first round is over")
+        letter = Site.read(world.sites[_UNLUCKY]).state / "link" / "letter"
+        until(lambda: letter.exists() or process.poll() is not None, 30)
+        world.kill(_UNLUCKY)
+        tell(f"{_UNLUCKY} is killed at work")
+        world.hospital(_UNLUCKY)
+        tell(f"{_UNLUCKY} starts again, and answers what it was asked")
+        if process.wait(150):
+            remedy = "What everybody printed is there."
+            got = "an error"
+            where = folder / "logs"
+            raise RunError(complaint(where, expected="a finished run", got=got, remedy=remedy))
+        tell("The study is over")
+    console.print(world.said("run"))
