@@ -242,7 +242,11 @@ def noisy(height, width):
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
-@pytest.mark.parametrize("options", [{}, {"exif": SIDEWAYS}, {"progressive": True}], ids=["plain", "turned", "progressive"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"exif": SIDEWAYS}, {"progressive": True}],
+    ids=["plain", "turned", "progressive"],
+)
 def test_jpegs_of_any_kind_may_come_smaller(mode, options):
     data = saved(Image.fromarray(noisy(640, 512)).convert(mode), "JPEG", **options)
     shape, difference = drafted(data, 128)
