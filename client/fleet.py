@@ -301,7 +301,8 @@ class Fleet:
                 object_id=name,
                 object_content=parcel.objects.get(name, b""),
             )
-            if not self._ask(self._client.PushObject, part).stored:
+            stored = self._ask(self._client.PushObject, part).stored
+            if not stored and not self.taken(letter):  # a refusal is taken before all of it is here
                 raise LinkError(f"{self.server}: a part of a reply came too late")
 
         for _ in self._pool.map(push, answer.objects_to_push):
