@@ -63,8 +63,8 @@ def simulated(folder: Path, wanted: Study, phantoms: Path) -> dict[str, torch.Te
 class Run:
     """A run that a coordinator began in a deployment."""
 
-    def __init__(self, world: Loopback) -> None:
-        self.world, self.path = world, world.folder / "the-run"
+    def __init__(self, world: Loopback, path: Path | None = None) -> None:
+        self.world, self.path = world, path or world.folder / "the-run"
         self.process = world.run(str(world.study), "--out", str(self.path))
 
     def resume(self) -> None:
@@ -267,6 +267,32 @@ def test_a_coordinator_stops_a_run_reads_its_log_and_goes_on(phantoms, tmp_path)
         assert "is left out" not in command(world, "logs", str(run.path))
         assert "serving hospitals" in command(world, "logs")
         assert "up" in command(world, "status")
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_at_a_checkpoint_stops_the_run_which_goes_on_later(phantoms, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    small = ["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", str(disk)]
+    if subprocess.run(small, capture_output=True, check=False).returncode:
+        pytest.skip("a small disk cannot be mounted here")
+    wanted = study(train={"rounds": 5, "local_epochs": 1, "batch_size": 8})
+    try:
+        with deployed(tmp_path / "real", wanted, phantoms) as world:
+            everybody(world)
+            (disk / "other").write_bytes(bytes(60_000))
+            run = Run(world, disk / "the-run")
+            assert run.process.wait(120) == 1
+            said = " ".join(world.said("run").split())
+            assert "No space left on device. Free some space, then resume the run" in said
+            (disk / "other").unlink()
+            subprocess.run(["mount", "-o", "remount,size=20m", str(disk)], check=True)
+            run.resume()
+            run.ended()
+            assert all(run.rounds(name) == {1, 2, 3, 4, 5} for name in NAMES)
+            same(run.last(), simulated(tmp_path / "simulation", wanted, phantoms))
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
 
 
 EVIL = """
