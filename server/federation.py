@@ -136,6 +136,7 @@ class Federation:
         pieces = dict.fromkeys(nodes, backbone.announcement())
         done: list[int] = []
         failures: dict[int, str] = {}
+        said = ""
         while pieces:
             messages = [Message(p.record(), node, wire.BACKBONE) for node, p in pieces.items()]
             held, bad = self._exchange(messages, lambda _, record: BackboneHeld.read(record))
@@ -147,8 +148,9 @@ class Federation:
             failures |= bad | dict.fromkeys(stuck, "it did not take the backbone")
             done += [node for node, now in held.items() if now.bytes == backbone.size]
             growing = {n: now for n, now in held.items() if n not in failures and n not in done}
-            if growing:
-                log.info("sending the backbone: %s", _progress(growing, backbone.size))
+            if growing and (text := _progress(growing, backbone.size)) != said:
+                log.info("sending the backbone: %s", text)
+                said = text
             pieces = {node: backbone.after(now) for node, now in growing.items()}
         return done, failures
 
@@ -249,8 +251,8 @@ class Federation:
 
 
 def _progress(held: Mapping[int, BackboneHeld], size: int) -> str:
-    share = sum(there.bytes for there in held.values()) / (size * len(held))
-    return f"{100 * share:.0f} % of {size / 1e6:.0f} MB to {len(held)} sites"
+    tenths = 10 * sum(there.bytes for there in held.values()) // (size * len(held))
+    return f"{10 * tenths} % of {size / 1e6:.0f} MB to {len(held)} sites"
 
 
 def _because(reasons: dict[str, str]) -> str:
