@@ -11,7 +11,7 @@ from client import cli_link, cli_privacy
 from client.cli_privacy import SiteFile, Yes
 from common import terminal
 from common.errors import SiteError, complaint
-from common.terminal import console, size
+from common.terminal import console, size, table
 
 if TYPE_CHECKING:
     from client.cache import Kept
@@ -151,16 +151,15 @@ def _unseal(site: "Site") -> int:
 
 
 def _table(found: Sequence["Kept"]) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("prepared images", "rows", "size", "created", "last used"):
-        table.add_column(column, justify="right" if column in ("rows", "size") else "left")
+    columns = "prepared images", "rows", "size", "created", "last used"
+    shown = table(*columns, left=("prepared images", "created", "last used"))
     for kept in reversed(found):
         about = dict(kept.about)
         created = about.pop("created", "–")
         what = ", ".join(f"{key} {value}" for key, value in about.items())
         used = f"{kept.used:%Y-%m-%d %H:%M}"
-        table.add_row(what or kept.folder.name, f"{kept.rows:,}", size(kept.bytes), created, used)
-    return table
+        shown.add_row(what or kept.folder.name, f"{kept.rows:,}", size(kept.bytes), created, used)
+    return shown
 
 
 def _total(found: Sequence["Kept"], site: "Site") -> str:

@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from common.errors import SiteError, complaint
-from common.terminal import console, size
+from common.terminal import console, size, table
 
 if TYPE_CHECKING:
     from client.account import Account, Spending
@@ -66,10 +66,10 @@ def ledger(
 
 def _studies(studies: Sequence["Spending"], delta: float) -> Table:
     columns = ("study", "id", "private rounds", "σ", "q", "steps", "ε alone", "not accounted")
-    table = _table(columns, left=2)
+    shown = table(*columns, left=columns[:2])
     for study in studies:
         private = study.private
-        table.add_row(
+        shown.add_row(
             study.name,
             study.study,
             str(len(private)),
@@ -79,7 +79,7 @@ def _studies(studies: Sequence["Spending"], delta: float) -> Table:
             f"{study.epsilon(delta):.2f}" if private else "–",
             f"{study.open} rounds" if study.open else "–",
         )
-    return table
+    return shown
 
 
 def _few(numbers: object) -> str:
@@ -208,11 +208,11 @@ def _plain(entry: "Sent") -> dict[str, object]:
 
 def _left(found: Sequence["Sent"]) -> Table:
     columns = ("time", "study", "message", "size", "sha256", "tensors", "figures")
-    table = _table(columns, left=len(columns))
+    shown = table(*columns)
     for entry in found:
         release, contents = entry.release, entry.contents
         message = f"round {release.round}" if release.round else release.kind
-        table.add_row(
+        shown.add_row(
             entry.time,
             release.name,
             message,
@@ -221,7 +221,7 @@ def _left(found: Sequence["Sent"]) -> Table:
             _tensors(contents),
             ", ".join(contents.metrics) or "–",
         )
-    return table
+    return shown
 
 
 def _tensors(contents: "Contents") -> str:
@@ -270,10 +270,10 @@ def _show_noise(noise: "Noise", privacy: "DpSgd") -> None:
     console.print(f"noise          σ {one.noise_multiplier:.4g}, clipping at {clip:g}")
     if noise.before.entries:
         console.print("               ε below is of all studies of this site together")
-    table = _table(("after round", "ε"), left=0)
+    shown = table("after round", "ε", left=())
     for rounds in (0, *noise.shown):
-        table.add_row(str(rounds) if rounds else "now", f"{noise.after(rounds):.2f}")
-    console.print(table)
+        shown.add_row(str(rounds) if rounds else "now", f"{noise.after(rounds):.2f}")
+    console.print(shown)
     for warning in noise.warnings:
         console.print(f"hopeless?      {warning}", style="yellow")
 
@@ -296,10 +296,3 @@ def _leaving(site: "Site", study: "Study") -> str:
     return f"{each}; counts: {told.counts}, metrics: {told.metrics}" + (
         f" (withheld: {withheld})" if withheld else ""
     )
-
-
-def _table(columns: Sequence[str], left: int) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for index, name in enumerate(columns):
-        table.add_column(name, justify="left" if index < left else "right")
-    return table

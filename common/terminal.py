@@ -2,19 +2,27 @@
 
 import logging
 import sys
+from collections.abc import Collection
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import click
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.table import Table
 from rich.text import Text
 
 from common.errors import ConsiliumError, complaint
 
 _INTERRUPTED = 130
+
+Changes = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Override a key of the study, such as train.lr=0.01. Repeat."),
+]
+"""An option of every command that reads a study."""
 
 
 def printable(text: str) -> str:
@@ -41,6 +49,14 @@ def size(number: float) -> str:
         if number < 1000 * many:
             return f"{number / many:.1f} {unit}"
     return f"{number / 1e9:.1f} GB"
+
+
+def table(*columns: str, left: Collection[str] | None = None) -> Table:
+    """A table without frame: columns in `left`, or all of them, flush left, the others right."""
+    made = Table(box=None, pad_edge=False, header_style="bold")
+    for name in columns:
+        made.add_column(name, justify="left" if left is None or name in left else "right")
+    return made
 
 
 class StoppedError(Exception):

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
 from common import terminal
 from common.errors import LinkError, complaint
-from common.terminal import console
+from common.terminal import console, table
 from server import cli_runs
 from server.cli_runs import HERE, Folder
 
@@ -156,11 +155,11 @@ def sites(project: Folder = HERE) -> None:
             "No site is admitted. Begin with: consilium-server admit SITE.pub --name NAME"
         )
         return
-    table = _table("site", "key", "admitted", "connected", "release")
+    shown = table("site", "key", "admitted", "connected", "release")
     for site in found:
         row = (site.name, site.fingerprint[:19], _when(site.admitted))
-        table.add_row(*row, _seen(site), site.release or "–")
-    console.print(table)
+        shown.add_row(*row, _seen(site), site.release or "–")
+    console.print(shown)
 
 
 @app.command(epilog="Example: consilium-server start --project coordinator")
@@ -200,10 +199,10 @@ def status(project: Folder = HERE) -> None:
     here = sum(site.connected for site in found)
     console.print(f"sites        {here} of {len(found)} connected")
     if states := opened.states():
-        table = _table("run", "round", "state")
+        shown = table("run", "round", "state")
         for state in states:
-            table.add_row(state.name, f"{state.round} of {state.rounds or '?'}", _doing(state))
-        console.print(table)
+            shown.add_row(state.name, f"{state.round} of {state.rounds or '?'}", _doing(state))
+        console.print(shown)
     for warning in certificates.check(opened.folder, opened.settings.hosts):
         console.print(warning, style="yellow")
 
@@ -222,13 +221,6 @@ def _hosts(given: list[str]) -> tuple[tuple[str, ...], int]:
     if len(ports) > 1:
         raise typer.BadParameter("--host: expected the same port for all, got several")
     return tuple(dict.fromkeys(names)), ports.pop()
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        table.add_column(column)
-    return table
 
 
 def _when(time: datetime) -> str:

@@ -9,17 +9,13 @@ from typing import Annotated
 import typer
 
 from common.errors import RunError, complaint
-from common.terminal import StoppedError, console, log_to
+from common.terminal import Changes, StoppedError, console, log_to
 
 Folder = Annotated[
     Path,
     typer.Option("--project", envvar="CONSILIUM_PROJECT", help="The folder that init made."),
 ]
 HERE = Path()
-Changes = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="Override a key of the study, such as train.lr=0.01. Repeat."),
-]
 
 
 def run(

@@ -15,7 +15,7 @@ from common.errors import RunError, complaint
 from common.evidence import calibration
 from common.metrics import METRICS, Counts, sensitivity, value
 from common.study import Study
-from common.terminal import console, size
+from common.terminal import console, size, table
 from server import figures
 from server.checkpoint import RunFolder
 from server.federation import Federation
@@ -188,9 +188,9 @@ def show_results(
 ) -> None:
     """Print the tables of a finished run."""
     tables = results_tables(results, classes, withheld)
-    for title, table in zip(("test images", "sensitivity per class"), tables, strict=True):
+    for title, shown in zip(("test images", "sensitivity per class"), tables, strict=True):
         console.print(f"\n{title}", style="bold")
-        console.print(table)
+        console.print(shown)
         if below := note(results, withheld):
             console.print(below, style="dim")
     console.print(f"\nrun folder: {where}")
@@ -226,19 +226,17 @@ def _table(
     columns: Sequence[str],
     figures_of: Callable[[Counts], list[float | None]],
 ) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("site", "images", "trained", *columns):
-        table.add_column(name, justify="left" if name in ("site", "trained") else "right")
+    shown = table("site", "images", "trained", *columns, left=("site", "trained"))
     sites = sorted(_sites(results) | set(withheld))
     rows = [(site, {w: s[site] for w, s in results.items() if site in s}, "") for site in sites]
     rows.append(("overall", overall(results, classes), "bold"))
     for site, ways, style in rows:
         if not ways:
-            table.add_row(site, *[_figure(None)] * (len(columns) + 2), style=style)
+            shown.add_row(site, *[_figure(None)] * (len(columns) + 2), style=style)
         for i, (way, counts) in enumerate(ways.items()):
             first = ("", "") if i else (site, str(counts.n))
-            table.add_row(*first, way, *map(_figure, figures_of(counts)), style=style)
-    return table
+            shown.add_row(*first, way, *map(_figure, figures_of(counts)), style=style)
+    return shown
 
 
 def _score(study: Study, line: Mapping[str, Any]) -> str:

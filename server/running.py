@@ -5,12 +5,11 @@ import time
 from pathlib import Path
 
 from flwr.serverapp import Grid
-from rich.table import Table
 
 from common.errors import RunError, complaint
 from common.network import assemble
 from common.study import Study
-from common.terminal import console
+from common.terminal import console, table
 from server.checkpoint import RunFolder
 from server.federation import Federation
 from server.grid import connected
@@ -64,13 +63,12 @@ class Announcer(Reporter):
     def joined(self, federation: Federation, *, resumed: int, sent: int, whole: int) -> None:
         """As a table, one row for each site."""
         super().joined(federation, resumed=resumed, sent=sent, whole=whole)
-        table = Table(box=None, pad_edge=False, header_style="bold")
-        for name in ("site", "role", "tells", "computes in", "ledger", "software", "contract"):
-            table.add_column(name)
+        columns = "site", "role", "tells", "computes in", "ledger", "software", "contract"
+        shown = table(*columns)
         for member in federation.members:
             reply = member.reply
             tells = reply.disclosure
-            table.add_row(
+            shown.add_row(
                 member.name,
                 reply.role,
                 f"counts {tells.counts}, metrics {tells.metrics}",
@@ -79,7 +77,7 @@ class Announcer(Reporter):
                 f"torch {reply.versions.torch}, flwr {reply.versions.flwr}",
                 reply.contract.fingerprint[:12],
             )
-        console.print(table)
+        console.print(shown)
 
 
 def show(run: RunFolder) -> None:

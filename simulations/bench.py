@@ -20,7 +20,7 @@ from rich.table import Table
 from common import backbones
 from common.errors import StudyError
 from common.study import Study
-from common.terminal import console, size
+from common.terminal import console, size, table
 from simulations.contest import Contender, Task, Way, device, race, turns
 from simulations.flops import operations, product
 
@@ -295,12 +295,12 @@ def _caption(results: Results) -> Iterable[str]:
 def _table(rows: Sequence[Row]) -> Table:
     left = ("backbone", "trains", "way")
     right = ("s / round", "s / study", "× naive", "× frozen", "memory", "sent / round", "GFLOP/s")
-    table = _columns(left, (*right, "of fp32 peak"))
+    shown = table(*left, *right, "of fp32 peak", left=left)
     for i, row in enumerate(rows):
         first = not i or rows[i - 1].backbone != row.backbone
         if first:
-            table.add_section()
-        table.add_row(
+            shown.add_section()
+        shown.add_row(
             row.backbone if first else "",
             row.trains,
             row.way,
@@ -314,14 +314,15 @@ def _table(rows: Sequence[Row]) -> Table:
             f"{row.peak_share:.1%}",
             style="bold" if row.way == "ours" else "",
         )
-    return table
+    return shown
 
 
 def _caching_table(rows: Sequence[Caching]) -> Table:
     right = ("s", "images / s", "GFLOP/s", "of its peak")
-    table = _columns(("backbone", "trains", "precision"), right)
+    left = "backbone", "trains", "precision"
+    shown = table(*left, *right, left=left)
     for row in rows:
-        table.add_row(
+        shown.add_row(
             row.backbone,
             row.trains,
             row.dtype,
@@ -330,14 +331,7 @@ def _caching_table(rows: Sequence[Caching]) -> Table:
             _figure(row.gflops),
             f"{row.peak_share:.0%}",
         )
-    return table
-
-
-def _columns(left: Sequence[str], right: Sequence[str]) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in (*left, *right):
-        table.add_column(name, justify="left" if name in left else "right")
-    return table
+    return shown
 
 
 def _figure(number: float | None) -> str:

@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.progress import track
-from rich.table import Table
 
 from common import files, terminal
 from common.errors import DataError, RunError, complaint
-from common.terminal import StoppedError, console
+from common.terminal import Changes, StoppedError, console, table
 
 if TYPE_CHECKING:
     from common.inference import ReleasedModel
@@ -51,10 +50,6 @@ PartitionSpec = Annotated[
     ),
 ]
 Count = Annotated[int, typer.Option("--sites", min=1, help="Hospitals to cut the pool into.")]
-Changes = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="Override a key of the study, such as train.lr=0.01. Repeat."),
-]
 
 _BATCH = 32
 
@@ -292,18 +287,16 @@ def backbones(
     """List the registered backbones, and what each `unfreeze` trains and sends."""
     from common.backbones import REGISTRY
 
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("backbone", "unfreeze", "from block", "parameters", "bytes sent"):
-        right = column in ("parameters", "bytes sent")
-        table.add_column(column, justify="right" if right else "left")
+    left, right = ("backbone", "unfreeze", "from block"), ("parameters", "bytes sent")
+    shown = table(*left, *right, left=left)
     for name, backbone in REGISTRY.items():
-        table.add_section()
+        shown.add_section()
         blocks = [block.name for block in backbone.blocks]
         for i, (choice, size) in enumerate(backbone.choices(classes).items()):
-            table.add_row(
+            shown.add_row(
                 "" if i else name, choice, [*blocks, "head"][-1 - i], f"{size:,}", f"{4 * size:,}"
             )
-    console.print(table)
+    console.print(shown)
 
 
 @app.command(epilog="Example: consilium-simulate bench --backbone resnet18 --json bench.json")

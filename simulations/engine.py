@@ -10,14 +10,13 @@ from typing import Any
 
 import numpy as np
 from rich.progress import track
-from rich.table import Table
 
 from client import trainer
 from client.app import app as client_app
 from client.data.npz import Npz
 from common.errors import StudyError
 from common.study import Study
-from common.terminal import console
+from common.terminal import console, table
 from server.app import app as server_app
 from server.checkpoint import RunFolder
 from simulations import hospitals
@@ -34,16 +33,14 @@ def show(sites: tuple[int, ...] = (4, 20, 100)) -> None:
 
     The difference between a run of many rounds and one of few leaves out joining and reporting.
     """
-    table = Table(box=None, pad_edge=False, header_style="bold")
     columns = ("sites", "round", "train + evaluate", "engine", "engine / (train + evaluate)")
-    for name in columns:
-        table.add_column(name, justify="right")
+    shown = table(*columns, left=())
     for count in track(sites, "engine", console=console, disable=not console.is_terminal):
         wall, work = _cost(count)
         own = wall - work
-        table.add_row(str(count), f"{wall:.2f}", f"{work:.2f}", f"{own:.2f}", f"{own / work:.2f}")
+        shown.add_row(str(count), f"{wall:.2f}", f"{work:.2f}", f"{own:.2f}", f"{own / work:.2f}")
     console.print(f"milliseconds per site and round, median of {_REPEATS}", style="dim")
-    console.print(table)
+    console.print(shown)
     count, rounds = _WHOLE
     wall, _ = _time(count, rounds, seed=0)
     whole = f"{count} virtual hospitals × {rounds} rounds head-only on cached features"

@@ -6,7 +6,6 @@ from statistics import median
 
 import torch
 from rich.progress import track
-from rich.table import Table
 from torch import nn
 
 from client import dp_sgd, self_check, trainer
@@ -19,7 +18,7 @@ from client.trainer import Examples
 from common.errors import StudyError
 from common.network import assemble
 from common.study import Study
-from common.terminal import console
+from common.terminal import console, table
 
 _ROWS, _BATCH, _REPEATS = 256, 32, 3
 _SIDE = 224
@@ -27,17 +26,16 @@ _SIDE = 224
 
 def show(backbone: str = "resnet18", depths: tuple[str, ...] = ("head", "last:1")) -> None:
     """Print the seconds of an epoch, private and not, run in turns, and of the self-check."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in (backbone, "without privacy", "with", "ratio", "self-check, once"):
-        table.add_column(name, justify="left" if name == backbone else "right")
+    columns = "without privacy", "with", "ratio", "self-check, once"
+    shown = table(backbone, *columns, left=(backbone,))
     for depth in track(depths, "privacy", console=console, disable=not console.is_terminal):
         plain, private, check = _contenders(backbone, depth)
         times = [(_seconds(plain), _seconds(private)) for _ in range(_REPEATS)]
         without, with_ = (median(each) for each in zip(*times, strict=True))
         cells = f"{without:.3f} s", f"{with_:.3f} s", f"{with_ / without:.2f}"
-        table.add_row(depth, *cells, f"{_seconds(check):.2f} s")
+        shown.add_row(depth, *cells, f"{_seconds(check):.2f} s")
     console.print(f"an epoch of {_ROWS} patients, batches of {_BATCH}, median of {_REPEATS}")
-    console.print(table)
+    console.print(shown)
 
 
 def _contenders(

@@ -6,15 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from rich.table import Table
-
 from client.account import MEANING
 from client.app import app as client_app
 from client.session import close_sessions
 from common.errors import StudyError, complaint
 from common.network import assemble
 from common.study import Study
-from common.terminal import console
+from common.terminal import console, table
 from server.app import app as server_app
 from server.checkpoint import RunFolder
 from server.report import load_results, save_results, show_results
@@ -154,15 +152,13 @@ def _inspect(study: Study, source: Source) -> list[Hospital]:
 
 
 def _show_census(study: Study, told: Census) -> None:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("site", "images", *study.classes):
-        table.add_column(name, justify="left" if name == "site" else "right")
+    shown = table("site", "images", *study.classes, left=("site",))
     for name, parts in list(told.items())[:_MOST_SITES_SHOWN]:
         columns = list(zip(*parts.values(), strict=True))
         cells = ["/".join(map(str, column)) for column in columns]
-        table.add_row(name, str(sum(map(sum, columns))), *cells)
+        shown.add_row(name, str(sum(map(sum, columns))), *cells)
     console.print("images per class: training/validation/test", style="dim")
-    console.print(table)
+    console.print(shown)
     if (more := len(told) - _MOST_SITES_SHOWN) > 0:
         console.print(f"and {more} more", style="dim")
 

@@ -5,13 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
-from rich.table import Table
-
 from common import files
 from common.evidence import Estimate, difference, gap_closed, intervals, t_interval
 from common.metrics import METRICS, Counts, value
 from common.study import Study
-from common.terminal import console
+from common.terminal import console, table
 from server import figures
 from server.checkpoint import RunFolder
 from server.report import FEDERATED, Results, load_results, note, overall
@@ -45,14 +43,12 @@ def over_seeds(folder: Path, seeds: Sequence[int]) -> None:
         way: {metric: [value(each[way], metric) for each in together] for metric in METRICS}
         for way in runs[0]
     }
-    table = Table(box=None, pad_edge=False, header_style="bold", title_justify="left")
-    table.add_column(f"{len(seeds)} seeds")
-    for metric in METRICS.values():
-        table.add_column(metric.label, justify="right")
+    ways = f"{len(seeds)} seeds"
+    shown = table(ways, *(metric.label for metric in METRICS.values()), left=(ways,))
     for way, by_metric in figures_of.items():
-        table.add_row(way, *(_mean_sd(values) for values in by_metric.values()))
+        shown.add_row(way, *(_mean_sd(values) for values in by_metric.values()))
     console.print()
-    console.print(table)
+    console.print(shown)
     if below := note(runs[0], loaded[0][1].get("withheld", {})):
         console.print(below, style="dim")
     told: dict[str, object] = {"seeds": list(seeds), "overall": figures_of}

@@ -14,7 +14,7 @@ from common.errors import StudyError, complaint
 from common.evidence import Estimate, difference, t_interval
 from common.metrics import METRICS, Counts, class_auroc, value
 from common.study import DpSgd, NoPrivacy, Study
-from common.terminal import console
+from common.terminal import console, table
 from server import figures
 from server.report import FEDERATED, Results, load_results, overall
 from simulations import hospitals, study_runs
@@ -118,18 +118,15 @@ def _report(
 def _table(
     figures_of: dict[float | None, dict[str, list[float | None]]], names: Sequence[str]
 ) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("privacy")
-    for name in names:
-        table.add_column(name, justify="right")
+    shown = table("privacy", *names, left=("privacy",))
     plain = figures_of.get(None, {})
     for epsilon, by_name in figures_of.items():
         cells = []
         for name in names:
             loss = difference(by_name[name], plain[name]) if epsilon and plain else None
             cells.append(_cell(by_name[name], loss))
-        table.add_row(_label(epsilon), *cells)
-    return table
+        shown.add_row(_label(epsilon), *cells)
+    return shown
 
 
 def _cell(values: Sequence[float | None], loss: Estimate | None) -> str:
@@ -142,13 +139,12 @@ def _cell(values: Sequence[float | None], loss: Estimate | None) -> str:
 
 def _positives(study: Study, found: Sequence[Results]) -> None:
     """Test images of each class and site, the mean over seeds: few of them make a rough figure."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("test images, mean of seeds", *study.classes):
-        table.add_column(name, justify="left" if name.startswith("test") else "right")
+    first = "test images, mean of seeds"
+    shown = table(first, *study.classes, left=(first,))
     for site in found[0][FEDERATED]:
         rows = [run[FEDERATED][site].confusion.sum(axis=1).tolist() for run in found]
-        table.add_row(site, *(f"{mean(column):.1f}" for column in zip(*rows, strict=True)))
-    console.print(table)
+        shown.add_row(site, *(f"{mean(column):.1f}" for column in zip(*rows, strict=True)))
+    console.print(shown)
 
 
 def _spent(runs: Sequence[Path]) -> dict[str, float]:
