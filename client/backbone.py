@@ -25,14 +25,13 @@ def find(site: Site, study: Study) -> str:
       MissingWeightsError: it has no copy.
     """
     weights = study.model.weights
-    sent = _sent(site, study)
     here = weights == "DEFAULT" and backbones.get(study.model.backbone).downloaded
     if weights == "none" or here:
         return weights
     own = site.weights / Path(weights).name if site.weights else None
     if own is not None and own.is_file():
         return str(own)
-    if sent is not None:
+    if (sent := _sent(site, study)) is not None:
         return str(sent)
     where, expected = f"{site.source}: weights", f"a folder with {Path(weights).name}"
     got, remedy = site.weights or "nothing", "It can be sent at join."

@@ -6,10 +6,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from cryptography import x509
-from cryptography.hazmat.primitives.serialization import Encoding
-
-from client import backbone, ledger
+from client import backbone, ledger, tls
 from client.data.records import Record, Row
 from client.disk import usable
 from client.fleet import AHEAD, BEHIND, Fleet, Heard
@@ -26,7 +23,7 @@ from common.errors import (
     SiteError,
     complaint,
 )
-from common.flower import RELEASE
+from common.flower import RELEASE, same_release
 from common.images import Preprocess
 from common.study import Study
 from common.terminal import size
@@ -205,16 +202,7 @@ def _key(connect: Connect) -> str:
 
 
 def _authority(connect: Connect) -> str:
-    try:
-        found = x509.load_pem_x509_certificate(connect.ca.read_bytes())
-    except OSError as ex:
-        found, got = None, ex.strerror
-    except ValueError:
-        found, got = None, "something else"
-    if found is None:
-        expected, remedy = "the coordinator's certificate, PEM", "Ask the coordinator for ca.crt."
-        raise LinkError(complaint(connect.ca, expected=expected, got=got, remedy=remedy))
-    return f"{connect.ca}, fingerprint {keys.grouped(found.public_bytes(Encoding.DER))}"
+    return f"{connect.ca}, fingerprint {keys.fingerprint(tls.authority(connect.ca))}"
 
 
 def _server(heard: Heard, trouble: LinkError | None) -> Iterator[Finding]:
@@ -225,7 +213,7 @@ def _server(heard: Heard, trouble: LinkError | None) -> Iterator[Finding]:
     on_time = trouble is None or -BEHIND < ahead < AHEAD
     apart = f"{ahead:+.0f} s here" if abs(ahead) >= _CLOSE else "both agree"
     yield Finding("clocks", on_time, apart if on_time else str(trouble))
-    same = theirs is None or theirs.split(".")[:2] == RELEASE.split(".")[:2]
+    same = theirs is None or same_release(theirs)
     text = f"Consilium {theirs or 'of an untold release'}"
     text += "" if same else f", and {RELEASE} here: install the same on both sides"
     yield Finding("its release", same, text)

@@ -1,9 +1,28 @@
 """The site's own disk: what goes wrong with it is said in one line."""
 
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
+from common import files
 from common.errors import ConsiliumError, complaint
+
+
+def secret(path: Path, error: type[ConsiliumError], remedy: str) -> bytes:
+    """256 bits in a file of this user's alone, drawn once from the operating system.
+
+    Raises:
+      error: the file cannot be made or read or, with `remedy`, does not hold 256 bits.
+    """
+    with usable(path, error):
+        if not path.exists():
+            files.create(path, secrets.token_bytes(32), mode=0o600)
+        drawn = path.read_bytes()
+    if len(drawn) != 32:
+        got = f"{len(drawn)} bytes"
+        raise error(complaint(path, expected="32 bytes", got=got, remedy=remedy))
+    return drawn
 
 
 @contextmanager

@@ -10,7 +10,6 @@ import hmac
 import json
 import logging
 import os
-import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,10 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from client.data.records import Image
-from client.disk import usable
+from client.disk import secret
 from client.prefix import BATCH, Prefix, Worth
 from client.store import Rows, Store, open_store
-from common import files
 from common.contract import Dtype, digest
 from common.errors import DataError, complaint
 from common.images import Preprocess, view
@@ -196,16 +194,8 @@ def namer(cache: Path) -> Callable[[str], str]:
     Raises:
       DataError: the secret cannot be made or read.
     """
-    path = cache / "secret"
-    with usable(path, DataError):
-        if not path.exists():
-            files.create(path, secrets.token_bytes(32), mode=0o600)
-        secret = path.read_bytes()
-    if len(secret) != 32:
-        remedy = "Delete it: images are then prepared anew."
-        got = f"{len(secret)} bytes"
-        raise DataError(complaint(path, expected="32 bytes", got=got, remedy=remedy))
-    return lambda digest: hmac.digest(secret, digest.encode(), "sha256").hex()
+    key = secret(cache / "secret", DataError, "Delete it: images are then prepared anew.")
+    return lambda digest: hmac.digest(key, digest.encode(), "sha256").hex()
 
 
 def _digests(images: Sequence[Image], bad: dict[int, str]) -> Iterator[str]:

@@ -38,6 +38,8 @@ from common.errors import SiteError, complaint
 log = logging.getLogger(__name__)
 
 _MODE = 0o600
+_AGREED = ".agreement.json"
+"""What the names of agreements end in."""
 _FIRST = "0" * 64
 _HEAD = re.compile(rb"([0-9]{12}) ([0-9a-f]{64})\n")
 _WHOLE_LINE = re.compile(rb', "hash": "[0-9a-f]{64}"}')
@@ -119,7 +121,7 @@ def _load(folder: Path) -> tuple[list[Entry], list[str], bytes]:
 
 def _worked(folder: Path) -> bool:
     """Whether a site has used this folder, and so must have a ledger."""
-    traces = "studies/*.agreement.json", "outbox/*", "ledger.head"
+    traces = f"studies/*{_AGREED}", "outbox/*", "ledger.head"
     return any(True for trace in traces for _ in folder.glob(trace))
 
 
@@ -168,8 +170,7 @@ def adopt(folder: Path, epsilon: float, delta: float) -> None:
         if path.exists():
             path.rename(_aside(folder, "replaced"))
         # The old head stays until the new ledger is there: a kill in between starts no empty one.
-        ending = ".agreement.json"
-        studies = sorted(p.name.removesuffix(ending) for p in folder.glob(f"studies/*{ending}"))
+        studies = sorted(p.name.removesuffix(_AGREED) for p in folder.glob(f"studies/*{_AGREED}"))
         first = Adopted(n=1, time=_now(), epsilon=epsilon, delta=delta, studies=tuple(studies))
         _create(folder, first)
 

@@ -21,7 +21,7 @@ from client.fleet import PULSE, Fleet, Letter, OverError
 from client.site import Site
 from common import files, wire
 from common.errors import ConsiliumError, ContractError, LinkError, complaint
-from common.flower import RELEASE, error_reply
+from common.flower import RELEASE, error_reply, same_release
 from common.study import Study
 
 log = logging.getLogger(__name__)
@@ -180,7 +180,7 @@ class Node:
         """No to whatever another release asks for, before anything of it is fetched."""
         try:
             theirs = self._fleet.release(letter)
-            if theirs.split(".")[:2] != RELEASE.split(".")[:2]:
+            if not same_release(theirs):
                 expected, got = f"release {RELEASE}, as here", theirs or "none"
                 remedy = "Both sides must install the same release."
                 where = f"the coordinator at {self._fleet.server}"

@@ -2,17 +2,15 @@
 
 import os
 import re
-import secrets
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, StrictInt, field_validator, model_validator
 
 from client.data.formats import Data
-from client.disk import usable
+from client.disk import secret, usable
 from client.features import Keep
 from client.precision import Asked
-from common import files
 from common.disclosure import Disclosure
 from common.errors import SiteError, complaint
 from common.study import Name, Number, Positive, Unfreeze, Word
@@ -168,13 +166,5 @@ class Site(YamlFile):
         Raises:
           SiteError: the file cannot be made or read, or does not hold 256 bits.
         """
-        path = self.private() / "secret"
-        with usable(path, SiteError):
-            if not path.exists():
-                files.create(path, secrets.token_bytes(32), mode=0o600)
-            secret = path.read_bytes()
-        if len(secret) != 32:
-            remedy = "Restore it from a backup: a new secret holds out other patients."
-            got = f"{len(secret)} bytes"
-            raise SiteError(complaint(path, expected="32 bytes", got=got, remedy=remedy))
-        return secret
+        remedy = "Restore it from a backup: a new secret holds out other patients."
+        return secret(self.private() / "secret", SiteError, remedy)

@@ -6,7 +6,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import httpx
+from cryptography import x509
 
+from common import keys
 from common.errors import LinkError, complaint
 
 _CERTIFICATE = {
@@ -19,19 +21,17 @@ _CERTIFICATE = {
 _ANOTHER = "Ask the coordinator for ca.crt; compare fingerprints by telephone: this may be another."
 
 
-def trusting(ca: Path) -> ssl.SSLContext:
-    """TLS that trusts one authority, and none of the system's.
+def authority(ca: Path) -> x509.Certificate:
+    """The coordinator's own, in the file he gave out; raises `LinkError` if it holds none."""
+    remedy = "Ask the coordinator for ca.crt."
+    return keys.read_certificate(ca, "the coordinator's certificate, PEM", remedy)
 
-    Raises:
-      LinkError: the file holds no certificate.
-    """
+
+def trusting(ca: Path) -> ssl.SSLContext:
+    """TLS that trusts one authority, and none of the system's; raises as `authority` does."""
+    authority(ca)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    try:
-        context.load_verify_locations(cafile=ca)
-    except OSError as ex:  # which an SSLError is too
-        got = "something else" if isinstance(ex, ssl.SSLError) else ex.strerror
-        expected, remedy = "the coordinator's certificate, PEM", "Ask the coordinator for ca.crt."
-        raise LinkError(complaint(ca, expected=expected, got=got, remedy=remedy)) from None
+    context.load_verify_locations(cafile=ca)
     return context
 
 

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 
 def write(path: Path, content: bytes | str, mode: int = 0o644, *, durable: bool = True) -> None:
     """Replace `path` by `content` in one step; if `durable`, on disk before returning."""
@@ -20,6 +22,17 @@ def create(path: Path, content: bytes | str, mode: int = 0o644) -> None:
     with _part(path, content, mode, True) as part, suppress(FileExistsError):
         path.hardlink_to(part)
     sync(path.parent)
+
+
+def held(lock: Path) -> bool:
+    """Whether a process holds a lock file; makes none where there is none."""
+    if not lock.exists():
+        return False
+    try:
+        with FileLock(lock, timeout=0):
+            return False
+    except Timeout:
+        return True
 
 
 @contextmanager

@@ -84,6 +84,7 @@ __all__ = [
     "pinned",
     "recorddict_from_proto",
     "recorddict_to_proto",
+    "same_release",
     "spoiled",
     "to_bytes",
     "unpack",
@@ -98,6 +99,11 @@ RELEASE = "0.1.0"
 """As in pyproject.toml; both sides must have the same major and minor number."""
 RELEASE_HEADER = "consilium-release"
 """In which either side says what it runs."""
+
+
+def same_release(theirs: str) -> bool:
+    """Whether a release of Consilium and this one understand each other."""
+    return theirs.split(".")[:2] == RELEASE.split(".")[:2]
 
 
 def error_reply(message: Message, reason: str) -> Message:

@@ -3,6 +3,7 @@
 import io
 import math
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Literal, Self
 
 import numpy as np
@@ -84,6 +85,14 @@ def _rgb(image: Image.Image) -> NDArray[np.uint8]:
         black = Image.new("RGBA", image.size, (0, 0, 0, 255))
         image = Image.alpha_composite(black, image.convert("RGBA"))
     return np.array(image.convert("RGB"))
+
+
+def found_in(folder: Path) -> list[Path]:
+    """Every image in a folder and those below it, sorted; raises `DataError` if there is none."""
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    if not paths:
+        raise DataError(complaint(folder, expected="a folder with images", got="none"))
+    return paths
 
 
 @dataclass(frozen=True)

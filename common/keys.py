@@ -1,9 +1,10 @@
-"""Keys that say who somebody is: files, and short names to compare by eye or telephone."""
+"""Keys and certificates that say who somebody is: files, and fingerprints to compare."""
 
 import hashlib
 import os
 from pathlib import Path
 
+from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -51,14 +52,35 @@ def read_private(path: Path) -> PrivateKey:
 def read_public(path: Path) -> PublicKey:
     """The key in a PEM file; raises `LinkError` if it is none of ours."""
     try:
-        key = serialization.load_pem_public_key(_read(path))
-    except (ValueError, TypeError, UnsupportedAlgorithm):
+        return parse_public(_read(path))
+    except ValueError:
+        expected, got = "a public key, PEM", "something else"
+        remedy = "Ask the hospital for the .pub file of consilium-client init."
+    raise LinkError(complaint(path, expected=expected, got=got, remedy=remedy))
+
+
+def parse_public(text: bytes) -> PublicKey:
+    """What `pem` wrote; raises `ValueError` if it is none of ours."""
+    try:
+        key = serialization.load_pem_public_key(text)
+    except (TypeError, UnsupportedAlgorithm):
         key = None
     if not isinstance(key, PublicKey):
-        remedy = "Ask the hospital for the .pub file of consilium-client init."
-        got = "something else"
-        raise LinkError(complaint(path, expected="a public key, PEM", got=got, remedy=remedy))
+        raise ValueError("no key of ours")
     return key
+
+
+def read_certificate(
+    path: Path, expected: str = "a certificate, PEM", remedy: str = ""
+) -> x509.Certificate:
+    """The certificate in a PEM file; raises `LinkError`, in these words, if there is none."""
+    try:
+        return x509.load_pem_x509_certificate(path.read_bytes())
+    except OSError as ex:
+        got: object = ex.strerror
+    except ValueError:
+        got = "something else"
+    raise LinkError(complaint(path, expected=expected, got=got, remedy=remedy))
 
 
 def pem(key: PublicKey) -> bytes:
@@ -68,16 +90,14 @@ def pem(key: PublicKey) -> bytes:
     )
 
 
-def fingerprint(key: PublicKey) -> str:
-    """SHA-256 of a public key, 64 hex digits in groups of four."""
-    der = key.public_bytes(
-        serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
-    )
-    return grouped(der)
-
-
-def grouped(der: bytes) -> str:
-    """SHA-256 of a key or certificate, 64 hex digits in groups of four."""
+def fingerprint(of: PublicKey | x509.Certificate) -> str:
+    """SHA-256 of a public key or certificate, 64 hex digits in groups of four."""
+    if isinstance(of, x509.Certificate):
+        der = of.public_bytes(serialization.Encoding.DER)
+    else:
+        der = of.public_bytes(
+            serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
+        )
     digits = hashlib.sha256(der).hexdigest()
     return " ".join(digits[i : i + 4] for i in range(0, 64, 4))
 

@@ -89,7 +89,7 @@ def write_server(folder: Path, hosts: Sequence[str], now: datetime | None = None
 
 def _authority(folder: Path) -> tuple[x509.Certificate, keys.PrivateKey]:
     """The authority's certificate, and the key to sign with."""
-    certificate = read(folder / f"{AUTHORITY}.crt")
+    certificate = keys.read_certificate(folder / f"{AUTHORITY}.crt")
     path = folder / f"{AUTHORITY}.key"
     if not path.is_file():
         remedy = "Put it back from where you keep it."
@@ -107,30 +107,14 @@ def authority_file(folder: Path) -> Path:
     return folder / f"{AUTHORITY}.crt"
 
 
-def read(path: Path) -> x509.Certificate:
-    """The certificate in a PEM file; raises `LinkError` if there is none."""
-    try:
-        return x509.load_pem_x509_certificate(path.read_bytes())
-    except OSError as ex:
-        got: object = ex.strerror
-    except ValueError:
-        got = "something else"
-    raise LinkError(complaint(path, expected="a certificate, PEM", got=got))
-
-
-def fingerprint(certificate: x509.Certificate) -> str:
-    """SHA-256 of a certificate, 64 hex digits in groups of four."""
-    return keys.grouped(certificate.public_bytes(serialization.Encoding.DER))
-
-
 def check(folder: Path, hosts: Sequence[str]) -> list[str]:
     """What should be mended about the server's certificate; nothing if all is well.
 
     Raises:
       LinkError: no hospital would accept it.
     """
-    authority, path = read(authority_file(folder)), folder / f"{SERVER}.crt"
-    certificate, key = read(path), keys.read_private(folder / f"{SERVER}.key")
+    authority, path = keys.read_certificate(authority_file(folder)), folder / f"{SERVER}.crt"
+    certificate, key = keys.read_certificate(path), keys.read_private(folder / f"{SERVER}.key")
     renew, now = f"consilium-server renew --project {folder}", datetime.now(UTC)
     _refuse_expired_authority(folder, authority)
     try:
@@ -155,7 +139,7 @@ def check(folder: Path, hosts: Sequence[str]) -> list[str]:
 
 def until(folder: Path) -> datetime:
     """When the server's certificate expires."""
-    return read(folder / f"{SERVER}.crt").not_valid_after_utc
+    return keys.read_certificate(folder / f"{SERVER}.crt").not_valid_after_utc
 
 
 def _refuse_expired_authority(folder: Path, authority: x509.Certificate) -> None:

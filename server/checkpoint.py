@@ -24,6 +24,7 @@ from common.wire import Tensors
 
 _STATE = "strategy-state/"
 _META = "consilium"
+_LOCK = ".lock"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +139,7 @@ class RunFolder:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Keep other processes from running this run; the lock ends with the process."""
-        lock = FileLock(self.path / ".lock", timeout=0)
+        lock = FileLock(self.path / _LOCK, timeout=0)
         try:
             lock.acquire()
         except Timeout:
@@ -148,6 +149,11 @@ class RunFolder:
             yield
         finally:
             lock.release()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a process is on this run."""
+        return files.held(self.path / _LOCK)
 
     def log(self, lines: list[dict[str, Any]]) -> None:
         """Append a finished round's lines to `metrics.jsonl`; raises `RunError` on a full disk."""

@@ -59,6 +59,7 @@ def init(
     Back the folder up, ca.key above all: without it no hospital can be kept beyond the server
     certificate's two years. Only renew needs ca.key; it may lie elsewhere in between.
     """
+    from common import keys
     from server import certificates
     from server.project import Project
 
@@ -67,7 +68,7 @@ def init(
     authority = certificates.authority_file(project.folder)
     at = f"--project {shlex.quote(str(project.folder))}"
     console.print(f"Made {project.folder}, which nobody but you can read. Back it up.")
-    console.print(f"authority   {certificates.fingerprint(certificates.read(authority))}")
+    console.print(f"authority   {keys.fingerprint(keys.read_certificate(authority))}")
     console.print(f"address     {', '.join(f'{name}:{port}' for name in names)}")
     console.print(f"To hospitals: {authority} and the address. Neither is secret;")
     console.print("read them the authority's fingerprint by telephone.")

@@ -66,19 +66,15 @@ def stop(
     run: Annotated[Path, typer.Argument(help="The run folder.")],
 ) -> None:
     """Stop a run that is going on; it can be resumed."""
-    from filelock import FileLock, Timeout
-
     from server.checkpoint import RunFolder
 
-    process = RunFolder.resume(run).path / "process"
-    try:
-        with FileLock(run / ".lock", timeout=0):
-            raise RunError(complaint(run, expected="a run that is going on", got="none"))
-    except Timeout:
-        if not process.is_file():
-            expected, got = "a run of consilium-server", "one that another command is on"
-            raise RunError(complaint(run, expected=expected, got=got)) from None
-        os.kill(int(process.read_text()), signal.SIGINT)
+    if not RunFolder.resume(run).busy:
+        raise RunError(complaint(run, expected="a run that is going on", got="none"))
+    process = run / "process"
+    if not process.is_file():
+        expected, got = "a run of consilium-server", "one that another command is on"
+        raise RunError(complaint(run, expected=expected, got=got))
+    os.kill(int(process.read_text()), signal.SIGINT)
     console.print(f"Stopping. Go on with: consilium-server run --resume {run}")
 
 

@@ -180,7 +180,7 @@ class Project:
 
     def is_up(self) -> bool:
         """Whether `consilium-server start` runs."""
-        return _held(self.folder / ".start.lock")
+        return files.held(self.folder / ".start.lock")
 
     def states(self) -> list[RunState]:
         """Every run, by name."""
@@ -207,17 +207,6 @@ def _settings(folder: Path, hosts: tuple[str, ...], port: int) -> Settings:
     return Settings.parse(content, str(folder / _SETTINGS), LinkError)
 
 
-def _held(lock: Path) -> bool:
-    """Whether another process holds a lock."""
-    if not lock.exists():
-        return False
-    try:
-        with FileLock(lock, timeout=0):
-            return False
-    except Timeout:
-        return True
-
-
 def _state(folder: Path) -> RunState:
     from server.checkpoint import RunFolder
 
@@ -233,6 +222,6 @@ def _state(folder: Path) -> RunState:
         name=folder.name,
         round=last,
         rounds=rounds,
-        busy=_held(folder / ".lock"),
+        busy=RunFolder(folder).busy,
         finished=(folder / "report.json").is_file(),
     )

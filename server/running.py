@@ -7,7 +7,6 @@ from pathlib import Path
 from flwr.serverapp import Grid
 
 from common.errors import RunError, complaint
-from common.network import assemble
 from common.study import Study
 from common.terminal import console, table
 from server.checkpoint import RunFolder
@@ -15,8 +14,7 @@ from server.federation import Federation
 from server.grid import connected
 from server.report import Reporter, load_results, show_results
 from server.rounds import Run
-from server.strategies import Aggregator
-from server.warm_start import first_tensors
+from server.warm_start import inspect
 
 _LOOK = 1.0
 """Seconds between counts of the sites that are connected."""
@@ -29,9 +27,7 @@ def begin(study: Study, folder: Path) -> RunFolder:
       StudyError: the study cannot be run as it is.
       RunError: the folder is taken.
     """
-    network = assemble(study, study.model.weights)
-    Aggregator(study, network.trainable)
-    first_tensors(study, network)
+    inspect(study)
     run = RunFolder.claim(folder)
     run.begin(study)
     return run

@@ -5,8 +5,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
-from cryptography.hazmat.primitives import serialization
-
 from common import files, keys
 from common.errors import LinkError, complaint, did_you_mean
 from common.flower import NodeInfo
@@ -113,10 +111,7 @@ class Sites:
 
 
 def _hospital(info: NodeInfo, releases: dict[str, str]) -> Hospital:
-    key = serialization.load_pem_public_key(info.public_key)
-    if not isinstance(key, keys.PublicKey):
-        raise TypeError("every admitted key was read by common.keys")
-    fingerprint = keys.fingerprint(key)
+    fingerprint = keys.fingerprint(keys.parse_public(info.public_key))
     connected = info.status == NodeStatus.ONLINE
     left = info.last_deactivated_at
     return Hospital(

@@ -5,12 +5,25 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from common.network import Network
+from common.network import Network, assemble
 from common.study import Study
 from common.wire import Tensors
 from server.checkpoint import RunFolder
+from server.strategies import Aggregator
 
 log = logging.getLogger(__name__)
+
+
+def inspect(study: Study) -> None:
+    """Raise now what would otherwise stop the server later, of all that needs no site.
+
+    Raises:
+      StudyError: the study cannot be run as it is.
+      BackboneError: its weights are missing or belong to another architecture.
+    """
+    network = assemble(study, study.model.weights)
+    Aggregator(study, network.trainable)
+    first_tensors(study, network)
 
 
 def first_tensors(study: Study, network: Network) -> Tensors:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from common import backbones, files
 from common.errors import DataError, complaint
-from common.images import SUFFIXES, Preprocess
+from common.images import Preprocess, found_in
 from common.network import assemble
 from common.study import Study
 from common.terminal import console
@@ -51,9 +51,9 @@ def write(study: Study, folder: Path, out: Path) -> int:
 
 def _batches(folder: Path, preprocess: Preprocess) -> Iterator[Tensor]:
     """The readable images, uint8 [n, 3, H, W] at a time."""
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
     images: list[Tensor] = []
-    for path in track(paths, "images", console=console, disable=not console.is_terminal):
+    paths, hidden = found_in(folder), not console.is_terminal
+    for path in track(paths, "images", console=console, disable=hidden):
         try:
             images.append(preprocess.read(path.read_bytes(), str(path)))
         except DataError as ex:

@@ -236,8 +236,8 @@ def test_all_is_well(command: Command, project: Project, phantoms: Path) -> None
         *("release", "site file", "state", "ledger", "study", "data", "images", "disk", "policy"),
         *("backbone", "key", "ca", "server", "certificate", "clocks", "its release", "admitted"),
     }
-    authority = certificates.read(certificates.authority_file(project.folder))
-    assert certificates.fingerprint(authority) in said["ca"][1]
+    authority = keys.read_certificate(certificates.authority_file(project.folder))
+    assert keys.fingerprint(authority) in said["ca"][1]
     assert keys.fingerprint(keys.read_public(Path("site.pub"))) in said["key"][1]
     assert f"{certificates.until(project.folder):%Y-%m-%d}" in said["certificate"][1]
     assert said["its release"][1] == f"Consilium {RELEASE}"

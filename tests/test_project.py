@@ -70,8 +70,8 @@ def test_a_folder_without_a_project_and_one_open_to_others_are_refused(
 
 
 def test_the_certificates_are_for_these_hosts_and_nothing_else(project: Project) -> None:
-    authority = certificates.read(project.folder / "ca.crt")
-    server = certificates.read(project.folder / "server.crt")
+    authority = keys.read_certificate(project.folder / "ca.crt")
+    server = keys.read_certificate(project.folder / "server.crt")
     extensions = server.extensions
     names = extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     assert set(names.get_values_for_type(x509.DNSName)) == {"study.example.org", "localhost"}

@@ -163,8 +163,8 @@ def test_a_project_from_init_to_the_first_admitted_site(tmp_path: Path, said: Co
     folder = tmp_path / "a project"
     code, out = said(folder, "init", folder, "--host", "localhost:8443", "--host", "127.0.0.1:8443")
     assert code == 0, out
-    authority = certificates.read(folder / "ca.crt")
-    assert certificates.fingerprint(authority) in out
+    authority = keys.read_certificate(folder / "ca.crt")
+    assert keys.fingerprint(authority) in out
     assert str(folder / "ca.crt") in out
     assert yaml.safe_load((folder / "coordinator.yaml").read_text()) == {
         "hosts": ["localhost", "127.0.0.1"],
