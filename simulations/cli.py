@@ -143,13 +143,14 @@ def run(
     """Run a study across virtual hospitals, or go on with one that was interrupted."""
     from common.study import Study
     from simulations import study_runs
+    from simulations.engines import InProcess
 
     if resume is not None:
         if site or evaluate_site or pool or seeds or out or (changes and study is None):
             raise typer.BadParameter("--resume goes on with the run's own study and hospitals")
         with _stoppable(resume, f"consilium-simulate run --resume {resume}"):
             expected = Study.read(study, tuple(changes or ())) if study else None
-            study_runs.resume(resume, expected, compare=compare)
+            study_runs.resume(resume, expected, InProcess(), compare=compare)
         return
     source = _source(site, evaluate_site, pool, partition, sites)
     if study is None:
@@ -165,6 +166,7 @@ def run(
             seeds=_numbers(seeds),
             compare=compare,
             cache=cache,
+            engine=InProcess(),
         )
 
 
@@ -197,6 +199,7 @@ def utility(
     """Show what privacy costs: one study at several ε and without, on the same holdouts."""
     from common.study import Study
     from simulations import utility
+    from simulations.engines import InProcess
 
     read = Study.read(study, tuple(changes or ()))
     folder = out or Path("runs") / f"{study.stem}-utility-{datetime.now():%Y%m%d-%H%M%S}"
@@ -209,6 +212,7 @@ def utility(
             seeds=_numbers(seeds),
             of=of,
             cache=cache,
+            engine=InProcess(),
         )
 
 
@@ -242,13 +246,11 @@ def predict(
     out: Annotated[Path, typer.Option(help="The CSV file to write.")] = Path("predictions.csv"),
 ) -> None:
     """Write the released model's class probabilities for every image in a folder."""
-    from common.images import SUFFIXES
+    from common.images import found_in
     from common.inference import load_model
 
     model = load_model(run)
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
-    if not paths:
-        raise DataError(complaint(folder, expected="a folder with images", got="none"))
+    paths = found_in(folder)
     if out.is_dir() or not os.access(out.parent, os.W_OK):
         expected, got = "a file in a folder that can be written", "none"
         remedy = "Choose another place with --out."
@@ -330,7 +332,7 @@ def bench(
     --backbone mobilenet_v3_small --images 128 --rounds 5.
     """
     if engine:
-        from simulations.engine import show
+        from simulations.engine_bench import show
 
         show()
         return

@@ -7,20 +7,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from client.account import MEANING
-from client.app import app as client_app
-from client.session import close_sessions
 from common.errors import StudyError, complaint
-from common.network import assemble
 from common.study import Study
 from common.terminal import console, table
-from server.app import app as server_app
 from server.checkpoint import RunFolder
 from server.report import load_results, save_results, show_results
-from server.strategies import Aggregator
-from server.warm_start import first_tensors
+from server.warm_start import inspect
 from simulations import compare as alone
 from simulations import hospitals, summary
-from simulations.grid import simulate
+from simulations.engines import Engine
 from simulations.hospitals import Census, Hospital
 
 _MOST_SITES_SHOWN = 40
@@ -57,6 +52,7 @@ def start(
     seeds: tuple[int, ...],
     compare: bool,
     cache: Path,
+    engine: Engine,
 ) -> None:
     """Run a study in a new folder; with seeds, once for each in a folder of its own.
 
@@ -65,37 +61,41 @@ def start(
     if compare:
         _comparable(Study.read(study_file, changes))
     if not seeds:
-        _new(Study.read(study_file, changes), source, folder, cache, compare=compare)
+        _new(Study.read(study_file, changes), source, folder, cache, engine, compare=compare)
         return
     for seed in seeds:
         console.print(f"\nseed {seed}", style="bold")
         seeded = Study.read(study_file, (*changes, f"seed={seed}"))
-        one(seeded, source, folder / f"seed-{seed}", cache, compare=compare)
+        one(seeded, source, folder / f"seed-{seed}", cache, engine, compare=compare)
     summary.over_seeds(folder, seeds)
 
 
-def one(study: Study, source: Source, run: Path, cache: Path, *, compare: bool = False) -> None:
+def one(
+    study: Study, source: Source, run: Path, cache: Path, engine: Engine, *, compare: bool = False
+) -> None:
     """One run of a series, or what is left of it where it was begun."""
     if (run / "study.yaml").exists():
-        resume(run, study, compare=compare)
+        resume(run, study, engine, compare=compare)
     else:
-        _new(study, source, run, cache, compare=compare)
-    close_sessions()  # the next has sessions of its own
+        _new(study, source, run, cache, engine, compare=compare)
+    engine.forget()
 
 
-def _new(study: Study, source: Source, folder: Path, cache: Path, *, compare: bool) -> None:
+def _new(
+    study: Study, source: Source, folder: Path, cache: Path, engine: Engine, *, compare: bool
+) -> None:
     able = _inspect(study, source)
     if folder.is_dir() and {path.name for path in folder.iterdir()} == {"sites"}:
         shutil.rmtree(folder)  # a run that was killed before it began
     run = RunFolder.claim(folder)
     try:
         site_files = hospitals.settle(able, study, folder, cache)
-        hospitals.prepare(site_files, study)
+        engine.prepare(site_files, study)
         run.begin(study)
     except BaseException:
         shutil.rmtree(folder)  # nothing half-written; prepared images stay in the cache
         raise
-    simulate(server_app, client_app, site_files, run.path)
+    engine.run(site_files, run.path)
     _conclude(run, site_files, compare=compare)
 
 
@@ -106,12 +106,13 @@ def _comparable(study: Study) -> None:
         raise StudyError(complaint("--compare", expected=expected, got=got, remedy=remedy))
 
 
-def resume(folder: Path, study: Study | None, *, compare: bool) -> None:
+def resume(folder: Path, study: Study | None, engine: Engine, *, compare: bool) -> None:
     """Go on with an interrupted run; a finished one only shows its results again.
 
     Args:
       folder: Of the run.
       study: That it should be of, if anything was said about it.
+      engine: Where the hospitals compute.
       compare: Whether to train locally and pooled as well.
     """
     run = RunFolder.resume(folder, study)
@@ -119,7 +120,7 @@ def resume(folder: Path, study: Study | None, *, compare: bool) -> None:
         _comparable(run.study)
     site_files = hospitals.settled(folder)
     if not (folder / "report.json").exists():
-        simulate(server_app, client_app, site_files, folder)
+        engine.run(site_files, folder)
     _conclude(run, site_files, compare=compare)
 
 
@@ -127,22 +128,15 @@ def check(study_file: Path, source: Source, changes: tuple[str, ...]) -> None:
     """Everything that can be known without decoding an image."""
     study = Study.read(study_file, changes)
     if source == Source():
-        _inspect_study(study)
+        inspect(study)
     else:
         _inspect(study, source)
     console.print(f"{study_file}: a valid study", style="green")
 
 
-def _inspect_study(study: Study) -> None:
-    """Raise now what would otherwise stop the server later."""
-    network = assemble(study, study.model.weights)
-    Aggregator(study, network.trainable)
-    first_tensors(study, network)
-
-
 def _inspect(study: Study, source: Source) -> list[Hospital]:
     """The hospitals that can take part, after everything is checked that needs no image decoded."""
-    _inspect_study(study)
+    inspect(study)
     found = source.hospitals(study)
     with TemporaryDirectory() as scratch:
         site_files = hospitals.settle(found, study, Path(scratch), Path(scratch))

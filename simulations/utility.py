@@ -18,6 +18,7 @@ from common.terminal import console, table
 from server import figures
 from server.report import FEDERATED, Results, load_results, overall
 from simulations import hospitals, study_runs
+from simulations.engines import Engine
 from simulations.study_runs import Source
 
 Figure = Callable[[Counts], float | None]
@@ -32,6 +33,7 @@ def show(
     seeds: Sequence[int],
     of: str | None,
     cache: Path,
+    engine: Engine,
 ) -> None:
     """Run the study at each ε, on each seed; print and draw what the released models are worth.
 
@@ -45,6 +47,7 @@ def show(
       seeds: Each draws another holdout.
       of: A class whose own AUROC is wanted as well.
       cache: Of prepared images.
+      engine: Where the hospitals compute.
 
     Raises:
       StudyError: the study is not private, or has no such class.
@@ -59,7 +62,7 @@ def show(
             run = folder / _name(epsilon) / f"seed-{seed}"
             console.print(f"\n{_label(epsilon)}, seed {seed}", style="bold")
             changed = study.model_copy(update={"privacy": privacy, "seed": seed})
-            study_runs.one(changed, source, run, cache)
+            study_runs.one(changed, source, run, cache, engine)
             runs.setdefault(epsilon, []).append(run)
     console.print()
     _report(study, runs, wanted, folder)

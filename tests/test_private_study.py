@@ -30,6 +30,7 @@ from server.app import app as server_app
 from server.checkpoint import RunFolder
 from server.report import load_results
 from simulations import hospitals, study_runs
+from simulations.engines import InProcess
 from simulations.grid import InProcessGrid, simulate
 
 NAMES = ("east", "north", "south", "west")
@@ -372,6 +373,7 @@ def test_a_private_study_begins_with_no_model_that_was_trained_openly(phantoms, 
             seeds=(),
             compare=compare,
             cache=tmp_path / "cache",
+            engine=InProcess(),
         )
 
     run(openly, "open")

@@ -8,6 +8,7 @@ from common.errors import StudyError
 from common.study import Study
 from common.terminal import console
 from simulations import private_bench, utility
+from simulations.engines import InProcess
 from simulations.study_runs import Source
 
 CONTENT = {
@@ -34,6 +35,7 @@ def show(phantoms, folder, study=CONTENT, of="nodule"):
         seeds=(0, 1),
         of=of,
         cache=folder.parent / "cache",
+        engine=InProcess(),
     )
 
 
