@@ -1,19 +1,33 @@
 """Strategies by name. Adding one is one entry in `REGISTRY`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from typing import cast
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, FedProx
+from flwr.serverapp.strategy import (
+    FedAdagrad,
+    FedAdam,
+    FedAvg,
+    FedAvgM,
+    FedMedian,
+    FedProx,
+    FedTrimmedAvg,
+    FedYogi,
+    Krum,
+    MultiKrum,
+)
 
 from common import wire
 from common.errors import did_you_mean
 from common.flower import SUPERLINK_NODE_ID
 from common.study import Study
 from common.wire import Tensors
+
+Options = Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -24,14 +38,41 @@ class Option:
     least: float = 0.0
     most: float = 1e6
 
+    @property
+    def whole(self) -> bool:
+        """Whether it counts something."""
+        return isinstance(self.default, int)
+
 
 @dataclass(frozen=True)
 class Entry:
-    """A Flower strategy: its class, its options, and the attributes it carries along."""
+    """A Flower strategy: its class and its options.
+
+    Attributes:
+      make: The class.
+      options: Its own parameters, by name.
+      state: Attributes it carries from round to round.
+      replies: Fewest replies with which it does what it promises, given its options.
+      differences: Whether it compares replies with each other. It then gets what changed since the
+        round began: in float32, models that hardly differ are told apart by that alone.
+    """
 
     make: type[FedAvg]
     options: Mapping[str, Option] = field(default_factory=dict)
     state: tuple[str, ...] = ()
+    replies: Callable[[Options], int] = lambda options: 1
+    differences: bool = False
+
+
+_STEP = {"eta": Option(0.01), "tau": Option(1e-3, least=1e-9)}
+_MOMENTS = {"beta_1": Option(0.9, most=0.9999), "beta_2": Option(0.99, most=0.9999)}
+_LIARS = {"num_malicious_nodes": Option(1, least=1, most=10_000)}
+
+
+def _for_krum(options: Options) -> int:
+    # n >= 2f + 3 (Blanchard et al. 2017); and it selects no more than it compares with, n - f - 2.
+    liars, selected = options["num_malicious_nodes"], options.get("num_nodes_to_select", 1)
+    return int(max(2 * liars + 3, selected + liars + 2))
 
 
 REGISTRY: dict[str, Entry] = {
@@ -42,15 +83,24 @@ REGISTRY: dict[str, Entry] = {
         {"server_learning_rate": Option(1.0), "server_momentum": Option(0.9, most=0.9999)},
         state=("momentum_vector",),
     ),
-    "fedadam": Entry(
-        FedAdam,
-        {
-            "eta": Option(0.01),
-            "beta_1": Option(0.9, most=0.9999),
-            "beta_2": Option(0.99, most=0.9999),
-            "tau": Option(1e-3, least=1e-9),
-        },
-        state=("m_t", "v_t"),
+    "fedadam": Entry(FedAdam, {**_STEP, **_MOMENTS}, state=("m_t", "v_t")),
+    "fedyogi": Entry(FedYogi, {**_STEP, **_MOMENTS}, state=("m_t", "v_t")),
+    "fedadagrad": Entry(FedAdagrad, {**_STEP, "eta": Option(0.1)}, state=("v_t",)),
+    # Of two replies the median is the mean.
+    "fedmedian": Entry(FedMedian, replies=lambda options: 3, differences=True),
+    # With fewer it trims none.
+    "fedtrimmedavg": Entry(
+        FedTrimmedAvg,
+        {"beta": Option(0.2, least=0.001, most=0.499)},
+        replies=lambda options: next(n for n in count(1) if int(options["beta"] * n)),
+        differences=True,
+    ),
+    "krum": Entry(Krum, _LIARS, replies=_for_krum, differences=True),
+    "multikrum": Entry(
+        MultiKrum,
+        {**_LIARS, "num_nodes_to_select": Option(2, least=1, most=10_000)},
+        replies=_for_krum,
+        differences=True,
     ),
 }
 
@@ -69,16 +119,17 @@ class Aggregator:
     """A Flower strategy as the round loop uses it: who to send what, and what the replies become.
 
     Raises:
-      StudyError: a strategy or option that is not in the registry.
+      StudyError: a strategy or option that is not in the registry, or a quorum too small for it.
     """
 
     def __init__(self, study: Study, names: tuple[str, ...]) -> None:
         self._names = names
-        self._entry = _entry(study)
-        defaults = {name: option.default for name, option in self._entry.options.items()}
-        options = {**defaults, **study.aggregate.options}
+        self._entry = entry = _entry(study)
+        options = _options(study, entry)
+        _enough(study, entry, options)
+        self._sent: Tensors = {}
         # One reply is enough for Flower: the quorum is the round loop's own.
-        self._strategy = self._entry.make(
+        self._strategy = entry.make(
             fraction_train=1.0,
             fraction_evaluate=1.0,
             min_train_nodes=1,
@@ -95,19 +146,35 @@ class Aggregator:
     ) -> list[Message]:
         """One message for each of `nodes`."""
         # FedAvgM tells arrays apart by their position alone.
-        arrays = wire.to_arrays({name: tensors[name] for name in self._names})
+        self._sent = {name: tensors[name] for name in self._names}
+        arrays = wire.to_arrays(self._sent)
         cohort = cast(Grid, _Cohort(nodes))
         return list(self._strategy.configure_train(round_number, arrays, config, cohort))
 
     def merge(self, round_number: int, updates: Sequence[tuple[ArrayRecord, float]]) -> Tensors:
-        """The next tensors, float32, from checked replies: each site's tensors and weight."""
-        records = [wire.strategy_record(arrays, weight) for arrays, weight in updates]
+        """The next tensors, float32, from checked replies to the last `requests`.
+
+        Args:
+          round_number: From 1.
+          updates: Each site's tensors and weight; some strategies take no weights.
+        """
+        records = [wire.strategy_record(self._seen(arrays), weight) for arrays, weight in updates]
         # Strategies read a reply's content alone, so the address does not matter.
         messages = [Message(record, SUPERLINK_NODE_ID, MessageType.TRAIN) for record in records]
         arrays, _ = self._strategy.aggregate_train(round_number, messages)
         if arrays is None:
             raise ValueError("expected at least one update")
-        return {name: torch.from_numpy(arrays[name].numpy()).float() for name in self._names}
+        merged = {name: torch.from_numpy(arrays[name].numpy()).float() for name in self._names}
+        if self._entry.differences:
+            return {name: self._sent[name] + change for name, change in merged.items()}
+        return merged
+
+    def _seen(self, arrays: ArrayRecord) -> ArrayRecord:
+        """A reply's tensors as the strategy looks at them."""
+        if not self._entry.differences:
+            return arrays
+        tensors = {name: torch.from_numpy(arrays[name].numpy()) for name in self._names}
+        return wire.to_arrays({name: tensors[name] - self._sent[name] for name in self._names})
 
     def state(self) -> Tensors:
         """What the strategy carries from round to round."""
@@ -137,12 +204,28 @@ def _entry(study: Study) -> Entry:
         known = ", ".join(REGISTRY)
         remedy = did_you_mean(name, REGISTRY)
         raise study.error("aggregate.strategy", expected=known, got=repr(name), remedy=remedy)
-    entry = REGISTRY[name]
-    for key, number in study.aggregate.options.items():
+    return REGISTRY[name]
+
+
+def _options(study: Study, entry: Entry) -> Options:
+    given, name = study.aggregate.options, study.aggregate.strategy
+    for key, number in given.items():
         where, option = f"aggregate.options.{key}", entry.options.get(key)
         if option is None:
             expected = f"an option of {name} ({', '.join(entry.options) or 'it has none'})"
             raise study.error(where, expected=expected, got=repr(key))
-        if not option.least <= number <= option.most:
-            raise study.error(where, expected=f"{option.least:g} to {option.most:g}", got=number)
-    return entry
+        if not option.least <= number <= option.most or (option.whole and number % 1):
+            kind = "a whole number, " if option.whole else ""
+            expected = f"{kind}{option.least:g} to {option.most:g}"
+            raise study.error(where, expected=expected, got=number)
+    chosen = {key: given.get(key, option.default) for key, option in entry.options.items()}
+    return {key: int(n) if entry.options[key].whole else n for key, n in chosen.items()}
+
+
+def _enough(study: Study, entry: Entry, options: Options) -> None:
+    least, quorum = entry.replies(options), study.aggregate.quorum
+    if quorum < least:
+        told = ", ".join(f"{key}: {number:g}" for key, number in options.items())
+        what = study.aggregate.strategy + (f" with {told}" if told else "")
+        expected = f"at least {least}, the fewest replies {what} works with"
+        raise study.error("aggregate.quorum", expected=expected, got=quorum)

@@ -298,22 +298,29 @@ class Interrupted(BaseException):
 def test_three_and_three_resumed_rounds_are_six(
     strategy: str, tmp_path: Path, phantoms: Path
 ) -> None:
-    study = make_study("train.rounds=6", f"aggregate.strategy={strategy}")
+    study = make_study("train.rounds=6", f"aggregate.strategy={strategy}", "aggregate.quorum=5")
+
+    def begin(folder: Path) -> list[Path]:
+        RunFolder.claim(folder).begin(study)
+        five = hospitals.from_pool(phantoms / "north", study, spec="iid", sites=5)
+        return hospitals.settle(five, study, folder, phantoms / "cache")
 
     def stops(message: Message, context: Context) -> Message:
         if message.metadata.message_type == "train":
             number = message.content.config_records["config"]["server-round"]
-            if number == 4 and site_of(context) == "south":
+            if number == 4 and site_of(context) == "site-4":
                 raise Interrupted
         return client_app(message, context)
 
+    cut, whole = tmp_path / "cut", tmp_path / "whole"
     with pytest.raises(Interrupted):
-        run(study, tmp_path / "cut", phantoms, stops)
-    last = RunFolder(tmp_path / "cut").last()
+        simulate(server_app, stops, begin(cut), cut)  # type: ignore[arg-type]
+    last = RunFolder(cut).last()
     assert last is not None
     assert last.round == 3
-    simulate(server_app, client_app, hospitals.settled(tmp_path / "cut"), tmp_path / "cut")
-    assert_same_end(RunFolder(tmp_path / "cut"), run(study, tmp_path / "whole", phantoms))
+    simulate(server_app, client_app, hospitals.settled(cut), cut)
+    simulate(server_app, client_app, begin(whole), whole)
+    assert_same_end(RunFolder(cut), RunFolder(whole))
 
 
 def test_a_killed_process_resumes_to_the_same_end(tmp_path: Path, phantoms: Path) -> None:

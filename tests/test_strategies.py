@@ -1,4 +1,4 @@
-"""Every registered strategy keeps three promises, whatever its name."""
+"""Every registered strategy keeps its promises, whatever its name."""
 
 import pytest
 import torch
@@ -12,6 +12,8 @@ from common.wire import Tensors
 from server.strategies import REGISTRY, Aggregator
 
 NAMES = ("head.weight", "head.bias")
+ROBUST = ("fedmedian", "fedtrimmedavg", "krum", "multikrum")
+SITES = 7
 
 
 @pytest.fixture(autouse=True)
@@ -19,13 +21,13 @@ def _identity() -> None:
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, SUPERLINK_NODE_ID
 
 
-def make_study(strategy: str, **options: float) -> Study:
+def make_study(strategy: str, quorum: int = SITES, **options: float) -> Study:
     content = {
         "name": "s",
         "classes": ["a", "b"],
         "model": {"backbone": "resnet18"},
         "train": {"rounds": 6},
-        "aggregate": {"strategy": strategy, "options": options},
+        "aggregate": {"strategy": strategy, "options": options, "quorum": quorum},
     }
     return Study.parse(content, "study.yaml", StudyError)
 
@@ -47,8 +49,8 @@ def step(
     return aggregator.merge(number, sent)
 
 
-def close(one: Tensors, other: Tensors) -> bool:
-    return all(torch.allclose(one[name], other[name], atol=1e-6) for name in NAMES)
+def close(one: Tensors, other: Tensors, atol: float = 1e-6) -> bool:
+    return all(torch.allclose(one[name], other[name], atol=atol) for name in NAMES)
 
 
 @pytest.mark.parametrize("strategy", REGISTRY)
@@ -56,14 +58,15 @@ def test_equal_replies_are_a_fixed_point(strategy: str) -> None:
     aggregator = Aggregator(make_study(strategy), NAMES)
     start = now = tensors(0)
     for number in range(1, 5):
-        now = step(aggregator, number, now, [(now, 10.0), (now, 1.0), (now, 5.0)])
-        assert close(now, start)
+        now = step(aggregator, number, now, [(now, float(i)) for i in range(1, SITES + 1)])
+        # A mean is off by a rounding, which adaptive strategies stretch by eta / tau, 100 at most.
+        assert close(now, start, atol=1e-4)
         assert all(tensor.dtype == torch.float32 for tensor in now.values())
 
 
 @pytest.mark.parametrize("strategy", REGISTRY)
 def test_the_order_of_replies_does_not_matter(strategy: str) -> None:
-    updates = [(tensors(i), float(i)) for i in (1, 2, 3)]
+    updates = [(tensors(i), float(i)) for i in range(1, SITES + 1)]
     one, other = (Aggregator(make_study(strategy), NAMES) for _ in range(2))
     a, b = tensors(0), tensors(0)
     for number in range(1, 4):
@@ -75,7 +78,7 @@ def test_the_order_of_replies_does_not_matter(strategy: str) -> None:
 @pytest.mark.parametrize("strategy", REGISTRY)
 def test_three_rounds_and_three_resumed_are_six(strategy: str) -> None:
     def updates(number: int) -> list[tuple[Tensors, float]]:
-        return [(tensors(10 * number + i), float(i)) for i in (1, 2, 3)]
+        return [(tensors(10 * number + i), float(i)) for i in range(1, SITES + 1)]
 
     whole = Aggregator(make_study(strategy), NAMES)
     a = tensors(0)
@@ -92,7 +95,7 @@ def test_three_rounds_and_three_resumed_are_six(strategy: str) -> None:
     assert all(torch.equal(a[name], b[name]) for name in NAMES)
 
 
-@pytest.mark.parametrize("strategy", ["fedavgm", "fedadam"])
+@pytest.mark.parametrize("strategy", [name for name, entry in REGISTRY.items() if entry.state])
 def test_without_its_state_a_strategy_ends_elsewhere(strategy: str) -> None:
     """So the test above would notice a state that is not saved."""
     updates = [(tensors(i), 1.0) for i in (1, 2)]
@@ -116,6 +119,83 @@ def test_fedprox_asks_the_sites_for_its_term() -> None:
     aggregator = Aggregator(make_study("fedprox", proximal_mu=0.3), NAMES)
     (message,) = aggregator.requests(1, tensors(0), ConfigRecord({"study": "s"}), [1])
     assert message.content.config_records["config"]["proximal-mu"] == 0.3
+
+
+def near(start: Tensors, seed: int, step: float) -> Tensors:
+    return {name: start[name] + step * tensors(seed)[name] for name in NAMES}
+
+
+@pytest.mark.parametrize("strategy", REGISTRY)
+def test_two_of_seven_that_lie_move_the_robust_ones_no_further_than_honest_sites_do(
+    strategy: str,
+) -> None:
+    options = {"num_malicious_nodes": 2.0} if "krum" in strategy else {}
+    options |= {"beta": 0.3} if strategy == "fedtrimmedavg" else {}
+    start = tensors(0)
+    honest = [(near(start, seed, 1e-2), 10.0) for seed in range(1, 6)]
+    lies = [(near(start, 1, -100.0), 10.0), ({n: start[n] + 1000 for n in NAMES}, 10.0)]
+    merged = step(Aggregator(make_study(strategy, **options), NAMES), 1, start, honest + lies)
+    within = all(
+        (merged[name] <= torch.stack([u[name] for u, _ in honest]).amax(0) + 1e-6).all()
+        and (merged[name] >= torch.stack([u[name] for u, _ in honest]).amin(0) - 1e-6).all()
+        for name in NAMES
+    )
+    assert within == (strategy in ROBUST)
+
+
+def test_krum_takes_the_reply_in_the_midst_of_the_others_however_little_they_differ() -> None:
+    """A thousandth of a weight of 1000 is lost in the squares of float32, unless told apart."""
+    start = {name: tensors(0)[name] * 1000 for name in NAMES}
+    aside = [1.0, -1.0, 0.3, -0.3, 0.02]
+    updates = [(near(start, 7, 2e-3 * far), 1.0) for far in aside]
+    aggregator = Aggregator(make_study("krum", quorum=5), NAMES)
+    merged = step(aggregator, 1, start, updates)
+    assert all(torch.allclose(merged[n], updates[4][0][n], rtol=0, atol=2e-4) for n in NAMES)
+
+
+def test_multikrum_averages_those_it_selects_by_weight() -> None:
+    start = tensors(0)
+    updates = [(near(start, 7, far), weight) for far, weight in ((0.0, 3.0), (0.01, 1.0))]
+    updates += [(near(start, 7, far), 1.0) for far in (-0.5, 0.6, 0.7)]
+    merged = step(Aggregator(make_study("multikrum", quorum=5), NAMES), 1, start, updates)
+    assert close(merged, near(start, 7, 0.0025))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "options", "least"),
+    [
+        ("fedmedian", {}, 3),
+        ("fedtrimmedavg", {}, 5),
+        ("fedtrimmedavg", {"beta": 0.34}, 3),
+        ("krum", {}, 5),
+        ("krum", {"num_malicious_nodes": 2.0}, 7),
+        ("multikrum", {}, 5),
+        ("multikrum", {"num_malicious_nodes": 2.0, "num_nodes_to_select": 4.0}, 8),
+    ],
+)
+def test_a_quorum_too_small_for_a_strategy_is_refused(
+    strategy: str, options: dict[str, float], least: int
+) -> None:
+    Aggregator(make_study(strategy, quorum=least, **options), NAMES)
+    with pytest.raises(StudyError, match=rf"aggregate\.quorum: expected at least {least}, .*got"):
+        Aggregator(make_study(strategy, quorum=least - 1, **options), NAMES)
+
+
+@pytest.mark.parametrize("beta", [0.2, 0.1, 1 / 49, 0.07, 0.001])
+def test_at_its_smallest_quorum_the_trimmed_mean_trims(beta: float) -> None:
+    least = REGISTRY["fedtrimmedavg"].replies({"beta": beta})
+    for sites, trims in ((least, True), (least - 1, False)):
+        if sites > 1:
+            zero = {name: torch.zeros_like(tensors(0)[name]) for name in NAMES}
+            updates = [(zero, 1.0)] * (sites - 1) + [({n: zero[n] + 1 for n in NAMES}, 1.0)]
+            study = make_study("fedtrimmedavg", quorum=least, beta=beta)
+            merged = step(Aggregator(study, NAMES), 1, zero, updates)
+            assert close(merged, zero) == trims or sites > 1000
+
+
+def test_half_a_liar_is_refused() -> None:
+    with pytest.raises(StudyError, match=r"num_malicious_nodes: expected a whole number, 1 to"):
+        Aggregator(make_study("krum", num_malicious_nodes=1.5), NAMES)
 
 
 def test_unknown_names_are_refused_with_the_nearest() -> None:
