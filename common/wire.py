@@ -34,7 +34,7 @@ _LACKS, _SIZE, _OFFSET, _DATA = "lacks", "size", "offset", "data"
 _LARGEST_BACKBONE = 4 * 10**9
 _LONGEST_JSON = 1_000_000
 # No weight of a working network comes near; larger ones would break the sites that receive them.
-_LARGEST = 1e4
+LARGEST = 1e4
 _WORST_LOSS = 1e12
 _MOST_PROXIMAL = 1e6
 
@@ -454,7 +454,7 @@ def _tensor(array: Array, shape: tuple[int, ...]) -> Tensor:
     if not fits or array.stype != "numpy.ndarray":
         raise ContractError("a tensor of another type, shape or size than agreed")
     values = np.frombuffer(data, np.float32, offset=len(header)).reshape(shape)
-    if not (np.abs(values) <= _LARGEST).all():  # nor NaN
+    if not (np.abs(values) <= LARGEST).all():  # nor NaN
         raise ContractError("a tensor with values that are not finite, or beyond all measure")
     return torch.from_numpy(values.copy())
 

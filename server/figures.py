@@ -113,12 +113,12 @@ def comparison(
 
     Args:
       results: way of training ("local", "federated", "pooled", …; at most six) → site (None for
-        overall) → estimate, None where it is undefined.
-      metric: its name in METRICS.
+        overall, if there is one) → estimate, None where it is undefined.
+      metric: its name in METRICS, or in words.
       path: the PNG to write.
     """
-    sites = dict.fromkeys(site for by_site in results.values() for site in by_site if site)
-    rows: list[str | None] = [None, *sites]
+    found = dict.fromkeys(site for by_site in results.values() for site in by_site)
+    rows = sorted(found, key=lambda site: site is not None)
 
     def draw(figure: Figure) -> None:
         figure.set_size_inches(7, 1.4 + (0.12 + 0.16 * len(results)) * len(rows))
@@ -126,9 +126,10 @@ def comparison(
         for index, (setting, by_site) in enumerate(results.items()):
             shift = (index - (len(results) - 1) / 2) * 0.7 / len(results)
             _dots(axes, rows, by_site, shift, setting, COLOURS[index], MARKERS[index])
-        axes.axhspan(-0.5, 0.5, color=PALEST, zorder=0, lw=0)
         axes.set_yticks(range(len(rows)), [site or "overall" for site in rows])
-        axes.get_yticklabels()[0].set_fontweight("bold")
+        if None in found:
+            axes.axhspan(-0.5, 0.5, color=PALEST, zorder=0, lw=0)
+            axes.get_yticklabels()[0].set_fontweight("bold")
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.tick_params(axis="y", length=0)
         axes.set_xlabel(f"{_label(metric)} (with 95 % interval)")

@@ -217,6 +217,64 @@ def utility(
 
 
 @app.command(
+    epilog="Example: consilium-simulate poison configs/poisoned.yaml --pool runs/many/north "
+    "--partition dirichlet:5 --sites 9 --mislabels site-1 --scales site-2"
+)
+def poison(
+    study: StudyFile,
+    site: Sites = None,
+    evaluate_site: Evaluators = None,
+    pool: Pool = None,
+    partition: PartitionSpec = "iid",
+    sites: Count = 4,
+    changes: Changes = None,
+    mislabels: Annotated[
+        list[str] | None,
+        typer.Option(help="A hospital that takes each class for the next. Repeat."),
+    ] = None,
+    scales: Annotated[
+        list[str] | None,
+        typer.Option(help="A hospital that sends its update times --factor. Repeat."),
+    ] = None,
+    factor: Annotated[float, typer.Option(help="Below 0 the update is reversed.")] = -10.0,
+    strategies: Annotated[
+        str | None, typer.Option(help="To compare, such as fedavg,krum; by default all.")
+    ] = None,
+    seeds: Annotated[str, typer.Option(help="Run once for each.")] = "0,1,2",
+    out: Annotated[
+        Path | None, typer.Option(help="The folder of all runs; the same again goes on.")
+    ] = None,
+    cache: Annotated[
+        Path, typer.Option(help="Prepared images, shared by all runs; delete it at will.")
+    ] = Path("runs/cache"),
+) -> None:
+    """Show which strategies hold when some hospitals lie: one study by each, with and without.
+
+    The robust ones are told how many hospitals lie. What all runs are judged by is the released
+    model on test patients of the hospitals that never lie.
+    """
+    from common.study import Study
+    from server.strategies import REGISTRY
+    from simulations import poison
+    from simulations.liars import Lies
+
+    if not (mislabels or scales):
+        raise typer.BadParameter("name a hospital that lies, with --mislabels or --scales")
+    lies = Lies(frozenset(mislabels or ()), frozenset(scales or ()), factor)
+    folder = out or Path("runs") / f"{study.stem}-{datetime.now():%Y%m%d-%H%M%S}"
+    with _stoppable(folder, f"the same command with --out {folder}"):
+        poison.show(
+            Study.read(study, tuple(changes or ())),
+            _source(site, evaluate_site, pool, partition, sites),
+            folder,
+            lies=lies,
+            strategies=strategies.split(",") if strategies else tuple(REGISTRY),
+            seeds=_numbers(seeds),
+            cache=cache,
+        )
+
+
+@app.command(
     name="feature-mean",
     epilog="Example: consilium-simulate feature-mean configs/skin_private.yaml PUBLIC --out "
     "configs/mean.json",

@@ -7,12 +7,12 @@ from pathlib import Path
 from uuid import uuid4
 
 from flwr.app import Context, Message, RecordDict
-from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from common.errors import ConsiliumError
 from common.flower import (
     SUPERLINK_NODE_ID,
+    ClientAppCallable,
     Run,
     TaskIdentity,
     error_reply,
@@ -33,7 +33,7 @@ class InProcessGrid(Grid):
     would not pass there.
     """
 
-    def __init__(self, app: ClientApp, site_files: Sequence[Path]) -> None:
+    def __init__(self, app: ClientAppCallable, site_files: Sequence[Path]) -> None:
         TaskIdentity.task_id, TaskIdentity.run_id = 1, _RUN_ID
         TaskIdentity.node_id = SUPERLINK_NODE_ID
         self._app = app
@@ -104,7 +104,7 @@ def _wired(message: Message) -> Message:
 
 
 def simulate(
-    server_app: ServerApp, client_app: ClientApp, site_files: Sequence[Path], run: Path
+    server_app: ServerApp, client_app: ClientAppCallable, site_files: Sequence[Path], run: Path
 ) -> None:
     """Run the real ServerApp on the run folder `run` against virtual sites in this process."""
     grid = InProcessGrid(client_app, site_files)

@@ -1,0 +1,84 @@
+"""Hospitals that lie, to see which strategies hold."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from flwr.app import Context, Message
+
+from client.app import app as client_app
+from client.app import site_file
+from client.session import Session, open_session
+from client.site import Site
+from common import wire
+from common.study import Study
+from server.app import app as server_app
+from server.checkpoint import RunFolder
+from simulations.engines import InProcess
+from simulations.grid import simulate
+
+
+@dataclass(frozen=True)
+class Lies:
+    """Who lies, by name, and how.
+
+    Attributes:
+      mislabels: Hospitals that take each class for the next, wherever they train or validate.
+      scales: Hospitals that send `factor` times the change that training made.
+      factor: Below 0 the change is reversed.
+    """
+
+    mislabels: frozenset[str] = frozenset()
+    scales: frozenset[str] = frozenset()
+    factor: float = -10.0
+
+    @property
+    def liars(self) -> frozenset[str]:
+        """All of them."""
+        return self.mislabels | self.scales
+
+
+class Poisoned(InProcess):
+    """All in this process, with the real ClientApp; but some hospitals lie."""
+
+    def __init__(self, lies: Lies) -> None:
+        self._lies = lies
+
+    def run(self, site_files: Sequence[Path], folder: Path) -> None:
+        """From the last finished round on."""
+        study = RunFolder(folder).study
+        names = {path: Site.read(path).name for path in site_files}
+        self.forget()  # none is mislabelled twice
+        for path in site_files:
+            if names[path] in self._lies.mislabels:
+                _mislabel(open_session(path, study.id), study)
+
+        def app(message: Message, context: Context) -> Message:
+            reply = client_app(message, context)
+            trained = message.metadata.message_type == "train" and not reply.has_error()
+            if trained and names[site_file(context)] in self._lies.scales:
+                _scale(message, reply, self._lies.factor)
+            return reply
+
+        simulate(server_app, app, site_files, folder)
+
+
+def _mislabel(session: Session, study: Study) -> None:
+    for part in ("train", "validation"):
+        labels = session.examples[part].labels
+        labels.copy_((labels + 1) % len(study.classes))
+
+
+def _scale(request: Message, reply: Message, factor: float) -> None:
+    """Multiply what training changed, as far as the server would still take it."""
+    (sent,) = request.content.array_records.values()
+    (trained,) = reply.content.array_records.values()
+    before, after = (
+        {name: torch.from_numpy(array.numpy()) for name, array in arrays.items()}
+        for arrays in (sent, trained)
+    )
+    for name, tensor in after.items():
+        told = before[name] + factor * (tensor - before[name])
+        after[name] = told.clamp(-wire.LARGEST, wire.LARGEST)
+    trained.update(wire.to_arrays(after))

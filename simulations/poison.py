@@ -1,0 +1,140 @@
+"""Which strategies hold when some hospitals lie: each of them, with and without the lies."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+
+from common import files
+from common.errors import StudyError, complaint, did_you_mean
+from common.evidence import Estimate, difference, t_interval
+from common.metrics import METRICS, value
+from common.study import Study
+from common.terminal import console, table
+from server import figures
+from server.report import FEDERATED, load_results, union
+from server.strategies import REGISTRY
+from server.warm_start import inspect
+from simulations import study_runs
+from simulations.liars import Lies, Poisoned
+from simulations.study_runs import Source
+
+HONEST = "no lies"
+
+Found = dict[str, dict[str, list[float | None]]]
+"""Strategy → lies → the study's metric for each seed."""
+
+
+def show(
+    study: Study,
+    source: Source,
+    folder: Path,
+    *,
+    lies: Lies,
+    strategies: Sequence[str],
+    seeds: Sequence[int],
+    cache: Path,
+) -> None:
+    """Run the study by each strategy, with each lie; print and draw what the models are worth.
+
+    They are tested on the test patients of the hospitals that never lie, the same in all runs of a
+    seed. Runs that are there already are only read, so that an interrupted series goes on.
+
+    Args:
+      study: Its strategy is replaced by each of those, in turn.
+      source: Of the hospitals.
+      folder: One folder in it for each strategy, one in that for each lie, one in that a seed.
+      lies: Who lies, and how.
+      strategies: By name.
+      seeds: Each draws another holdout, and other hospitals where a pool is cut.
+      cache: Of prepared images.
+
+    Raises:
+      StudyError: no such strategy or hospital, or too small a quorum.
+    """
+    studies = {name: _by(study, name, len(lies.liars)) for name in strategies}
+    _check(source, study, lies)
+    for changed in studies.values():
+        inspect(changed)
+    ways = _ways(lies)
+    found: Found = {}
+    for name, changed in studies.items():
+        for way, told in ways.items():
+            for seed in seeds:
+                console.print(f"\n{name}, {way}, seed {seed}", style="bold")
+                run = folder / name / way.replace(" ", "-") / f"seed-{seed}"
+                seeded = changed.model_copy(update={"seed": seed})
+                study_runs.one(seeded, source, run, cache, Poisoned(told))
+                found.setdefault(name, {}).setdefault(way, []).append(_worth(run, study, lies))
+    _report(study, found, folder)
+
+
+def _by(study: Study, strategy: str, liars: int) -> Study:
+    """The study by this strategy, set to withstand so many hospitals that lie."""
+    if strategy not in REGISTRY:
+        expected, remedy = "strategies", did_you_mean(strategy, REGISTRY)
+        got = repr(strategy)
+        raise StudyError(complaint("--strategies", expected=expected, got=got, remedy=remedy))
+    quorum = study.aggregate.quorum
+    settings = {
+        "num_malicious_nodes": liars,
+        "num_nodes_to_select": max(1, quorum - liars - 2),
+        "beta": (liars + 0.5) / quorum,
+    }
+    options = {key: settings[key] for key in REGISTRY[strategy].options if key in settings}
+    aggregate = study.aggregate.model_copy(update={"strategy": strategy, "options": options})
+    return study.model_copy(update={"aggregate": aggregate})
+
+
+def _check(source: Source, study: Study, lies: Lies) -> None:
+    names = [hospital.name for hospital in source.hospitals(study)]
+    for name in sorted(lies.liars):
+        if name not in names:
+            where, expected = "--mislabels, --scales", "hospitals of this study"
+            remedy = did_you_mean(name, names)
+            raise StudyError(complaint(where, expected=expected, got=repr(name), remedy=remedy))
+
+
+def _ways(lies: Lies) -> dict[str, Lies]:
+    """No lies, each kind of lie alone, and all together."""
+    ways = {HONEST: Lies()}
+    if lies.mislabels:
+        ways["wrong labels"] = Lies(mislabels=lies.mislabels)
+    if lies.scales:
+        ways["scaled update"] = Lies(scales=lies.scales, factor=lies.factor)
+    if lies.mislabels and lies.scales:
+        ways["both"] = lies
+    return ways
+
+
+def _worth(run: Path, study: Study, lies: Lies) -> float | None:
+    results, _ = load_results(run, len(study.classes))
+    honest = [c for site, c in results[FEDERATED].items() if site not in lies.liars]
+    return value(union(honest, len(study.classes)), study.select)
+
+
+def _report(study: Study, found: Found, folder: Path) -> None:
+    label = METRICS[study.select].label
+    ways = list(next(iter(found.values())))
+    shown = table("strategy", *ways, left=("strategy",))
+    for name, by_way in found.items():
+        honest = by_way[HONEST]
+        shown.add_row(name, *(_cell(values, honest) for values in by_way.values()))
+    console.print(f"\n{label} on test images of the hospitals that never lie", style="bold")
+    console.print(shown)
+    console.print("in brackets: the difference to no lies, paired by seed, 95 % interval")
+    estimates: dict[str, dict[str | None, Estimate | None]] = {
+        way: {name: t_interval(by_way[way]) for name, by_way in found.items()} for way in ways
+    }
+    files.write(folder / "poison.json", json.dumps({"metric": study.select, "found": found}))
+    figures.comparison(estimates, f"{label} at honest hospitals", folder / "poison.png")
+    console.print(f"\nrun folder: {folder}, with poison.json and poison.png")
+
+
+def _cell(values: list[float | None], honest: list[float | None]) -> str:
+    known = [figure for figure in values if figure is not None]
+    text = f"{mean(known):.3f}" if known else "–"
+    loss = difference(values, honest) if values is not honest else None
+    if loss is None:
+        return text
+    return f"{text} ({loss.value:+.3f}, {loss.low:+.3f} to {loss.high:+.3f})"

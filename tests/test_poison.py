@@ -1,0 +1,125 @@
+"""Hospitals that lie do lie, and the table tells which strategies hold."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from common.errors import StudyError
+from common.network import assemble
+from common.study import Study
+from common.terminal import console
+from server.checkpoint import RunFolder
+from simulations import hospitals, poison
+from simulations.engines import InProcess
+from simulations.liars import Lies, Poisoned
+from simulations.study_runs import Source
+
+ROOT = Path(__file__).parents[1]
+FEW = ("train.rounds=4", "train.local_epochs=1")
+
+
+@pytest.fixture(autouse=True)
+def _own_process(new_process):
+    new_process()
+
+
+def make_study(*changes):
+    return Study.read(ROOT / "configs/poisoned.yaml", (*FEW, *changes))
+
+
+def run(engine, phantoms, folder, *changes, sites=1):
+    study = make_study("train.rounds=1", f"aggregate.quorum={sites}", *changes)
+    RunFolder.claim(folder).begin(study)
+    found = hospitals.from_pool(phantoms / "north", study, spec="iid", sites=sites)
+    files = hospitals.settle(found, study, folder, phantoms / "cache")
+    engine.prepare(files, study)
+    engine.run(files, folder)
+    engine.forget()
+    return RunFolder(folder)
+
+
+def test_a_scaled_update_is_what_training_changed_times_the_factor(phantoms, tmp_path):
+    honest = run(InProcess(), phantoms, tmp_path / "honest").last().tensors
+    scaled = run(Poisoned(Lies(scales=frozenset({"site-1"}))), phantoms, tmp_path / "lies")
+    none = run(Poisoned(Lies()), phantoms, tmp_path / "none").last().tensors
+    start = start_of(make_study("aggregate.quorum=1"))
+    for name, tensor in scaled.last().tensors.items():
+        assert torch.equal(none[name], honest[name])
+        expected = start[name] - 10 * (honest[name] - start[name])
+        torch.testing.assert_close(tensor, expected, rtol=1e-4, atol=1e-6)
+
+
+def start_of(study):
+    return dict(assemble(study, study.model.weights).initial)
+
+
+def test_a_mislabelling_hospital_takes_each_class_for_the_next(phantoms, tmp_path):
+    def told(engine, name):
+        facts = yaml.safe_load((run(engine, phantoms, tmp_path / name).path / "run.yaml").open())
+        return facts["sites"]["site-1"]["images"]
+
+    honest = told(InProcess(), "honest")
+    lies = told(Poisoned(Lies(mislabels=frozenset({"site-1"}))), "lies")
+    for part in ("train", "validation"):
+        assert lies[part] == honest[part][-1:] + honest[part][:-1] != honest[part]
+    assert lies["test"] == honest["test"]
+
+
+def show(phantoms, folder, *changes, strategies=("fedavg", "fedmedian"), scales="site-2"):
+    poison.show(
+        make_study("aggregate.quorum=5", *changes),
+        Source(pool=phantoms / "north", sites=5),
+        folder,
+        lies=Lies(scales=frozenset({scales})),
+        strategies=strategies,
+        seeds=(0,),
+        cache=phantoms / "cache",
+    )
+
+
+def test_the_median_holds_where_the_mean_does_not(phantoms, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(console, "width", 200)
+    show(phantoms, tmp_path / "p")
+    # The last models, as a checkpoint that was chosen may be one from before the lies.
+    assert moved(tmp_path / "p/fedavg") > 1.5 > moved(tmp_path / "p/fedmedian")
+    found = json.loads((tmp_path / "p/poison.json").read_text())["found"]
+    assert {way: len(values) for way, values in found["fedmedian"].items()} == {
+        "no lies": 1,
+        "scaled update": 1,
+    }
+    assert (tmp_path / "p/poison.png").read_bytes().startswith(b"\x89PNG")
+    out = capsys.readouterr().out
+    assert "fedmedian, scaled update, seed 0" in out
+    models = list((tmp_path / "p").rglob("last.safetensors"))
+    before = {path: path.stat().st_mtime_ns for path in models}
+    show(phantoms, tmp_path / "p")
+    assert {path: path.stat().st_mtime_ns for path in models} == before
+    assert len(models) == 4
+
+
+def moved(folder):
+    """How far the last model went from the start with lies, by how far it went without."""
+
+    def distance(run):
+        start, last = start_of(make_study()), RunFolder(run).last().tensors
+        return sum(((last[n] - start[n]) ** 2).sum().item() for n in last) ** 0.5
+
+    return distance(folder / "scaled-update/seed-0") / distance(folder / "no-lies/seed-0")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [
+        ({"strategies": ("fedavg", "crum")}, "--strategies: .*Did you mean 'krum'"),
+        ({"scales": "site-9"}, "--mislabels, --scales: expected hospitals of this study, .*site-5"),
+        ({"strategies": ("fedavg", "multikrum"), "changes": ("aggregate.quorum=4",)}, "at least 5"),
+    ],
+)
+def test_a_mistake_is_told_before_the_first_run(phantoms, tmp_path, wrong, text):
+    changes = wrong.pop("changes", ())
+    with pytest.raises(StudyError, match=text):
+        show(phantoms, tmp_path / "p", *changes, **wrong)
+    assert not (tmp_path / "p").exists()
