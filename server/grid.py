@@ -6,8 +6,8 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
@@ -39,11 +39,14 @@ _PULSE = 10.0
 """Seconds between signs of life; after a minute without any, the run counts as ended."""
 
 
-class _Arriving(NamedTuple):
-    """A reply, and those of its parts that are there."""
+@dataclass
+class _Arriving:
+    """A reply, those of its parts that are there, and the names of the others once known."""
 
     letter: Message
-    parts: dict[str, bytes]
+    parts: dict[str, bytes] = field(default_factory=dict)
+    wanted: list[str] | None = None
+    size: int = 0
 
 
 class LinkGrid(Grid):
@@ -121,7 +124,7 @@ class LinkGrid(Grid):
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         """Those of the replies to these messages that have arrived whole."""
         for letter in self._state.get_message_res(set(message_ids), self._run_id):
-            self._arriving[letter.metadata.reply_to_message_id] = _Arriving(letter, {})
+            self._arriving[letter.metadata.reply_to_message_id] = _Arriving(letter)
         whole = {asked: self._open(reply) for asked, reply in self._arriving.items()}
         replies = {asked: reply for asked, reply in whole.items() if reply is not None}
         self._withdraw(replies)
@@ -129,20 +132,22 @@ class LinkGrid(Grid):
 
     def _open(self, reply: _Arriving) -> Message | None:
         """The whole reply; None while parts of it are still on their way."""
-        letter, parts = reply
+        letter, store = reply.letter, self._state.object_store
         if letter.has_error():
             return letter
-        store, identity = self._state.object_store, letter.metadata.message_id
+        identity = letter.metadata.message_id
         try:
-            names = names_in(store.get_object_tree(identity))
-            for name in names:
-                part = parts.get(name) or self._state.get_object(self._run_id, name)
+            if reply.wanted is None:
+                reply.wanted = names_in(store.get_object_tree(identity))
+            while reply.wanted:
+                part = self._state.get_object(self._run_id, reply.wanted[-1])
                 if not part:
                     return spoiled(letter, "run") if part is None else None
-                parts[name] = part
-                if sum(map(len, parts.values())) > self._most:
+                reply.parts[reply.wanted.pop()] = part
+                reply.size += len(part)
+                if reply.size > self._most:
                     raise ValueError
-            return unpack(identity, parts)
+            return unpack(identity, reply.parts)
         except Exception:  # whatever a site sent that is no message, or too large for one
             log.warning("a reply that cannot be read is left out")
             return spoiled(letter, "run")

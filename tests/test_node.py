@@ -186,13 +186,11 @@ def test_it_answers_with_its_own_app_and_says_so(
     with world.up(), world.node(), connected(world.project.database) as grid:
         joined = wire.JoinReply.read(exchange(grid, "query", join(wanted)).content)
         assert joined.name == "north"
-        began = time.monotonic()
         for number in (1, 2):
             reply = exchange(grid, "train", request(wanted, number))
             assert set(reply.content.array_records[wire.ARRAYS]) == set(
                 assemble(wanted, "none").shapes
             )
-        assert time.monotonic() - began < 15
         assert world.connected
         assert not list(world.link.glob("letter"))
     assert not world.connected
