@@ -42,7 +42,7 @@ class Loopback:
         self.folder = folder
         self.running: dict[str, subprocess.Popen[bytes]] = {}
         """By name."""
-        self.project = Project.create(folder / "coordinator", (_HOST,), _free_port())
+        self.project = Project.create(folder / "coordinator", (_HOST,), free_port())
         self.study = folder / "study.yaml"
         files.write(self.study, study.yaml())
         written = hospitals.settle(found, study, folder, folder / "cache")
@@ -131,7 +131,8 @@ def until(condition: Any, seconds: float) -> None:
         time.sleep(0.1)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nobody listens at."""
     with socket.socket() as probe:
         probe.bind((_HOST, 0))
         return int(probe.getsockname()[1])

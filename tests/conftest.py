@@ -1,6 +1,8 @@
 """What every test may use: one torch thread, the shared test data, four small phantom hospitals."""
 
+import io
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -47,3 +49,20 @@ def new_process() -> Iterator[Callable[[], None]]:
 
     yield begin
     begin()
+
+
+@pytest.fixture
+def run_main(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[int, str]]:
+    """Runs a command line here, with its arguments and what is typed: exit code, all it printed."""
+
+    def run(main: Callable[[], None], *arguments: object, typed: str = "") -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["consilium", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+        with pytest.raises(SystemExit) as caught:
+            main()
+        out, err = capsys.readouterr()
+        return int(caught.value.code or 0), out + err
+
+    return run

@@ -4,8 +4,7 @@ import csv
 import hashlib
 import os
 import resource
-import signal
-from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +28,7 @@ from common.flower import recorddict_to_proto
 from common.study import Study
 from common.yaml import dump
 from simulations.grid import InProcessGrid
+from tests.kit import another, limited
 
 CLASSES = ("dark", "bright")
 # Found nowhere by chance.
@@ -213,22 +213,11 @@ def test_an_error_leaves_no_line_and_no_figure(server):
     assert len(read(state(server))) == lines
 
 
-@contextmanager
-def limited(most):
-    """No file of this process may grow beyond `most` bytes: as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 @pytest.mark.parametrize("room", [0, 1, 200])
 def test_nothing_leaves_if_the_disk_is_full(server, room):
     path = state(server) / "ledger.jsonl"
     before = path.read_bytes()
-    with limited(len(before) + room):
+    with limited(resource.RLIMIT_FSIZE, len(before) + room):
         replies = [server.round(), server.final(), server.join()]
     assert [reply.error.reason for reply in replies] == ["site"] * 3
     assert not any(reply.has_content() for reply in replies)
@@ -239,32 +228,10 @@ def test_nothing_leaves_if_the_disk_is_full(server, room):
 # --- one process at a time ---
 
 
-@contextmanager
-def another(state):
-    """Another process that has this site open; a line says so, and it ends by being killed."""
-    ready, go = os.pipe()
-    pid = os.fork()
-    if not pid:
-        with suppress(BaseException):
-            ledger = Ledger(state)
-            os.write(go, b"!")
-            signal.pause()
-            ledger.close()
-        os._exit(1)
-    os.close(go)
-    try:
-        assert os.read(ready, 1) == b"!"
-        yield
-    finally:
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-        os.close(ready)
-
-
 def test_a_second_process_is_refused_and_told_no_more(tmp_path, caplog):
     server = Server(hospital(tmp_path / "ward"), study())
     Site.read(server.file).private()
-    with another(state(server)):
+    with another(partial(Ledger, state(server))):
         assert server.join().error.reason == "site"
         assert "one process at a time, got another that has it open" in caplog.text
         assert left(server) == []
@@ -291,7 +258,7 @@ def test_who_writes_while_a_site_rests_is_noticed(tmp_path, monkeypatch, caplog)
     monkeypatch.setattr(desk, "_AWAKE", 1)
     one, other = (Server(hospital(tmp_path / f"s{i}"), study()) for i in range(2))
     one.join(), other.join()
-    with another(state(one)):
+    with another(partial(Ledger, state(one))):
         assert one.round().error.reason == "site"
     assert "one process at a time" in caplog.text
     assert not one.round().has_error()

@@ -1,20 +1,16 @@
 """A hospital from nothing to its coordinator: what `init` writes, and what `check` finds."""
 
-import io
 import shutil
-import socket
 import stat
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-import uvicorn
 import yaml
 
 from client import cli
@@ -24,8 +20,9 @@ from common.flower import RELEASE
 from common.yaml import dump
 from server import certificates
 from server.project import Project
-from server.serve import listen, server
 from server.sites import Sites
+from simulations.loopback import free_port
+from tests.kit import link_up
 
 ROOT = Path(__file__).parents[1]
 Command = Callable[..., tuple[int, str]]
@@ -34,46 +31,22 @@ FLAGS = ("--name", "west", "--server", "localhost:4443")
 
 @pytest.fixture
 def command(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    run_main: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> Command:
     """Runs `consilium-client` in an empty folder, with what is typed: exit code, all it printed."""
     monkeypatch.chdir(tmp_path)
     # What it prints must be one line each, however wide the terminal is.
     monkeypatch.setattr("common.terminal.console._width", 500)
-
-    def run(*arguments: object, typed: str = "") -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["consilium-client", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        out, err = capsys.readouterr()
-        return int(caught.value.code or 0), out + err
-
-    return run
+    return partial(run_main, cli.main)
 
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
     """A coordinator's, served by a thread."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
     folder = tmp_path_factory.mktemp("coordinator") / "project"
-    made = Project.create(folder, ("localhost",), port)
-    with serving(made):
+    made = Project.create(folder, ("localhost",), free_port())
+    with link_up(made):
         yield made
-
-
-@contextmanager
-def serving(project: Project) -> Iterator[None]:
-    serving: uvicorn.Server = server(project)
-    sockets = [listen("127.0.0.1", project.settings.port)]
-    thread = threading.Thread(target=serving.run, kwargs={"sockets": sockets}, daemon=True)
-    thread.start()
-    while not serving.started:
-        time.sleep(0.01)
-    yield
-    serving.should_exit = True
-    thread.join()
 
 
 def mode(path: Path) -> int:

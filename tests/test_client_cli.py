@@ -1,10 +1,10 @@
 """The hospital's command line: what it shows is so, and nothing goes without a yes."""
 
-import io
 import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -23,20 +23,11 @@ Command = Callable[..., tuple[int, str]]
 
 @pytest.fixture
 def command(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    run_main: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> Command:
     """Runs `consilium-client` in an empty folder, with what is typed: exit code, all it printed."""
     monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: object, typed: str = "") -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["consilium-client", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        out, err = capsys.readouterr()
-        return int(caught.value.code or 0), out + err
-
-    return run
+    return partial(run_main, cli.main)
 
 
 def site(folder: Path, **changes: object) -> Path:

@@ -2,11 +2,10 @@
 yes."""
 
 import csv
-import io
 import json
 import re
-import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -49,21 +48,12 @@ Command = Callable[..., tuple[int, str]]
 
 @pytest.fixture
 def command(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    run_main: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> Command:
     """Runs `consilium-client` in an empty folder, with what is typed: exit code, all it printed."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cli.console, "width", 240)
-
-    def run(*arguments: object, typed: str = "") -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["consilium-client", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        out, err = capsys.readouterr()
-        return int(caught.value.code or 0), out + err
-
-    return run
+    return partial(run_main, cli.main)
 
 
 def site(folder: Path, patients: int = 0, **changes: object) -> Path:

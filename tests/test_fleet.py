@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import uvicorn
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 
 from client import fleet as fleets
@@ -28,29 +27,9 @@ from common.yaml import dump
 from server import certificates
 from server.grid import LinkGrid, connected
 from server.project import Project
-from server.serve import listen, server
 from server.sites import Releases, Sites
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        return int(listening.getsockname()[1])
-
-
-@contextmanager
-def up(project: Project) -> Iterator[None]:
-    """The link of a project, served by a thread."""
-    serving: uvicorn.Server = server(project)
-    sockets = [listen("127.0.0.1", project.settings.port)]
-    thread = threading.Thread(target=serving.run, kwargs={"sockets": sockets}, daemon=True)
-    thread.start()
-    try:
-        while not serving.started:
-            time.sleep(0.01)
-        yield
-    finally:
-        serving.should_exit = True
-        thread.join()
+from simulations.loopback import free_port
+from tests.kit import link_up
 
 
 class Coordinator:
@@ -83,7 +62,7 @@ class Coordinator:
 def coordinator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Coordinator]:
     folder = tmp_path_factory.mktemp("coordinator") / "project"
     project = Project.create(folder, ("localhost",), free_port())
-    with up(project):
+    with link_up(project):
         yield Coordinator(project)
 
 

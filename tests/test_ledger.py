@@ -5,8 +5,7 @@ import json
 import logging
 import os
 import resource
-import signal
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 
 import pytest
 
@@ -15,6 +14,7 @@ from client.entries import Contents, Privacy, Release, adopted, history
 from client.ledger import Head, Ledger, adopt, read
 from client.ledger import _link as link
 from common.errors import SiteError
+from tests.kit import another, limited
 
 STUDY, OTHER = "1" * 16, "2" * 16
 PRIVACY = Privacy(
@@ -201,35 +201,13 @@ def test_head_and_hash_at_let_a_server_notice_a_rollback(tmp_path):
 # --- one process at a time ---
 
 
-@contextmanager
-def child(work):
-    """A forked process that does `work` and then waits to be killed; yields once it waits."""
-    ready, go = os.pipe()
-    pid = os.fork()
-    if not pid:
-        with suppress(BaseException):
-            work()
-            os.write(go, b"!")
-            signal.pause()
-        os._exit(1)
-    os.close(go)
-    try:
-        assert os.read(ready, 1) == b"!"
-        yield
-    finally:
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-        os.close(ready)
-
-
 def test_a_second_process_is_refused_but_may_read(tmp_path):
-    kept = []
-
     def work():
-        kept.append(Ledger(tmp_path))
-        kept[0].reserve(a_round())
+        ledger = Ledger(tmp_path)
+        ledger.reserve(a_round())
+        return ledger
 
-    with child(work):
+    with another(work):
         for attempt in (lambda: Ledger(tmp_path), lambda: adopt(tmp_path, 1.0, 0.0)):
             with pytest.raises(SiteError, match=r"one process at a time, got another"):
                 attempt()
@@ -429,24 +407,13 @@ def test_a_head_that_lags_is_brought_up_to_date(tmp_path):
 # --- a disk that refuses ---
 
 
-@contextmanager
-def limited(most):
-    """No file of this process may grow beyond `most` bytes: as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 @pytest.mark.parametrize("room", [0, 1, 100, 500])
 def test_a_full_disk_is_said_in_a_line_and_nothing_is_spent_or_lost(tmp_path, room):
     path = fill(tmp_path)
     before = path.read_bytes()
     with Ledger(tmp_path) as ledger:
         full = pytest.raises(SiteError, match=r"File too large.*Free space")
-        with limited(len(before) + room), full as caught:
+        with limited(resource.RLIMIT_FSIZE, len(before) + room), full as caught:
             ledger.reserve(a_round(2))
         assert "\n" not in str(caught.value)
         assert path.read_bytes() == before

@@ -5,18 +5,16 @@ import logging
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from multiprocessing.context import ForkServerProcess as Process
 from pathlib import Path
 from typing import Any
 
 import pytest
-import uvicorn
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.supercore.fab import Fab
 
@@ -37,8 +35,9 @@ from server import link as link_module
 from server.grid import LinkGrid, connected
 from server.link import NOOP_FEDERATION_ID, NOOP_FLWR_AID, TaskType, open_state
 from server.project import Project
-from server.serve import listen, server
 from server.sites import Sites
+from simulations.loopback import free_port
+from tests.kit import link_up
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["client.node"])  # seconds, once
@@ -51,11 +50,6 @@ STUDY: dict[str, Any] = {
     "holdout": {"validation": 0.2, "test": 0.2},
     "aggregate": {"quorum": 1},
 }
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        return int(listening.getsockname()[1])
 
 
 def until(there: Callable[[], object], seconds: float = 60) -> None:
@@ -87,19 +81,9 @@ class World:
         self.site.write_text(dump(content))
         self.link = folder / "state" / "link"
 
-    @contextmanager
-    def up(self) -> Iterator[None]:
+    def up(self) -> AbstractContextManager[int]:
         """The link, served by a thread."""
-        serving: uvicorn.Server = server(self.project)
-        sockets = [listen("127.0.0.1", self.project.settings.port)]
-        thread = threading.Thread(target=serving.run, kwargs={"sockets": sockets}, daemon=True)
-        thread.start()
-        try:
-            until(lambda: serving.started)
-            yield
-        finally:
-            serving.should_exit = True
-            thread.join()
+        return link_up(self.project)
 
     @property
     def connected(self) -> bool:

@@ -1,6 +1,5 @@
 """The coordinator's command line, and what its link shows to whoever connects: real TLS."""
 
-import io
 import os
 import re
 import signal
@@ -9,10 +8,9 @@ import ssl
 import stat
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -32,6 +30,8 @@ from common.errors import LinkError
 from server import certificates, cli, serve
 from server.project import Project
 from server.sites import Sites
+from simulations.loopback import free_port
+from tests.kit import link_up
 
 ROOT = Path(__file__).parents[1]
 COMMAND = "from server.cli import main; main()"
@@ -55,26 +55,18 @@ def command(folder: Path, *arguments: object) -> subprocess.Popen[str]:
 
 
 @pytest.fixture
-def said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Command]:
+def said(
+    run_main: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Command]:
     """Runs `consilium-server` here, with what is typed: exit code, and all it printed."""
     umask = os.umask(0o022)
 
     def run(folder: Path, *arguments: object, typed: str = "") -> tuple[int, str]:
         monkeypatch.setenv("CONSILIUM_PROJECT", str(folder))
-        monkeypatch.setattr(sys, "argv", ["consilium-server", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        out, err = capsys.readouterr()
-        return int(caught.value.code or 0), out + err
+        return run_main(cli.main, *arguments, typed=typed)
 
     yield run
     os.umask(umask)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        return int(listening.getsockname()[1])
 
 
 def public(folder: Path, key: keys.PrivateKey) -> Path:
@@ -133,20 +125,6 @@ class Up:
         return FleetHttpClient.from_server_address(
             f"localhost:{self.port}", False, self.ca.read_bytes(), interceptors=interceptors
         )
-
-
-@contextmanager
-def served_here(project: Project) -> Iterator[int]:
-    """A link in a thread of this process, whatever its certificate is worth; its port."""
-    serving, listening = serve.server(project), serve.listen("127.0.0.1", 0)
-    thread = threading.Thread(target=serving.run, kwargs={"sockets": [listening]})
-    thread.start()
-    try:
-        yield int(listening.getsockname()[1])
-    finally:
-        serving.should_exit = True
-        thread.join(timeout=30)
-    assert not thread.is_alive()
 
 
 @pytest.fixture(scope="module")
@@ -401,7 +379,7 @@ def test_another_authority_and_an_expired_certificate_are_explained(up: Up, tmp_
     fleet.close()
     long_ago = datetime.now(UTC) - timedelta(days=800)
     certificates.write_server(other.folder, ("localhost",), long_ago)
-    with served_here(other) as port:
+    with link_up(other, 0) as port:
         fleet = Fleet(f"localhost:{port}", other.folder / "ca.crt", key)
         with pytest.raises(LinkError, match=r"expired.*consilium-server renew"):
             fleet.arrive(None)
@@ -415,7 +393,7 @@ def test_who_connects_and_asks_nothing_is_hung_up_on(
     project = Project.create(tmp_path / "project", ("localhost",), 443)
     context = ssl.create_default_context(cafile=project.folder / "ca.crt")
     with (
-        served_here(project) as port,
+        link_up(project, 0) as port,
         socket.create_connection(("localhost", port), timeout=20) as plain,
         context.wrap_socket(plain, server_hostname="localhost") as peer,
     ):

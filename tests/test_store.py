@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import torch
 from client import store as shelf
 from client.store import Rows, Store, open_store
 from common.errors import DataError
+from tests.kit import limited
 
 WRITER = """
 import sys, time
@@ -232,17 +232,6 @@ def test_only_this_user_can_read_it(tmp_path):
 def test_virtual_sites_of_one_process_share_a_store(tmp_path):
     assert open_store(tmp_path) is open_store(tmp_path)
     assert open_store(tmp_path) is not open_store(tmp_path / "other")
-
-
-@contextmanager
-def limited(kind, most):
-    """A limit of this process, lowered for a while."""
-    before = resource.getrlimit(kind)
-    resource.setrlimit(kind, (most, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(kind, before)
 
 
 def test_a_shard_that_cannot_be_opened_now_is_kept(tmp_path):
