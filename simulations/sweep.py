@@ -14,6 +14,7 @@ from rich.table import Table
 
 from common import files
 from common.errors import RunError, StudyError, complaint
+from common.evidence import difference
 from common.metrics import METRICS, Counts, better, value
 from common.study import Study
 from common.terminal import console, table
@@ -205,7 +206,10 @@ def _report(tried: dict[Setting, Tried], seeds: Sequence[int], folder: Path) -> 
             chosen = setting
     console.print()
     console.print(_scores(tried, chosen, select))
-    console.print(f"of the released models; mean ± sd of {len(seeds)} seeds", style="dim")
+    over = ", ".join(map(str, seeds))
+    console.print(f"of the released models, mean ± sd over seeds {over}", style="dim")
+    if chosen:
+        console.print(_lead(tried, chosen, select))
     told = {
         setting.folder.name: {
             "set": setting.values,
@@ -239,10 +243,25 @@ def _scores(tried: dict[Setting, Tried], chosen: Setting | None, select: str) ->
     return shown
 
 
+def _lead(tried: dict[Setting, Tried], chosen: Setting, select: str) -> str:
+    """How far the chosen setting is from the next best: by less than seeds tell apart?"""
+    next_best: Setting | None = None
+    for setting, found in tried.items():
+        score = tried[next_best].score if next_best else None
+        if setting is not chosen and better(select, found.score, score):
+            next_best = setting
+    gain = next_best and difference(tried[chosen].scores, tried[next_best].scores)
+    if not next_best or not gain:
+        return f"chosen: {chosen.label}"
+    interval = f"{gain.value:+.3f} (95 % {gain.low:+.3f} to {gain.high:+.3f}), paired by seed"
+    return f"chosen: {chosen.label}; to the next best, {next_best.label}: {interval}"
+
+
 def _show_test(chosen: Setting | None, tried: dict[Setting, Tried]) -> None:
     """The test figures of the chosen setting only, so that nobody chooses by them."""
     if chosen is None:
-        console.print("No setting has a validation figure on every seed: none is chosen.")
+        why = "Private studies, and sites that keep their figures, tell none."
+        console.print(f"No setting has a validation figure on every seed: none is chosen. {why}")
         return
     keys = list(chosen.values)
     shown = table(*keys, *(metric.label for metric in METRICS.values()), left=keys)

@@ -113,6 +113,8 @@ def _the_better_is_shown(text: str) -> None:
     assert f"{best['mean']:.3f} ± " in next(row for row in rows if "chosen" in row)
     assert rows[2].startswith(best["set"]["train.lr"])
     assert f"{sum(best['test']['accuracy']) / 2:.3f} ± " in rows[2]
+    gap = min(setting["mean"] for setting in settings) - max(s["mean"] for s in settings)
+    assert re.search(rf"to the next best, \S+: {gap:+.3f} \(95 % ", text)
     assert "test patients never choose" in text
     assert "sensitivity per class" not in text  # no run shows its own test figures
 
