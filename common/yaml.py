@@ -144,6 +144,23 @@ def _apply(content: dict[str, Any], change: str, error: type[ConsiliumError]) ->
         raise error(complaint(f"--set {key}", expected="a YAML value", got=repr(value))) from None
 
 
+def alternatives(change: str, error: type[ConsiliumError]) -> list[str]:
+    """One `key=value` change for each value of `key=a,b,…`.
+
+    Values are YAML; a comma inside brackets or quotes does not part them.
+    """
+    key, _, text = change.partition("=")
+    try:
+        listed = yaml.compose(f"[{text}\n]", _Loader)
+        if not isinstance(listed, yaml.SequenceNode):
+            raise ValueError
+    except _NOT_YAML:
+        expected = "YAML values with commas between"
+        raise error(complaint(f"--set {key}", expected=expected, got=repr(text))) from None
+    marks = [(node.start_mark.index - 1, node.end_mark.index - 1) for node in listed.value]
+    return [f"{key}={text[start:end].strip()}" for start, end in marks] or [change]
+
+
 def _explain(model: type[BaseModel], source: str, problem: ErrorDetails) -> str:
     """One validation problem as *file: key: expected, got, remedy*."""
     section, keys = _locate(model, problem["loc"])

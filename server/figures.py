@@ -167,6 +167,52 @@ def utility(results: Mapping[str, Mapping[float | None, Estimate | None]], path:
     _write(draw, path)
 
 
+def sweep(
+    scores: Mapping[str, Sequence[float | None]],
+    metric: str,
+    path: Path,
+    *,
+    keys: str,
+    chosen: str | None,
+) -> None:
+    """Validation score by setting: a dot for each seed, a diamond for their mean.
+
+    Args:
+      scores: setting → score of each seed, None where it was not disclosed.
+      metric: its name in METRICS.
+      path: the PNG to write.
+      keys: what the settings are values of.
+      chosen: the best setting.
+    """
+
+    def draw(figure: Figure) -> None:
+        figure.set_size_inches(7, 1.6 + 0.34 * len(scores))
+        axes = figure.subplots()
+        axes.set_yticks(range(len(scores)), list(scores))
+        for y, (name, values) in enumerate(scores.items()):
+            known = [x for x in values if x is not None]
+            colour = COLOURS[0] if name == chosen else INK
+            named = ("_", "_") if y else ("each seed", "mean")
+            axes.plot(
+                known, [y] * len(known), "o", color=colour, ms=6, mew=0, alpha=0.35, label=named[0]
+            )
+            middle = [np.mean(known)] if known and len(known) == len(values) else []
+            axes.plot(
+                middle, [y] * len(middle), "D", color=colour, ms=8, mec="white", label=named[1]
+            )
+            if name == chosen:
+                axes.axhspan(y - 0.5, y + 0.5, color=PALEST, zorder=0, lw=0)
+                axes.get_yticklabels()[y].set_fontweight("bold")
+        axes.set_ylim(len(scores) - 0.5, -0.5)
+        axes.tick_params(axis="y", length=0)
+        axes.set_title(keys)
+        axes.set_xlabel(f"validation {_label(metric)}")
+        axes.grid(axis="x")
+        figure.legend(loc="outside upper center", ncols=2)
+
+    _write(draw, path)
+
+
 def _dots(
     axes: Axes,
     rows: Sequence[str | None],

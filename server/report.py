@@ -86,6 +86,8 @@ class Reporter:
           sent: Bytes each site sends in a round.
           whole: Bytes of the whole model.
         """
+        from server.events import Events  # what it needs is slow to import
+
         names = ", ".join(member.name for member in federation.members)
         start = f", going on after round {resumed}" if resumed else ""
         sites = f": {len(federation.members)} sites ({names}){start}"
@@ -94,9 +96,11 @@ class Reporter:
         console.print(f"  unfreeze: {self._study.model.unfreeze}: {share}", style="dim")
         for name, why in federation.refusals.items():
             console.print(f"  {name} does not take part: {why}", style="yellow")
+        self._events = Events(self._folder, by_site=len(federation.members) <= _FEW)
 
     def round(self, lines: Sequence[Mapping[str, Any]], seconds: float) -> None:
         """One line of progress; the site lines come first, the overall line last."""
+        self._events.add(lines)
         *sites, overall = lines
         label = METRICS[self._study.select].label
         text = [f"round {overall['round']:>3}/{self._study.train.rounds}"]
@@ -113,18 +117,20 @@ class Reporter:
         """Write the released model, the report and the pictures."""
         tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
         self._folder.write("model.safetensors", save(tensors))
-        self._pictures(outcome)
+        history = self._folder.history()
+        self._events.add(x for x in history if x["round"] == history[-1]["round"])
+        self._pictures(outcome, history)
         # The report comes last: with it the run counts as finished.
         facts = {"released_round": outcome.round, "withheld": outcome.withheld}
         save_results(self._folder, {FEDERATED: outcome.test}, **facts)
 
-    def _pictures(self, outcome: Outcome) -> None:
+    def _pictures(self, outcome: Outcome, history: Sequence[Mapping[str, Any]]) -> None:
         keys = dict.fromkeys((self._study.select, "auroc"))
         rows = [
             {name: x[name] for name in ("round", "model_round", "site")}
             | {"loss": x["train_loss"]}
             | {key: x[key] for key in keys if key != "loss"}
-            for x in self._folder.history()
+            for x in history
         ]
         figures.curves(rows, self._folder.path / "curves.png")
         total = union(outcome.test.values(), len(self._study.classes))

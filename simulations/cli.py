@@ -64,7 +64,8 @@ def _stoppable(folder: Path, go_on: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        begun = [*folder.glob("study.yaml"), *folder.glob("seed-*/study.yaml")]
+        places = ("study.yaml", "seed-*/study.yaml", "*/seed-*/study.yaml")
+        begun = [path for place in places for path in folder.glob(place)]
         text = f"Go on with: {go_on}" if begun else "Nothing was begun: there is no run to resume."
         raise StoppedError(f"Stopped. {text}") from None
 
@@ -211,6 +212,55 @@ def utility(
             epsilons=_epsilons(epsilons),
             seeds=_numbers(seeds),
             of=of,
+            cache=cache,
+            engine=InProcess(),
+        )
+
+
+@app.command(
+    epilog="Example: consilium-simulate sweep configs/demo.yaml --set train.lr=0.001,0.01,0.1 "
+    "--set model.unfreeze=head,last:1 --seeds 0,1,2 --site runs/phantom/north --site … "
+    "--out runs/sweep"
+)
+def sweep(
+    study: StudyFile,
+    site: Sites = None,
+    evaluate_site: Evaluators = None,
+    pool: Pool = None,
+    partition: PartitionSpec = "iid",
+    sites: Count = 4,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="A key and the values to try, such as train.lr=0.01,0.1; brackets and quotes keep "
+            "a comma, as in [1, 3]. Repeat: every combination runs. One value is for all runs.",
+        ),
+    ] = None,
+    seeds: Annotated[str, typer.Option(help="Run each setting once for each.")] = "0,1,2",
+    out: Annotated[
+        Path | None, typer.Option(help="The folder of all runs; the same again goes on.")
+    ] = None,
+    cache: Annotated[
+        Path, typer.Option(help="Prepared images, shared by all runs; delete it at will.")
+    ] = Path("runs/cache"),
+) -> None:
+    """Run a study at several settings, and show which does best on validation patients.
+
+    Test patients never choose: their figures are shown for the chosen setting only. With the same
+    --out the same command goes on, and more values or seeds run only what is missing.
+    """
+    from simulations import sweep
+    from simulations.engines import InProcess
+
+    folder = out or Path("runs") / f"{study.stem}-sweep-{datetime.now():%Y%m%d-%H%M%S}"
+    with _stoppable(folder, f"the same command with --out {folder}"):
+        sweep.show(
+            study,
+            _source(site, evaluate_site, pool, partition, sites),
+            folder,
+            changes=changes or (),
+            seeds=_numbers(seeds),
             cache=cache,
             engine=InProcess(),
         )

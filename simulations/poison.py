@@ -60,12 +60,12 @@ def show(
     found: Found = {}
     for name, changed in studies.items():
         for way, told in ways.items():
-            for seed in seeds:
-                console.print(f"\n{name}, {way}, seed {seed}", style="bold")
-                run = folder / name / way.replace(" ", "-") / f"seed-{seed}"
-                seeded = changed.model_copy(update={"seed": seed})
-                study_runs.one(seeded, source, run, cache, Poisoned(told))
-                found.setdefault(name, {}).setdefault(way, []).append(_worth(run, study, lies))
+            seeded = [changed.model_copy(update={"seed": seed}) for seed in seeds]
+            place, title = folder / name / way.replace(" ", "-"), f"{name}, {way}"
+            runs = study_runs.series(
+                seeded, source, place, cache, Poisoned(told), title=title, results=False
+            )
+            found.setdefault(name, {})[way] = [_worth(run, study, lies) for run in runs]
     _report(study, found, folder)
 
 

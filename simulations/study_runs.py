@@ -7,7 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from client.account import MEANING
-from common.errors import StudyError, complaint
+from common.errors import RunError, StudyError, complaint
 from common.study import Study
 from common.terminal import console, table
 from server.checkpoint import RunFolder
@@ -61,42 +61,81 @@ def start(
     if compare:
         _comparable(Study.read(study_file, changes))
     if not seeds:
-        _new(Study.read(study_file, changes), source, folder, cache, engine, compare=compare)
+        run = _new(Study.read(study_file, changes), source, folder, cache, engine)
+        _conclude(run, compare=compare)
         return
-    for seed in seeds:
-        console.print(f"\nseed {seed}", style="bold")
-        seeded = Study.read(study_file, (*changes, f"seed={seed}"))
-        one(seeded, source, folder / f"seed-{seed}", cache, engine, compare=compare)
+    studies = [Study.read(study_file, (*changes, f"seed={seed}")) for seed in seeds]
+    series(studies, source, folder, cache, engine, compare=compare)
     summary.over_seeds(folder, seeds)
 
 
-def one(
-    study: Study, source: Source, run: Path, cache: Path, engine: Engine, *, compare: bool = False
-) -> None:
-    """One run of a series, or what is left of it where it was begun."""
-    if (run / "study.yaml").exists():
-        resume(run, study, engine, compare=compare)
-    else:
-        _new(study, source, run, cache, engine, compare=compare)
-    engine.forget()
+def series(
+    studies: Sequence[Study],
+    source: Source,
+    folder: Path,
+    cache: Path,
+    engine: Engine,
+    *,
+    title: str = "",
+    compare: bool = False,
+    results: bool = True,
+) -> list[Path]:
+    """One study on several seeds, a run in `folder` for each; what is there already goes on.
+
+    Args:
+      studies: Alike but for their seeds.
+      source: Of the hospitals.
+      folder: One folder in it for each seed.
+      cache: Of prepared images.
+      engine: Where the hospitals compute.
+      title: What tells these runs from others.
+      compare: Whether to train locally and pooled as well.
+      results: Whether to show each run's test figures.
+
+    Returns:
+      The folders of the runs.
+
+    Raises:
+      RunError: a run cannot go on, or is of another study; says which.
+    """
+    paths = []
+    for study in studies:
+        name = f"{title}, seed {study.seed}" if title else f"seed {study.seed}"
+        console.print(f"\n{name}", style="bold")
+        paths.append(folder / f"seed-{study.seed}")
+        try:
+            run = _complete(study, source, paths[-1], cache, engine)
+            if results:
+                _conclude(run, compare=compare)
+        except RunError as ex:
+            raise RunError(f"{name}: {ex}") from None
+        engine.forget()
+    return paths
 
 
-def _new(
-    study: Study, source: Source, folder: Path, cache: Path, engine: Engine, *, compare: bool
-) -> None:
-    able = _inspect(study, source)
+def _complete(study: Study, source: Source, path: Path, cache: Path, engine: Engine) -> RunFolder:
+    """Bring a run to its end, from wherever it is."""
+    if not (path / "study.yaml").exists():
+        return _new(study, source, path, cache, engine)
+    run = RunFolder.resume(path, study)
+    _go_on(run, engine)
+    return run
+
+
+def _new(study: Study, source: Source, folder: Path, cache: Path, engine: Engine) -> RunFolder:
+    found = able(study, source)
     if folder.is_dir() and {path.name for path in folder.iterdir()} == {"sites"}:
         shutil.rmtree(folder)  # a run that was killed before it began
     run = RunFolder.claim(folder)
     try:
-        site_files = hospitals.settle(able, study, folder, cache)
+        site_files = hospitals.settle(found, study, folder, cache)
         engine.prepare(site_files, study)
         run.begin(study)
     except BaseException:
         shutil.rmtree(folder)  # nothing half-written; prepared images stay in the cache
         raise
     engine.run(site_files, run.path)
-    _conclude(run, site_files, compare=compare)
+    return run
 
 
 def _comparable(study: Study) -> None:
@@ -118,10 +157,14 @@ def resume(folder: Path, study: Study | None, engine: Engine, *, compare: bool) 
     run = RunFolder.resume(folder, study)
     if compare:
         _comparable(run.study)
-    site_files = hospitals.settled(folder)
-    if not (folder / "report.json").exists():
-        engine.run(site_files, folder)
-    _conclude(run, site_files, compare=compare)
+    _go_on(run, engine)
+    _conclude(run, compare=compare)
+
+
+def _go_on(run: RunFolder, engine: Engine) -> None:
+    site_files = hospitals.settled(run.path)
+    if not (run.path / "report.json").exists():
+        engine.run(site_files, run.path)
 
 
 def check(study_file: Path, source: Source, changes: tuple[str, ...]) -> None:
@@ -130,18 +173,28 @@ def check(study_file: Path, source: Source, changes: tuple[str, ...]) -> None:
     if source == Source():
         inspect(study)
     else:
-        _inspect(study, source)
+        able(study, source)
     console.print(f"{study_file}: a valid study", style="green")
 
 
-def _inspect(study: Study, source: Source) -> list[Hospital]:
-    """The hospitals that can take part, after everything is checked that needs no image decoded."""
+def able(study: Study, source: Source, *, show: bool = True) -> list[Hospital]:
+    """The hospitals that can take part, after everything is checked that needs no image decoded.
+
+    Args:
+      study: To take part in.
+      source: Of the hospitals.
+      show: Whether to print how many images each has.
+
+    Raises:
+      ConsiliumError: the study or the hospitals' data cannot be used as they are.
+    """
     inspect(study)
     found = source.hospitals(study)
     with TemporaryDirectory() as scratch:
         site_files = hospitals.settle(found, study, Path(scratch), Path(scratch))
         told = hospitals.census(site_files, study)
-    _show_census(study, told)
+    if show:
+        _show_census(study, told)
     return hospitals.able(found, told, study)
 
 
@@ -157,9 +210,9 @@ def _show_census(study: Study, told: Census) -> None:
         console.print(f"and {more} more", style="dim")
 
 
-def _conclude(run: RunFolder, site_files: Sequence[Path], *, compare: bool) -> None:
+def _conclude(run: RunFolder, *, compare: bool) -> None:
     """Show, and where asked complete, the results of a finished run."""
-    study = run.study
+    study, site_files = run.study, hospitals.settled(run.path)
     results, facts = load_results(run.path, len(study.classes))
     if compare and len(results) == 1:
         results = {**alone.references(study, site_files), **results}

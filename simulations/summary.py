@@ -46,7 +46,7 @@ def over_seeds(folder: Path, seeds: Sequence[int]) -> None:
     ways = f"{len(seeds)} seeds"
     shown = table(ways, *(metric.label for metric in METRICS.values()), left=(ways,))
     for way, by_metric in figures_of.items():
-        shown.add_row(way, *(_mean_sd(values) for values in by_metric.values()))
+        shown.add_row(way, *(mean_sd(values) for values in by_metric.values()))
     console.print()
     console.print(shown)
     if below := note(runs[0], loaded[0][1].get("withheld", {})):
@@ -91,7 +91,8 @@ def _picture_of_seeds(study: Study, runs: Sequence[Results], path: Path) -> None
     figures.comparison(estimates, name, path)
 
 
-def _mean_sd(values: Sequence[float | None]) -> str:
+def mean_sd(values: Sequence[float | None]) -> str:
+    """Mean ± standard deviation of the figures that are defined; a dash without any."""
     known = [v for v in values if v is not None]
     if not known:
         return "–"

@@ -58,12 +58,9 @@ def show(
     runs: dict[float | None, list[Path]] = {}
     for epsilon in epsilons:
         privacy = study.privacy.model_copy(update={"epsilon": epsilon}) if epsilon else NoPrivacy()
-        for seed in seeds:
-            run = folder / _name(epsilon) / f"seed-{seed}"
-            console.print(f"\n{_label(epsilon)}, seed {seed}", style="bold")
-            changed = study.model_copy(update={"privacy": privacy, "seed": seed})
-            study_runs.one(changed, source, run, cache, engine)
-            runs.setdefault(epsilon, []).append(run)
+        changed = [study.model_copy(update={"privacy": privacy, "seed": seed}) for seed in seeds]
+        place, title = folder / _name(epsilon), _label(epsilon)
+        runs[epsilon] = study_runs.series(changed, source, place, cache, engine, title=title)
     console.print()
     _report(study, runs, wanted, folder)
 

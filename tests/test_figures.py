@@ -13,7 +13,7 @@ from PIL import Image
 import server.figures
 from common.evidence import Estimate
 from common.metrics import Counts
-from server.figures import comparison, confusion, curves
+from server.figures import comparison, confusion, curves, sweep
 
 
 def picture(path: Path) -> np.ndarray[Any, Any]:
@@ -128,3 +128,12 @@ def test_a_picture_of_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         confusion(Counts.zero(2), ["a", "b"], tmp_path / "no folder" / "confusion.png")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("chosen", ["0.1 · $x_1$", None])
+def test_a_sweep_with_gaps(tmp_path: Path, chosen: str | None) -> None:
+    scores = {"0.1 · $x_1$": [0.5, 0.6], "1 · head": [None, 0.4], "[1, 3] · head": [None, None]}
+    sweep(scores, "auroc", tmp_path / "sweep.png", keys="train.lr · " + "k" * 60, chosen=chosen)
+    blue = (picture(tmp_path / "sweep.png") == (0x00, 0x72, 0xB2)).all(axis=2)
+    assert blue.any() == bool(chosen)

@@ -1,0 +1,71 @@
+"""Events for TensorBoard: training loss and validation figures, as rounds finish.
+
+They are a view of `metrics.jsonl`, the record. A process that goes on with a run writes all rounds
+that are finished anew, into a file of its own, which tells TensorBoard to drop what earlier ones
+said: a killed process leaves no gap, and nothing twice.
+"""
+
+import logging
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from torch.utils.tensorboard import RecordWriter
+
+from common.errors import complaint
+from common.metrics import METRICS
+from server.checkpoint import RunFolder
+
+log = logging.getLogger(__name__)
+
+
+class Events:
+    """The events of one run, in `tensorboard/` of its folder.
+
+    Where they cannot be written, that is said once and the run goes on: it loses nothing else.
+    Torch's SummaryWriter would write from a thread, which meets a full disk with a traceback, and
+    put this machine's name into the file's.
+    """
+
+    def __init__(self, folder: RunFolder, *, by_site: bool) -> None:
+        """Begin with the rounds that are finished; `by_site` tells of each site as well."""
+        # TensorBoard wants "tfevents" in the name, and reads files in the order of names.
+        self._path = folder.path / "tensorboard" / f"events.out.tfevents.{time.time_ns()}"
+        self._by_site, self._writable = by_site, True
+        self._figures = dict.fromkeys((folder.study.select, "auroc"))
+        forget = SessionLog(status=SessionLog.START)
+        self._append([Event(file_version="brain.Event:2"), Event(session_log=forget)])
+        self.add(folder.history())
+
+    def add(self, lines: Iterable[Mapping[str, Any]]) -> None:
+        """Write lines of `metrics.jsonl`, whose rounds are finished."""
+        told = (line for line in lines if self._by_site or line["site"] is None)
+        self._append([event for line in told for event in self._of(line)])
+
+    def _of(self, line: Mapping[str, Any]) -> Iterator[Event]:
+        of = f"/{line['site']}" if line["site"] else ""  # a site may itself be called overall
+        loss = {f"training loss{of}": line["train_loss"]}
+        figures = {f"validation {METRICS[name].label}{of}": line[name] for name in self._figures}
+        for step, named in ((line["round"], loss), (line["model_round"], figures)):
+            known = {tag: figure for tag, figure in named.items() if figure is not None}
+            values = [Summary.Value(tag=tag, simple_value=x) for tag, x in known.items()]
+            if values:
+                yield Event(step=step, summary=Summary(value=values))
+
+    def _append(self, events: Sequence[Event]) -> None:
+        if not self._writable:
+            return
+        try:
+            self._path.parent.mkdir(exist_ok=True)
+            with self._path.open("ab") as file:
+                records = RecordWriter(file)
+                for event in events:
+                    event.wall_time = time.time()
+                    records.write(event.SerializeToString())
+        except OSError as ex:
+            self._writable = False
+            where, remedy = self._path.parent, "The run goes on without."
+            expected, got = "a folder for TensorBoard's events", ex.strerror
+            log.warning(complaint(where, expected=expected, got=got, remedy=remedy))

@@ -1,0 +1,274 @@
+"""One study at several settings: which does best on validation patients?"""
+
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from rich.table import Table
+
+from common import files
+from common.errors import RunError, StudyError, complaint
+from common.evidence import difference
+from common.metrics import METRICS, Counts, better, value
+from common.study import Study
+from common.terminal import console, table
+from common.yaml import alternatives
+from server import figures
+from server.checkpoint import RunFolder
+from server.report import FEDERATED, load_results, union
+from simulations import hospitals, study_runs, summary
+from simulations.engines import Engine
+from simulations.study_runs import Source
+
+# With another value the validation patients, or the figure that compares, would be others.
+_ONE_VALUE = ("classes", "holdout", "select")
+_LONGEST_NAME = 200
+
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """One choice of values: the study on each seed, and the folder of its runs."""
+
+    values: dict[str, str]
+    """Those that differ between settings, by key, as they were given."""
+    studies: tuple[Study, ...]
+    folder: Path
+
+    @property
+    def label(self) -> str:
+        """The values in a line."""
+        return " · ".join(self.values.values())
+
+
+@dataclass(frozen=True)
+class Tried:
+    """What the released models of one setting are worth, on each seed."""
+
+    scores: list[float | None]
+    """The study's `select` on validation patients; None where it was not disclosed."""
+    test: list[Counts]
+
+    @property
+    def score(self) -> float | None:
+        """The mean over seeds; None unless each has one, as others would have it easier."""
+        known = [score for score in self.scores if score is not None]
+        return mean(known) if len(known) == len(self.scores) else None
+
+
+def show(
+    study_file: Path,
+    source: Source,
+    folder: Path,
+    *,
+    changes: Sequence[str],
+    seeds: Sequence[int],
+    cache: Path,
+    engine: Engine,
+) -> None:
+    """Run a study at every combination of values, on each seed; print and draw which does best.
+
+    Runs that are there already are only read, so that the same command goes on, and more values or
+    seeds add to it.
+
+    Args:
+      study_file: The study.
+      source: Of the hospitals.
+      folder: One folder in it for each setting, and in that one for each seed.
+      changes: `key=value` or `key=value,value,…`.
+      seeds: Each draws another holdout.
+      cache: Of prepared images.
+      engine: Where the hospitals compute.
+
+    Raises:
+      StudyError: a setting cannot be run, or there is only one; nothing has run yet.
+      RunError: a run failed, or is of another study or other hospitals.
+    """
+    seeds = tuple(dict.fromkeys(seeds))
+    settings = plan(study_file, changes, seeds, folder)
+    for setting in settings:
+        _check(setting, source)
+    tried = {}
+    for setting in settings:
+        place, title = setting.folder, ", ".join(map("=".join, setting.values.items()))
+        runs = study_runs.series(
+            setting.studies, source, place, cache, engine, title=title, results=False
+        )
+        tried[setting] = _tried(setting.studies[0], runs)
+    _report(tried, seeds, folder)
+
+
+def plan(
+    study_file: Path, changes: Sequence[str], seeds: Sequence[int], folder: Path
+) -> list[Setting]:
+    """Every combination of values, those equal in meaning once; by number, if one number differs.
+
+    Raises:
+      StudyError: a change or seed is wrong, or nothing differs.
+    """
+    choices = [alternatives(change, StudyError) for change in changes]
+    keys = [change.partition("=")[0] for change in changes]
+    for key, values in zip(keys, choices, strict=True):
+        _comparable(key, len(values), keys)
+    differ = [key for key, values in zip(keys, choices, strict=True) if len(values) > 1]
+    found: dict[str, Setting] = {}
+    for choice in itertools.product(*choices):
+        studies = tuple(Study.read(study_file, (*choice, f"seed={seed}")) for seed in seeds)
+        given = dict(zip(keys, (change.partition("=")[2] for change in choice), strict=True))
+        name = _name({key: _at(studies[0], key) for key in sorted(keys)})
+        found.setdefault(name, Setting({k: given[k] for k in differ}, studies, folder / name))
+    if len(found) < 2:
+        expected, got = "a key with several values, such as train.lr=0.01,0.1", "one setting"
+        remedy = "For one, use consilium-simulate run --seeds."
+        raise StudyError(complaint("--set", expected=expected, got=got, remedy=remedy))
+    settings = list(found.values())
+    numbers = [_at(setting.studies[0], differ[0]) for setting in settings]
+    if len(differ) == 1 and all(isinstance(number, int | float) for number in numbers):
+        settings.sort(key=lambda setting: _at(setting.studies[0], differ[0]))
+    return settings
+
+
+def _comparable(key: str, values: int, keys: Sequence[str]) -> None:
+    if keys.count(key) > 1:
+        raise StudyError(complaint(f"--set {key}", expected="it once", got="it several times"))
+    if key == "seed":
+        raise StudyError(complaint("--set seed", expected="seeds with --seeds", got="one here"))
+    if values > 1 and key.split(".")[0] in _ONE_VALUE:
+        remedy = "Settings are compared by one figure on the same patients."
+        got = f"{values} values"
+        raise StudyError(complaint(f"--set {key}", expected="one value", got=got, remedy=remedy))
+
+
+def _at(study: Study, key: str) -> Any:
+    """A key's value as the study understands it: 0.1 and 1e-1 are one."""
+    place: Any = study.model_dump(mode="json")
+    for part in key.split("."):
+        place = place[part]
+    return place
+
+
+def _name(resolved: dict[str, Any]) -> str:
+    """A folder's name, the same for values of the same meaning, in whatever order."""
+    name = ",".join(f"{key}={_word(value)}" for key, value in resolved.items())
+    return name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]}-{_digest(name)}"
+
+
+def _word(value: Any) -> str:
+    """A value as part of a file name; by its hash as well, where that does not hold all of it."""
+    text = value if isinstance(value, str) else json.dumps(value)
+    if re.fullmatch(r"[\w.:+-]{1,40}", text, re.ASCII):
+        return text.replace(":", "-")
+    short = re.sub(r"[^\w.+-]+", "-", text.rpartition("/")[2], flags=re.ASCII).strip("-")
+    return f"{short[:40]}-{_digest(text)}"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def _check(setting: Setting, source: Source) -> None:
+    """Find now what would stop the sweep later, of all that needs no image decoded."""
+    named = {hospital.name for hospital in study_runs.able(setting.studies[0], source, show=False)}
+    for study in setting.studies:
+        path = setting.folder / f"seed-{study.seed}"
+        if not (path / "study.yaml").exists():
+            continue
+        RunFolder.resume(path, study)
+        there = {file.parent.name for file in hospitals.settled(path)}
+        if study is setting.studies[0] and there != named:
+            expected, got = f"a run of {', '.join(sorted(named))}", ", ".join(sorted(there))
+            remedy = "Choose another folder with --out."
+            raise RunError(complaint(path, expected=expected, got=got, remedy=remedy))
+
+
+def _tried(study: Study, runs: Sequence[Path]) -> Tried:
+    scores, test = [], []
+    for path in runs:
+        results, facts = load_results(path, len(study.classes))
+        best = RunFolder(path).best()
+        # Where no model was scored, the last was released, and there is no best.
+        scores.append(best.score if best and best.round == facts["released_round"] else None)
+        test.append(union(results[FEDERATED].values(), len(study.classes)))
+    return Tried(scores, test)
+
+
+def _report(tried: dict[Setting, Tried], seeds: Sequence[int], folder: Path) -> None:
+    first = next(iter(tried))
+    select, keys = first.studies[0].select, list(first.values)
+    chosen: Setting | None = None
+    for setting, found in tried.items():
+        if better(select, found.score, tried[chosen].score if chosen else None):
+            chosen = setting
+    console.print()
+    console.print(_scores(tried, chosen, select))
+    over = ", ".join(map(str, seeds))
+    console.print(f"of the released models, mean ± sd over seeds {over}", style="dim")
+    if chosen:
+        console.print(_lead(tried, chosen, select))
+    told = {
+        setting.folder.name: {
+            "set": setting.values,
+            "validation": found.scores,
+            "mean": found.score,
+            "test": {name: [value(counts, name) for counts in found.test] for name in METRICS},
+        }
+        for setting, found in tried.items()
+    }
+    name = chosen.folder.name if chosen else None
+    content = {"select": select, "seeds": list(seeds), "chosen": name, "settings": told}
+    files.write(folder / "sweep.json", json.dumps(content, indent=1))
+    figures.sweep(
+        {setting.label: found.scores for setting, found in tried.items()},
+        select,
+        folder / "sweep.png",
+        keys=" · ".join(keys),
+        chosen=chosen.label if chosen else None,
+    )
+    _show_test(chosen, tried)
+    console.print(f"\nrun folder: {folder}, with sweep.json and sweep.png")
+
+
+def _scores(tried: dict[Setting, Tried], chosen: Setting | None, select: str) -> Table:
+    keys = list(next(iter(tried)).values)
+    shown = table(*keys, f"validation {METRICS[select].label}", "", left=(*keys, ""))
+    for setting, found in tried.items():
+        score = "–" if found.score is None else summary.mean_sd(found.scores)
+        mark, style = ("chosen", "bold") if setting is chosen else ("", "")
+        shown.add_row(*setting.values.values(), score, mark, style=style)
+    return shown
+
+
+def _lead(tried: dict[Setting, Tried], chosen: Setting, select: str) -> str:
+    """How far the chosen setting is from the next best: by less than seeds tell apart?"""
+    next_best: Setting | None = None
+    for setting, found in tried.items():
+        score = tried[next_best].score if next_best else None
+        if setting is not chosen and better(select, found.score, score):
+            next_best = setting
+    gain = next_best and difference(tried[chosen].scores, tried[next_best].scores)
+    if not next_best or not gain:
+        return f"chosen: {chosen.label}"
+    interval = f"{gain.value:+.3f} (95 % {gain.low:+.3f} to {gain.high:+.3f}), paired by seed"
+    return f"chosen: {chosen.label}; to the next best, {next_best.label}: {interval}"
+
+
+def _show_test(chosen: Setting | None, tried: dict[Setting, Tried]) -> None:
+    """The test figures of the chosen setting only, so that nobody chooses by them."""
+    if chosen is None:
+        why = "Private studies, and sites that keep their figures, tell none."
+        console.print(f"No setting has a validation figure on every seed: none is chosen. {why}")
+        return
+    keys = list(chosen.values)
+    shown = table(*keys, *(metric.label for metric in METRICS.values()), left=keys)
+    test = tried[chosen].test
+    cells = (summary.mean_sd([value(counts, name) for counts in test]) for name in METRICS)
+    shown.add_row(*chosen.values.values(), *cells)
+    console.print("\ntest images of all sites", style="bold")
+    console.print(shown)
+    why = "Of the chosen setting alone: test patients never choose. All are in sweep.json."
+    console.print(why, style="dim")
