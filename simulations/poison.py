@@ -3,11 +3,10 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean
 
 from common import files
 from common.errors import StudyError, complaint, did_you_mean
-from common.evidence import Estimate, difference, t_interval
+from common.evidence import Estimate, t_interval
 from common.metrics import METRICS, value
 from common.study import Study
 from common.terminal import console, table
@@ -15,7 +14,7 @@ from server import figures
 from server.report import FEDERATED, load_results, union
 from server.strategies import REGISTRY
 from server.warm_start import inspect
-from simulations import study_runs
+from simulations import study_runs, summary
 from simulations.liars import Lies, Poisoned
 from simulations.study_runs import Source
 
@@ -118,8 +117,8 @@ def _report(study: Study, found: Found, folder: Path) -> None:
     ways = list(next(iter(found.values())))
     shown = table("strategy", *ways, left=("strategy",))
     for name, by_way in found.items():
-        honest = by_way[HONEST]
-        shown.add_row(name, *(_cell(values, honest) for values in by_way.values()))
+        base = {way: by_way[HONEST] for way in ways if way != HONEST}
+        shown.add_row(name, *(summary.against(by_way[way], base.get(way)) for way in ways))
     console.print(f"\n{label} on test images of the hospitals that never lie", style="bold")
     console.print(shown)
     console.print("in brackets: the difference to no lies, paired by seed, 95 % interval")
@@ -129,12 +128,3 @@ def _report(study: Study, found: Found, folder: Path) -> None:
     files.write(folder / "poison.json", json.dumps({"metric": study.select, "found": found}))
     figures.comparison(estimates, f"{label} at honest hospitals", folder / "poison.png")
     console.print(f"\nrun folder: {folder}, with poison.json and poison.png")
-
-
-def _cell(values: list[float | None], honest: list[float | None]) -> str:
-    known = [figure for figure in values if figure is not None]
-    text = f"{mean(known):.3f}" if known else "–"
-    loss = difference(values, honest) if values is not honest else None
-    if loss is None:
-        return text
-    return f"{text} ({loss.value:+.3f}, {loss.low:+.3f} to {loss.high:+.3f})"

@@ -100,5 +100,13 @@ def mean_sd(values: Sequence[float | None]) -> str:
     return f"{mean(known):.3f}{spread}"
 
 
+def against(values: Sequence[float | None], base: Sequence[float | None] | None) -> str:
+    """Mean of the figures, and how far it is from that of `base`, paired, with 95 % interval."""
+    known = [figure for figure in values if figure is not None]
+    text = f"{mean(known):.3f}" if known else "–"
+    gain = difference(values, base) if base else None
+    return f"{text} ({gain.value:+.3f}, {gain.low:+.3f} to {gain.high:+.3f})" if gain else text
+
+
 def _interval(estimate: Estimate) -> str:
     return f"{estimate.value:.3f} (95 % {estimate.low:.3f} to {estimate.high:.3f})"

@@ -11,13 +11,13 @@ from rich.table import Table
 from client.account import MEANING
 from common import files
 from common.errors import StudyError, complaint
-from common.evidence import Estimate, difference, t_interval
+from common.evidence import t_interval
 from common.metrics import METRICS, Counts, class_auroc, value
 from common.study import DpSgd, NoPrivacy, Study
 from common.terminal import console, table
 from server import figures
 from server.report import FEDERATED, Results, load_results, overall
-from simulations import hospitals, study_runs
+from simulations import hospitals, study_runs, summary
 from simulations.engines import Engine
 from simulations.study_runs import Source
 
@@ -121,20 +121,10 @@ def _table(
     shown = table("privacy", *names, left=("privacy",))
     plain = figures_of.get(None, {})
     for epsilon, by_name in figures_of.items():
-        cells = []
-        for name in names:
-            loss = difference(by_name[name], plain[name]) if epsilon and plain else None
-            cells.append(_cell(by_name[name], loss))
+        base = plain if epsilon else {}
+        cells = (summary.against(by_name[name], base.get(name)) for name in names)
         shown.add_row(_label(epsilon), *cells)
     return shown
-
-
-def _cell(values: Sequence[float | None], loss: Estimate | None) -> str:
-    known = [figure for figure in values if figure is not None]
-    text = f"{mean(known):.3f}" if known else "–"
-    if loss is None:
-        return text
-    return f"{text} ({loss.value:+.3f}, {loss.low:+.3f} to {loss.high:+.3f})"
 
 
 def _positives(study: Study, found: Sequence[Results]) -> None:
