@@ -44,6 +44,13 @@ def open_desk(site: Site) -> Desk:
     return desk
 
 
+def close_desks() -> None:
+    """Let go of every desk of this process: other processes may open them."""
+    while _awake:
+        _awake.popitem()[1].ledger.close()
+    _desk.cache_clear()
+
+
 @lru_cache(maxsize=4096)
 def _desk(state: Path) -> Desk:
     return Desk(Ledger(state), Outbox(state / "outbox"))

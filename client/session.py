@@ -385,9 +385,10 @@ def open_session(site_file: Path, study_id: str) -> Session:
     return _session(site_file, (now.st_mtime_ns, now.st_size, now.st_ino), study_id)
 
 
-def close_sessions() -> None:
-    """Let go of every session of this process."""
-    _session.cache_clear()
+def close_sessions(*, beyond: int = 0) -> None:
+    """Let go of the sessions of this process, if there are more than `beyond`."""
+    if _session.cache_info().currsize > beyond:
+        _session.cache_clear()
 
 
 @lru_cache(maxsize=1024)

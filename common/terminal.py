@@ -77,8 +77,8 @@ class _Dated(_Printable):
         return printable(f"{self.formatTime(record, '%Y-%m-%d %H:%M:%S')} {record.getMessage()}")
 
 
-def log_to(path: Path, *, dated: bool = False) -> None:
-    """Write what this process logs into files too, which rotate.
+def log_to(path: Path, *, dated: bool = False) -> logging.Handler:
+    """Write what this process logs into files too, which rotate; returns what does it.
 
     Args:
       path: The newest of them; private, as texts of errors may name paths.
@@ -90,6 +90,7 @@ def log_to(path: Path, *, dated: bool = False) -> None:
     file = RotatingFileHandler(path, maxBytes=4_000_000, backupCount=4, encoding="utf-8")
     file.setFormatter(_Printable("%(asctime)s %(levelname)s %(message)s"))
     root.addHandler(file)
+    return file
 
 
 def run(app: typer.Typer, *, remedy: str) -> None:

@@ -10,6 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+import click
 import typer
 from rich.progress import track
 
@@ -19,6 +20,7 @@ from common.terminal import Changes, StoppedError, console, table
 
 if TYPE_CHECKING:
     from common.inference import ReleasedModel
+    from simulations.engines import Engine
     from simulations.study_runs import Source
 
 app = typer.Typer(
@@ -50,6 +52,23 @@ PartitionSpec = Annotated[
     ),
 ]
 Count = Annotated[int, typer.Option("--sites", min=1, help="Hospitals to cut the pool into.")]
+
+EngineName = Annotated[
+    str,
+    typer.Option(
+        "--engine",
+        click_type=click.Choice(["in-process", "ray"]),
+        help="Where hospitals compute: here, one after the other, or as actors of Ray.",
+    ),
+]
+RayAddress = Annotated[
+    str | None,
+    typer.Option(
+        metavar="HOST:PORT",
+        help="A Ray cluster with this machine in it. All its machines must find data, run folder "
+        "and cache by the same paths.",
+    ),
+]
 
 _BATCH = 32
 
@@ -140,18 +159,20 @@ def run(
     cache: Annotated[
         Path, typer.Option(help="Prepared images, shared by all runs; delete it at will.")
     ] = Path("runs/cache"),
+    engine: EngineName = "in-process",
+    ray_address: RayAddress = None,
 ) -> None:
     """Run a study across virtual hospitals, or go on with one that was interrupted."""
     from common.study import Study
     from simulations import study_runs
-    from simulations.engines import InProcess
 
+    computes = _engine(engine, ray_address)
     if resume is not None:
         if site or evaluate_site or pool or seeds or out or (changes and study is None):
             raise typer.BadParameter("--resume goes on with the run's own study and hospitals")
         with _stoppable(resume, f"consilium-simulate run --resume {resume}"):
             expected = Study.read(study, tuple(changes or ())) if study else None
-            study_runs.resume(resume, expected, InProcess(), compare=compare)
+            study_runs.resume(resume, expected, computes, compare=compare)
         return
     source = _source(site, evaluate_site, pool, partition, sites)
     if study is None:
@@ -167,7 +188,7 @@ def run(
             seeds=_numbers(seeds),
             compare=compare,
             cache=cache,
-            engine=InProcess(),
+            engine=computes,
         )
 
 
@@ -196,12 +217,14 @@ def utility(
     cache: Annotated[
         Path, typer.Option(help="Prepared images, shared by all runs; delete it at will.")
     ] = Path("runs/cache"),
+    engine: EngineName = "in-process",
+    ray_address: RayAddress = None,
 ) -> None:
     """Show what privacy costs: one study at several ε and without, on the same holdouts."""
     from common.study import Study
     from simulations import utility
-    from simulations.engines import InProcess
 
+    computes = _engine(engine, ray_address)
     read = Study.read(study, tuple(changes or ()))
     folder = out or Path("runs") / f"{study.stem}-utility-{datetime.now():%Y%m%d-%H%M%S}"
     with _stoppable(folder, f"the same command with --out {folder}"):
@@ -213,7 +236,7 @@ def utility(
             seeds=_numbers(seeds),
             of=of,
             cache=cache,
-            engine=InProcess(),
+            engine=computes,
         )
 
 
@@ -480,6 +503,21 @@ def _source(
         partition=partition,
         sites=sites,
     )
+
+
+def _engine(name: str, address: str | None) -> "Engine":
+    """Where the shared options of `run` and `utility` say that hospitals compute."""
+    if address is not None:
+        host, _, port = address.rpartition(":")
+        if name != "ray" or not (host and port.isdecimal() and int(port) < 65536):
+            raise typer.BadParameter("--ray-address goes with --engine ray, and is host:port")
+    if name == "ray":
+        from simulations.ray_engine import Ray
+
+        return Ray(address)
+    from simulations.engines import InProcess
+
+    return InProcess()
 
 
 def _epsilons(text: str) -> list[float | None]:

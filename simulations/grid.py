@@ -85,13 +85,16 @@ class InProcessGrid(Grid):
         return self.pull_messages(self.push_messages(messages))
 
     def _work(self, message: Message) -> Message:
-        context = self._contexts[message.metadata.dst_node_id]
-        try:
-            return _wired(self._app(_wired(message), context))
-        except Exception:
-            # As a SuperNode does, less the exception's text, which stays in this process.
-            log.exception("%s: the client app failed", context.node_config["site"])
-            return error_reply(message, ConsiliumError.code)
+        return answer(self._app, message, self._contexts[message.metadata.dst_node_id])
+
+
+def answer(app: ClientAppCallable, message: Message, context: Context) -> Message:
+    """What a node replies: as a SuperNode does, less an exception's text, which stays here."""
+    try:
+        return _wired(app(_wired(message), context))
+    except Exception:
+        log.exception("%s: the client app failed", context.node_config["site"])
+        return error_reply(message, ConsiliumError.code)
 
 
 def _wired(message: Message) -> Message:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from client import desk
+from client.desk import close_desks
 from client.session import close_sessions
 from simulations import phantom
 
@@ -42,9 +42,7 @@ def new_process() -> Iterator[Callable[[], None]]:
     """From each call on as in another process: no site is open, no session is loaded."""
 
     def begin() -> None:
-        for state in list(desk._awake):
-            desk._awake.pop(state).ledger.close()
-        desk._desk.cache_clear()
+        close_desks()
         close_sessions()
 
     yield begin

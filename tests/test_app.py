@@ -16,7 +16,7 @@ from PIL import Image
 from client import desk, forgotten
 from client.app import app
 from client.data.records import FileImage
-from client.desk import open_desk
+from client.desk import close_desks, open_desk
 from client.entries import Privacy, Release, Sent
 from client.ledger import Ledger, read
 from client.outbox import Reply, release
@@ -40,9 +40,7 @@ COARSE = {"disclose": {"counts": "rounded", "metrics": "final"}}
 def _own_desks():
     """Each test is a process of its own as far as open sites go."""
     yield
-    for state in list(desk._awake):
-        desk._awake.pop(state).ledger.close()
-    desk._desk.cache_clear()
+    close_desks()
     close_sessions()
 
 
@@ -293,11 +291,7 @@ def test_a_thousand_questions_get_no_more_than_was_agreed(tmp_path):
             assert not counts["positive"]
             assert all(n % 10 == 0 for n in counts["confusion"][1::2])
     # The next process knows which ends there were.
-    desk._awake.clear()
-    for opened in (open_desk(Site.read(server.file)),):
-        opened.ledger.close()
-    desk._desk.cache_clear()
-    desk._awake.clear()
+    close_desks()
     assert server.final(7, 7).error.reason == "contract"
 
 
