@@ -19,6 +19,7 @@ from common.terminal import Changes, StoppedError, console, table
 
 if TYPE_CHECKING:
     from common.inference import ReleasedModel
+    from simulations.engines import Engine
     from simulations.study_runs import Source
 
 app = typer.Typer(
@@ -50,6 +51,18 @@ PartitionSpec = Annotated[
     ),
 ]
 Count = Annotated[int, typer.Option("--sites", min=1, help="Hospitals to cut the pool into.")]
+
+WorkerCount = Annotated[
+    int | None,
+    typer.Option(
+        "--workers",
+        min=1,
+        max=128,
+        help="Processes that share the hospitals, each computing on one core. They pay where many "
+        "cores have long rounds, or many images, before them. Without it, one process does all, on "
+        "all cores.",
+    ),
+]
 
 _BATCH = 32
 
@@ -139,18 +152,18 @@ def run(
     cache: Annotated[
         Path, typer.Option(help="Prepared images, shared by all runs; delete it at will.")
     ] = Path("runs/cache"),
+    workers: WorkerCount = None,
 ) -> None:
     """Run a study across virtual hospitals, or go on with one that was interrupted."""
     from common.study import Study
     from simulations import study_runs
-    from simulations.engines import InProcess
 
     if resume is not None:
         if site or evaluate_site or pool or seeds or out or (changes and study is None):
             raise typer.BadParameter("--resume goes on with the run's own study and hospitals")
         with _stoppable(resume, f"consilium-simulate run --resume {resume}"):
             expected = Study.read(study, tuple(changes or ())) if study else None
-            study_runs.resume(resume, expected, InProcess(), compare=compare)
+            study_runs.resume(resume, expected, _engine(workers), compare=compare)
         return
     source = _source(site, evaluate_site, pool, partition, sites)
     if study is None:
@@ -166,7 +179,7 @@ def run(
             seeds=_numbers(seeds),
             compare=compare,
             cache=cache,
-            engine=InProcess(),
+            engine=_engine(workers),
         )
 
 
@@ -195,11 +208,11 @@ def utility(
     cache: Annotated[
         Path, typer.Option(help="Prepared images, shared by all runs; delete it at will.")
     ] = Path("runs/cache"),
+    workers: WorkerCount = None,
 ) -> None:
     """Show what privacy costs: one study at several ε and without, on the same holdouts."""
     from common.study import Study
     from simulations import utility
-    from simulations.engines import InProcess
 
     read = Study.read(study, tuple(changes or ()))
     folder = out or Path("runs") / f"{study.stem}-utility-{datetime.now():%Y%m%d-%H%M%S}"
@@ -212,7 +225,7 @@ def utility(
             seeds=_numbers(seeds),
             of=of,
             cache=cache,
-            engine=InProcess(),
+            engine=_engine(workers),
         )
 
 
@@ -372,6 +385,14 @@ def _source(
         partition=partition,
         sites=sites,
     )
+
+
+def _engine(workers: int | None) -> "Engine":
+    """Where `run` and `utility` have hospitals compute."""
+    from simulations.engines import InProcess
+    from simulations.workers import Workers
+
+    return InProcess() if workers is None else Workers(workers)
 
 
 def _epsilons(text: str) -> list[float | None]:
