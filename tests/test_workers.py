@@ -132,37 +132,47 @@ def test_impossible_numbers_of_workers(
     assert "--workers" in capsys.readouterr().err
 
 
-def test_nobody_is_left_behind(phantoms: Path, tmp_path: Path) -> None:
-    """Ctrl-C ends the command and its workers in one line; SIGKILL of the command ends them too."""
+def test_ctrl_c_ends_all_in_one_line(phantoms: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     sites = [part for name in NAMES for part in ("--site", phantoms / name)]
-    first = [ROOT / "configs/demo.yaml", *sites, "--set", "train.rounds=10000", "--out", folder]
-
-    stopped, workers = started(*first, "--cache", tmp_path / "cache")
+    options = ["--set", "train.rounds=10000", "--cache", tmp_path / "cache", "--workers", 2]
+    code = "from simulations.cli import main; main()"
+    arguments = ["run", ROOT / "configs/demo.yaml", *sites, *options, "--out", folder]
+    process, workers = popen(code, *arguments)
     until(lambda: (folder / "last.safetensors").exists())
     left = workers()
     assert len(left) == 2
-    os.killpg(stopped.pid, signal.SIGINT)  # as a terminal does
-    _, said = stopped.communicate(timeout=60)
-    assert stopped.returncode == 130
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
     assert said.strip() == f"Stopped. Go on with: consilium-simulate run --resume {folder}"
     until(lambda: not any(map(alive, left)))
 
-    killed, workers = started("--resume", folder)
-    until(lambda: len(workers()) == 2)
+
+def test_workers_go_with_the_process_that_started_them() -> None:
+    """Even with SIGKILL, and in the middle of long work."""
+    code = (
+        "import time; from pathlib import Path; from simulations.workers import Workers; "
+        "w = Workers(1); w._shared([Path()]); w.forget(); print('up', flush=True); "
+        "w._do([[(time.sleep, 600)]], '')"
+    )
+    process, workers = popen(code)
+    assert process.stdout
+    assert process.stdout.readline() == "up\n"
     left = workers()
-    killed.kill()
-    killed.communicate()
+    assert len(left) == 1
+    time.sleep(0.5)
+    process.kill()
+    process.communicate()
     until(lambda: not any(map(alive, left)))
 
 
-def started(*arguments: object) -> tuple[subprocess.Popen[str], Callable[[], list[int]]]:
-    """The command with two workers, and how to find those."""
-    code = "from simulations.cli import main; main()"
+def popen(code: str, *arguments: object) -> tuple[subprocess.Popen[str], Callable[[], list[int]]]:
+    """A process in a group of its own, and how to find its workers."""
     process = subprocess.Popen(
-        [sys.executable, "-c", code, "run", *map(str, arguments), "--workers", "2"],
+        [sys.executable, "-c", code, *map(str, arguments)],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
@@ -182,7 +192,7 @@ def alive(pid: int) -> bool:
     return state.stdout.strip()[:1] not in ("", "Z")
 
 
-def until(what: Callable[[], bool], seconds: float = 60) -> None:
+def until(what: Callable[[], bool], seconds: float = 240) -> None:
     deadline = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < deadline
