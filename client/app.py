@@ -97,18 +97,18 @@ def work(message: Message, context: Context) -> Message:
     study = session.study
     if request.round > study.train.rounds:
         raise ContractError(f"round {request.round} of a study of {study.train.rounds}")
-    received = digest(wire.from_arrays(request.arrays, session.network.shapes))
+    tensors = wire.from_arrays(request.arrays, session.network.shapes)
     protection = session.agreed().protection
     what = Release(
         study=study.id,
         name=study.name,
         kind="round",
         round=request.round,
-        received=received,
+        received=digest(tensors),
         privacy=protection.round if protection else None,
     )
     desk = open_desk(session.site)
-    return _leave(message, session, what, lambda: session.work(request, _head(desk)))
+    return _leave(message, session, what, lambda: session.work(request, tensors, _head(desk)))
 
 
 @app.evaluate()
@@ -116,16 +116,15 @@ def finish(message: Message, context: Context) -> Message:
     """The final message: counts of the last model and of the best."""
     request = wire.FinalRequest.read(message.content)
     session = open_session(site_file(context), request.study)
-    models = {"last": request.last, "best": request.best}
-    tensors = {
-        f"{which}/{name}": tensor
-        for which, arrays in models.items()
-        for name, tensor in wire.from_arrays(arrays, session.network.shapes).items()
-    }
-    study, received = session.study, digest(tensors)
+    last, best = (
+        wire.from_arrays(arrays, session.network.shapes) for arrays in (request.last, request.best)
+    )
+    named = {"last": last, "best": best}.items()
+    both = {f"{which}/{name}": tensor for which, model in named for name, tensor in model.items()}
+    study, received = session.study, digest(both)
     _ends_once(session, received)
     what = Release(study=study.id, name=study.name, kind="final", received=received)
-    return _leave(message, session, what, lambda: session.finish(request))
+    return _leave(message, session, what, lambda: session.finish(last, best))
 
 
 def _head(desk: Desk) -> wire.LedgerHead:

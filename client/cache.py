@@ -85,6 +85,8 @@ def prune(
     with usable(cache, DataError):
         for folder in _folders(cache):
             _sweep(folder)
+    if limit is None and days is None:
+        return []
     found = stores(cache)
     total = sum(kept.bytes for kept in found)
     in_use = {folder.resolve() for folder in keep}
@@ -166,9 +168,10 @@ def _about(path: Path) -> dict[str, str]:
 
 def _sweep(folder: Path) -> None:
     """Delete what was left half-written a day ago."""
-    for path, stat in _ours(folder).items():
-        if path.suffix == ".part" and stat.st_mtime < time.time() - _DAY:
-            path.unlink(missing_ok=True)
+    for path in folder.glob(".*.part"):
+        with suppress(FileNotFoundError):
+            if _OURS.fullmatch(path.name) and path.lstat().st_mtime < time.time() - _DAY:
+                path.unlink()
 
 
 def _try_delete(kept: Kept) -> bool:

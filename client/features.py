@@ -159,7 +159,6 @@ def prepare(
       DataError: images that cannot be read, named and counted, unless they are to be skipped.
     """
     store = open_store(cache / recipe.key, recipe.about)
-    store.refresh()
     bad: dict[int, str] = {}
     digests = list(_digests(images, bad))
     name = namer(cache)
@@ -170,6 +169,8 @@ def prepare(
         if i not in bad
         for v in range(augment.views)
     ]
+    if store.missing([job.name for job in jobs]):
+        store.refresh()
     todo = {jobs[j].name: jobs[j] for j in store.missing([job.name for job in jobs])}
     _fill(store, images, list(todo.values()), recipe, augment.ops, bad)
     for j in store.missing([job.name for job in jobs]):  # one that failed fails wherever it is

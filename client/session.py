@@ -3,7 +3,7 @@
 import logging
 import re
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import torch
@@ -43,7 +43,6 @@ from common.wire import (
     Figures,
     FinalCounts,
     FinalReply,
-    FinalRequest,
     JoinReply,
     LedgerHead,
     RoundReply,
@@ -93,14 +92,13 @@ class Session:
         self.recipe = _recipe(self.network, self.precision.prefix, site.keep)
         self.examples: dict[str, Examples] = {}
         self.patients: dict[str, int] = {}
-        self._records: list[str] = []
         self._checked = False
         self._make_room()
-        for part, records in parts.items():
-            self._prepare(part, records)
+        kept = [name for part, records in parts.items() for name in self._prepare(part, records)]
         self._make_room()
         # Again: unreadable images may have been left out.
         self._agree(self.patients["train"], len(self.examples["train"]))
+        self._now = self._agreement(kept)
 
     def _agree(self, trained: int, images: int) -> None:
         if self.site.role == "train" and not trained:
@@ -121,8 +119,12 @@ class Session:
         folder, cache = self.site.cache_folder, self.site.cache
         prune(folder, limit=cache.limit, days=cache.days, keep={folder / self.recipe.key})
 
-    def _prepare(self, part: str, records: Sequence[Record]) -> None:
-        """Keep what rounds need of these records; the images themselves may go."""
+    def _prepare(self, part: str, records: Sequence[Record]) -> list[str]:
+        """Keep what rounds need of these records; the images themselves may go.
+
+        Returns:
+          `identity` of each that takes part.
+        """
         prepared, kept = prepare(
             [record.image for record in records],
             recipe=self.recipe,
@@ -136,7 +138,7 @@ class Session:
         if part == "train":
             self._whose = Patients.of([records[i].patient for i in kept])
         secret = self.site.secret()
-        self._records += [identity(records[i], part, self.site, secret) for i in kept]
+        return [identity(records[i], part, self.site, secret) for i in kept]
 
     def joined(self, ledger: LedgerHead, entries: Sequence[Entry]) -> JoinReply:
         """Agree, on disk, and tell the server what this site tells about itself.
@@ -153,7 +155,7 @@ class Session:
         """
         if self.agreement is None:
             self._afford(entries, whole=True)
-        now = self._agreement_now()
+        now = self._now
         if now != self.agreement:
             keep_holdout(self.site, self.study)
             now.keep(self.site)
@@ -177,7 +179,8 @@ class Session:
             versions=Versions.here(),
         )
 
-    def _agreement_now(self) -> Agreement:
+    def _agreement(self, records: Sequence[str]) -> Agreement:
+        """What this site would agree to as it is, if nobody new is let in."""
         counts = {p: e.labels.bincount(minlength=self.classes) for p, e in self.examples.items()}
         first = self.agreement
         return Agreement(
@@ -189,7 +192,7 @@ class Session:
             suffix_dtype="float32" if self.protection else self.precision.suffix,
             patients=wire.Parts(**self.patients),
             images=wire.Parts(**{p: tuple(count.tolist()) for p, count in counts.items()}),
-            records=first.records if first else tuple(sorted(self._records)),
+            records=first.records if first else tuple(sorted(records)),
         )
 
     def _protection(self) -> Protection | None:
@@ -227,7 +230,7 @@ class Session:
           RefusedError: its policy now allows it to tell less than it agreed to.
           DataError: other patients take part than it joined with.
         """
-        kept, now = self.agreement, self._agreement_now()
+        kept, now = self.agreement, self._now
         if kept and kept.role == "train" and bool(kept.protection) != self.study.private:
             raise ContractError("an agreement about another kind of privacy than the study's")
         remedy = "It can take part again when the coordinator resumes the run."
@@ -243,16 +246,16 @@ class Session:
             raise DataError(complaint(where, expected=expected, got=got, remedy=remedy))
         return kept
 
-    def work(self, request: RoundRequest, ledger: LedgerHead) -> RoundReply:
+    def work(self, request: RoundRequest, tensors: Tensors, ledger: LedgerHead) -> RoundReply:
         """One round: evaluate what came on validation patients, then train it; tell as agreed.
 
         Args:
           request: What the server asks for.
+          tensors: What came with it.
           ledger: How far this site's ledger goes.
         """
         agreed = self.agreed()
         disclosure, protection = agreed.disclosure, agreed.protection
-        tensors = wire.from_arrays(request.arrays, self.network.shapes)
         if protection:
             self.train_privately(tensors, request.round, request.proximal_mu, protection)
             arrays = wire.to_arrays(self.network.tensors)
@@ -265,11 +268,9 @@ class Session:
         arrays = wire.to_arrays(self.network.tensors)
         return RoundReply(arrays=arrays, figures=figures, ledger=ledger)
 
-    def finish(self, request: FinalRequest) -> FinalReply:
+    def finish(self, last: Tensors, best: Tensors) -> FinalReply:
         """The end: counts of the last model and of the best, as agreed."""
         disclosure = self.agreed().disclosure
-        last = wire.from_arrays(request.last, self.network.shapes)
-        best = wire.from_arrays(request.best, self.network.shapes)
         if disclosure.metrics == "none":
             return FinalReply(counts=None)
         counts = FinalCounts(
@@ -367,6 +368,7 @@ def drop(site: Site, study: Study) -> None:
         (site.private("studies") / f"{study.id}.json").unlink(missing_ok=True)
 
 
+@lru_cache(maxsize=8)  # all virtual sites of a study share it
 def _parse(proposal: str) -> Study:
     try:
         return Study.model_validate_json(proposal)
@@ -391,7 +393,7 @@ def close_sessions(*, beyond: int = 0) -> None:
         _session.cache_clear()
 
 
-@lru_cache(maxsize=1024)
+@cache  # with a limit, more virtual sites than that would all be opened anew in every round
 def _session(site_file: Path, _: tuple[int, ...], study_id: str) -> Session:
     site = Site.read(site_file)
     return Session(site, proposed(site, study_id))

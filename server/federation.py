@@ -172,7 +172,7 @@ class Federation:
             self.refusals[member.name] = "it does not tell what this study lets it tell"
         elif reply.enrolled and not (private and member.trains):
             self.refusals[member.name] = "it declares patients that nobody asked for"
-        elif any(member.name == other.name for other in self.members):
+        elif self.members and member.name == self.members[-1].name:  # they come sorted by name
             self.refusals[self._known_as(member.node)] = f"the name {member.name} is taken"
         elif member.trains and reply.disclosure.base == 1 and reply.images.train == (0,) * classes:
             self.refusals[member.name] = "it has nothing to train on"

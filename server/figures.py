@@ -50,24 +50,27 @@ def curves(rows: Sequence[Row], path: Path) -> None:
 
 
 def _lines(axes: Axes, rows: Sequence[Row], key: str) -> None:
-    sites = sorted({row["site"] for row in rows if row["site"] is not None})
+    by_site: dict[str | None, list[Row]] = {None: []}
+    for row in rows:
+        by_site.setdefault(row["site"], []).append(row)
+    sites = sorted(site for site in by_site if site is not None)
     few = len(sites) <= len(COLOURS)
-    _line(axes, rows, key, None, label="overall", color=INK, lw=2.6, zorder=3)
+    _line(axes, by_site[None], key, label="overall", color=INK, lw=2.6, zorder=3)
     for index, site in enumerate(sites):
         if few:
-            _line(axes, rows, key, site, label=site, color=COLOURS[index], lw=1.3)
+            _line(axes, by_site[site], key, label=site, color=COLOURS[index], lw=1.3)
         else:
             name = "_" if index else "each site"
-            _line(axes, rows, key, site, label=name, color=GREY, lw=0.9, alpha=0.6)
+            _line(axes, by_site[site], key, label=name, color=GREY, lw=0.9, alpha=0.6)
     axes.set_title("Training loss" if key == "loss" else f"Validation {_label(key)}")
     axes.set_xlabel("round" if key == "loss" else "model after round")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.grid(axis="y")
 
 
-def _line(axes: Axes, rows: Sequence[Row], key: str, site: str | None, **style: Any) -> None:
+def _line(axes: Axes, rows: Sequence[Row], key: str, **style: Any) -> None:
     when = "round" if key == "loss" else "model_round"
-    mine = sorted((r for r in rows if r["site"] == site), key=lambda row: int(row[when]))
+    mine = sorted(rows, key=lambda row: int(row[when]))
     values = [np.nan if row.get(key) is None else row[key] for row in mine]
     if not np.isnan(values).all():
         marker = "o" if len(mine) <= 10 else ""  # a line cannot show a round that stands alone

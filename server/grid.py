@@ -9,8 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from flwr.app import Message, RecordDict
-from flwr.serverapp import Grid
+from flwr.app import Message
 
 from common.errors import RunError, complaint
 from common.flower import (
@@ -28,6 +27,7 @@ from common.flower import (
     unpack,
 )
 from server.link import NOOP_FEDERATION_ID, NOOP_FLWR_AID, LinkState, TaskType, open_state
+from server.one_run import OneRunGrid
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class _Arriving:
     size: int = 0
 
 
-class LinkGrid(Grid):
+class LinkGrid(OneRunGrid):
     """The sites that are connected to this coordinator's link, for one run.
 
     Args:
@@ -62,25 +62,11 @@ class LinkGrid(Grid):
         self._arriving: dict[str, _Arriving] = {}
         self._most = _MARGIN
 
-    def set_run(self, run: Run) -> None:
-        """It is set already."""
-
     @property
     def run(self) -> Run:
         """As the database has it."""
         (run,) = self._state.get_run_info(run_ids=[self._run_id])
         return run
-
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        """As Flower's own grids do."""
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> list[int]:
         """Sites that are connected now."""

@@ -2,21 +2,29 @@
 
 import csv
 import io
-import math
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import click
 import typer
 from rich.progress import track
 
 from common import files, terminal
 from common.errors import DataError, RunError, complaint
-from common.terminal import Changes, StoppedError, console, table
+from common.terminal import Changes, console, table
+from simulations import cli_series
+from simulations.options import (
+    CACHE,
+    Cache,
+    StudyFile,
+    asks,
+    computing,
+    hospitals,
+    numbers,
+    stoppable,
+)
 
 if TYPE_CHECKING:
     from common.inference import ReleasedModel
@@ -31,62 +39,12 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-StudyFile = Annotated[Path, typer.Argument(help="The study, a YAML file; see configs/.")]
-Sites = Annotated[
-    list[Path] | None,
-    typer.Option("--site", help="A hospital: a folder of images, or one with a site.yaml. Repeat."),
-]
-Evaluators = Annotated[
-    list[Path] | None,
-    typer.Option("--evaluate-site", help="A hospital that never trains, only tests. Repeat."),
-]
-Pool = Annotated[
-    Path | None, typer.Option(help="One data set, to be cut into virtual hospitals by patient.")
-]
-PartitionSpec = Annotated[
-    str,
-    typer.Option(
-        "--partition",
-        help="How the pool is cut: iid, dirichlet:<α>, label:<k> or quantity:<α>, "
-        "such as dirichlet:0.5.",
-    ),
-]
-Count = Annotated[int, typer.Option("--sites", min=1, help="Hospitals to cut the pool into.")]
-
-EngineName = Annotated[
-    str,
-    typer.Option(
-        "--engine",
-        click_type=click.Choice(["in-process", "ray"]),
-        help="Where hospitals compute: here, one after the other, or as actors of Ray.",
-    ),
-]
-RayAddress = Annotated[
-    str | None,
-    typer.Option(
-        metavar="HOST:PORT",
-        help="A Ray cluster with this machine in it. All its machines must find data, run folder "
-        "and cache by the same paths.",
-    ),
-]
-
 _BATCH = 32
 
 
 def main() -> None:
     """Run the command line; a mistake with a known remedy ends in one line, never a traceback."""
     terminal.run(app, remedy="Free some space, or choose another place with --out or --cache.")
-
-
-@contextmanager
-def _stoppable(folder: Path, go_on: str) -> Iterator[None]:
-    try:
-        yield
-    except KeyboardInterrupt:
-        places = ("study.yaml", "seed-*/study.yaml", "*/seed-*/study.yaml")
-        begun = [path for place in places for path in folder.glob(place)]
-        text = f"Go on with: {go_on}" if begun else "Nothing was begun: there is no run to resume."
-        raise StoppedError(f"Stopped. {text}") from None
 
 
 @app.command(epilog="Example: consilium-simulate phantom runs/phantom")
@@ -116,37 +74,28 @@ def deployment(
     if folder.exists() and any(folder.iterdir()):
         expected, got = "a new or empty folder", "one with files"
         raise RunError(complaint(folder, expected=expected, got=got))
-    with _stoppable(folder, "the same command in a new folder"):
+    with stoppable(folder, "the same command in a new folder"):
         deployment_demo.show(folder)
 
 
 @app.command(epilog="Example: consilium-simulate check configs/demo.yaml --site runs/phantom/north")
-def check(
-    study: StudyFile,
-    site: Sites = None,
-    evaluate_site: Evaluators = None,
-    pool: Pool = None,
-    partition: PartitionSpec = "iid",
-    sites: Count = 4,
-    changes: Changes = None,
-) -> None:
+@asks("source", hospitals)
+def check(study: StudyFile, *, source: "Source", changes: Changes = None) -> None:
     """Validate a study, its backbone and weights, and the hospitals' data, without training."""
     from simulations import study_runs
 
-    source = _source(site, evaluate_site, pool, partition, sites)
     study_runs.check(study, source, tuple(changes or ()))
 
 
 @app.command(
     epilog="Example: consilium-simulate run configs/demo.yaml --site runs/phantom/north --site …"
 )
+@asks("source", hospitals)
+@asks("engine", computing)
 def run(
     study: Annotated[Path | None, typer.Argument(help="The study, a YAML file.")] = None,
-    site: Sites = None,
-    evaluate_site: Evaluators = None,
-    pool: Pool = None,
-    partition: PartitionSpec = "iid",
-    sites: Count = 4,
+    *,
+    source: "Source",
     changes: Changes = None,
     seeds: Annotated[str | None, typer.Option(help="Run once for each, such as 0,1,2.")] = None,
     compare: Annotated[
@@ -156,195 +105,39 @@ def run(
         Path | None, typer.Option(help="The run folder; by default a new one under runs/.")
     ] = None,
     resume: Annotated[Path | None, typer.Option(help="A run folder to go on with.")] = None,
-    cache: Annotated[
-        Path, typer.Option(help="Prepared images, shared by all runs; delete it at will.")
-    ] = Path("runs/cache"),
-    engine: EngineName = "in-process",
-    ray_address: RayAddress = None,
+    cache: Cache = CACHE,
+    engine: "Engine",
 ) -> None:
     """Run a study across virtual hospitals, or go on with one that was interrupted."""
     from common.study import Study
     from simulations import study_runs
 
-    computes = _engine(engine, ray_address)
     if resume is not None:
-        if site or evaluate_site or pool or seeds or out or (changes and study is None):
+        if source.named or seeds or out or (changes and study is None):
             raise typer.BadParameter("--resume goes on with the run's own study and hospitals")
-        with _stoppable(resume, f"consilium-simulate run --resume {resume}"):
+        with stoppable(resume, f"consilium-simulate run --resume {resume}"):
             expected = Study.read(study, tuple(changes or ())) if study else None
-            study_runs.resume(resume, expected, computes, compare=compare)
+            study_runs.resume(resume, expected, engine, compare=compare)
         return
-    source = _source(site, evaluate_site, pool, partition, sites)
     if study is None:
         raise typer.BadParameter("name a study file, or a run with --resume")
     folder = out or Path("runs") / f"{study.stem}-{datetime.now():%Y%m%d-%H%M%S}"
     again = f"the same command with --out {folder}" if seeds else ""
-    with _stoppable(folder, again or f"consilium-simulate run --resume {folder}"):
+    with stoppable(folder, again or f"consilium-simulate run --resume {folder}"):
         study_runs.start(
             study,
             source,
             folder,
             changes=tuple(changes or ()),
-            seeds=_numbers(seeds),
+            seeds=numbers(seeds),
             compare=compare,
             cache=cache,
-            engine=computes,
+            engine=engine,
         )
 
 
-@app.command(
-    epilog="Example: consilium-simulate utility configs/skin_private.yaml --site SKIN/rosendahl "
-    "--site SKIN/vidir_modern --epsilons none,8,3,1 --seeds 0,1,2,3,4,5,6,7,8,9 --class mel"
-)
-def utility(
-    study: Annotated[Path, typer.Argument(help="A study with privacy, a YAML file.")],
-    site: Sites = None,
-    evaluate_site: Evaluators = None,
-    pool: Pool = None,
-    partition: PartitionSpec = "iid",
-    sites: Count = 4,
-    changes: Changes = None,
-    epsilons: Annotated[
-        str, typer.Option(help="Privacy to compare; none is the study without.")
-    ] = "none,8,3,1",
-    seeds: Annotated[str, typer.Option(help="Run once for each at each ε.")] = "0,1,2",
-    of: Annotated[
-        str | None, typer.Option("--class", help="A class whose own AUROC is shown as well.")
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="The folder of all runs; the same again goes on.")
-    ] = None,
-    cache: Annotated[
-        Path, typer.Option(help="Prepared images, shared by all runs; delete it at will.")
-    ] = Path("runs/cache"),
-    engine: EngineName = "in-process",
-    ray_address: RayAddress = None,
-) -> None:
-    """Show what privacy costs: one study at several ε and without, on the same holdouts."""
-    from common.study import Study
-    from simulations import utility
-
-    computes = _engine(engine, ray_address)
-    read = Study.read(study, tuple(changes or ()))
-    folder = out or Path("runs") / f"{study.stem}-utility-{datetime.now():%Y%m%d-%H%M%S}"
-    with _stoppable(folder, f"the same command with --out {folder}"):
-        utility.show(
-            read,
-            _source(site, evaluate_site, pool, partition, sites),
-            folder,
-            epsilons=_epsilons(epsilons),
-            seeds=_numbers(seeds),
-            of=of,
-            cache=cache,
-            engine=computes,
-        )
-
-
-@app.command(
-    epilog="Example: consilium-simulate sweep configs/demo.yaml --set train.lr=0.001,0.01,0.1 "
-    "--set model.unfreeze=head,last:1 --seeds 0,1,2 --site runs/phantom/north --site … "
-    "--out runs/sweep"
-)
-def sweep(
-    study: StudyFile,
-    site: Sites = None,
-    evaluate_site: Evaluators = None,
-    pool: Pool = None,
-    partition: PartitionSpec = "iid",
-    sites: Count = 4,
-    changes: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            help="A key and the values to try, such as train.lr=0.01,0.1; brackets and quotes keep "
-            "a comma, as in [1, 3]. Repeat: every combination runs. One value is for all runs.",
-        ),
-    ] = None,
-    seeds: Annotated[str, typer.Option(help="Run each setting once for each.")] = "0,1,2",
-    out: Annotated[
-        Path | None, typer.Option(help="The folder of all runs; the same again goes on.")
-    ] = None,
-    cache: Annotated[
-        Path, typer.Option(help="Prepared images, shared by all runs; delete it at will.")
-    ] = Path("runs/cache"),
-) -> None:
-    """Run a study at several settings, and show which does best on validation patients.
-
-    Test patients never choose: their figures are shown for the chosen setting only. With the same
-    --out the same command goes on, and more values or seeds run only what is missing.
-    """
-    from simulations import sweep
-    from simulations.engines import InProcess
-
-    folder = out or Path("runs") / f"{study.stem}-sweep-{datetime.now():%Y%m%d-%H%M%S}"
-    with _stoppable(folder, f"the same command with --out {folder}"):
-        sweep.show(
-            study,
-            _source(site, evaluate_site, pool, partition, sites),
-            folder,
-            changes=changes or (),
-            seeds=_numbers(seeds),
-            cache=cache,
-            engine=InProcess(),
-        )
-
-
-@app.command(
-    epilog="Example: consilium-simulate poison configs/poisoned.yaml --pool runs/many/north "
-    "--partition dirichlet:5 --sites 9 --mislabels site-1 --scales site-2"
-)
-def poison(
-    study: StudyFile,
-    site: Sites = None,
-    evaluate_site: Evaluators = None,
-    pool: Pool = None,
-    partition: PartitionSpec = "iid",
-    sites: Count = 4,
-    changes: Changes = None,
-    mislabels: Annotated[
-        list[str] | None,
-        typer.Option(help="A hospital that takes each class for the next. Repeat."),
-    ] = None,
-    scales: Annotated[
-        list[str] | None,
-        typer.Option(help="A hospital that sends its update times --factor. Repeat."),
-    ] = None,
-    factor: Annotated[float, typer.Option(help="Below 0 the update is reversed.")] = -10.0,
-    strategies: Annotated[
-        str | None, typer.Option(help="To compare, such as fedavg,krum; by default all.")
-    ] = None,
-    seeds: Annotated[str, typer.Option(help="Run once for each.")] = "0,1,2",
-    out: Annotated[
-        Path | None, typer.Option(help="The folder of all runs; the same again goes on.")
-    ] = None,
-    cache: Annotated[
-        Path, typer.Option(help="Prepared images, shared by all runs; delete it at will.")
-    ] = Path("runs/cache"),
-) -> None:
-    """Show which strategies hold when some hospitals lie: one study by each, with and without.
-
-    The robust ones are told how many hospitals lie. What all runs are judged by is the released
-    model on test patients of the hospitals that never lie.
-    """
-    from common.study import Study
-    from server.strategies import REGISTRY
-    from simulations import poison
-    from simulations.liars import Lies
-
-    if not (mislabels or scales):
-        raise typer.BadParameter("name a hospital that lies, with --mislabels or --scales")
-    lies = Lies(frozenset(mislabels or ()), frozenset(scales or ()), factor)
-    folder = out or Path("runs") / f"{study.stem}-{datetime.now():%Y%m%d-%H%M%S}"
-    with _stoppable(folder, f"the same command with --out {folder}"):
-        poison.show(
-            Study.read(study, tuple(changes or ())),
-            _source(site, evaluate_site, pool, partition, sites),
-            folder,
-            lies=lies,
-            strategies=strategies.split(",") if strategies else tuple(REGISTRY),
-            seeds=_numbers(seeds),
-            cache=cache,
-        )
+for _command, _example in cli_series.COMMANDS.items():
+    app.command(epilog=f"Example: consilium-simulate {_command.__name__} {_example}")(_command)
 
 
 @app.command(
@@ -484,57 +277,3 @@ def bench(
     benchmark.show(results)
     if json is not None:
         files.write(json, results.json())
-
-
-def _source(
-    site: list[Path] | None,
-    evaluate_site: list[Path] | None,
-    pool: Path | None,
-    partition: str,
-    sites: int,
-) -> "Source":
-    """The hospitals that the shared options of `run` and `check` name."""
-    from simulations.study_runs import Source
-
-    return Source(
-        folders=tuple(site or ()),
-        evaluators=tuple(evaluate_site or ()),
-        pool=pool,
-        partition=partition,
-        sites=sites,
-    )
-
-
-def _engine(name: str, address: str | None) -> "Engine":
-    """Where the shared options of `run` and `utility` say that hospitals compute."""
-    if address is not None:
-        host, _, port = address.rpartition(":")
-        if name != "ray" or not (host and port.isdecimal() and int(port) < 65536):
-            raise typer.BadParameter("--ray-address goes with --engine ray, and is host:port")
-    if name == "ray":
-        from simulations.ray_engine import Ray
-
-        return Ray(address)
-    from simulations.engines import InProcess
-
-    return InProcess()
-
-
-def _epsilons(text: str) -> list[float | None]:
-    try:
-        found = [None if part == "none" else float(part) for part in text.split(",")]
-    except ValueError:
-        found = [0.0]
-    if any(epsilon is not None and not 0 < epsilon < math.inf for epsilon in found):
-        expected = "--epsilons: expected numbers above 0, or none, such as none,8,3,1"
-        raise typer.BadParameter(f"{expected}, got {text!r}")
-    return found
-
-
-def _numbers(text: str | None) -> tuple[int, ...]:
-    if text is None:
-        return ()
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise typer.BadParameter(f"--seeds: expected numbers such as 0,1,2, got {text!r}") from None

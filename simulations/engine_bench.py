@@ -1,12 +1,15 @@
-"""What the engine itself costs: wall time of a round beside the time inside train and evaluate."""
+"""What the engine itself costs, in time and memory, as virtual hospitals grow."""
 
+import resource
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.progress import track
@@ -14,71 +17,93 @@ from rich.progress import track
 from client import trainer
 from client.app import app as client_app
 from client.data.npz import Npz
+from client.session import close_sessions
 from common.errors import StudyError
 from common.study import Study
-from common.terminal import console, table
-from server.app import app as server_app
+from common.terminal import console, size, table
 from server.checkpoint import RunFolder
+from server.report import Reporter
+from server.rounds import Run
 from simulations import hospitals
-from simulations.grid import simulate
+from simulations.grid import InProcessGrid
 from simulations.hospitals import Hospital
 
-_FEW, _MANY, _REPEATS = 2, 12, 3
-_WHOLE = 100, 50
 _IMAGES = 24
+_IN_KB = 1000 if sys.platform == "darwin" else 1  # there it counts bytes
 
 
-def show(sites: tuple[int, ...] = (4, 20, 100)) -> None:
-    """Print milliseconds per site and round, for a head on a small backbone.
+class Cost(NamedTuple):
+    """Of one run: join, rounds, report."""
 
-    The difference between a run of many rounds and one of few leaves out joining and reporting.
-    """
-    columns = ("sites", "round", "train + evaluate", "engine", "engine / (train + evaluate)")
-    shown = table(*columns, left=())
-    for count in track(sites, "engine", console=console, disable=not console.is_terminal):
-        wall, work = _cost(count)
-        own = wall - work
-        shown.add_row(str(count), f"{wall:.2f}", f"{work:.2f}", f"{own:.2f}", f"{own / work:.2f}")
-    console.print(f"milliseconds per site and round, median of {_REPEATS}", style="dim")
+    round: float
+    """Wall time of the median round, in ms per site."""
+    work: float
+    """That inside train and evaluate, in ms per site and round."""
+    whole: float
+    """Wall time of it all, in s."""
+    memory: tuple[int, ...]
+    """Most that this process ever held, in kB, after each round."""
+
+
+def show(sizes: Sequence[int] = (10, 100, 1000), rounds: int = 20) -> None:
+    """Print what a run costs, as sites grow, for a head on cached features of a small backbone."""
+    first = ("sites", "round", "train + evaluate", "engine", "engine / (train + evaluate)")
+    shown = table(*first, "whole run", "memory", left=())
+    for sites in track(sizes, "engine", console=console, disable=not console.is_terminal):
+        cost = measure(sites, rounds)
+        own = cost.round - cost.work
+        times = (f"{ms:.2f}" for ms in (cost.round, cost.work, own, own / cost.work))
+        shown.add_row(str(sites), *times, f"{cost.whole:.1f} s", size(1000 * cost.memory[-1]))
+    told = f"milliseconds per site and round; whole runs of {rounds} rounds, from join to report"
+    console.print(f"{told}; the most memory until then", style="dim")
     console.print(shown)
-    count, rounds = _WHOLE
-    wall, _ = _time(count, rounds, seed=0)
-    whole = f"{count} virtual hospitals × {rounds} rounds head-only on cached features"
-    console.print(f"{whole}: {wall:.1f} s, a whole run from join to report")
 
 
-def _cost(sites: int) -> tuple[float, float]:
-    """Wall time of a round and the part inside train and evaluate, in ms per site."""
-    walls, works = [], []
-    for repeat in range(_REPEATS):
-        few, many = (_time(sites, rounds, seed=repeat) for rounds in (_FEW, _MANY))
-        scale = 1000 / (sites * (_MANY - _FEW))
-        walls.append((many[0] - few[0]) * scale)
-        works.append((many[1] - few[1]) * scale)
-    return median(walls), median(works)
-
-
-def _time(sites: int, rounds: int, seed: int) -> tuple[float, float]:
-    """Seconds of one whole run, and of those inside train and evaluate."""
+def measure(sites: int, rounds: int) -> Cost:
+    """The cost of one run over so many virtual hospitals, whose images are prepared before."""
     content = {
         "name": "engine",
         "classes": ["a", "b"],
         "model": {"backbone": "shufflenet_v2_x0_5", "weights": "none"},
         "images": {"size": 32},
         "train": {"rounds": rounds, "local_epochs": 1},
-        "seed": seed,
     }
     study = Study.parse(content, "bench", StudyError)
     with TemporaryDirectory() as scratch, _quiet(), _clock() as spent:
-        folder = Path(scratch) / "run"
-        RunFolder.claim(folder).begin(study)
+        folder = RunFolder.claim(Path(scratch) / "run")
+        folder.begin(study)
         found = [Hospital(name=f"s{i}", data=_data(Path(scratch), i)) for i in range(sites)]
-        files = hospitals.settle(found, study, folder, Path(scratch) / "cache")
+        files = hospitals.settle(found, study, folder.path, Path(scratch) / "cache")
         hospitals.prepare(files, study)
-        spent[0] = 0.0
+        reporter = _Laps(folder, spent)
         began = time.perf_counter()
-        simulate(server_app, client_app, files, folder)
-        return time.perf_counter() - began, spent[0]
+        Run(InProcessGrid(client_app, files), folder, reporter).go()
+        whole = time.perf_counter() - began
+        close_sessions()
+    works = [after - before for before, after in pairwise(reporter.works)]
+    each = 1000 / sites
+    return Cost(each * median(reporter.rounds), each * median(works), whole, tuple(reporter.memory))
+
+
+class _Laps(Reporter):
+    """Notes, after each round, how long it took, what was spent inside, and the memory."""
+
+    def __init__(self, folder: RunFolder, spent: list[float]) -> None:
+        super().__init__(folder)
+        self._spent = spent
+        self.rounds: list[float] = []
+        self.works: list[float] = [0.0]
+        self.memory: list[int] = []
+
+    def joined(self, *given: Any, **named: Any) -> None:
+        super().joined(*given, **named)
+        self._spent[0] = 0.0
+
+    def round(self, lines: Sequence[Mapping[str, Any]], seconds: float) -> None:
+        super().round(lines, seconds)
+        self.rounds.append(seconds)
+        self.works.append(self._spent[0])
+        self.memory.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // _IN_KB)
 
 
 def _data(folder: Path, seed: int) -> Npz:

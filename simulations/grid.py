@@ -1,8 +1,9 @@
-"""A Flower `Grid` that runs the real ClientApp in this process, one message after the other."""
+"""Flower `Grid`s of virtual sites: the real ClientApp in this process, or wherever bytes go."""
 
 import copy
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
 
@@ -13,12 +14,16 @@ from common.errors import ConsiliumError
 from common.flower import (
     SUPERLINK_NODE_ID,
     ClientAppCallable,
+    ProtoMessage,
     Run,
     TaskIdentity,
     error_reply,
+    message_from_proto,
+    message_to_proto,
     recorddict_from_proto,
     recorddict_to_proto,
 )
+from server.one_run import OneRunGrid
 
 log = logging.getLogger(__name__)
 
@@ -26,45 +31,22 @@ _RUN_ID = 1
 _FIRST_NODE = 1000
 
 
-class InProcessGrid(Grid):
-    """Nodes in this process, one for each site file.
+class _SitesGrid(OneRunGrid):
+    """One node for each site file."""
 
-    Every message is serialised and parsed again as on a network, so that nothing passes here that
-    would not pass there.
-    """
-
-    def __init__(self, app: ClientAppCallable, site_files: Sequence[Path]) -> None:
-        TaskIdentity.task_id, TaskIdentity.run_id = 1, _RUN_ID
-        TaskIdentity.node_id = SUPERLINK_NODE_ID
-        self._app = app
-        self._contexts = {
-            node: Context(_RUN_ID, node, {"site": str(path)}, RecordDict(), {})
-            for node, path in enumerate(site_files, start=_FIRST_NODE)
-        }
+    def __init__(self, site_files: Sequence[Path]) -> None:
+        _identify()
+        self._sites = dict(enumerate(site_files, start=_FIRST_NODE))
         self._waiting: dict[str, Message] = {}
-
-    def set_run(self, run: Run) -> None:
-        """There is one run only."""
 
     @property
     def run(self) -> Run:
         """The one run."""
         return Run.create_empty(run_id=_RUN_ID)
 
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        """As Flower's own grids do."""
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
-
     def get_node_ids(self) -> list[int]:
         """Every node; none ever goes away."""
-        return list(self._contexts)
+        return list(self._sites)
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         """Keep messages until their replies are asked for."""
@@ -75,8 +57,9 @@ class InProcessGrid(Grid):
         return [message.metadata.message_id for message in sent]
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        """Run the ClientApp on these messages now."""
-        return [self._work(self._waiting.pop(identity)) for identity in message_ids]
+        """Have these messages answered now."""
+        waiting = [self._waiting.pop(identity) for identity in message_ids]
+        return self._answers([(self._sites[m.metadata.dst_node_id], m) for m in waiting])
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
@@ -84,17 +67,92 @@ class InProcessGrid(Grid):
         """Replies of all nodes; nothing here takes longer for being waited for."""
         return self.pull_messages(self.push_messages(messages))
 
-    def _work(self, message: Message) -> Message:
-        return answer(self._app, message, self._contexts[message.metadata.dst_node_id])
+    def _answers(self, letters: Sequence[tuple[Path, Message]]) -> list[Message]:
+        """The replies to messages to these sites, in any order."""
+        raise NotImplementedError
+
+
+class InProcessGrid(_SitesGrid):
+    """Nodes in this process, one for each site file.
+
+    Every message is serialised and parsed again as on a network, so that nothing passes here that
+    would not pass there.
+    """
+
+    def __init__(self, app: ClientAppCallable, site_files: Sequence[Path]) -> None:
+        super().__init__(site_files)
+        self._app = app
+
+    def _answers(self, letters: Sequence[tuple[Path, Message]]) -> list[Message]:
+        return [
+            _wired(answer(self._app, _wired(message), _context(site, message)))
+            for site, message in letters
+        ]
+
+
+@dataclass(frozen=True)
+class Letter:
+    """A message to a site, made bytes only when it is about to leave."""
+
+    site: Path
+    message: Message
+
+    def data(self) -> bytes:
+        """As it travels; what `answer_bytes` takes."""
+        return _to_bytes(self.message)
+
+
+class RemoteGrid(_SitesGrid):
+    """Nodes in other processes, one for each site file; messages and replies travel as bytes.
+
+    Args:
+      carry: Takes letters to their sites and yields the replies that `answer_bytes` gives there.
+      site_files: Of the sites.
+    """
+
+    def __init__(
+        self, carry: Callable[[Sequence[Letter]], Iterable[bytes]], site_files: Sequence[Path]
+    ) -> None:
+        super().__init__(site_files)
+        self._carry = carry
+
+    def _answers(self, letters: Sequence[tuple[Path, Message]]) -> list[Message]:
+        return [_from_bytes(reply) for reply in self._carry([Letter(*one) for one in letters])]
+
+
+def answer_bytes(app: ClientAppCallable, site_file: Path, data: bytes) -> bytes:
+    """The reply of a site to a message of a `RemoteGrid`."""
+    _identify()
+    message = _from_bytes(data)
+    return _to_bytes(answer(app, message, _context(site_file, message)))
 
 
 def answer(app: ClientAppCallable, message: Message, context: Context) -> Message:
     """What a node replies: as a SuperNode does, less an exception's text, which stays here."""
     try:
-        return _wired(app(_wired(message), context))
+        return app(message, context)
     except Exception:
         log.exception("%s: the client app failed", context.node_config["site"])
         return error_reply(message, ConsiliumError.code)
+
+
+def _context(site_file: Path, message: Message) -> Context:
+    node = message.metadata.dst_node_id
+    return Context(_RUN_ID, node, {"site": str(site_file)}, RecordDict(), {})
+
+
+def _identify() -> None:
+    TaskIdentity.task_id, TaskIdentity.run_id = 1, _RUN_ID
+    TaskIdentity.node_id = SUPERLINK_NODE_ID
+
+
+def _to_bytes(message: Message) -> bytes:
+    data: bytes = message_to_proto(message).SerializeToString()
+    return data
+
+
+def _from_bytes(data: bytes) -> Message:
+    return message_from_proto(ProtoMessage.FromString(data))
 
 
 def _wired(message: Message) -> Message:
@@ -110,6 +168,10 @@ def simulate(
     server_app: ServerApp, client_app: ClientAppCallable, site_files: Sequence[Path], run: Path
 ) -> None:
     """Run the real ServerApp on the run folder `run` against virtual sites in this process."""
-    grid = InProcessGrid(client_app, site_files)
+    serve(server_app, InProcessGrid(client_app, site_files), run)
+
+
+def serve(server_app: ServerApp, grid: Grid, run: Path) -> None:
+    """Run the real ServerApp on the run folder `run`."""
     context = Context(_RUN_ID, SUPERLINK_NODE_ID, {}, RecordDict(), {"run": str(run)})
     server_app(grid=grid, context=context)

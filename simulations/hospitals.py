@@ -8,6 +8,7 @@ study's seed, so that a simulation can be repeated.
 import hashlib
 import logging
 import re
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -87,9 +88,8 @@ def settle(hospitals: Sequence[Hospital], study: Study, run: Path, cache: Path) 
     Raises:
       SiteError: two hospitals of one name, or that are to compute in different ways.
     """
-    names = [hospital.name for hospital in hospitals]
-    for name in names:
-        if names.count(name) > 1:
+    for name, times in Counter(hospital.name for hospital in hospitals).items():
+        if times > 1:
             remedy = "Rename one of the folders."
             raise SiteError(complaint("--site", expected="distinct names", got=name, remedy=remedy))
     ways = {(h.site.keep, h.site.precision) if h.site else ("auto", "auto") for h in hospitals}

@@ -31,6 +31,11 @@ class Source:
     partition: str = "iid"
     sites: int = 4
 
+    @property
+    def named(self) -> bool:
+        """Whether it names any."""
+        return bool(self.folders or self.evaluators or self.pool)
+
     def hospitals(self, study: Study) -> list[Hospital]:
         """The hospitals; raises `StudyError` where the options name none."""
         if bool(self.folders) == (self.pool is not None):
@@ -170,7 +175,7 @@ def _go_on(run: RunFolder, engine: Engine) -> None:
 def check(study_file: Path, source: Source, changes: tuple[str, ...]) -> None:
     """Everything that can be known without decoding an image."""
     study = Study.read(study_file, changes)
-    if source == Source():
+    if not source.named:
         inspect(study)
     else:
         able(study, source)

@@ -21,7 +21,7 @@ from client.site import Site
 from common import wire
 from common.errors import ContractError, DataError, RefusedError, SiteError
 from common.study import Study
-from common.wire import FinalRequest, LedgerHead, RoundRequest
+from common.wire import LedgerHead, RoundRequest
 from common.yaml import dump
 
 CLASSES = ("dark", "bright")
@@ -307,15 +307,15 @@ def join(site, wanted=None):
 def work(site, number=1):
     """A round, as a process of its own would."""
     session = Session(site, study())
-    arrays = wire.to_arrays(session.network.initial)
+    initial = session.network.initial
+    arrays = wire.to_arrays(initial)
     request = RoundRequest(study=study().id, round=number, proximal_mu=0.0, arrays=arrays)
-    return session.work(request, HEAD)
+    return session.work(request, initial, HEAD)
 
 
 def finish(site):
     session = Session(site, study())
-    arrays = wire.to_arrays(session.network.initial)
-    return session.finish(FinalRequest(study=study().id, last=arrays, best=arrays))
+    return session.finish(session.network.initial, session.network.initial)
 
 
 def on_disk(site):

@@ -1,0 +1,161 @@
+"""The commands that run one study many times: settings, privacy, lies."""
+
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from common.terminal import Changes
+from simulations.options import (
+    CACHE,
+    Cache,
+    SeriesFolder,
+    StudyFile,
+    asks,
+    computing,
+    hospitals,
+    levels,
+    numbers,
+    stoppable,
+)
+
+if TYPE_CHECKING:
+    from simulations.engines import Engine
+    from simulations.study_runs import Source
+
+
+@asks("source", hospitals)
+@asks("engine", computing)
+def utility(
+    study: Annotated[Path, typer.Argument(help="A study with privacy, a YAML file.")],
+    *,
+    source: "Source",
+    changes: Changes = None,
+    epsilons: Annotated[
+        str, typer.Option(help="Privacy to compare; none is the study without.")
+    ] = "none,8,3,1",
+    seeds: Annotated[str, typer.Option(help="Run once for each at each ε.")] = "0,1,2",
+    of: Annotated[
+        str | None, typer.Option("--class", help="A class whose own AUROC is shown as well.")
+    ] = None,
+    out: SeriesFolder = None,
+    cache: Cache = CACHE,
+    engine: "Engine",
+) -> None:
+    """Show what privacy costs: one study at several ε and without, on the same holdouts."""
+    from common.study import Study
+    from simulations import utility
+
+    read = Study.read(study, tuple(changes or ()))
+    folder = out or Path("runs") / f"{study.stem}-utility-{datetime.now():%Y%m%d-%H%M%S}"
+    with stoppable(folder, f"the same command with --out {folder}"):
+        utility.show(
+            read,
+            source,
+            folder,
+            epsilons=levels(epsilons),
+            seeds=numbers(seeds),
+            of=of,
+            cache=cache,
+            engine=engine,
+        )
+
+
+@asks("source", hospitals)
+@asks("engine", computing)
+def sweep(
+    study: StudyFile,
+    *,
+    source: "Source",
+    changes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="A key and the values to try, such as train.lr=0.01,0.1; brackets and quotes keep "
+            "a comma, as in [1, 3]. Repeat: every combination runs. One value is for all runs.",
+        ),
+    ] = None,
+    seeds: Annotated[str, typer.Option(help="Run each setting once for each.")] = "0,1,2",
+    out: SeriesFolder = None,
+    cache: Cache = CACHE,
+    engine: "Engine",
+) -> None:
+    """Run a study at several settings, and show which does best on validation patients.
+
+    Test patients never choose: their figures are shown for the chosen setting only. With the same
+    --out the same command goes on, and more values or seeds run only what is missing.
+    """
+    from simulations import sweep
+
+    folder = out or Path("runs") / f"{study.stem}-sweep-{datetime.now():%Y%m%d-%H%M%S}"
+    with stoppable(folder, f"the same command with --out {folder}"):
+        sweep.show(
+            study,
+            source,
+            folder,
+            changes=changes or (),
+            seeds=numbers(seeds),
+            cache=cache,
+            engine=engine,
+        )
+
+
+@asks("source", hospitals)
+def poison(
+    study: StudyFile,
+    *,
+    source: "Source",
+    changes: Changes = None,
+    mislabels: Annotated[
+        list[str] | None,
+        typer.Option(help="A hospital that takes each class for the next. Repeat."),
+    ] = None,
+    scales: Annotated[
+        list[str] | None,
+        typer.Option(help="A hospital that sends its update times --factor. Repeat."),
+    ] = None,
+    factor: Annotated[float, typer.Option(help="Below 0 the update is reversed.")] = -10.0,
+    strategies: Annotated[
+        str | None, typer.Option(help="To compare, such as fedavg,krum; by default all.")
+    ] = None,
+    seeds: Annotated[str, typer.Option(help="Run once for each.")] = "0,1,2",
+    out: SeriesFolder = None,
+    cache: Cache = CACHE,
+) -> None:
+    """Show which strategies hold when some hospitals lie: one study by each, with and without.
+
+    The robust ones are told how many hospitals lie. What all runs are judged by is the released
+    model on test patients of the hospitals that never lie.
+    """
+    from common.study import Study
+    from server.strategies import REGISTRY
+    from simulations import poison
+    from simulations.liars import Lies
+
+    if not (mislabels or scales):
+        raise typer.BadParameter("name a hospital that lies, with --mislabels or --scales")
+    lies = Lies(frozenset(mislabels or ()), frozenset(scales or ()), factor)
+    folder = out or Path("runs") / f"{study.stem}-poison-{datetime.now():%Y%m%d-%H%M%S}"
+    with stoppable(folder, f"the same command with --out {folder}"):
+        poison.show(
+            Study.read(study, tuple(changes or ())),
+            source,
+            folder,
+            lies=lies,
+            strategies=strategies.split(",") if strategies else tuple(REGISTRY),
+            seeds=numbers(seeds),
+            cache=cache,
+        )
+
+
+COMMANDS: dict[Callable[..., None], str] = {
+    sweep: "configs/demo.yaml --set train.lr=0.001,0.01,0.1 --set model.unfreeze=head,last:1 "
+    "--seeds 0,1,2 --site runs/phantom/north --site … --out runs/sweep",
+    utility: "configs/skin_private.yaml --site SKIN/rosendahl --site SKIN/vidir_modern "
+    "--epsilons none,8,3,1 --seeds 0,1,2,3,4,5,6,7,8,9 --class mel",
+    poison: "configs/poisoned.yaml --pool runs/many/north --partition dirichlet:5 --sites 9 "
+    "--mislabels site-1 --scales site-2",
+}
+"""With an example of each."""

@@ -1,0 +1,228 @@
+"""Virtual hospitals shared among resident worker processes of this machine.
+
+A hospital always goes to the same worker, where its session, its prepared images and its ledger
+stay open. A worker computes on one thread, so that results do not depend on how many there are.
+"""
+
+import logging
+import os
+import signal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from multiprocessing import get_context, parent_process, resource_tracker
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from threading import Thread
+from traceback import format_exc
+from typing import Any
+
+import torch
+
+from client.app import app as client_app
+from client.session import close_sessions
+from common.errors import RunError, complaint
+from common.study import Study
+from server.app import app as server_app
+from simulations import hospitals
+from simulations.grid import Letter, RemoteGrid, answer_bytes, serve
+
+Job = tuple[Callable[..., Any], *tuple[Any, ...]]
+"""A function that a worker can import, and its arguments."""
+
+_SPAWN = get_context("spawn")  # a fork would copy locked locks, and a GPU in use
+
+
+class Workers:
+    """An `Engine` of so many worker processes, or as many as hospitals if those are fewer.
+
+    They start when first needed, and end with this process, however it ends. When one is killed,
+    all end in a `RunError`; what was finished is kept.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._workers: list[_Worker] = []
+
+    def prepare(self, site_files: Sequence[Path], study: Study) -> None:
+        """Every image decoded, and through the frozen layers; the first error ends it."""
+        shared = self._shared(site_files)
+        jobs = [[(hospitals.prepare, [path], study) for path in own] for own in shared]
+        self._do(jobs, "Start again; prepared images are kept")
+
+    def run(self, site_files: Sequence[Path], folder: Path) -> None:
+        """From the last finished round on; the server works in this process."""
+        shared = [frozenset(own) for own in self._shared(site_files)]
+
+        def carry(letters: Sequence[Letter]) -> Iterator[bytes]:
+            each = [[letter for letter in letters if letter.site in own] for own in shared]
+            return self._results([map(_answering, own) for own in each], f"--resume {folder}")
+
+        serve(server_app, RemoteGrid(carry, site_files), folder)
+
+    def forget(self) -> None:
+        """Close the sessions of every worker."""
+        self._do([[(close_sessions,)]] * len(self._workers), "Start again")
+
+    def close(self) -> None:
+        """End every worker now, whatever it does; others start when needed."""
+        for worker in self._workers:
+            worker.end()
+        self._workers = []
+
+    def _shared(self, site_files: Sequence[Path]) -> list[Sequence[Path]]:
+        """The sites of each worker, the same whenever these sites are given."""
+        count = min(self._count, len(site_files))
+        while len(self._workers) < count:
+            self._workers.append(_Worker())
+        return [site_files[i::count] for i in range(count)]
+
+    def _do(self, jobs: Sequence[Iterable[Job]], go_on: str) -> None:
+        for _ in self._results(jobs, go_on):
+            pass
+
+    def _results(self, jobs: Sequence[Iterable[Job]], go_on: str) -> Iterator[Any]:
+        """Results as they come: every worker does its own jobs, one after the other.
+
+        Args:
+          jobs: Of each worker.
+          go_on: What to do if one is killed.
+        """
+        try:
+            yield from _all_done(dict(zip(self._workers, map(iter, jobs), strict=False)))
+        except _KilledError:
+            self.close()
+            expected, got = "workers that stay until the end", "one that was killed"
+            remedy = f"{go_on}, with fewer --workers if memory ran out."
+            raise RunError(
+                complaint("--workers", expected=expected, got=got, remedy=remedy)
+            ) from None
+        except BaseException:
+            self.close()
+            raise
+
+
+class _KilledError(Exception):
+    """A worker is no more."""
+
+
+class _Worker:
+    """One process, and the line to it."""
+
+    def __init__(self) -> None:
+        self.line, theirs = _SPAWN.Pipe()
+        self._process = _SPAWN.Process(target=_work, args=(theirs,), daemon=True)
+        with _deaf():
+            self._process.start()
+        theirs.close()
+
+    def ask(self, job: Job) -> None:
+        """Begin a job."""
+        try:
+            self.line.send(job)
+        except ConnectionError:
+            raise _KilledError from None
+
+    def hear(self) -> Any:
+        """What it says next: a log record, an error, or a result."""
+        try:
+            return self.line.recv()
+        except (EOFError, ConnectionError):
+            raise _KilledError from None
+
+    def end(self) -> None:
+        """Kill it; whatever it does may be killed at any time."""
+        self._process.kill()
+        self._process.join()
+        self.line.close()
+
+
+def _all_done(jobs: dict[_Worker, Iterator[Job]]) -> Iterator[Any]:
+    busy: set[_Worker] = set()
+
+    def begin(worker: _Worker) -> None:
+        busy.discard(worker)
+        if job := next(jobs[worker], None):
+            worker.ask(job)
+            busy.add(worker)
+
+    for worker in jobs:
+        begin(worker)
+    while busy:
+        ready = wait([worker.line for worker in busy])
+        for worker in [worker for worker in busy if worker.line in ready]:
+            match worker.hear():
+                case logging.LogRecord() as record:
+                    _log(record)
+                case Exception() as error:
+                    raise error
+                case result:
+                    begin(worker)
+                    yield result
+
+
+def _log(record: logging.LogRecord) -> None:
+    """As if it had been logged in this process."""
+    logger = logging.getLogger(record.name)
+    if logger.isEnabledFor(record.levelno):
+        logger.handle(record)
+
+
+@contextmanager
+def _deaf() -> Iterator[None]:
+    """Processes started meanwhile never hear Ctrl-C: this one does, and ends them."""
+    resource_tracker.ensure_running()  # which would unblock it
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+# --- in the worker ---
+
+
+def _work(line: Connection) -> None:
+    """Do one job after the other; what is logged goes along the line."""
+    Thread(target=_leave_with_parent, daemon=True).start()
+    torch.set_num_threads(1)
+    # Compiling pays for some workers' images and not for others', and rounds in another way.
+    torch.compiler.set_stance("force_eager")
+    logging.getLogger().addHandler(_Told(line))
+    logging.getLogger().setLevel(logging.INFO)  # the process that shows it shows less
+    with suppress(EOFError, ConnectionError):
+        while True:
+            work, *arguments = line.recv()
+            try:
+                result = work(*arguments)
+            except Exception as ex:
+                ex.add_note(f"In a worker:\n{format_exc()}")
+                result = ex
+            line.send(result)
+
+
+class _Told(logging.Handler):
+    """Sends what is logged along the line, to the process that shows it."""
+
+    def __init__(self, line: Connection) -> None:
+        super().__init__()
+        self._line = line
+
+    def emit(self, record: logging.LogRecord) -> None:
+        # As text: what it is made of may not travel.
+        record.msg, record.args, record.exc_info = self.format(record), None, None
+        self._line.send(record)
+
+
+def _leave_with_parent() -> None:
+    """Nobody is left to work for once the process that started this one has gone."""
+    if parent := parent_process():
+        wait([parent.sentinel])
+        os._exit(1)
+
+
+def _answering(letter: Letter) -> Job:
+    return _answer, letter.site, letter.data()
+
+
+def _answer(site_file: Path, message: bytes) -> bytes:
+    return answer_bytes(client_app, site_file, message)

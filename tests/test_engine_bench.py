@@ -1,0 +1,25 @@
+"""Size: what a run costs grows with its sites, and not with its rounds."""
+
+from collections.abc import Callable
+
+import pytest
+
+from simulations import engine_bench
+
+
+def test_the_table_shows_each_size(
+    capsys: pytest.CaptureFixture[str], new_process: Callable[[], None]
+) -> None:
+    engine_bench.show((2, 3), rounds=2)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[-2:]]
+    assert [row[0] for row in rows] == ["2", "3"]
+    assert all(float(cell) > 0 for row in rows for cell in row[1:5])
+    assert all((row[6], row[8]) == ("s", "MB") or row[8] == "GB" for row in rows)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_thousand_hospitals_take_bounded_memory(new_process: Callable[[], None]) -> None:
+    cost = engine_bench.measure(1000, rounds=5)
+    assert cost.memory[-1] < 3_000_000
+    assert cost.memory[-1] - cost.memory[1] < 20_000  # round after round needs nothing more
