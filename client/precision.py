@@ -8,11 +8,13 @@ import copy
 import hashlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, get_args
 
 import torch
+from filelock import FileLock
 from torch import nn
 
 from client.disk import usable
@@ -62,21 +64,30 @@ def settle(
       device: That it runs on.
       memory: File that keeps what was chosen for each study and measured for each network.
     """
-    known, network = _load(memory), _key(split, preprocess, device)
-    found = dict(known)
-    if asked != "auto":
-        frozen = not isinstance(split.prefix, nn.Identity)  # else it only normalises pixels
-        found[study] = Precision(prefix=asked if frozen else "float32", suffix=asked)
-    elif study not in found:
-        found[study] = known.get(network) or measure(split, preprocess, device)
-        found[network] = found[study]
-    if study in known and found[study] != known[study]:
-        log.warning("the study goes on in another precision than it began with: %s", asked)
-    if found != known:
-        text = json.dumps({key: value.model_dump() for key, value in found.items()}, indent=1)
-        with usable(memory, SiteError):
+    with _alone(memory):
+        known, network = _load(memory), _key(split, preprocess, device)
+        found = dict(known)
+        if asked != "auto":
+            frozen = not isinstance(split.prefix, nn.Identity)  # else it only normalises pixels
+            found[study] = Precision(prefix=asked if frozen else "float32", suffix=asked)
+        elif study not in found:
+            found[study] = known.get(network) or measure(split, preprocess, device)
+            found[network] = found[study]
+        if study in known and found[study] != known[study]:
+            log.warning("the study goes on in another precision than it began with: %s", asked)
+        if found != known:
+            text = json.dumps({key: value.model_dump() for key, value in found.items()}, indent=1)
             files.write(memory, text, mode=0o600, durable=False)
-    return found[study]
+        return found[study]
+
+
+@contextmanager
+def _alone(memory: Path) -> Iterator[None]:
+    """One process at a time: two that measured at once could choose otherwise."""
+    with usable(memory, SiteError):
+        memory.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with FileLock(memory.with_name(f".{memory.name}.lock"), mode=0o600):
+            yield
 
 
 def measure(split: Split, preprocess: Preprocess, device: torch.device) -> Precision:
