@@ -72,8 +72,14 @@ def _gains(name: str, figures_of: dict[str, list[float | None]]) -> dict[str, ob
     if {"local", "pooled", FEDERATED} <= means.keys():
         local, federated, pooled = (means[way].value for way in ("local", FEDERATED, "pooled"))
         closed = gap_closed(name, local=local, federated=federated, pooled=pooled)
+        gap = difference(figures_of["pooled"], figures_of["local"])
+        if gap is None or gap.low <= 0 <= gap.high:  # then its share means nothing
+            closed, text = None, "these seeds do not tell pooled from local"
+        elif closed is None:
+            text = "pooled training is not better than local"
+        else:
+            text = f"{closed:.0%}"
         gains["gap closed"] = closed
-        text = "pooled training is not better than local" if closed is None else f"{closed:.0%}"
         console.print(f"{label}, gap between local and pooled closed: {text}")
     return gains
 
