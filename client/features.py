@@ -9,7 +9,6 @@ import hashlib
 import hmac
 import json
 import logging
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -259,8 +258,8 @@ def _viewed(square: Tensor, job: _Job, ops: tuple[str, ...]) -> Tensor:
 
 
 def _ahead(work: Callable[[A], B], items: Iterable[A]) -> Iterator[B]:
-    """`work` on each item, in order, a few batches ahead of who reads."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    """`work` on each item, in order, a few batches ahead of who reads; on torch's many threads."""
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         waiting: deque[Future[B]] = deque()
         for item in items:
             waiting.append(pool.submit(work, item))

@@ -1,22 +1,16 @@
-"""The private names of flwr 1.41 that we rely on, and the switches that keep it quiet.
+"""The private names of flwr 1.41 that we rely on.
 
 A flwr that has not all of them is refused in fixed words: Flower sends the text of a failed import
 to the server, and Python's own names paths.
 """
 
 import logging
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from typing import NamedTuple
 
 from common.errors import complaint
-
-# Read by flwr when it is imported: no telemetry, no update check, no package installation.
-os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
-os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
-os.environ.setdefault("FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION", "1")
 
 
 @contextmanager

@@ -110,7 +110,7 @@ def poison(
     changes: Changes = None,
     mislabels: Annotated[
         list[str] | None,
-        typer.Option(help="A hospital that takes each class for the next. Repeat."),
+        typer.Option(help="A hospital that trains with each class taken for the next. Repeat."),
     ] = None,
     scales: Annotated[
         list[str] | None,

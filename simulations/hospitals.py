@@ -82,6 +82,18 @@ def from_pool(path: Path, study: Study, *, spec: str, sites: int) -> list[Hospit
     ]
 
 
+def roster(hospitals: Sequence[Hospital]) -> dict[str, Any]:
+    """Who takes part, by name, as far as it decides what a run gives: data, patients, role."""
+    return {
+        hospital.name: {
+            "data": hospital.data.model_dump(mode="json", exclude_none=True),
+            "patients": hospital.patients and list(hospital.patients),
+            "trains": hospital.trains,
+        }
+        for hospital in hospitals
+    }
+
+
 def settle(hospitals: Sequence[Hospital], study: Study, run: Path, cache: Path) -> list[Path]:
     """Write the hospitals' files into the run folder; returns their site files, sorted by name.
 

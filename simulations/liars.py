@@ -1,5 +1,6 @@
 """Hospitals that lie, to see which strategies hold."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +19,16 @@ from server.checkpoint import RunFolder
 from simulations.engines import InProcess
 from simulations.grid import simulate
 
+LIES = "lies.json"
+"""In a run in which hospitals may lie."""
+
 
 @dataclass(frozen=True)
 class Lies:
     """Who lies, by name, and how.
 
     Attributes:
-      mislabels: Hospitals that take each class for the next, wherever they train or validate.
+      mislabels: Hospitals that take each class for the next when they train.
       scales: Hospitals that send `factor` times the change that training made.
       factor: Below 0 the change is reversed.
     """
@@ -38,6 +42,11 @@ class Lies:
         """All of them."""
         return self.mislabels | self.scales
 
+    def told(self) -> str:
+        """In JSON, as a run keeps them."""
+        names = {"mislabels": sorted(self.mislabels), "scales": sorted(self.scales)}
+        return json.dumps({**names, "factor": self.factor if self.scales else None})
+
 
 class Poisoned(InProcess):
     """All in this process, with the real ClientApp; but some hospitals lie."""
@@ -47,7 +56,9 @@ class Poisoned(InProcess):
 
     def run(self, site_files: Sequence[Path], folder: Path) -> None:
         """From the last finished round on."""
-        study = RunFolder(folder).study
+        run = RunFolder(folder)
+        run.write(LIES, self._lies.told())
+        study = run.study
         names = {path: Site.read(path).name for path in site_files}
         self.forget()  # none is mislabelled twice
         for path in site_files:
@@ -65,9 +76,8 @@ class Poisoned(InProcess):
 
 
 def _mislabel(session: Session, study: Study) -> None:
-    for part in ("train", "validation"):
-        labels = session.examples[part].labels
-        labels.copy_((labels + 1) % len(study.classes))
+    labels = session.examples["train"].labels
+    labels.copy_((labels + 1) % len(study.classes))
 
 
 def _scale(request: Message, reply: Message, factor: float) -> None:

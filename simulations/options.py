@@ -143,11 +143,11 @@ def stoppable(folder: Path, go_on: str) -> Iterator[None]:
 
 
 def numbers(text: str | None) -> tuple[int, ...]:
-    """Seeds; none where nothing is said."""
+    """Seeds, each once; none where nothing is said."""
     if text is None:
         return ()
     try:
-        return tuple(int(part) for part in text.split(","))
+        return tuple(dict.fromkeys(int(part) for part in text.split(",")))
     except ValueError:
         raise typer.BadParameter(f"--seeds: expected numbers such as 0,1,2, got {text!r}") from None
 

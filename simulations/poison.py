@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common import files
-from common.errors import StudyError, complaint, did_you_mean
+from common.errors import RunError, StudyError, complaint, did_you_mean
 from common.evidence import Estimate, t_interval
 from common.metrics import METRICS, value
 from common.study import Study
@@ -15,7 +15,7 @@ from server.report import FEDERATED, load_results, union
 from server.strategies import REGISTRY
 from server.warm_start import inspect
 from simulations import study_runs, summary
-from simulations.liars import Lies, Poisoned
+from simulations.liars import LIES, Lies, Poisoned
 from simulations.study_runs import Source
 
 HONEST = "no lies"
@@ -50,17 +50,20 @@ def show(
 
     Raises:
       StudyError: no such strategy or hospital, or too small a quorum.
+      RunError: the folder holds runs of other lies or hospitals.
     """
     studies = {name: _by(study, name, len(lies.liars)) for name in strategies}
     _check(source, study, lies)
     for changed in studies.values():
         inspect(changed)
+    for known in folder.glob(f"*/*/seed-*/{LIES}"):
+        _same_lies(known, lies)
     ways = _ways(lies)
     found: Found = {}
     for name, changed in studies.items():
         for way, told in ways.items():
             seeded = [changed.model_copy(update={"seed": seed}) for seed in seeds]
-            place, title = folder / name / way.replace(" ", "-"), f"{name}, {way}"
+            place, title = folder / name / _name(way), f"{name}, {way}"
             runs = study_runs.series(
                 seeded, source, place, cache, Poisoned(told), title=title, results=False
             )
@@ -75,23 +78,44 @@ def _by(study: Study, strategy: str, liars: int) -> Study:
         got = repr(strategy)
         raise StudyError(complaint("--strategies", expected=expected, got=got, remedy=remedy))
     quorum = study.aggregate.quorum
+    if quorum < 2 * liars + 1:
+        expected = f"at least {2 * liars + 1}: more honest replies than the {liars} of liars"
+        raise study.error("aggregate.quorum", expected=expected, got=quorum)
     settings = {
         "num_malicious_nodes": liars,
         "num_nodes_to_select": max(1, quorum - liars - 2),
-        "beta": (liars + 0.5) / quorum,
+        "beta": min((liars + 0.5) / quorum, 0.499),
     }
     options = {key: settings[key] for key in REGISTRY[strategy].options if key in settings}
+    if strategy == study.aggregate.strategy:
+        options |= study.aggregate.options
     aggregate = study.aggregate.model_copy(update={"strategy": strategy, "options": options})
     return study.model_copy(update={"aggregate": aggregate})
 
 
 def _check(source: Source, study: Study, lies: Lies) -> None:
-    names = [hospital.name for hospital in source.hospitals(study)]
+    found = source.hospitals(study)
+    training = [hospital.name for hospital in found if hospital.trains]
+    where = "--mislabels, --scales"
     for name in sorted(lies.liars):
-        if name not in names:
-            where, expected = "--mislabels, --scales", "hospitals of this study"
-            remedy = did_you_mean(name, names)
+        if name not in training:
+            expected, remedy = "hospitals that train", did_you_mean(name, training)
             raise StudyError(complaint(where, expected=expected, got=repr(name), remedy=remedy))
+    if len(lies.liars) == len(found):
+        raise StudyError(complaint(where, expected="an honest hospital besides", got="none"))
+
+
+def _same_lies(known: Path, lies: Lies) -> None:
+    told = {_name(way): told.told() for way, told in _ways(lies).items()}
+    way = known.parents[1].name
+    if way in told and known.read_text(encoding="utf-8") != told[way]:
+        remedy = "Choose another folder with --out."
+        expected, got = "runs of these lies", "others"
+        raise RunError(complaint(known.parent, expected=expected, got=got, remedy=remedy))
+
+
+def _name(way: str) -> str:
+    return way.replace(" ", "-")
 
 
 def _ways(lies: Lies) -> dict[str, Lies]:

@@ -17,7 +17,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from common.errors import RunError, complaint
-from common.flower import pinned
+from common.flower import ErrorCode, pinned
 from common.study import Study
 from server.app import app as server_app
 from simulations.engines import InProcess
@@ -197,5 +197,10 @@ class _Patient:
             if self._over.wait(_LOOK):
                 raise RunError("the simulation has ended")
             replies += (arrived := list(self._grid.pull_messages(waiting)))
+            if any(r.has_error() and r.error.code == ErrorCode.UNKNOWN for r in arrived):
+                # Flower would give the dead actor message after message, and fail each.
+                expected, got = "actors that stay until the end", "one that was killed"
+                remedy = "Go on with --resume, and more memory if that ran out."
+                raise RunError(complaint("Ray", expected=expected, got=got, remedy=remedy))
             waiting -= {reply.metadata.reply_to_message_id for reply in arrived}
         return replies

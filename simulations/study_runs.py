@@ -1,5 +1,6 @@
 """A study from the command line to the final table: one run, or one for each seed."""
 
+import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,8 +18,11 @@ from simulations import compare as alone
 from simulations import hospitals, summary
 from simulations.engines import Engine
 from simulations.hospitals import Census, Hospital
+from simulations.liars import LIES
 
 _MOST_SITES_SHOWN = 40
+_ROSTER = "sites/hospitals.json"
+"""In a run: the hospitals it began with, so that none is taken for another's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,8 +126,20 @@ def _complete(study: Study, source: Source, path: Path, cache: Path, engine: Eng
     """Bring a run to its end, from wherever it is."""
     if not (path / "study.yaml").exists():
         return _new(study, source, path, cache, engine)
-    run = RunFolder.resume(path, study)
+    run = begun(study, source, path)
     _go_on(run, engine)
+    return run
+
+
+def begun(study: Study, source: Source, path: Path) -> RunFolder:
+    """A run that is there already; raises `RunError` if it is of another study or hospitals."""
+    run = RunFolder.resume(path, study)
+    named, there = hospitals.roster(source.hospitals(study)), path / _ROSTER
+    known = json.loads(there.read_text(encoding="utf-8")) if there.exists() else {}
+    if differ := sorted(n for n in {*named, *known} if named.get(n) != known.get(n)):
+        expected, got = "the hospitals it began with", f"others: {', '.join(differ)}"
+        remedy = "Choose another folder with --out."
+        raise RunError(complaint(path, expected=expected, got=got, remedy=remedy))
     return run
 
 
@@ -135,6 +151,7 @@ def _new(study: Study, source: Source, folder: Path, cache: Path, engine: Engine
     try:
         site_files = hospitals.settle(found, study, folder, cache)
         engine.prepare(site_files, study)
+        run.write(_ROSTER, json.dumps(hospitals.roster(source.hospitals(study))))
         run.begin(study)
     except BaseException:
         shutil.rmtree(folder)  # nothing half-written; prepared images stay in the cache
@@ -160,6 +177,10 @@ def resume(folder: Path, study: Study | None, engine: Engine, *, compare: bool) 
       compare: Whether to train locally and pooled as well.
     """
     run = RunFolder.resume(folder, study)
+    if (folder / LIES).exists():
+        expected, got = "a run whose hospitals are honest", "one of consilium-simulate poison"
+        remedy = "Go on with that command, and its --out."
+        raise RunError(complaint(folder, expected=expected, got=got, remedy=remedy))
     if compare:
         _comparable(run.study)
     _go_on(run, engine)

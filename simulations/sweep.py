@@ -22,12 +22,12 @@ from common.yaml import alternatives
 from server import figures
 from server.checkpoint import RunFolder
 from server.report import FEDERATED, load_results, union
-from simulations import hospitals, study_runs, summary
+from simulations import study_runs, summary
 from simulations.engines import Engine
 from simulations.study_runs import Source
 
 # With another value the validation patients, or the figure that compares, would be others.
-_ONE_VALUE = ("classes", "holdout", "select")
+_ONE_VALUE = ("classes", "holdout", "select", "aggregate.fraction")
 _LONGEST_NAME = 200
 
 
@@ -87,18 +87,25 @@ def show(
 
     Raises:
       StudyError: a setting cannot be run, or there is only one; nothing has run yet.
-      RunError: a run failed, or is of another study or other hospitals.
+      RunError: a run failed, is of another study or other hospitals, or lacks some of them.
     """
     seeds = tuple(dict.fromkeys(seeds))
     settings = plan(study_file, changes, seeds, folder)
     for setting in settings:
         _check(setting, source)
-    tried = {}
+    tried: dict[Setting, Tried] = {}
+    sites: list[set[str]] = []
     for setting in settings:
         place, title = setting.folder, ", ".join(map("=".join, setting.values.items()))
         runs = study_runs.series(
             setting.studies, source, place, cache, engine, title=title, results=False
         )
+        joined = [set(RunFolder(run).facts()["sites"]) for run in runs]
+        sites = sites or joined
+        if joined != sites:
+            expected, got = "the sites of the other settings", "a setting that some of them refuse"
+            remedy = "Leave the setting out, or those sites."
+            raise RunError(complaint(title, expected=expected, got=got, remedy=remedy))
         tried[setting] = _tried(setting.studies[0], runs)
     _report(tried, seeds, folder)
 
@@ -138,7 +145,7 @@ def _comparable(key: str, values: int, keys: Sequence[str]) -> None:
         raise StudyError(complaint(f"--set {key}", expected="it once", got="it several times"))
     if key == "seed":
         raise StudyError(complaint("--set seed", expected="seeds with --seeds", got="one here"))
-    if values > 1 and key.split(".")[0] in _ONE_VALUE:
+    if values > 1 and {key, key.split(".")[0]} & set(_ONE_VALUE):
         remedy = "Settings are compared by one figure on the same patients."
         got = f"{values} values"
         raise StudyError(complaint(f"--set {key}", expected="one value", got=got, remedy=remedy))
@@ -173,17 +180,11 @@ def _digest(text: str) -> str:
 
 def _check(setting: Setting, source: Source) -> None:
     """Find now what would stop the sweep later, of all that needs no image decoded."""
-    named = {hospital.name for hospital in study_runs.able(setting.studies[0], source, show=False)}
+    study_runs.able(setting.studies[0], source, show=False)
     for study in setting.studies:
         path = setting.folder / f"seed-{study.seed}"
-        if not (path / "study.yaml").exists():
-            continue
-        RunFolder.resume(path, study)
-        there = {file.parent.name for file in hospitals.settled(path)}
-        if study is setting.studies[0] and there != named:
-            expected, got = f"a run of {', '.join(sorted(named))}", ", ".join(sorted(there))
-            remedy = "Choose another folder with --out."
-            raise RunError(complaint(path, expected=expected, got=got, remedy=remedy))
+        if (path / "study.yaml").exists():
+            study_runs.begun(study, source, path)
 
 
 def _tried(study: Study, runs: Sequence[Path]) -> Tried:

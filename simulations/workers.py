@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from multiprocessing import get_context, parent_process, resource_tracker
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from pickle import PickleError
 from threading import Thread
 from traceback import format_exc
 from typing import Any
@@ -197,7 +198,10 @@ def _work(line: Connection) -> None:
             except Exception as ex:
                 ex.add_note(f"In a worker:\n{format_exc()}")
                 result = ex
-            line.send(result)
+            try:
+                line.send(result)
+            except (PickleError, TypeError, AttributeError):  # an error made of what cannot travel
+                line.send(RuntimeError("\n".join(result.__notes__)))
 
 
 class _Told(logging.Handler):

@@ -3,16 +3,17 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-import yaml
 
-from common.errors import StudyError
+from client.session import open_session
+from common.errors import RunError, StudyError
 from common.network import assemble
 from common.study import Study
 from common.terminal import console
 from server.checkpoint import RunFolder
-from simulations import hospitals, poison
+from simulations import hospitals, poison, study_runs
 from simulations.engines import InProcess
 from simulations.liars import Lies, Poisoned
 from simulations.study_runs import Source
@@ -56,24 +57,30 @@ def start_of(study):
     return dict(assemble(study, study.model.weights).initial)
 
 
-def test_a_mislabelling_hospital_takes_each_class_for_the_next(phantoms, tmp_path):
-    def told(engine, name):
-        facts = yaml.safe_load((run(engine, phantoms, tmp_path / name).path / "run.yaml").open())
-        return facts["sites"]["site-1"]["images"]
-
-    honest = told(InProcess(), "honest")
-    lies = told(Poisoned(Lies(mislabels=frozenset({"site-1"}))), "lies")
-    for part in ("train", "validation"):
-        assert lies[part] == honest[part][-1:] + honest[part][:-1] != honest[part]
-    assert lies["test"] == honest["test"]
+def test_a_mislabelling_hospital_teaches_the_next_class_for_each(phantoms, tmp_path):
+    engine = Poisoned(Lies(mislabels=frozenset({"site-1"})))
+    lies = run(engine, phantoms, tmp_path / "lies", "train.local_epochs=20")
+    # Its validation is honest, so the last model is not the one that is released.
+    session = open_session(lies.path / "sites/site-1/site.yaml", lies.study.id)
+    table = session.evaluate(lies.last().tensors, "train").confusion
+    right, next_ = (np.roll(table, -by, axis=1).trace() for by in (0, 1))
+    assert next_ > 3 * right
 
 
-def show(phantoms, folder, *changes, strategies=("fedavg", "fedmedian"), scales="site-2"):
+def show(
+    phantoms,
+    folder,
+    *changes,
+    strategies=("fedavg", "fedmedian"),
+    scales=("site-2",),
+    factor=-10.0,
+    pool="north",
+):
     poison.show(
         make_study("aggregate.quorum=5", *changes),
-        Source(pool=phantoms / "north", sites=5),
+        Source(pool=phantoms / pool, sites=5),
         folder,
-        lies=Lies(scales=frozenset({scales})),
+        lies=Lies(scales=frozenset(scales), factor=factor),
         strategies=strategies,
         seeds=(0,),
         cache=phantoms / "cache",
@@ -98,6 +105,12 @@ def test_the_median_holds_where_the_mean_does_not(phantoms, tmp_path, capsys, mo
     show(phantoms, tmp_path / "p")
     assert {path: path.stat().st_mtime_ns for path in models} == before
     assert len(models) == 4
+    for other in ({"factor": 2.0}, {"scales": ("site-3",)}, {"pool": "south"}):
+        with pytest.raises(RunError, match=r"expected .*, got others.*Choose another folder"):
+            show(phantoms, tmp_path / "p", **other)
+    lied = tmp_path / "p/fedavg/scaled-update/seed-0"
+    with pytest.raises(RunError, match="expected a run whose hospitals are honest"):
+        study_runs.resume(lied, None, InProcess(), compare=False)
 
 
 def moved(folder):
@@ -114,8 +127,10 @@ def moved(folder):
     ("wrong", "text"),
     [
         ({"strategies": ("fedavg", "crum")}, "--strategies: .*Did you mean 'krum'"),
-        ({"scales": "site-9"}, "--mislabels, --scales: expected hospitals of this study, .*site-5"),
+        ({"scales": ("site-9",)}, "--mislabels, --scales: expected hospitals that train, .*site-5"),
+        ({"scales": tuple(f"site-{i}" for i in range(1, 6))}, "quorum: expected at least 11"),
         ({"strategies": ("fedavg", "multikrum"), "changes": ("aggregate.quorum=4",)}, "at least 5"),
+        ({"changes": ("aggregate.quorum=2",)}, "quorum: expected at least 3: more honest replies"),
     ],
 )
 def test_a_mistake_is_told_before_the_first_run(phantoms, tmp_path, wrong, text):
