@@ -74,7 +74,9 @@ def _cluster(address: str | None) -> Iterator[None]:
 
     if address is not None:
         _answers(address)  # again: preparing may have taken hours
-    own: dict[str, Any] = {} if address else {"include_dashboard": False}
+    # Short, as it names sockets; Ray's own files would be left there.
+    files = TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True)
+    own = {} if address else {"include_dashboard": False, "_temp_dir": files.name}
     with TemporaryDirectory() as code:
         for package in PACKAGES:
             source, spared = place(package), shutil.ignore_patterns("__pycache__", "*.safetensors")
@@ -91,6 +93,7 @@ def _cluster(address: str | None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+        files.cleanup()
 
 
 def _answers(address: str) -> None:

@@ -221,16 +221,12 @@ def test_other_code_in_the_cluster_is_refused(cluster: str, phantoms: Path, tmp_
     assert not (tmp_path / "run/metrics.jsonl").exists()
 
 
-@pytest.mark.slow
-def test_interrupted_it_goes_on(phantoms: Path, tmp_path: Path) -> None:
-    pytest.importorskip("ray", reason=NO_RAY)
-    plain = _command(tmp_path, *_run(phantoms, tmp_path / "plain", rounds=12))
-    assert plain.returncode == 0, plain.stderr
-    run = tmp_path / "run"
+def _begin(phantoms: Path, run: Path) -> subprocess.Popen[str]:
+    """A run on Ray, as soon as its first round is finished."""
     command = [sys.executable, "-P", "-c", MAIN, *map(str, _run(phantoms, run, rounds=12))]
     begun = subprocess.Popen(
         [*command, "--engine", "ray"],
-        cwd=tmp_path,
+        cwd=run.parent,
         env=_environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -240,6 +236,16 @@ def test_interrupted_it_goes_on(phantoms: Path, tmp_path: Path) -> None:
     while not (run / "last.json").exists():
         assert begun.poll() is None
         time.sleep(0.05)
+    return begun
+
+
+@pytest.mark.slow
+def test_interrupted_it_goes_on(phantoms: Path, tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason=NO_RAY)
+    plain = _command(tmp_path, *_run(phantoms, tmp_path / "plain", rounds=12))
+    assert plain.returncode == 0, plain.stderr
+    run = tmp_path / "run"
+    begun = _begin(phantoms, run)
     os.killpg(begun.pid, signal.SIGINT)  # Ctrl-C reaches Ray's processes too
     _, said = begun.communicate(timeout=60)
     assert begun.returncode == 130
@@ -248,6 +254,23 @@ def test_interrupted_it_goes_on(phantoms: Path, tmp_path: Path) -> None:
     assert again.returncode == 0, again.stderr
     assert "going on after round" in again.stdout
     _same(run, tmp_path / "plain")
+
+
+@pytest.mark.slow
+def test_a_killed_actor_ends_the_run(phantoms: Path, tmp_path: Path) -> None:
+    """Else Flower would have hospital after hospital fail, and the average be of fewer."""
+    pytest.importorskip("ray", reason=NO_RAY)
+    begun = _begin(phantoms, tmp_path / "run")
+    actors = [
+        int(path.parent.name)
+        for path in Path("/proc").glob("[0-9]*/cmdline")
+        if path.read_bytes().startswith(b"ray::ClientAppActor")
+    ]
+    os.kill(actors[0], signal.SIGKILL)
+    _, said = begun.communicate(timeout=120)
+    assert begun.returncode == 1
+    (line,) = said.splitlines()
+    assert "Ray: expected actors that stay until the end, got one that was killed" in line
 
 
 @pytest.mark.slow

@@ -81,7 +81,7 @@ def test_validation_chooses_and_nothing_runs_twice(sweep: Sweep) -> None:
     again = ("--set", "train.lr=0.1,1e-3", "--seeds", "0,1")
     code, text = sweep(*again, sites=("north", "west"))
     assert code == 1
-    assert "expected a run of north, west, got north, south. Choose another folder" in text
+    assert "began with, got others: south, west. Choose another folder" in text
     code, text = sweep("--set", "train.lr=0.1,1e4", "--seeds", "0")
     assert code == 1
     assert "train.lr=1e4, seed 0: round 1: expected 2 good replies" in " ".join(text.split())
@@ -135,9 +135,22 @@ def test_without_validation_figures_none_is_chosen(sweep: Sweep, phantoms: Path)
     assert told()["chosen"] is None
 
 
+def test_a_setting_that_a_site_refuses_is_compared_with_none(sweep: Sweep, phantoms: Path) -> None:
+    data = {"format": "manifest", "root": str(phantoms / "west"), "manifest": "manifest.csv"}
+    site = {"name": "west", "data": data, "state": "state", "policy": {"unfreeze": ["head"]}}
+    Path("west.yaml").write_text(dump(site))
+    sites = ("north", "south", Path("west.yaml").resolve())
+    code, text = sweep("--set", "model.unfreeze=head,last:1", "--seeds", "0", sites=sites)
+    assert code == 1
+    expected = "expected the sites of the other settings, got a setting that some of them refuse"
+    assert expected in " ".join(text.split())
+    assert not Path("s/sweep.json").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
+        (("--set", "aggregate.fraction=0.5,1"), "fraction: expected one value, got 2 values"),
         (("--set", "train.lrr=1,2"), "train.lrr: expected a known key, got 'lrr'. Did you mean"),
         (("--set", "images.size=32,64,huge"), "images.size: expected a valid integer, got 'huge'"),
         (("--set", "model.unfreeze=head,last:99"), "model.unfreeze: expected at most last:5"),
