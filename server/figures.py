@@ -110,7 +110,11 @@ def confusion(counts: Counts, classes: Sequence[str], path: Path) -> None:
 
 
 def comparison(
-    results: Mapping[str, Mapping[str | None, Estimate | None]], metric: str, path: Path
+    results: Mapping[str, Mapping[str | None, Estimate | None]],
+    metric: str,
+    path: Path,
+    *,
+    spread: str = "95 % interval",
 ) -> None:
     """One metric by site and way of training: dots with their 95 % intervals.
 
@@ -119,6 +123,7 @@ def comparison(
         overall, if there is one) → estimate, None where it is undefined.
       metric: its name in METRICS, or in words.
       path: the PNG to write.
+      spread: what `low` and `high` of the estimates are.
     """
     found = dict.fromkeys(site for by_site in results.values() for site in by_site)
     rows = sorted(found, key=lambda site: site is not None)
@@ -135,7 +140,7 @@ def comparison(
             axes.get_yticklabels()[0].set_fontweight("bold")
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.tick_params(axis="y", length=0)
-        axes.set_xlabel(f"{_label(metric)} (with 95 % interval)")
+        axes.set_xlabel(f"{_label(metric)} (with {spread})")
         axes.grid(axis="x")
         figure.legend(loc="outside upper center", ncols=len(results))
 

@@ -3,10 +3,11 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean
 
 from common import files
 from common.errors import RunError, StudyError, complaint, did_you_mean
-from common.evidence import Estimate, t_interval
+from common.evidence import Estimate
 from common.metrics import METRICS, value
 from common.study import Study
 from common.terminal import console, table
@@ -146,9 +147,15 @@ def _report(study: Study, found: Found, folder: Path) -> None:
     console.print(f"\n{label} on test images of the hospitals that never lie", style="bold")
     console.print(shown)
     console.print("in brackets: the difference to no lies, paired by seed, 95 % interval")
-    estimates: dict[str, dict[str | None, Estimate | None]] = {
-        way: {name: t_interval(by_way[way]) for name, by_way in found.items()} for way in ways
+    drawn: dict[str, dict[str | None, Estimate | None]] = {
+        way: {name: _drawn(by_way[way]) for name, by_way in found.items()} for way in ways
     }
     files.write(folder / "poison.json", json.dumps({"metric": study.select, "found": found}))
-    figures.comparison(estimates, f"{label} at honest hospitals", folder / "poison.png")
+    title, spread = f"{label} at honest hospitals", "lowest and highest seed"
+    figures.comparison(drawn, title, folder / "poison.png", spread=spread)
     console.print(f"\nrun folder: {folder}, with poison.json and poison.png")
+
+
+def _drawn(values: Sequence[float | None]) -> Estimate | None:
+    known = [figure for figure in values if figure is not None]
+    return Estimate(mean(known), min(known), max(known)) if known else None
