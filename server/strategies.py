@@ -126,7 +126,7 @@ class Aggregator:
         self._names = names
         self._entry = entry = _entry(study)
         options = _options(study, entry)
-        _enough(study, entry, options)
+        _enough(study, options)
         self._sent: Tensors = {}
         # One reply is enough for Flower: the quorum is the round loop's own.
         self._strategy = entry.make(
@@ -222,10 +222,15 @@ def _options(study: Study, entry: Entry) -> Options:
     return {key: int(n) if entry.options[key].whole else n for key, n in chosen.items()}
 
 
-def _enough(study: Study, entry: Entry, options: Options) -> None:
-    least, quorum = entry.replies(options), study.aggregate.quorum
-    if quorum < least:
+def least(study: Study) -> int:
+    """Fewest replies with which the study's strategy does what it promises."""
+    entry = _entry(study)
+    return entry.replies(_options(study, entry))
+
+
+def _enough(study: Study, options: Options) -> None:
+    if study.aggregate.quorum < least(study):
         told = ", ".join(f"{key}: {number:g}" for key, number in options.items())
         what = study.aggregate.strategy + (f" with {told}" if told else "")
-        expected = f"at least {least}, the fewest replies {what} works with"
-        raise study.error("aggregate.quorum", expected=expected, got=quorum)
+        expected = f"at least {least(study)}, the fewest replies {what} works with"
+        raise study.error("aggregate.quorum", expected=expected, got=study.aggregate.quorum)

@@ -25,6 +25,7 @@ from common.errors import DataError, RefusedError, RunError, SiteError, complain
 from common.seeds import derive
 from common.study import NAME, Study
 from common.yaml import dump
+from server.strategies import least
 from simulations import partition
 
 log = logging.getLogger(__name__)
@@ -208,6 +209,9 @@ def able(hospitals: Sequence[Hospital], told: Census, study: Study) -> list[Hosp
     training, quorum = sum(hospital.trains for hospital in kept), study.aggregate.quorum
     if training < quorum:
         expected = f"at most {training}, as many hospitals as train"
-        remedy = f"Add hospitals, or --set aggregate.quorum={max(training, 1)}."
+        other = f"--set aggregate.quorum={max(training, 1)}."
+        if training < least(study):
+            other = f"choose another strategy: {study.aggregate.strategy} needs {least(study)}."
+        remedy = f"Add hospitals, or {other}"
         raise study.error("aggregate.quorum", expected=expected, got=quorum, remedy=remedy)
     return kept

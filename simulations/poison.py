@@ -111,8 +111,8 @@ def _same_lies(known: Path, lies: Lies) -> None:
     way = known.parents[1].name
     if way in told and known.read_text(encoding="utf-8") != told[way]:
         remedy = "Choose another folder with --out."
-        expected, got = "runs of these lies", "others"
-        raise RunError(complaint(known.parent, expected=expected, got=got, remedy=remedy))
+        got = known.read_text(encoding="utf-8")
+        raise RunError(complaint(known, expected=told[way], got=got, remedy=remedy))
 
 
 def _name(way: str) -> str:
@@ -146,7 +146,8 @@ def _report(study: Study, found: Found, folder: Path) -> None:
         shown.add_row(name, *(summary.against(by_way[way], base.get(way)) for way in ways))
     console.print(f"\n{label} on test images of the hospitals that never lie", style="bold")
     console.print(shown)
-    console.print("in brackets: the difference to no lies, paired by seed, 95 % interval")
+    if len(next(iter(found.values()))[HONEST]) > 1:
+        console.print("in brackets: the difference to no lies, paired by seed, 95 % interval")
     drawn: dict[str, dict[str | None, Estimate | None]] = {
         way: {name: _drawn(by_way[way]) for name, by_way in found.items()} for way in ways
     }

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from threading import Event
+from threading import Event, Timer
 from typing import Any, cast
 
 import grpc
@@ -47,8 +47,11 @@ class Ray(InProcess):
         try:
             version("ray")
         except PackageNotFoundError:
-            where, remedy = "--engine ray", "From the checkout: pip install '.[ray]'"
-            raise RunError(complaint(where, expected="ray", got="none", remedy=remedy)) from None
+            where, expected = "--engine ray", "Ray, an optional extra"
+            remedy = "In the checkout: .venv/bin/pip install -c constraints.txt -e '.[dev,ray]'"
+            raise RunError(
+                complaint(where, expected=expected, got="none installed", remedy=remedy)
+            ) from None
         self._address = address
 
     def prepare(self, site_files: Sequence[Path], study: Study) -> None:
@@ -61,9 +64,16 @@ class Ray(InProcess):
     def run(self, site_files: Sequence[Path], folder: Path) -> None:
         """From the last finished round on."""
         files = tuple(str(path.resolve()) for path in site_files)
-        with _cluster(self._address):
-            _inspect(files)
-            _simulate(Hospitals(files, fingerprint()), folder)
+        try:
+            with _cluster(self._address):
+                _inspect(files)
+                _simulate(Hospitals(files, fingerprint()), folder)
+        except KeyboardInterrupt:
+            # Flower's threads may wait for actors that are gone, and Python's end for them.
+            end = Timer(_PATIENCE, os._exit, (130,))
+            end.daemon = True
+            end.start()
+            raise
 
 
 @contextmanager

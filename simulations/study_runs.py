@@ -136,8 +136,13 @@ def begun(study: Study, source: Source, path: Path) -> RunFolder:
     run = RunFolder.resume(path, study)
     named, there = hospitals.roster(source.hospitals(study)), path / _ROSTER
     known = json.loads(there.read_text(encoding="utf-8")) if there.exists() else {}
-    if differ := sorted(n for n in {*named, *known} if named.get(n) != known.get(n)):
-        expected, got = "the hospitals it began with", f"others: {', '.join(differ)}"
+    told = {
+        "without": known.keys() - named.keys(),
+        "with": named.keys() - known.keys(),
+        "with other data or role:": {n for n in named if n in known and named[n] != known[n]},
+    }
+    if differ := [f"{how} {', '.join(sorted(names))}" for how, names in told.items() if names]:
+        expected, got = "the hospitals it began with", f"them {', '.join(differ)}"
         remedy = "Choose another folder with --out."
         raise RunError(complaint(path, expected=expected, got=got, remedy=remedy))
     return run

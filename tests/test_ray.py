@@ -110,7 +110,7 @@ def test_without_ray_it_says_how_to_get_it(
         cli.main()
     assert ended.value.code == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert "pip install '.[ray]'" in line
+    assert "pip install -c constraints.txt -e '.[dev,ray]'" in line
 
 
 # --- with a cluster ---

@@ -81,7 +81,7 @@ def test_validation_chooses_and_nothing_runs_twice(sweep: Sweep) -> None:
     again = ("--set", "train.lr=0.1,1e-3", "--seeds", "0,1")
     code, text = sweep(*again, sites=("north", "west"))
     assert code == 1
-    assert "began with, got others: south, west. Choose another folder" in text
+    assert "began with, got them without south, with west. Choose another folder" in text
     code, text = sweep("--set", "train.lr=0.1,1e4", "--seeds", "0")
     assert code == 1
     assert "train.lr=1e4, seed 0: round 1: expected 2 good replies" in " ".join(text.split())
