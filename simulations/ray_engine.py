@@ -143,7 +143,7 @@ def _inspect(site_files: tuple[str, ...]) -> None:
             expected, got = "Consilium's own code", str(ex).strip().splitlines()[-1]
             raise RunError(complaint(where, expected=expected, got=got)) from None
         if code != fingerprint():
-            expected, got = "Consilium's own code", "another common, client or simulations"
+            expected, got = "Consilium's own code", "another common, client, server or simulations"
             remedy = "Start the command, and the cluster, in a folder without such packages."
             raise RunError(complaint(where, expected=expected, got=got, remedy=remedy))
         if lacking:

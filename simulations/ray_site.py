@@ -15,7 +15,7 @@ from pathlib import Path
 
 from flwr.app import Context, Message
 
-PACKAGES = ("common", "client", "simulations")
+PACKAGES = ("common", "client", "server", "simulations")
 """Those that a hospital's process imports."""
 
 _KEPT = 8

@@ -120,7 +120,7 @@ def test_without_ray_it_says_how_to_get_it(
 def decoy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with packages of our names, which tell if anybody imports them."""
     folder = tmp_path_factory.mktemp("decoy")
-    for package in ("common", "client", "simulations"):
+    for package in ("common", "client", "server", "simulations"):
         (folder / package).mkdir()
         told = f"open({str(folder / 'imported')!r}, 'w').close()\n"
         (folder / package / "__init__.py").write_text(told)
