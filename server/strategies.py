@@ -229,8 +229,9 @@ def least(study: Study) -> int:
 
 
 def _enough(study: Study, options: Options) -> None:
-    if study.aggregate.quorum < least(study):
+    fewest = least(study)
+    if study.aggregate.quorum < fewest:
         told = ", ".join(f"{key}: {number:g}" for key, number in options.items())
         what = study.aggregate.strategy + (f" with {told}" if told else "")
-        expected = f"at least {least(study)}, the fewest replies {what} works with"
+        expected = f"at least {fewest}, the fewest replies {what} works with"
         raise study.error("aggregate.quorum", expected=expected, got=study.aggregate.quorum)

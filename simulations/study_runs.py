@@ -149,14 +149,16 @@ def begun(study: Study, source: Source, path: Path) -> RunFolder:
 
 
 def _new(study: Study, source: Source, folder: Path, cache: Path, engine: Engine) -> RunFolder:
-    found = able(study, source)
+    inspect(study)
+    named = source.hospitals(study)
+    found = able(study, named)
     if folder.is_dir() and {path.name for path in folder.iterdir()} == {"sites"}:
         shutil.rmtree(folder)  # a run that was killed before it began
     run = RunFolder.claim(folder)
     try:
         site_files = hospitals.settle(found, study, folder, cache)
         engine.prepare(site_files, study)
-        run.write(_ROSTER, json.dumps(hospitals.roster(source.hospitals(study))))
+        run.write(_ROSTER, json.dumps(hospitals.roster(named)))
         run.begin(study)
     except BaseException:
         shutil.rmtree(folder)  # nothing half-written; prepared images stay in the cache
@@ -201,26 +203,23 @@ def _go_on(run: RunFolder, engine: Engine) -> None:
 def check(study_file: Path, source: Source, changes: tuple[str, ...]) -> None:
     """Everything that can be known without decoding an image."""
     study = Study.read(study_file, changes)
-    if not source.named:
-        inspect(study)
-    else:
-        able(study, source)
+    inspect(study)
+    if source.named:
+        able(study, source.hospitals(study))
     console.print(f"{study_file}: a valid study", style="green")
 
 
-def able(study: Study, source: Source, *, show: bool = True) -> list[Hospital]:
+def able(study: Study, found: Sequence[Hospital], *, show: bool = True) -> list[Hospital]:
     """The hospitals that can take part, after everything is checked that needs no image decoded.
 
     Args:
-      study: To take part in.
-      source: Of the hospitals.
+      study: To take part in; see `inspect`.
+      found: All that were named.
       show: Whether to print how many images each has.
 
     Raises:
-      ConsiliumError: the study or the hospitals' data cannot be used as they are.
+      ConsiliumError: the hospitals' data cannot be used as they are.
     """
-    inspect(study)
-    found = source.hospitals(study)
     with TemporaryDirectory() as scratch:
         site_files = hospitals.settle(found, study, Path(scratch), Path(scratch))
         told = hospitals.census(site_files, study)

@@ -22,6 +22,7 @@ from common.yaml import alternatives
 from server import figures
 from server.checkpoint import RunFolder
 from server.report import FEDERATED, load_results, union
+from server.warm_start import inspect
 from simulations import study_runs, summary
 from simulations.engines import Engine
 from simulations.study_runs import Source
@@ -89,7 +90,6 @@ def show(
       StudyError: a setting cannot be run, or there is only one; nothing has run yet.
       RunError: a run failed, is of another study or other hospitals, or lacks some of them.
     """
-    seeds = tuple(dict.fromkeys(seeds))
     settings = plan(study_file, changes, seeds, folder)
     for setting in settings:
         _check(setting, source)
@@ -180,7 +180,9 @@ def _digest(text: str) -> str:
 
 def _check(setting: Setting, source: Source) -> None:
     """Find now what would stop the sweep later, of all that needs no image decoded."""
-    study_runs.able(setting.studies[0], source, show=False)
+    study = setting.studies[0]
+    inspect(study)
+    study_runs.able(study, source.hospitals(study), show=False)
     for study in setting.studies:
         path = setting.folder / f"seed-{study.seed}"
         if (path / "study.yaml").exists():
