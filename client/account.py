@@ -16,6 +16,8 @@ MEANING = (
 )
 UNACCOUNTED = "not accounted: trained without differential privacy"
 
+_USUAL = 8.0
+"""Where a site sets no budget: the one for which the order of its filter is chosen."""
 _POINTS = 40
 """So many moments of a history are computed for a picture; each takes up to a second."""
 
@@ -48,20 +50,24 @@ class Account:
     Attributes:
       entries: Of its ledger.
       delta: At which ε is told; what was adopted with the ledger takes its part of it.
+      budget: Most that all studies together may spend, if the site says so.
     """
 
     entries: Sequence[Entry]
     delta: float
+    budget: float | None = None
 
     @classmethod
-    def of(cls, entries: Sequence[Entry], delta: float | None = None) -> "Account":
+    def of(
+        cls, entries: Sequence[Entry], delta: float | None = None, budget: float | None = None
+    ) -> "Account":
         """At `delta`, if what was adopted leaves any of it; else at the least δ of any release."""
         begun = adopted(entries)
         taken = begun.delta if begun else 0.0
         if delta is not None and delta > taken:
-            return cls(entries, delta)
+            return cls(entries, delta, budget)
         used = [e.release.privacy.delta for e in _reserved(entries) if e.release.privacy]
-        return cls(entries, taken + min(used, default=1e-5))
+        return cls(entries, taken + min(used, default=1e-5), budget)
 
     @property
     def studies(self) -> list[Spending]:
@@ -90,23 +96,60 @@ class Account:
         """What the ledger began with, in place of one that was lost."""
         return adopted(self.entries)
 
-    def epsilon(self, planned: Sequence[Segment] = (), study: str | None = None) -> float:
-        """ε of all studies together, or of one, and of what is planned.
+    def alone(self, study: str, planned: Sequence[Segment] = ()) -> float:
+        """ε of one study and of what is planned in it, by PRV: its parameters are fixed at join.
 
-        What was adopted adds to it by basic composition; to one study's, if that had begun before.
+        If it had begun when the ledger was lost, what was adopted adds to it.
 
         Raises:
           RefusedError: no finite bound was found.
           BudgetError: what was adopted has taken all of δ.
         """
         begun, spent = self.adopted, [*history(self.entries, study), *planned]
-        if begun is None or (study and study not in begun.studies):
+        if begun is None or study not in begun.studies:
             return accountant.epsilon(spent, self.delta)
-        if begun.delta >= self.delta:
-            expected, got = f"less than δ = {self.delta:g} adopted with it", f"{begun.delta:g}"
+        return begun.epsilon + accountant.epsilon(spent, self._left())
+
+    def total(self, planned: Sequence[Segment] = (), study: str = "") -> float:
+        """ε of all studies together, and of what is planned in `study`.
+
+        By PRV while there is one study. From the second on, whose parameters a coordinator may have
+        chosen in view of what the first released, by a Rényi filter. What was adopted adds to
+        either by basic composition.
+
+        Raises:
+          RefusedError: no finite bound was found.
+          BudgetError: what was adopted has taken all of δ.
+        """
+        spent, left = [*history(self.entries), *planned], self._left()
+        before = self.adopted.epsilon if self.adopted else 0.0
+        if self._several(study if planned else ""):
+            return before + accountant.filtered_epsilon(spent, left, self._order())
+        return before + accountant.epsilon(spent, left)
+
+    def bound(self, study: str = "") -> str:
+        """What `total` is computed by, once `study` has begun."""
+        return f"a Rényi filter of order {self._order()}" if self._several(study) else "PRV"
+
+    def _several(self, study: str) -> bool:
+        private = {e.release.study for e in _reserved(self.entries) if e.release.privacy}
+        return len(private | {study} - {""}) > 1
+
+    def _order(self) -> int:
+        budget = self.budget or _USUAL
+        left = budget - (self.adopted.epsilon if self.adopted else 0.0)
+        return accountant.filter_order(left if left > 0 else budget, self._left())
+
+    def _left(self) -> float:
+        """The part of δ that what was adopted leaves."""
+        if self.adopted is None:
+            return self.delta
+        if self.adopted.delta >= self.delta:
+            expected = f"less than δ = {self.delta:g} adopted with it"
             remedy = "Choose a larger δ (policy.delta, or privacy.delta of the study)."
+            got = f"{self.adopted.delta:g}"
             raise BudgetError(complaint("ledger", expected=expected, got=got, remedy=remedy))
-        return begun.epsilon + accountant.epsilon(spent, self.delta - begun.delta)
+        return self.delta - self.adopted.delta
 
     def over_time(self) -> list[tuple[datetime, float]]:
         """Moments, and ε of all that was spent by then; at most a few dozen, the last included."""
@@ -115,7 +158,7 @@ class Account:
         if self.adopted:
             chosen.add(1)
         return [
-            (when(self.entries[n - 1]), Account(self.entries[:n], self.delta).epsilon())
+            (when(self.entries[n - 1]), Account(self.entries[:n], self.delta, self.budget).total())
             for n in sorted(chosen)
         ]
 

@@ -108,7 +108,13 @@ def work(message: Message, context: Context) -> Message:
         privacy=protection.round if protection else None,
     )
     desk = open_desk(session.site)
-    return _leave(message, session, what, lambda: session.work(request, tensors, _head(desk)))
+    return _leave(
+        message,
+        session,
+        what,
+        lambda: session.work(request, tensors, _head(desk)),
+        allow=lambda: session.allow(desk.ledger.spending, tensors),
+    )
 
 
 @app.evaluate()
@@ -143,14 +149,15 @@ def _ends_once(session: Session, received: str) -> None:
 
 
 def _leave(
-    message: Message, session: Session, what: Release, work: Callable[[], Answer]
+    message: Message,
+    session: Session,
+    what: Release,
+    work: Callable[[], Answer],
+    allow: Callable[[], None] = lambda: None,
 ) -> Message:
     """The only way out: what leaves is parsed from the very bytes that were recorded."""
     desk = open_desk(session.site)
-    spending = desk.ledger.spending
-    data = release(
-        desk.ledger, desk.outbox, what, lambda: _reply(work()), lambda: session.allow(spending)
-    )
+    data = release(desk.ledger, desk.outbox, what, lambda: _reply(work()), allow)
     return Message(from_bytes(data), reply_to=message)
 
 

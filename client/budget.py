@@ -26,18 +26,20 @@ def afford(
       BudgetError: the study would spend more than it promised, or the site more than it allows.
       RefusedError: ε cannot be bounded.
     """
-    alone = Account(entries, privacy.delta).epsilon([planned], study.id)
+    alone = Account(entries, privacy.delta).alone(study.id, [planned])
     if alone > privacy.epsilon:
         where, remedy = f"study {study.name}: privacy.epsilon", "It ends here for this site."
-        raise _over(where, privacy.epsilon, alone, remedy)
+        raise _over(where, privacy.epsilon, alone, "PRV", remedy)
     most = site.policy.max_epsilon
     if most is not None:
-        together = Account(entries, site.policy.delta or privacy.delta).epsilon([planned])
+        account = Account(entries, site.policy.delta or privacy.delta, most)
+        together, bound = account.total([planned], study.id), account.bound(study.id)
         if together > most:
             remedy = "Together with what is spent it is too much; ask for a study that costs less."
-            raise _over(f"{site.source}: policy.max_epsilon", most, together, remedy)
+            where = f"{site.source}: policy.max_epsilon"
+            raise _over(where, most, together, bound, remedy)
 
 
-def _over(where: str, most: float, needed: float, remedy: str) -> BudgetError:
-    expected = f"ε of at most {most:g}"
-    return BudgetError(complaint(where, expected=expected, got=f"{needed:.2f}", remedy=remedy))
+def _over(where: str, most: float, needed: float, bound: str, remedy: str) -> BudgetError:
+    expected, got = f"ε of at most {most:g}", f"{needed:.2f} by {bound}"
+    return BudgetError(complaint(where, expected=expected, got=got, remedy=remedy))

@@ -47,7 +47,7 @@ def ledger(
 
     site = Site.read(site_file)
     entries = read(site.state)
-    spent = account.Account.of(entries, site.policy.delta)
+    spent = account.Account.of(entries, site.policy.delta, site.policy.max_epsilon)
     studies = spent.studies
     if not studies:
         console.print(f"Nothing has left this site: no line in {site.state / 'ledger.jsonl'}.")
@@ -90,8 +90,8 @@ def _few(numbers: object) -> str:
 
 
 def _total(spent: "Account", site: "Site") -> str:
-    epsilon, budget = spent.epsilon(), site.policy.max_epsilon
-    text = f"accounted: total ε {epsilon:.2f} at δ = {spent.delta:g}"
+    epsilon, budget = spent.total(), site.policy.max_epsilon
+    text = f"accounted: total ε {epsilon:.2f} at δ = {spent.delta:g} by {spent.bound()}"
     if spent.adopted:
         text += f", {spent.adopted.epsilon:g} of it adopted with this ledger"
     if budget is None:
@@ -154,7 +154,7 @@ def _no_less_than_known(state: Path, epsilon: float, delta: float) -> None:
     from client.ledger import read
 
     try:
-        known = Account.of(read(state), delta if 0 < delta < 1 else None).epsilon()
+        known = Account.of(read(state), delta if 0 < delta < 1 else None).total()
     except SiteError:
         return
     if 0 <= epsilon < known:
@@ -270,7 +270,7 @@ def _show_noise(noise: "Noise", privacy: "DpSgd") -> None:
     console.print(f"noise          σ {one.noise_multiplier:.4g}, clipping at {clip:g}")
     if noise.before.entries:
         console.print("               ε below is of all studies of this site together")
-    shown = table("after round", "ε", left=())
+    shown = table("after round", f"ε by {noise.before.bound(noise.study)}", left=())
     for rounds in (0, *noise.shown):
         shown.add_row(str(rounds) if rounds else "now", f"{noise.after(rounds):.2f}")
     console.print(shown)

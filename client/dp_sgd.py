@@ -1,8 +1,14 @@
 """DP-SGD by patient (Abadi et al. 2016), on the trainable suffix.
 
-A row of a batch is a patient: one image in one view, drawn anew for each step. What leaves a step
-is the sum of the rows' gradients, each of a norm of at most `clip_norm`, plus Gaussian noise, over
-a constant. Nothing else is told of the rows: not their number, not their loss.
+A row is a patient: one image in one view, drawn anew for each step. What leaves a step is the sum
+of the rows' gradients, each of a norm of at most `clip_norm`, plus Gaussian noise, over a constant.
+Nothing else is told of the rows: not their number, not their loss.
+
+Each row passes the suffix by itself, in a batch of one. So its gradient is a function of that
+patient and the weights alone, to the last bit: in a larger batch it would be rounded differently
+with other patients beside it, and crafted weights can make any difference in rounding large. The
+gradient whose norm is taken is the very one that is added (`client.noised_sum`), so no weights can
+make a patient count for more than the clipping norm.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,7 +21,7 @@ from torch import Tensor, nn
 
 from client import trainer
 from client.entropy import Entropy
-from client.ghost import row_norms, watched
+from client.noised_sum import NoisedSum
 from client.precision import autocast
 from client.protection import Protection
 from client.trainer import Examples
@@ -26,8 +32,11 @@ from common.study import Train
 Losses = Callable[[Tensor, Tensor], Tensor]
 """From logits [n, classes] and labels [n] to each row's own loss [n]."""
 
-_ROWS = 64
-"""Rows that are in memory at a time."""
+Row = tuple[Tensor, Tensor]
+"""A patient in a step: the suffix's input [1, …], and the label [1]."""
+
+_READ = 64
+"""Rows that are read at a time."""
 
 
 @dataclass(frozen=True)
@@ -99,11 +108,11 @@ def train(
     trained = trained_by(suffix)
     start = [p.detach().clone() for p in trained] if proximal_mu else []
     train_mode(suffix)
-    with exact(device, entropy):
+    with exact(device, entropy.seed()):
         for _ in range(one.steps):
             drawn = patients.draw(one.sample_rate, examples.prepared.views, entropy)
-            batches = _batches(examples, *drawn, device)
-            gradients = released(suffix, batches, losses, protection, entropy)
+            rows = _rows(examples, *drawn, device)
+            gradients = noised_gradient(suffix, rows, losses, protection, entropy)
             for p, gradient in zip(trained, gradients, strict=True):
                 p.grad = gradient
             for gradient, p, before in zip(gradients, trained, start, strict=False):
@@ -113,9 +122,9 @@ def train(
     suffix.eval()
 
 
-def released(
+def noised_gradient(
     suffix: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor]],
+    rows: Iterable[Row],
     losses: Losses,
     protection: Protection,
     entropy: Entropy,
@@ -124,41 +133,38 @@ def released(
 
     Args:
       suffix: In `train_mode`.
-      batches: Inputs and labels of all who were sampled, some at a time; maybe none at all.
-      losses: What to minimise; a row's must depend on that row and on constants alone.
+      rows: All who were sampled; maybe nobody.
+      losses: What to minimise.
       protection: Of the round.
       entropy: Of the noise.
     """
-    one = protection.round
-    sums = [torch.zeros_like(p) for p in trained_by(suffix)]
-    for inputs, labels in batches:
-        for total, part in zip(
-            sums, clipped_sum(suffix, inputs, labels, losses, one.clip_norm), strict=True
-        ):
-            total += part
-    noises = entropy.gaussians([total.shape for total in sums])
-    scale = one.noise_multiplier * one.clip_norm
+    noised = empty_sum(suffix, protection)
+    for row in rows:
+        if (gradient := row_gradient(suffix, row, losses)) is not None:
+            noised.add(gradient)
+    sums = noised.release(entropy)
     return [
-        total.add_(noise.to(total.device), alpha=scale).div_(protection.batch)
-        for total, noise in zip(sums, noises, strict=True)
+        total.div_(protection.batch).float().to(p.device)
+        for total, p in zip(sums, trained_by(suffix), strict=True)
     ]
 
 
-def clipped_sum(
-    suffix: nn.Module, inputs: Tensor, labels: Tensor, losses: Losses, clip_norm: float
-) -> list[Tensor]:
-    """The rows' gradients, each scaled down to `clip_norm` if it is longer, added up; no noise."""
-    trained = trained_by(suffix)
-    if not len(inputs):
-        return [torch.zeros_like(p) for p in trained]
-    with watched(suffix) as calls:
-        each = losses(suffix(inputs), labels)
-    norms = row_norms(suffix, calls, each)
-    finite = norms.isfinite() & each.isfinite()
-    if not finite.all():  # again without: 0 · NaN would be NaN
-        return clipped_sum(suffix, inputs[finite], labels[finite], losses, clip_norm)
-    shares = clip_norm / norms.clamp(min=clip_norm)
-    return list(torch.autograd.grad((each * shares).sum(), trained))
+def empty_sum(suffix: nn.Module, protection: Protection) -> NoisedSum:
+    """The noised sum of a step, before the first row."""
+    one, trained = protection.round, trained_by(suffix)
+    return NoisedSum(
+        [p.shape for p in trained],
+        clip_norm=one.clip_norm,
+        noise_multiplier=one.noise_multiplier,
+        device=trained[0].device,
+    )
+
+
+def row_gradient(suffix: nn.Module, row: Row, losses: Losses) -> tuple[Tensor, ...] | None:
+    """The gradient of one row's loss, as it is; None if that loss is not finite."""
+    inputs, labels = row
+    loss = losses(suffix(inputs), labels).sum()
+    return torch.autograd.grad(loss, trained_by(suffix)) if loss.isfinite() else None
 
 
 def trained_by(suffix: nn.Module) -> list[nn.Parameter]:
@@ -167,10 +173,10 @@ def trained_by(suffix: nn.Module) -> list[nn.Parameter]:
 
 
 @contextmanager
-def exact(device: torch.device, entropy: Entropy) -> Iterator[None]:
-    """Float32 throughout, and dropout from a seed of its own; torch's generators as they were.
+def exact(device: torch.device, seed: int) -> Iterator[None]:
+    """Float32 throughout, and dropout from this seed; torch's generators as they were afterwards.
 
-    In half precision, or TF32, a gradient may be longer than its norm says.
+    In half precision, or TF32, a patient's gradient is only a rough one.
     """
     on_cpu = device.type == "cpu"
     reseed = torch.default_generator.manual_seed if on_cpu else torch.manual_seed
@@ -179,12 +185,16 @@ def exact(device: torch.device, entropy: Entropy) -> Iterator[None]:
         torch.backends.cudnn.flags(allow_tf32=False),
         autocast("float32", device),
     ):
-        reseed(entropy.seed())
+        reseed(seed)
         yield
 
 
-def _batches(
-    examples: Examples, images: Tensor, views: Tensor, device: torch.device
-) -> Iterator[tuple[Tensor, Tensor]]:
-    for some, seen in zip(images.split(_ROWS), views.split(_ROWS), strict=True):
-        yield examples.batch(some, seen, device), examples.labels[some].to(device)
+def _rows(examples: Examples, images: Tensor, views: Tensor, device: torch.device) -> Iterator[Row]:
+    """Each row in memory of its own: where it stands among others must not count either."""
+    prepared = examples.prepared
+    for some, seen in zip(images.split(_READ), views.split(_READ), strict=True):
+        stored, labels = prepared.rows[some * prepared.views + seen], examples.labels[some]
+        for i in range(len(some)):
+            with torch.no_grad():
+                inputs = prepared.front(stored[[i]].to(device)).float()
+            yield inputs, labels[[i]].to(device)

@@ -24,11 +24,13 @@ class Noise:
 
     Attributes:
       protection: Of every round.
+      study: The id of the study.
       before: What the site has spent on all studies.
       unaffordable: Why the site cannot pay for it; None if it can.
     """
 
     protection: Protection
+    study: str
     before: Account
     unaffordable: str | None
 
@@ -39,7 +41,8 @@ class Noise:
           RefusedError: no finite bound was found.
         """
         one = self.protection.round.segment
-        return self.before.epsilon([replace(one, steps=one.steps * rounds)] if rounds else [])
+        planned = [replace(one, steps=one.steps * rounds)] if rounds else []
+        return self.before.total(planned, self.study)
 
     @property
     def shown(self) -> list[int]:
@@ -106,5 +109,6 @@ def _noise(site: Site, study: Study, privacy: DpSgd) -> Noise:
         unaffordable = None
     except BudgetError as ex:
         unaffordable = str(ex)
-    before = Account.of(entries, site.policy.delta or privacy.delta)
-    return Noise(protection, before, unaffordable)
+    delta = site.policy.delta or privacy.delta
+    before = Account.of(entries, delta, site.policy.max_epsilon)
+    return Noise(protection, study.id, before, unaffordable)

@@ -22,7 +22,7 @@ from client.forgotten import remaining
 from client.policy import Agreement, agree, identity, keep_holdout, same_holdout
 from client.precision import settle
 from client.protection import Protection, protect
-from client.self_check import check
+from client.self_check import check_noise, check_rows
 from client.site import Site
 from client.trainer import Examples
 from common import files, wire
@@ -201,20 +201,25 @@ class Session:
             return None
         return protect(self.site, self.study, privacy)
 
-    def allow(self, entries: Sequence[Entry]) -> None:
+    def allow(self, entries: Sequence[Entry], tensors: Tensors) -> None:
         """Return if a private round may be drawn: it can be paid for, and the mechanism is right.
 
         Args:
           entries: Of the site's ledger.
+          tensors: Those received, on which the mechanism is checked.
 
         Raises:
           RefusedError: it cannot be paid for, or the mechanism failed its own check.
         """
         protection = self.agreed().protection
         self._afford(entries, whole=False)
-        if protection and not self._checked:
-            check(self.network.split.suffix, self.examples["train"], protection)
+        if protection is None:
+            return
+        if not self._checked:
+            check_noise(protection)
             self._checked = True
+        self.network.load(tensors)
+        check_rows(self.network.split.suffix, self.examples["train"], protection)
 
     def _afford(self, entries: Sequence[Entry], *, whole: bool) -> None:
         protection, privacy = self.protection, self.study.privacy

@@ -125,7 +125,7 @@ def settled(run: Path) -> list[Path]:
 def spent(site_files: Sequence[Path]) -> dict[str, float]:
     """ε that the ledger of each site adds up to, by name."""
     sites = [Site.read(path) for path in site_files]
-    return {site.name: Account.of(read(site.state)).epsilon() for site in sites}
+    return {site.name: Account.of(read(site.state)).total() for site in sites}
 
 
 def _write(hospital: Hospital, study: Study, folder: Path, cache: Path) -> Path:

@@ -25,15 +25,15 @@ _SIDE = 224
 
 
 def show(backbone: str = "resnet18", depths: tuple[str, ...] = ("head", "last:1")) -> None:
-    """Print the seconds of an epoch, private and not, run in turns, and of the self-check."""
-    columns = "without privacy", "with", "ratio", "self-check, once"
+    """Print the seconds of an epoch, private and not, run in turns, and of each round's check."""
+    columns = "without privacy", "with", "ratio", "check, each round"
     shown = table(backbone, *columns, left=(backbone,))
     for depth in track(depths, "privacy", console=console, disable=not console.is_terminal):
         plain, private, check = _contenders(backbone, depth)
         times = [(_seconds(plain), _seconds(private)) for _ in range(_REPEATS)]
         without, with_ = (median(each) for each in zip(*times, strict=True))
         cells = f"{without:.3f} s", f"{with_:.3f} s", f"{with_ / without:.2f}"
-        shown.add_row(depth, *cells, f"{_seconds(check):.2f} s")
+        shown.add_row(depth, *cells, f"{_seconds(check):.3f} s")
     console.print(f"an epoch of {_ROWS} patients, batches of {_BATCH}, median of {_REPEATS}")
     console.print(shown)
 
@@ -59,7 +59,7 @@ def _contenders(
     return (
         lambda: trainer.train(suffix, examples, plan, classes=2, lr=1e-3, seed=0),
         lambda: dp_sgd.train(private, protected, whose, plan, protection, lr=1e-3),
-        lambda: self_check.check(private, protected, protection),
+        lambda: self_check.check_rows(private, protected, protection),
     )
 
 

@@ -374,7 +374,7 @@ def test_a_real_study_runs_here_as_it_is_in_a_simulation(shared, tmp_path, name)
             assert [spent(world, site) for site in SKIN] == [3] * 4
             for site in SKIN:
                 entries = read(Site.read(world.sites[site]).state)
-                ours, theirs = Account(entries, 1e-5).epsilon(), by_google(history(entries))
+                ours, theirs = Account(entries, 1e-5).total(), by_google(history(entries))
                 assert 0 <= ours - theirs <= 0.02
             return
         folder = tmp_path / "simulation"

@@ -3,9 +3,11 @@
 Every statistical test here fails a correct generator less than once in 10⁹ runs.
 """
 
+import itertools
 import math
 from fractions import Fraction
 
+import mpmath
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,8 @@ from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
 from scipy import stats
 
-from client.entropy import Entropy
+from client import entropy as module
+from client.entropy import DEVIATION, Entropy
 
 RARE = 1e-9
 FAR = 6.5  # standard deviations
@@ -27,7 +30,7 @@ def known(key=bytes(32)):
 
 def normal(n, entropy=None):
     (values,) = (entropy or Entropy()).gaussians([torch.Size([n])])
-    return values.double()
+    return values.double() / DEVIATION
 
 
 def far(sample, mean, variance):
@@ -77,10 +80,10 @@ def test_no_position_of_the_stream_is_used_twice():
     seen = []
 
     class Noting(Entropy):
-        def _words(self, n):
-            words = super()._words(n)
-            seen.extend(words.tolist())
-            return words
+        def _bits(self, n):
+            bits = super()._bits(n)
+            seen.extend(bits.tolist())
+            return bits
 
     entropy = Noting()
     for _ in range(10):
@@ -111,7 +114,7 @@ def test_noise_is_standard_normal():
 
 def test_numbers_do_not_depend_on_each_other():
     values = normal(400_000)
-    # Neighbours, and what shares its radius: the cosine and the sine of a pair.
+    # Neighbours, and those of the next block of candidates.
     for lag in (1, 2, 2**15, 2**16):
         a, b = values[lag:], values[:-lag]
         assert far(a * b, 0, 1) < FAR
@@ -124,12 +127,63 @@ def test_two_streams_are_independent():
     assert far(one.square() * other.square(), 1, 8) < FAR
 
 
-def test_a_number_is_half_the_sum_of_four_of_different_pairs():
-    n = 6
-    u = known()._words(8 * n).double().view(2, 4, n).numpy()
-    radius, angle = np.sqrt(-2 * np.log((u[0] + 1) / 2**53)), 2 * np.pi * u[1] / 2**53
-    wanted = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)], 1).sum(0) / 2
-    np.testing.assert_allclose(normal(2 * n, known()), wanted, rtol=1e-6)
+def test_no_number_of_the_lattice_is_likelier_than_another():
+    (values,) = Entropy().gaussians([torch.Size([400_000])])
+    for low in (2, 256, 4096):
+        for shift in (1, 2**12, 2**24):
+            counts = (values // shift % low).bincount(minlength=low)
+            assert stats.chisquare(counts.numpy()).pvalue > RARE
+    assert abs(values.sign().double().mean().item()) * math.sqrt(len(values)) < FAR
+
+
+def test_the_middle_and_the_tails_have_their_share():
+    values, n = normal(2_000_000), 2_000_000
+    edges = [-4.5, -4, -3, -2, -1, -1 / 8, 0, 1 / 64, 1 / 8, 1, 2, 3, 4, 4.5]
+    for low, high in itertools.pairwise([-math.inf, *edges, math.inf]):
+        share = stats.norm.cdf(high) - stats.norm.cdf(low)
+        found = ((values >= low) & (values < high)).double().mean().item()
+        assert abs(found - share) < 7 * math.sqrt(share / n)
+
+
+def test_the_staircase_is_nowhere_below_the_density():
+    assert sum(module._HEIGHTS) == len(module._STEPS) == 2**12
+    for k, height in enumerate(module._HEIGHTS):
+        assert height >= mpmath.exp(-(mpmath.mpf(k) ** 2) / 128) * module._UNIT
+        assert (k == module._STEPS).sum() == height
+
+
+def candidates(n, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    step = torch.randint(0, 60, (n,), generator=generator)
+    cell = (step << module._STAIR) + torch.randint(0, 2**module._STAIR, (n,), generator=generator)
+    return cell, module._HEIGHT[step]
+
+
+def test_what_float64_decides_is_what_exact_numbers_decide():
+    cell, height = candidates(3000)
+    fast, exact = (known()._under(cell, height, doubt) for doubt in (module._DOUBT, 1e9))
+    assert torch.equal(fast, exact)
+    assert 0.1 < fast.double().mean() < 0.9
+
+
+def test_exact_decisions_are_those_of_another_library():
+    cell, height = candidates(300, seed=1)
+    with mpmath.workprec(700):
+        for c, h in zip(cell.tolist(), height.tolist(), strict=True):
+            middle = mpmath.mpf(2 * c + 1) / 2**50
+            limit = mpmath.exp(-(middle**2) / 2) * module._UNIT * 2**106 / h
+            for point in (mpmath.floor(limit), mpmath.ceil(limit)):  # neighbours at 2⁻¹⁰⁶
+                if 0 <= point < 2**106:
+                    assert module._below(int(point), c, h) == (point < limit)
+
+
+def test_density_in_float64_is_far_closer_than_its_doubt():
+    cell, _ = candidates(2000, seed=2)
+    middle = (cell.double() + 0.5) * 2.0**-module._GRID
+    for c, density in zip(cell.tolist(), (middle.square() * -0.5).exp().tolist(), strict=True):
+        with mpmath.workprec(200):
+            true = mpmath.exp(-((mpmath.mpf(2 * c + 1) / 2**50) ** 2) / 2)
+            assert abs(density / true - 1) < module._DOUBT / 8
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 3, 2**16 - 1, 2**16, 2**16 + 1, 150_001])
@@ -137,9 +191,9 @@ def test_every_number_of_every_size_is_filled(n):
     shapes = [torch.Size([]), torch.Size([n]), torch.Size([2, 3, 1])]
     values = Entropy().gaussians(shapes)
     assert [v.shape for v in values] == shapes
-    assert {v.dtype for v in values} == {torch.float32}
+    assert {v.dtype for v in values} == {torch.int64}
     flat = torch.cat([v.flatten() for v in values])
-    assert flat.isfinite().all()
+    assert flat.abs().max() < 16 * DEVIATION
     assert len(flat.unique()) > 0.99 * len(flat)
     assert Entropy().gaussians([]) == []
 
