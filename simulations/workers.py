@@ -186,8 +186,6 @@ def _work(line: Connection) -> None:
     """Do one job after the other; what is logged goes along the line."""
     Thread(target=_leave_with_parent, daemon=True).start()
     torch.set_num_threads(1)
-    # Compiling pays for some workers' images and not for others', and rounds in another way.
-    torch.compiler.set_stance("force_eager")
     logging.getLogger().addHandler(_Told(line))
     logging.getLogger().setLevel(logging.INFO)  # the process that shows it shows less
     with suppress(EOFError, ConnectionError):
