@@ -40,7 +40,7 @@ class Gain(NamedTuple):
         parts = {"frozen layers": self.frozen, "trained layers": self.trained}
         told = [f"{part} × {gain:.2f}" for part, gain in parts.items() if gain is not None]
         advice = "ask for bfloat16" if self.recommended else "stay with float32"
-        return f"speed of bfloat16 beside float32 here: {', '.join(told) or 'the same'}: {advice}"
+        return f"bfloat16 beside float32: {', '.join(told) or 'the same'}: {advice}"
 
 
 def gain(network: Network, *, private: bool) -> Gain:

@@ -1,7 +1,7 @@
 """Virtual hospitals shared among resident worker processes of this machine.
 
 A hospital always goes to the same worker, where its session, its prepared images and its ledger
-stay open. A worker computes on one thread, so that results do not depend on how many there are.
+stay open. A worker uses one core.
 """
 
 import logging
