@@ -11,7 +11,9 @@ from client.data.records import Record, Row
 from client.disk import usable
 from client.fleet import AHEAD, BEHIND, Fleet, Heard
 from client.plan import plan
+from client.precision import chosen, computes
 from client.site import Connect, Site
+from client.speed import Gain, gain
 from common import backbones, files, keys
 from common.contract import Versions
 from common.errors import (
@@ -25,6 +27,7 @@ from common.errors import (
 )
 from common.flower import RELEASE, same_release
 from common.images import Preprocess
+from common.network import assemble
 from common.study import Study
 from common.terminal import size
 
@@ -46,12 +49,15 @@ class Finding(NamedTuple):
     """How it is or, if that is not good, what to do."""
 
 
-def check(site_file: Path, study_file: Path | None = None) -> Iterator[Finding]:
+def check(
+    site_file: Path, study_file: Path | None = None, *, speed: bool = False
+) -> Iterator[Finding]:
     """Look at one thing after the other; what fails does not keep the rest from being looked at.
 
     Args:
       site_file: Of the site.
       study_file: A study to look at as well.
+      speed: Whether to measure, on its network, what bfloat16 would gain here.
     """
     yield Finding("release", True, _releases())
     site, finding = _try("site file", lambda: Site.read(site_file), lambda s: f"{s.name}: {s.role}")
@@ -68,6 +74,8 @@ def check(site_file: Path, study_file: Path | None = None) -> Iterator[Finding]:
     if study is not None:
         yield _try("policy", lambda: _agreed(site, study))[1]
         yield _try("backbone", lambda: _backbone(site, study))[1]
+        if speed:
+            yield _try("speed", lambda: _speed(site, study))[1]
     yield from _connection(site)
 
 
@@ -168,6 +176,16 @@ def _backbone(site: Site, study: Study) -> str:
         return f"{name}, weights: {backbone.find(site, study)}"
     except MissingWeightsError:
         return f"{name}, no weights here: the coordinator sends them at join"
+
+
+def _speed(site: Site, study: Study) -> Gain:
+    device = chosen(site.device)
+    if not computes("bfloat16", device):
+        where, expected = f"{site.source}: device", "one that computes in bfloat16"
+        raise SiteError(complaint(where, expected=expected, got=device.type))
+    network = assemble(study, "none")  # random ones take as long
+    network.model.to(device)
+    return gain(network, private=study.private)
 
 
 # --- towards the coordinator ---

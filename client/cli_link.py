@@ -102,6 +102,14 @@ def check(
         Path | None,
         typer.Argument(metavar="[STUDY_YAML]", help="A study to look at as well."),
     ] = None,
+    speed: Annotated[
+        bool,
+        typer.Option(
+            "--speed",
+            help="Measure what bfloat16 would gain here, on the study's own network, and whether "
+            "to ask the coordinator for it. Takes seconds; nothing else should run meanwhile.",
+        ),
+    ] = False,
 ) -> None:
     """Look now at everything that could fail later: data, disk, policy, key, connection.
 
@@ -109,8 +117,10 @@ def check(
     """
     from client.check import check as look
 
+    if speed and study_file is None:
+        raise typer.BadParameter("--speed is measured on a study's network: name the study too")
     well = True
-    for finding in look(site_file, study_file):
+    for finding in look(site_file, study_file, speed=speed):
         mark, style = ("ok", "green") if finding.good else ("no", "red")
         console.print(mark, style=style, end="  ")
         console.print(f"{finding.what:12} {finding.text}")

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from client.data.records import Image
 from client.disk import secret
+from client.precision import settled
 from client.prefix import BATCH, Prefix, Worth
 from client.store import Rows, Store, open_store
 from common.contract import Dtype, digest
@@ -80,7 +81,7 @@ class Recipe:
         return cls(
             prefix=network.split.prefix,
             preprocess=network.preprocess,
-            dtype=dtype,
+            dtype=dtype if frozen else "float32",
             activations=activations,
             device=next(network.model.parameters()).device,
             name=kept,
@@ -93,6 +94,7 @@ class Recipe:
         if self.activations:
             # Its text has the layers' settings, such as strides, and how they are connected.
             parts += [digest(self.prefix.state_dict()), str(self.prefix), self.dtype]
+            parts += [str(BATCH), *_maker(self.device)]  # on another, rounding differs
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
 
     @cached_property
@@ -111,11 +113,6 @@ class Recipe:
         """Rows as stored, from uint8 images [3, crop, crop]."""
         batch = torch.stack(list(pixels)).to(self.device)
         return (self.fast(batch) if self.activations else batch).cpu()
-
-    def expect(self, images: int) -> None:
-        """Get ready for a pass over so many images."""
-        if self.activations:
-            self.fast.compile_for(images, self.device)
 
     def front(self) -> nn.Module:
         """What a batch of rows still needs before the suffix."""
@@ -215,10 +212,12 @@ def _fill(
     ops: tuple[str, ...],
     bad: dict[int, str],
 ) -> None:
-    """Make the missing rows shard by shard, decoding ahead on all cores; adds to `bad` what fails.
+    """Make the missing rows shard by shard, on all cores; adds to `bad` what fails.
 
-    A shard is whole after so many rows, bytes or seconds: an interruption costs no more than that.
+    Each batch has a core of its own: shared, its numbers would depend on how many there are. A
+    shard is whole after so many rows, bytes or seconds: an interruption costs no more than that.
     """
+    cores = torch.get_num_threads()
 
     def squares(jobs: Sequence[_Job]) -> list[tuple[str, Tensor]]:
         """One image, decoded once, in every view that is missing."""
@@ -230,40 +229,51 @@ def _fill(
             return []
         return [(job.name, _viewed(square, job, ops)) for job in jobs]
 
+    def made(batch: Sequence[tuple[str, Tensor]]) -> tuple[list[str], Tensor]:
+        return [name for name, _ in batch], recipe.rows([pixels for _, pixels in batch])
+
     by_image = [list(jobs) for _, jobs in groupby(todo, lambda job: job.image)]
     if todo:
         views = f" ({len(todo)} views)" if len(todo) > len(by_image) else ""
         log.info("preparing %d images%s, once", len(by_image), views)
-        recipe.expect(len(todo))
     names: list[str] = []
     rows: list[Tensor] = []
     done, told, kept = 0, time.monotonic(), time.monotonic()
-    for batch in _batched(chain.from_iterable(_ahead(squares, by_image)), BATCH):
-        names += [name for name, _ in batch]
-        rows.append(recipe.rows([pixels for _, pixels in batch]))
-        done, now = done + len(batch), time.monotonic()
-        full = len(names) >= _SHARD or sum(part.nbytes for part in rows) >= _SHARD_BYTES
-        if full or now - kept > _SHARD_SECONDS:
-            store.add(names, torch.cat(rows))
-            names, rows, kept = [], [], now
-        if now - told > _QUIET:
-            told = now
-            log.info("  prepared %d of %d", done, len(todo))
+    with settled(threads=1):
+        pixels = chain.from_iterable(_ahead(squares, by_image, cores, 2 * BATCH))
+        at_once = cores if recipe.device.type == "cpu" else 1
+        for new, part in _ahead(made, _batched(pixels, BATCH), at_once, at_once):
+            names, rows = [*names, *new], [*rows, part]
+            done, now = done + len(new), time.monotonic()
+            full = len(names) >= _SHARD or sum(part.nbytes for part in rows) >= _SHARD_BYTES
+            if full or now - kept > _SHARD_SECONDS:
+                store.add(names, torch.cat(rows))
+                names, rows, kept = [], [], now
+            if now - told > _QUIET:
+                told = now
+                log.info("  prepared %d of %d", done, len(todo))
     if names:
         store.add(names, torch.cat(rows))
+
+
+def _maker(device: torch.device) -> list[str]:
+    """What computes: its kind of processor, and the library."""
+    cpu = torch.backends.cpu.get_cpu_capability()
+    unit = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
+    return [device.type, unit, torch.__version__]
 
 
 def _viewed(square: Tensor, job: _Job, ops: tuple[str, ...]) -> Tensor:
     return view(square, ops, job.seed) if job.view else square
 
 
-def _ahead(work: Callable[[A], B], items: Iterable[A]) -> Iterator[B]:
-    """`work` on each item, in order, a few batches ahead of who reads; on torch's many threads."""
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+def _ahead(work: Callable[[A], B], items: Iterable[A], cores: int, most: int) -> Iterator[B]:
+    """`work` on each item, in order, on so many cores, at most so many ahead of who reads."""
+    with ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         waiting: deque[Future[B]] = deque()
         for item in items:
             waiting.append(pool.submit(work, item))
-            if len(waiting) > 2 * BATCH:
+            if len(waiting) > most:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()

@@ -9,10 +9,10 @@ from typing import Literal, NamedTuple, Self
 
 from client.data.records import Record
 from client.disk import usable
+from client.precision import chosen, computes
 from client.protection import Protection
 from client.site import Policy, Site
 from common import files
-from common.contract import Dtype
 from common.disclosure import Disclosure
 from common.errors import RefusedError, SiteError, complaint
 from common.study import DpSgd, Study
@@ -31,10 +31,6 @@ class Agreement(Section):
     disclosure: Disclosure
     protection: Protection | None
     """None: it does not train, or trains without differential privacy."""
-    prefix_dtype: Dtype
-    """What the frozen prefix computes in."""
-    suffix_dtype: Dtype
-    """What the trained suffix computes in."""
     patients: Parts[int]
     """How many take part, exactly; never told unless `disclosure` says so."""
     images: Parts[tuple[int, ...]]
@@ -120,6 +116,10 @@ def agree(
       patients: That would train here; 0 at a site that only evaluates.
       images: Of these patients.
     """
+    if not computes(study.model.precision, device := chosen(site.device)):
+        where, expected = f"{site.source}: device", f"one that computes in {study.model.precision}"
+        remedy = "Write device: cpu, or ask the coordinator for model.precision: float32."
+        raise RefusedError(complaint(where, expected=expected, got=device.type, remedy=remedy))
     if isinstance(study.privacy, DpSgd) and study.privacy.delta * 10 * patients > 1:
         few, delta = f"{patients} training patients", f"δ = {study.privacy.delta:g}"
         log.warning("%s is more than a tenth of 1 / %s: it protects few of them", delta, few)

@@ -1,10 +1,6 @@
 """The frozen prefix: how a device runs it fastest, and whether its output is worth keeping."""
 
 import copy
-import logging
-import shutil
-import time
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -17,21 +13,20 @@ from common.contract import Dtype
 from common.cut import Split
 from common.images import Preprocess
 
-log = logging.getLogger(__name__)
-
 BATCH = 32
+"""Images that go through the prefix at once: always so many, however few there are."""
+
 # Activations that take more room than this many images are not worth keeping, nor are those that
 # save less than this share of a training step.
 _ROOM, _SHARE = 4.0, 0.3
-# Compiling takes tens of seconds: only a long pass can win that back.
-_MANY, _LONG, _GAIN = 2000, 120.0, 1.1
 
 
 class Prefix(nn.Module):
     """uint8 pixels [n, 3, crop, crop] → activations [n, …]; frozen, and only ever in eval mode.
 
     Convolutions are folded with the batch norms after them, and run with channels last. Where this
-    changes a float32 activation, it does so by rounding alone.
+    changes a float32 activation, it does so by rounding alone. Batches are filled up to one size:
+    libraries compute small ones in other ways, and an activation is to depend on its image alone.
 
     Args:
       prefix: float32 [n, 3, crop, crop] → activations; left as it is.
@@ -46,44 +41,18 @@ class Prefix(nn.Module):
         self.dtype = getattr(torch, dtype)
         self.prefix = own.to(self.dtype).to(memory_format=torch.channels_last)
         self.preprocess = preprocess
-        self._run: Callable[[Tensor], Tensor] = self.prefix
-        self._judged = False
 
     @torch.no_grad()
     def forward(self, pixels: Tensor) -> Tensor:
         """Activations of `pixels`, which are on this prefix's device."""
-        inputs = self.preprocess.normalise(pixels).to(self.dtype)
-        run = self._run if len(pixels) == BATCH else self.prefix  # compiled for whole batches
-        output: Tensor = run(inputs.contiguous(memory_format=torch.channels_last))
-        return output.contiguous()
+        return torch.cat([self._batch(some) for some in pixels.split(BATCH)])
 
-    def compile_for(self, images: int, device: torch.device) -> None:
-        """Compile before a long pass over so many images, where a compiler exists and it pays."""
-        if images < _MANY or self._judged or not _can_compile(device):
-            return
-        pixels = torch.zeros(BATCH, 3, self.preprocess.crop, self.preprocess.crop).byte().to(device)
-        plain = seconds(lambda: self(pixels), device)
-        if plain * images / BATCH < _LONG:
-            return
-        self._judged = True
-        began = time.perf_counter()
-        try:
-            self._run = torch.compile(self.prefix, options={"freezing": True})
-            self(pixels)
-            spent, fast = time.perf_counter() - began, seconds(lambda: self(pixels), device)
-        except Exception as ex:  # compilers fail in many ways; the plain prefix does not
-            log.info("the prefix is not compiled: %s", type(ex).__name__)
-            self._run = self.prefix
-            return
-        pays = plain > _GAIN * fast
-        use = "used" if pays else "not used"
-        log.info("compiled the prefix in %.0f s, %.2f times as fast: %s", spent, plain / fast, use)
-        if not pays:
-            self._run = self.prefix
-
-
-def _can_compile(device: torch.device) -> bool:
-    return device.type == "cuda" or any(map(shutil.which, ("c++", "g++", "clang++", "cl")))
+    def _batch(self, pixels: Tensor) -> Tensor:
+        whole = pixels.new_zeros(BATCH, *pixels.shape[1:])
+        whole[: len(pixels)] = pixels
+        inputs = self.preprocess.normalise(whole).to(self.dtype)
+        output: Tensor = self.prefix(inputs.contiguous(memory_format=torch.channels_last))
+        return output[: len(pixels)].contiguous()
 
 
 class Worth(NamedTuple):
@@ -119,15 +88,3 @@ class Worth(NamedTuple):
     def __str__(self) -> str:
         sizes = f"{self.room / 1000:,.1f} kB an image (its pixels: {self.image / 1000:,.0f} kB)"
         return f"{sizes}, {self.share:.0%} of the work of a training step"
-
-
-def seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Median time of three runs of `work` on `device`, after one to warm up."""
-    taken = []
-    for _ in range(4):
-        began = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        taken.append(time.perf_counter() - began)
-    return sorted(taken[1:])[1]

@@ -20,7 +20,7 @@ from client.entries import Entry
 from client.features import Keep, Recipe, prepare
 from client.forgotten import remaining
 from client.policy import Agreement, agree, identity, keep_holdout, same_holdout
-from client.precision import settle
+from client.precision import chosen, settled
 from client.protection import Protection, protect
 from client.self_check import check_noise, check_rows
 from client.site import Site
@@ -77,19 +77,11 @@ class Session:
         parts = {part: self._taking_part(part, getattr(found, part)) for part in PARTS}
         self._agree(patients(parts["train"]), len(parts["train"]))
         self.network = assemble(study, find(site, study))
-        self.device = _device(site.device)
+        self.device = chosen(site.device)
         if held := self.network.held:
             log.info("not trained, as nothing protects it: %s", ", ".join(held))
         self.network.model.to(self.device)
-        self.precision = settle(
-            site.precision,
-            study.id,
-            self.network.split,
-            self.network.preprocess,
-            self.device,
-            memory=site.cache_folder / "precision.json",
-        )
-        self.recipe = _recipe(self.network, self.precision.prefix, site.keep)
+        self.recipe = _recipe(self.network, study.model.precision, site.keep)
         self.examples: dict[str, Examples] = {}
         self.patients: dict[str, int] = {}
         self._checked = False
@@ -173,8 +165,6 @@ class Session:
             patients=wire.Parts(**patients),
             images=wire.Parts(**images),
             enrolled=now.protection.enrolled if now.protection and disclosure.tells else None,
-            prefix_dtype=now.prefix_dtype,
-            suffix_dtype=now.suffix_dtype,
             ledger=ledger,
             versions=Versions.here(),
         )
@@ -188,8 +178,6 @@ class Session:
             role=self.site.role,
             disclosure=self.disclosure,
             protection=self.protection,
-            prefix_dtype=self.precision.prefix,
-            suffix_dtype="float32" if self.protection else self.precision.suffix,
             patients=wire.Parts(**self.patients),
             images=wire.Parts(**{p: tuple(count.tolist()) for p, count in counts.items()}),
             records=first.records if first else tuple(sorted(records)),
@@ -292,16 +280,17 @@ class Session:
         """
         self.network.load(tensors)
         plan = self.study.train
-        return trainer.train(
-            self.network.split.suffix,
-            self.examples["train"],
-            plan,
-            classes=self.classes,
-            lr=trainer.learning_rate(plan, round_number),
-            seed=derive(self.study.seed, self.site.name, round_number, "train"),
-            proximal_mu=proximal_mu,
-            dtype=self.precision.suffix,
-        )
+        with settled(self.site.threads):
+            return trainer.train(
+                self.network.split.suffix,
+                self.examples["train"],
+                plan,
+                classes=self.classes,
+                lr=trainer.learning_rate(plan, round_number),
+                seed=derive(self.study.seed, self.site.name, round_number, "train"),
+                proximal_mu=proximal_mu,
+                dtype=self.study.model.precision,
+            )
 
     def train_privately(
         self, tensors: Tensors, round_number: int, proximal_mu: float, protection: Protection
@@ -312,20 +301,22 @@ class Session:
         """
         self.network.load(tensors)
         plan = self.study.train
-        dp_sgd.train(
-            self.network.split.suffix,
-            self.examples["train"],
-            self._whose,
-            plan,
-            protection,
-            lr=trainer.learning_rate(plan, round_number),
-            proximal_mu=proximal_mu,
-        )
+        with settled(self.site.threads):
+            dp_sgd.train(
+                self.network.split.suffix,
+                self.examples["train"],
+                self._whose,
+                plan,
+                protection,
+                lr=trainer.learning_rate(plan, round_number),
+                proximal_mu=proximal_mu,
+            )
 
     def evaluate(self, tensors: Tensors, part: str) -> Counts:
         """Counts of the received tensors on one part of this site's patients."""
         self.network.load(tensors)
-        return trainer.evaluate(self.network.split.suffix, self.examples[part], self.classes)
+        with settled(self.site.threads):
+            return trainer.evaluate(self.network.split.suffix, self.examples[part], self.classes)
 
 
 def cut(site: Site, study: Study) -> Parts:
@@ -344,14 +335,6 @@ def patients(records: Sequence[Record]) -> int:
 @lru_cache(maxsize=8)
 def _recipe(network: Network, dtype: Dtype, keep: Keep) -> Recipe:
     return Recipe.of(network, dtype, keep)
-
-
-def _device(wanted: str) -> torch.device:
-    if wanted != "auto":
-        return torch.device(wanted)
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 def remember(site: Site, proposal: str) -> Study:

@@ -10,7 +10,6 @@ from pydantic import Field, StrictInt, field_validator, model_validator
 from client.data.formats import Data
 from client.disk import secret, usable
 from client.features import Keep
-from client.precision import Asked
 from common.disclosure import Disclosure
 from common.errors import SiteError, complaint
 from common.study import Name, Number, Positive, Unfreeze, Word
@@ -108,10 +107,18 @@ class Site(YamlFile):
     connect: Connect | None = None
     """Not needed in a simulation."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    precision: Asked = "auto"
-    """What to compute in; `auto` measures it once, on this machine and network."""
+    threads: AtLeastOne = 1
+    """Cores that a round computes on; how sums are split among them decides their last digits."""
     keep: Keep = "auto"
     """What is kept of an image; `auto` compares what activations cost and save."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _precision_is_the_studys(cls, given: object) -> object:
+        if isinstance(given, dict) and "precision" in given:
+            remedy = "Remove it: the study says it for all of its sites, as model.precision."
+            raise ValueError(f"expected no key precision, got {given['precision']!r}. {remedy}")
+        return given
 
     @field_validator("cache", mode="before")
     @classmethod

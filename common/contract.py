@@ -13,11 +13,11 @@ from torch import Tensor
 from common.images import Preprocess
 from common.yaml import Section
 
-PROTOCOL = "3"
+PROTOCOL = "4"
 """Raised whenever a message between server and site changes."""
 
 Dtype = Literal["float32", "bfloat16"]
-"""What a site may compute in."""
+"""What a study may compute in."""
 
 Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{1,64}$")]
 Version = Annotated[str, Field(pattern=r"^[0-9A-Za-z.+_-]{1,40}$")]

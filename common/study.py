@@ -16,6 +16,7 @@ from pydantic import (
     model_validator,
 )
 
+from common.contract import Dtype
 from common.errors import StudyError, complaint
 from common.yaml import Section, YamlFile, dump
 
@@ -87,6 +88,8 @@ class Model(Section):
     """Subtracted from each image's features before the head: their mean on public images."""
     unit_features: bool = False
     """Scale each image's features, less that mean, to length 1."""
+    precision: Dtype = "float32"
+    """What frozen layers and, without privacy, trained ones compute in, at every site."""
     init: Annotated[str, Field(max_length=4096)] | None = None
     """A run folder whose best model is the starting point."""
 

@@ -18,7 +18,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from pydantic import Field, StrictInt, ValidationError, model_validator
 from torch import Tensor
 
-from common.contract import Contract, Dtype, Versions
+from common.contract import Contract, Versions
 from common.disclosure import Disclosure
 from common.errors import ContractError
 from common.metrics import MOST, Counts
@@ -108,10 +108,6 @@ class JoinReply(Section):
     """How many of each class, in each part; None where the site does not tell."""
     enrolled: Annotated[StrictInt, Field(ge=1, le=10**9)] | None
     """Under privacy, about how many patients train: a constant of the site's; None if untold."""
-    prefix_dtype: Dtype
-    """What the site's frozen prefix computes in."""
-    suffix_dtype: Dtype
-    """What its trained suffix computes in; its parameters are float32 in any case."""
     ledger: LedgerHead
     versions: Versions
 

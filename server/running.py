@@ -59,7 +59,7 @@ class Announcer(Reporter):
     def joined(self, federation: Federation, *, resumed: int, sent: int, whole: int) -> None:
         """As a table, one row for each site."""
         super().joined(federation, resumed=resumed, sent=sent, whole=whole)
-        columns = "site", "role", "tells", "computes in", "ledger", "software", "contract"
+        columns = "site", "role", "tells", "ledger", "software", "contract"
         shown = table(*columns)
         for member in federation.members:
             reply = member.reply
@@ -68,7 +68,6 @@ class Announcer(Reporter):
                 member.name,
                 reply.role,
                 f"counts {tells.counts}, metrics {tells.metrics}",
-                reply.prefix_dtype,
                 f"{reply.ledger.count} lines",
                 f"torch {reply.versions.torch}, flwr {reply.versions.flwr}",
                 reply.contract.fingerprint[:12],

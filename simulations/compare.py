@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from client import trainer
+from client.precision import settled
 from client.session import Session, open_session
 from client.trainer import Examples
 from common.errors import RefusedError
@@ -67,15 +68,16 @@ def _alone(study: Study, sessions: Sequence[Session], name: str) -> Tensors:
     best: Tensors | None = None
     score: float | None = None
     for number in range(1, plan.rounds + 1):
-        trainer.train(
-            network.split.suffix,
-            examples,
-            plan,
-            classes=classes,
-            lr=trainer.learning_rate(plan, number),
-            seed=derive(study.seed, name, number, "train"),
-            dtype=sessions[0].precision.suffix,
-        )
+        with settled(sessions[0].site.threads):
+            trainer.train(
+                network.split.suffix,
+                examples,
+                plan,
+                classes=classes,
+                lr=trainer.learning_rate(plan, number),
+                seed=derive(study.seed, name, number, "train"),
+                dtype=study.model.precision,
+            )
         now = _copy(network.tensors)
         counts = [s.disclosure.coarse(s.evaluate(now, "validation")) for s in choosing]
         figure = value(union(counts, classes), study.select)

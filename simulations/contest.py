@@ -22,6 +22,7 @@ from torch.utils.data import TensorDataset
 from client.app import app as client_app
 from client.data.image_folder import ImageFolder
 from client.session import open_session
+from client.site import Site
 from common import wire
 from common.errors import RunError, complaint
 from common.study import Study
@@ -190,7 +191,12 @@ def _ours(task: Task, lap: Lap) -> dict[str, Any]:
         folder = Path(scratch) / "run"
         RunFolder.claim(folder).begin(study)
         # What a study costs before its first image is paid at a hospital with one image.
-        found = [Hospital(name="a", data=data, patients=(one,)), Hospital(name="b", data=data)]
+        # On all cores, as the tutorials are.
+        site = Site(name="b", data=data, state=Path("state"), threads=torch.get_num_threads())
+        found = [
+            Hospital(name="a", data=data, patients=(one,), site=site),
+            Hospital(name="b", data=data, site=site),
+        ]
         first, hospital = hospitals.settle(found, study, folder, Path(scratch) / "cache")
         hospitals.prepare([first], study)
         lap("open")

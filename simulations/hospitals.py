@@ -105,10 +105,10 @@ def settle(hospitals: Sequence[Hospital], study: Study, run: Path, cache: Path) 
         if times > 1:
             remedy = "Rename one of the folders."
             raise SiteError(complaint("--site", expected="distinct names", got=name, remedy=remedy))
-    ways = {(h.site.keep, h.site.precision) if h.site else ("auto", "auto") for h in hospitals}
+    ways = {(h.site.keep, h.site.threads) if h.site else ("auto", 1) for h in hospitals}
     if len(ways) > 1:  # local and pooled training put their prepared images together
-        expected = "the same keep and precision in every site.yaml, as one machine runs them all"
-        got = " and ".join(sorted(f"{keep}/{precision}" for keep, precision in ways))
+        expected = "the same keep and threads in every site.yaml, as one machine runs them all"
+        got = " and ".join(sorted(f"{keep}/{threads}" for keep, threads in ways))
         raise SiteError(complaint("--site", expected=expected, got=got))
     ordered = sorted(hospitals, key=lambda hospital: hospital.name)
     return [_write(hospital, study, run / "sites" / hospital.name, cache) for hospital in ordered]
@@ -143,7 +143,7 @@ def _write(hospital: Hospital, study: Study, folder: Path, cache: Path) -> Path:
     if study.model.weights_file:
         content["weights"] = str(study.model.weights_file.parent)
     if hospital.site:
-        own = {"role", "policy", "device", "precision", "keep"}
+        own = {"role", "policy", "device", "threads", "keep"}
         kept = hospital.site.model_dump(mode="json", include=own)
         content.update(kept)
     else:  # a virtual hospital keeps nothing from the researcher, whose data it is

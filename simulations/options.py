@@ -94,8 +94,8 @@ def computing(
             min=1,
             max=128,
             help="Processes that share the hospitals, each computing on one core. They pay where "
-            "many cores have long rounds, or many images, before them. Without it, one process "
-            "does all, on all cores.",
+            "many cores have long rounds before them. Without it, one process does all: images on "
+            "all cores, rounds on as many as threads in site.yaml says, or one.",
         ),
     ] = None,
     engine: Annotated[

@@ -1,7 +1,7 @@
 """Virtual hospitals shared among resident worker processes of this machine.
 
 A hospital always goes to the same worker, where its session, its prepared images and its ledger
-stay open. A worker computes on one thread, so that results do not depend on how many there are.
+stay open. A worker uses one core.
 """
 
 import logging
@@ -186,8 +186,6 @@ def _work(line: Connection) -> None:
     """Do one job after the other; what is logged goes along the line."""
     Thread(target=_leave_with_parent, daemon=True).start()
     torch.set_num_threads(1)
-    # Compiling pays for some workers' images and not for others', and rounds in another way.
-    torch.compiler.set_stance("force_eager")
     logging.getLogger().addHandler(_Told(line))
     logging.getLogger().setLevel(logging.INFO)  # the process that shows it shows less
     with suppress(EOFError, ConnectionError):

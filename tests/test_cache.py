@@ -198,7 +198,7 @@ def test_a_purge_deletes_all_that_is_ours_and_nothing_else(tmp_path):
     (cache / KEYS[3] / "notes.txt").write_text("mine")
     (cache / KEYS[4]).write_text("a file")
     (cache / KEYS[5]).symlink_to(elsewhere / KEYS[5])
-    (cache / "precision.json").write_text("{}")
+    (cache / "notes.json").write_text("{}")
     before = {path for path in tmp_path.rglob("*") if path.is_file()}
 
     assert [kept.folder.name for kept in purge(cache)] == KEYS[:2]

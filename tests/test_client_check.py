@@ -293,3 +293,17 @@ def test_what_is_wrong_with_the_connection(
     code, text = command("check", path)
     assert code == 1
     assert "connect: expected server, ca and key" in found(text)["server"][1]
+
+
+def test_what_bfloat16_would_gain_is_measured_on_request(
+    command: Command, phantoms: Path, tmp_path: Path
+) -> None:
+    data = {"format": "manifest", "root": str(phantoms / "west")}
+    (tmp_path / "site.yaml").write_text(dump({"name": "w", "data": data, "state": "state"}))
+    demo = ROOT / "configs/demo.yaml"
+    assert "beside float32" not in command("check", "site.yaml", demo)[1]
+    told = command("check", "site.yaml", demo, "--speed")[1]
+    assert "\nok  speed        bfloat16 beside float32: frozen layers × " in told
+    code, text = command("check", "site.yaml", "--speed")
+    assert code == 2
+    assert "name the study too" in text

@@ -77,8 +77,6 @@ def reply(name: str, disclosure: Disclosure = EXACT, **changes: Any) -> JoinRepl
         "patients": {part: tells.number(n) for part, n in patients.items()},
         "images": {part: tells.numbers(n) for part, n in images.items()},
         "enrolled": None,
-        "prefix_dtype": "float32",
-        "suffix_dtype": "float32",
         "ledger": head(1),
         "versions": Versions.here(),
     }

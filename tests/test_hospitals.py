@@ -25,7 +25,7 @@ def test_hospitals_of_one_machine_compute_alike(phantoms, tmp_path):
         path.write_text(yaml.safe_dump(content), encoding="utf-8")
         found.append(hospitals.from_folder(path))
     study = Study.parse(CONTENT, "two", SiteError)
-    with pytest.raises(SiteError, match=r"same keep and precision.*auto/auto and images/auto"):
+    with pytest.raises(SiteError, match=r"same keep and threads.*auto/1 and images/1"):
         hospitals.settle(found, study, tmp_path / "run", tmp_path / "cache")
     assert not (tmp_path / "run").exists()
     hospitals.settle(found[:1], study, tmp_path / "run", tmp_path / "cache")

@@ -1,18 +1,20 @@
 """The frozen prefix runs fast and says the same; what is kept of an image is what pays."""
 
-import logging
-
 import pytest
 import torch
 from torch import nn
 
-from client import prefix as room
 from client.prefix import BATCH, Prefix, Worth
 from common import backbones
 from common.cut import Split, split
 from common.images import Preprocess
 
 SIZES = {"vit_b_16": 224, "inception_v3": 96}
+# Of which a batch takes seconds.
+EVERY = [
+    pytest.param(name, marks=[pytest.mark.slow] if name == "vit_b_16" else [])
+    for name in backbones.REGISTRY
+]
 LIKE = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}
 
 
@@ -42,7 +44,7 @@ def plain(found, preprocess, images):
         return found.prefix(preprocess.normalise(images))
 
 
-@pytest.mark.parametrize("name", backbones.REGISTRY)
+@pytest.mark.parametrize("name", EVERY)
 def test_the_fast_prefix_says_what_the_plain_one_says(name):
     found, preprocess = parts(name)
     images = pixels(2, preprocess)
@@ -89,32 +91,18 @@ def test_activations_need_no_gradient_but_can_be_trained_on():
     found.suffix(got).sum().backward()
 
 
-# --- compiling ---
-
-
-@pytest.mark.slow
-def test_a_long_pass_is_compiled_where_it_pays_and_says_the_same(monkeypatch, caplog):
-    monkeypatch.setattr(room, "_LONG", 0.0)
-    monkeypatch.setattr(room, "_GAIN", 0.0)  # as if it always paid
-    found, preprocess = parts("squeezenet1_1")
-    fast = Prefix(found.prefix, preprocess, "float32")
-    with caplog.at_level(logging.INFO):
-        fast.compile_for(5000, torch.device("cpu"))
-    assert "compiled the prefix in" in caplog.text
-    for count in (BATCH, 5):
-        images = pixels(count, preprocess)
-        torch.testing.assert_close(
-            fast(images), plain(found, preprocess, images), rtol=1e-3, atol=1e-4
-        )
-
-
-def test_without_a_compiler_the_plain_prefix_is_used(monkeypatch, tmp_path):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(room, "_LONG", 0.0)
-    found, preprocess = parts("squeezenet1_1")
-    fast = Prefix(found.prefix, preprocess, "float32")
-    fast.compile_for(5000, torch.device("cpu"))
-    assert fast._run is fast.prefix
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", EVERY)
+def test_an_activation_depends_on_its_image_alone(name, dtype):
+    """Bit for bit: not on its place in a batch, nor on what is before, beside or behind it."""
+    found, preprocess = parts(name)
+    fast, images = Prefix(found.prefix, preprocess, dtype), pixels(BATCH, preprocess)
+    whole = fast(images)
+    assert torch.equal(fast(images.flip(0)), whole.flip(0))
+    assert torch.equal(fast(images[5:12]), whole[5:12])
+    assert torch.equal(
+        fast(torch.cat([images[9:], images[:10]])), torch.cat([whole[9:], whole[:10]])
+    )
 
 
 # --- what is kept ---

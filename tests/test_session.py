@@ -353,25 +353,23 @@ def test_the_learning_rate_follows_the_schedule(tmp_path):
 def test_what_is_kept_may_be_the_hospitals_choice(tmp_path):
     results = {}
     for keep, dtype in (("activations", torch.float32), ("images", torch.uint8)):
-        hospital = site(tmp_path / keep, patients(8), keep=keep, precision="float32")
+        hospital = site(tmp_path / keep, patients(8), keep=keep)
         session = Session(hospital, study(model={"backbone": "resnet18", "weights": "none"}))
         assert session.examples["train"].prepared.rows[torch.tensor([0])].dtype == dtype
         results[keep] = run(session)
     (_, loss, cached, _), (_, other, computed, _) = results["activations"], results["images"]
-    assert loss == pytest.approx(other, rel=1e-5)
+    assert loss == other
     for name, tensor in cached.items():
-        torch.testing.assert_close(tensor, computed[name], rtol=1e-4, atol=1e-6)
+        assert torch.equal(tensor, computed[name])
 
 
-def test_what_it_computes_in_may_be_the_hospitals_choice_and_is_told(tmp_path):
-    wanted = study(
-        model={"backbone": "shufflenet_v2_x0_5", "weights": str(PHANTOM), "unfreeze": "last:1"}
-    )
-    trained = {}
+def test_what_it_computes_in_is_the_studys_choice(tmp_path):
+    model = {"backbone": "shufflenet_v2_x0_5", "weights": str(PHANTOM), "unfreeze": "last:1"}
+    contracts, trained = {}, {}
     for dtype in ("float32", "bfloat16"):
-        hospital = site(tmp_path / dtype, patients(8), precision=dtype, weights=str(PHANTOM.parent))
-        session = Session(hospital, wanted)
-        assert session.joined(HEAD, []).prefix_dtype == dtype
+        hospital = site(tmp_path / dtype, patients(8), weights=str(PHANTOM.parent))
+        session = Session(hospital, study(model=model | {"precision": dtype}))
+        contracts[dtype] = session.joined(HEAD, []).contract
         row = session.examples["train"].prepared.rows[torch.tensor([0])]
         assert row.dtype == getattr(torch, dtype)
         trained[dtype] = run(session)[2]
@@ -380,6 +378,16 @@ def test_what_it_computes_in_may_be_the_hospitals_choice_and_is_told(tmp_path):
         assert tensor.dtype == torch.float32
         moved = max(moved, (tensor - trained["float32"][name]).abs().max().item())
     assert 0 < moved < 0.05
+    assert contracts["float32"].differences(contracts["bfloat16"]) == ["study"]
+
+
+def test_a_device_that_cannot_compute_in_the_studys_precision_refuses(tmp_path):
+    hospital = site(tmp_path, patients(3), device="mps")
+    model = {"backbone": "shufflenet_v2_x0_5", "weights": "none", "precision": "bfloat16"}
+    with pytest.raises(RefusedError) as refused:
+        Session(hospital, study(model=model))
+    expected = f"{hospital.source}: device: expected one that computes in bfloat16, got mps. Write"
+    assert str(refused.value).startswith(expected)
 
 
 def test_a_second_opening_computes_nothing(tmp_path):

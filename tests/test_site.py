@@ -86,6 +86,8 @@ def test_a_cache_by_its_path_alone_is_shown_the_section(tmp_path: Path) -> None:
     ("changes", "words"),
     [
         ({"polcy": {}}, ["polcy", "Did you mean 'policy'?"]),
+        ({"precision": "auto"}, ["no key precision, got 'auto'. Remove it", "model.precision"]),
+        ({"threads": 0}, ["threads", "greater than or equal to 1", "got 0"]),
         ({"policy": {"min_patient": 2}}, ["policy.min_patient", "Did you mean 'min_patients'?"]),
         ({"data": {"format": "manifest", "rot": "x"}}, ["data.rot", "Did you mean 'root'?"]),
         (

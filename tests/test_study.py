@@ -322,6 +322,7 @@ OTHER = {
     "model.dropout": 0.1,
     "model.feature_mean": [0.5],
     "model.unit_features": True,
+    "model.precision": "bfloat16",
     "images.size": 64,
     "images.unreadable": "skip",
     "images.augment.views": 3,

@@ -34,8 +34,6 @@ JOINED = wire.JoinReply(
     patients=wire.Parts(train=20, validation=3, test=5),
     images=IMAGES,
     enrolled=None,
-    prefix_dtype="float32",
-    suffix_dtype="float32",
     ledger=wire.LedgerHead(count=3, hash="ab" * 32),
     versions=Versions.here(),
 )
