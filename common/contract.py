@@ -13,7 +13,7 @@ from torch import Tensor
 from common.images import Preprocess
 from common.yaml import Section
 
-PROTOCOL = "3"
+PROTOCOL = "4"
 """Raised whenever a message between server and site changes."""
 
 Dtype = Literal["float32", "bfloat16"]

@@ -88,7 +88,7 @@ class Model(Section):
     unit_features: bool = False
     """Scale each image's features, less that mean, to length 1."""
     init: Annotated[str, Field(max_length=4096)] | None = None
-    """A run folder whose best model is the starting point."""
+    """A run folder whose released model is the starting point."""
 
     @property
     def weights_file(self) -> Path | None:
