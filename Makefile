@@ -4,6 +4,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 PHANTOMS := runs/phantom
 HOSPITALS := north south east west
+SEEDS := 0,1,2,3,4,5,6,7,8,9
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo deployment-demo test test-all format clean
@@ -19,9 +20,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: $(INSTALLED) ## Four phantom hospitals train together, beside local and pooled training
+demo: $(INSTALLED) ## Four phantom hospitals train together, beside local and pooled training, on ten seeds
 	@$(BIN)/consilium-simulate phantom $(PHANTOMS)
-	@$(BIN)/consilium-simulate run configs/demo.yaml --compare $(HOSPITALS:%=--site $(PHANTOMS)/%)
+	@$(BIN)/consilium-simulate run configs/demo.yaml --compare --seeds $(SEEDS) $(HOSPITALS:%=--site $(PHANTOMS)/%)
 
 deployment-demo: $(INSTALLED) ## A coordinator and three phantom hospitals over TLS, on this machine
 	@rm -rf runs/deployment

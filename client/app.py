@@ -30,9 +30,6 @@ log = logging.getLogger(__name__)
 
 Answer = wire.JoinReply | wire.RoundReply | wire.FinalReply
 
-# A coordinator that was interrupted at the end may by then hold the last model as the best one.
-_ENDS = 2
-
 
 def boundary(message: Message, context: Context, work: ClientAppCallable) -> Message:
     """Answer any failure with its public code; the text stays in this site's log."""
@@ -119,18 +116,14 @@ def work(message: Message, context: Context) -> Message:
 
 @app.evaluate()
 def finish(message: Message, context: Context) -> Message:
-    """The final message: counts of the last model and of the best."""
+    """The final message: counts of the released model."""
     request = wire.FinalRequest.read(message.content)
     session = open_session(site_file(context), request.study)
-    last, best = (
-        wire.from_arrays(arrays, session.network.shapes) for arrays in (request.last, request.best)
-    )
-    named = {"last": last, "best": best}.items()
-    both = {f"{which}/{name}": tensor for which, model in named for name, tensor in model.items()}
-    study, received = session.study, digest(both)
+    released = wire.from_arrays(request.arrays, session.network.shapes)
+    study, received = session.study, digest(released)
     _ends_once(session, received)
     what = Release(study=study.id, name=study.name, kind="final", received=received)
-    return _leave(message, session, what, lambda: session.finish(last, best))
+    return _leave(message, session, what, lambda: session.finish(released))
 
 
 def _head(desk: Desk) -> wire.LedgerHead:
@@ -142,10 +135,10 @@ def _ends_once(session: Session, received: str) -> None:
     if session.agreed().disclosure.metrics == "every_round":
         return
     ends = open_desk(session.site).ledger.ends.get(session.study.id, frozenset())
-    if received not in ends and len(ends) >= _ENDS:
-        where, expected = f"study {session.study.name}", "the models that it ended with before"
+    if ends - {received}:
+        where, expected = f"study {session.study.name}", "the model that it ended with before"
         remedy = "Run it again under another name or seed."
-        raise ContractError(complaint(where, expected=expected, got="others", remedy=remedy))
+        raise ContractError(complaint(where, expected=expected, got="another", remedy=remedy))
 
 
 def _leave(

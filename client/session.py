@@ -261,15 +261,14 @@ class Session:
         arrays = wire.to_arrays(self.network.tensors)
         return RoundReply(arrays=arrays, figures=figures, ledger=ledger)
 
-    def finish(self, last: Tensors, best: Tensors) -> FinalReply:
-        """The end: counts of the last model and of the best, as agreed."""
+    def finish(self, released: Tensors) -> FinalReply:
+        """The end: counts of the released model, as agreed."""
         disclosure = self.agreed().disclosure
         if disclosure.metrics == "none":
             return FinalReply(counts=None)
         counts = FinalCounts(
-            validation_last=disclosure.coarse(self.evaluate(last, "validation")),
-            test_last=disclosure.coarse(self.evaluate(last, "test")),
-            test_best=disclosure.coarse(self.evaluate(best, "test")),
+            validation=disclosure.coarse(self.evaluate(released, "validation")),
+            test=disclosure.coarse(self.evaluate(released, "test")),
         )
         return FinalReply(counts=counts)
 

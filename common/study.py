@@ -91,7 +91,7 @@ class Model(Section):
     precision: Dtype = "float32"
     """What frozen layers and, without privacy, trained ones compute in, at every site."""
     init: Annotated[str, Field(max_length=4096)] | None = None
-    """A run folder whose best model is the starting point."""
+    """A run folder whose released model is the starting point."""
 
     @property
     def weights_file(self) -> Path | None:

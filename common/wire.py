@@ -27,7 +27,7 @@ from common.yaml import Section
 
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
 WEIGHT = "weight"
-_LAST, _BEST, _LEDGER = "last", "best", "ledger"
+_VALIDATION, _TEST, _LEDGER = "validation", "test", "ledger"
 _JSON, _STUDY, _ROUND, _PROXIMAL = "json", "study", "server-round", "proximal-mu"
 _LOSS, _COUNT, _HASH = "train-loss", "count", "hash"
 _LACKS, _SIZE, _OFFSET, _DATA = "lacks", "size", "offset", "data"
@@ -271,7 +271,7 @@ class RoundReply:
         if self.figures and self.figures.train_loss is not None:
             record[METRICS] = MetricRecord({_LOSS: self.figures.train_loss})
         if self.figures:
-            record[_LAST] = MetricRecord(self.figures.counts.sparse())
+            record[_VALIDATION] = MetricRecord(self.figures.counts.sparse())
         return record
 
     @classmethod
@@ -285,7 +285,7 @@ class RoundReply:
         """
         tells = joined.disclosure.metrics == "every_round"
         scored = tells and joined.disclosure.tells_scores
-        expected = {ARRAYS: True, _LEDGER: True, METRICS: scored, _LAST: tells}
+        expected = {ARRAYS: True, _LEDGER: True, METRICS: scored, _VALIDATION: tells}
         _exactly(record, *(name for name, there in expected.items() if there))
         arrays = _only(record.array_records, ARRAYS)
         from_arrays(arrays, shapes)
@@ -295,7 +295,7 @@ class RoundReply:
 
 
 def _figures(record: RecordDict, joined: JoinReply) -> Figures:
-    counts = _counts(record, _LAST, joined.images.validation, joined.disclosure)
+    counts = _counts(record, _VALIDATION, joined.images.validation, joined.disclosure)
     if not joined.disclosure.tells_scores:
         return Figures(train_loss=None, counts=counts)
     metrics = _only(record.metric_records, METRICS)
@@ -322,36 +322,30 @@ def strategy_record(arrays: ArrayRecord, weight: float) -> RecordDict:
 
 @dataclass(frozen=True, kw_only=True)
 class FinalRequest:
-    """Evaluate the last model and the best so far."""
+    """Evaluate the released model on your validation and test patients."""
 
     study: str
-    last: ArrayRecord
-    best: ArrayRecord
+    arrays: ArrayRecord
 
     def record(self) -> RecordDict:
         """As Flower sends it."""
         config = ConfigRecord({_STUDY: self.study})
-        return RecordDict({_LAST: self.last, _BEST: self.best, CONFIG: config})
+        return RecordDict({ARRAYS: self.arrays, CONFIG: config})
 
     @classmethod
     def read(cls, record: RecordDict) -> "FinalRequest":
         """Back from Flower; the arrays are still unchecked. Raises `ContractError`."""
-        _exactly(record, _LAST, _BEST, CONFIG)
-        last = _only(record.array_records, _LAST)
-        best = _only(record.array_records, _BEST)
-        return cls(study=_value(record, CONFIG, _STUDY, str), last=last, best=best)
+        _exactly(record, ARRAYS, CONFIG)
+        arrays = _only(record.array_records, ARRAYS)
+        return cls(study=_value(record, CONFIG, _STUDY, str), arrays=arrays)
 
 
 @dataclass(frozen=True, kw_only=True)
 class FinalCounts:
-    """Of the last model on validation patients, and of both models on test patients."""
+    """Of the released model."""
 
-    validation_last: Counts
-    test_last: Counts
-    test_best: Counts
-
-
-_FINAL_PARTS = ("validation-last", "test-last", "test-best")
+    validation: Counts
+    test: Counts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -365,9 +359,8 @@ class FinalReply:
         """As Flower sends it."""
         if self.counts is None:
             return RecordDict()
-        parts = (self.counts.validation_last, self.counts.test_last, self.counts.test_best)
-        records = (MetricRecord(counts.sparse()) for counts in parts)
-        return RecordDict(dict(zip(_FINAL_PARTS, records, strict=True)))
+        parts = {_VALIDATION: self.counts.validation, _TEST: self.counts.test}
+        return RecordDict({part: MetricRecord(told.sparse()) for part, told in parts.items()})
 
     @classmethod
     def read(cls, record: RecordDict, joined: JoinReply) -> "FinalReply":
@@ -375,14 +368,11 @@ class FinalReply:
         if joined.disclosure.metrics == "none":
             _exactly(record)
             return cls(counts=None)
-        _exactly(record, *_FINAL_PARTS)
-        told = (joined.images.validation, joined.images.test, joined.images.test)
-        parts = zip(_FINAL_PARTS, told, strict=True)
-        validation, last, best = (
-            _counts(record, part, images, joined.disclosure) for part, images in parts
-        )
-        counts = FinalCounts(validation_last=validation, test_last=last, test_best=best)
-        return cls(counts=counts)
+        _exactly(record, _VALIDATION, _TEST)
+        told, disclosure = joined.images, joined.disclosure
+        validation = _counts(record, _VALIDATION, told.validation, disclosure)
+        test = _counts(record, _TEST, told.test, disclosure)
+        return cls(counts=FinalCounts(validation=validation, test=test))
 
 
 @dataclass(frozen=True)

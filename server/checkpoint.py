@@ -25,18 +25,17 @@ from common.wire import Tensors
 _STATE = "strategy-state/"
 _META = "consilium"
 _LOCK = ".lock"
+_LAST = "last.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A model of the run: the tensors after `round` rounds, and what is known of them."""
+    """A finished round: what the next one begins with, or what is released."""
 
     round: int
     tensors: Tensors
     state: Tensors
-    """The strategy's, in `last` only."""
-    score: float | None = None
-    """The study's `select` metric on pooled validation patients, in `best` only."""
+    """The strategy's."""
 
 
 class RunFolder:
@@ -88,42 +87,7 @@ class RunFolder:
 
     def last(self) -> Checkpoint | None:
         """The newest finished round, if any."""
-        return self._load("last")
-
-    def best(self) -> Checkpoint | None:
-        """The best model so far, if any was scored."""
-        return self._load("best")
-
-    def released(self) -> Checkpoint:
-        """The model that a finished run released; raises `RunError` if there is none."""
-        found = [c for c in (self.last(), self.best()) if c and c.round == self._released_round()]
-        if not found:
-            got = "no checkpoint of the released round"
-            raise RunError(complaint(self.path, expected="a finished run", got=got))
-        return found[0]
-
-    def _released_round(self) -> int | None:
-        path = self.path / "report.json"
-        return json.loads(path.read_text("utf-8"))["released_round"] if path.exists() else None
-
-    def save_last(self, checkpoint: Checkpoint) -> None:
-        """Finish a round."""
-        self._save("last", checkpoint)
-
-    def save_best(self, checkpoint: Checkpoint) -> None:
-        """Keep the best model so far."""
-        self._save("best", checkpoint)
-
-    def _save(self, name: str, checkpoint: Checkpoint) -> None:
-        facts = {"round": checkpoint.round, "score": checkpoint.score}
-        state = {f"{_STATE}{key}": tensor for key, tensor in checkpoint.state.items()}
-        data = save({**checkpoint.tensors, **state}, {_META: json.dumps(facts)})
-        self.write(f"{name}.safetensors", data)
-        # For people; the checkpoint itself holds the same.
-        self.write(f"{name}.json", json.dumps(facts, indent=2), durable=False)
-
-    def _load(self, name: str) -> Checkpoint | None:
-        path = self.path / f"{name}.safetensors"
+        path = self.path / _LAST
         if not path.exists():
             return None
         try:
@@ -134,7 +98,16 @@ class RunFolder:
             raise RunError(complaint(path, expected="an intact checkpoint", got=ex)) from None
         tensors = {key: value for key, value in loaded.items() if not key.startswith(_STATE)}
         state = {k.removeprefix(_STATE): v for k, v in loaded.items() if k.startswith(_STATE)}
-        return Checkpoint(tensors=tensors, state=state, **facts)
+        return Checkpoint(round=facts["round"], tensors=tensors, state=state)
+
+    def save_last(self, checkpoint: Checkpoint) -> None:
+        """Finish a round."""
+        facts = {"round": checkpoint.round}
+        state = {f"{_STATE}{key}": tensor for key, tensor in checkpoint.state.items()}
+        data = save({**checkpoint.tensors, **state}, {_META: json.dumps(facts)})
+        self.write(_LAST, data)
+        # For people; the checkpoint itself holds the same.
+        self.write("last.json", json.dumps(facts, indent=2), durable=False)
 
     @contextmanager
     def locked(self) -> Iterator[None]:

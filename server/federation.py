@@ -54,7 +54,7 @@ class Member:
 
     @property
     def scores(self) -> bool:
-        """Whether its validation patients help to choose the released model."""
+        """Whether it tells how each round's model does on its validation patients."""
         return self.trains and self.reply.disclosure.metrics == "every_round"
 
 

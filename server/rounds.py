@@ -12,7 +12,7 @@ from flwr.serverapp import Grid
 from common import wire
 from common.contract import Versions
 from common.errors import RunError, complaint
-from common.metrics import METRICS, Counts, better, value
+from common.metrics import METRICS, Counts, value
 from common.network import assemble
 from common.seeds import derive
 from common.wire import FinalCounts, FinalReply, FinalRequest, RoundReply
@@ -41,7 +41,8 @@ class Run:
         self._federation = Federation(grid, study, network, ledgers.known(folder))
         self._aggregator = Aggregator(study, network.trainable)
         self._last = self._restore()
-        self._best = folder.best()
+        overall = (line for line in folder.history() if line["site"] is None)
+        self._scores: list[float | None] = [line[study.select] for line in overall]
         self._bytes = wire.payload(wire.to_arrays(network.tensors))
 
     def _restore(self) -> Checkpoint:
@@ -82,16 +83,19 @@ class Run:
 
     def _stalled(self) -> bool:
         """Whether the select metric has not improved for `patience` scored models."""
-        patience, best = self._study.train.patience, self._best
-        scored = self._last.round - 1
-        return bool(patience and best and scored - best.round >= patience)
+        patience = self._study.train.patience
+        scores = {number: score for number, score in enumerate(self._scores) if score is not None}
+        if not patience or not scores:
+            return False
+        pick = max if METRICS[self._study.select].higher else min
+        return len(self._scores) - 1 - pick(scores, key=scores.__getitem__) >= patience
 
     def _round(self, number: int) -> None:
         began = time.monotonic()
         replies = self._train(number)
         told = {name: reply.figures for name, reply in replies.items() if reply.figures}
         counts = self._pooled([figures.counts for figures in told.values()])
-        self._keep_if_best(self._last, counts)
+        self._scores.append(value(counts, self._study.select))
         weight = self._federation.weights
         updates = [(reply.arrays, weight[name]) for name, reply in replies.items()]
         merged = self._aggregator.merge(number, updates)
@@ -167,20 +171,13 @@ class Run:
         remedy = f"Mend the sites, then go on with --resume {self._folder.path}."
         raise RunError(complaint(what, expected=expected, got=got, remedy=remedy))
 
-    def _keep_if_best(self, model: Checkpoint, counts: Counts) -> None:
-        score = value(counts, self._study.select)
-        if better(self._study.select, score, self._best.score if self._best else None):
-            self._best = Checkpoint(round=model.round, tensors=model.tensors, state={}, score=score)
-            self._folder.save_best(self._best)
-
     def _finish(self) -> Outcome:
-        """Evaluate the last model and the best so far; release the better by validation."""
-        best = self._best or self._last
-        request = FinalRequest(
-            study=self._study.id,
-            last=wire.to_arrays(self._last.tensors),
-            best=wire.to_arrays(best.tensors),
-        ).record()
+        """Evaluate the last model and release it, whatever its validation.
+
+        A few dozen images cannot tell one late round from another: the best of them is a lottery.
+        """
+        arrays = wire.to_arrays(self._last.tensors)
+        request = FinalRequest(study=self._study.id, arrays=arrays).record()
 
         def messages(members: Sequence[Member]) -> list[Message]:
             return [Message(request, member.node, MessageType.EVALUATE) for member in members]
@@ -192,26 +189,21 @@ class Run:
         everyone = len(members)
         replies = self._ask("evaluation", members, everyone, messages, read, enough=everyone)
         told = {name: reply.counts for name, reply in replies.items() if reply.counts}
-        self._score_last(told)
-        chosen = self._best or self._last
-        last = chosen.round == self._last.round
-        test = {name: r.test_last if last else r.test_best for name, r in told.items()}
-        self._network.load(chosen.tensors)
+        self._log_validation(told)
+        test = {name: counts.test for name, counts in told.items()}
+        self._network.load(self._last.tensors)
         withheld = {m.name: words for m in members if (words := m.reply.disclosure.withheld)}
-        outcome = Outcome(study=self._study, round=chosen.round, test=test, withheld=withheld)
+        outcome = Outcome(study=self._study, round=self._last.round, test=test, withheld=withheld)
         self._report.finished(outcome, self._network.model)
         return outcome
 
-    def _score_last(self, told: dict[str, FinalCounts]) -> None:
-        """Log the last model's validation; it is a candidate if no site that scores is missing."""
+    def _log_validation(self, told: dict[str, FinalCounts]) -> None:
+        """Log how the released model validates, as a line after the last round's."""
         number = self._last.round + 1
-        trains = [member.name for member in self._federation.training if member.name in told]
-        scoring = [member.name for member in self._federation.training if member.scores]
-        counts = self._pooled([told[name].validation_last for name in scoring if name in told])
-        lines = [_line(number, name, None, 0, told[name].validation_last) for name in trains]
+        there = [member for member in self._federation.training if member.name in told]
+        lines = [_line(number, m.name, None, 0, told[m.name].validation) for m in there]
+        counts = self._pooled([told[m.name].validation for m in there if m.scores])
         self._folder.log([*lines, _line(number, None, None, 0, counts)])
-        if set(scoring) <= set(trains):
-            self._keep_if_best(self._last, counts)
 
 
 def _line(

@@ -38,7 +38,8 @@ def first_tensors(study: Study, network: Network) -> Tensors:
     if study.model.init is None:
         return dict(network.initial)
     folder = RunFolder(Path(study.model.init))
-    if not (folder.path / "report.json").exists():
+    released = folder.last() if (folder.path / "report.json").exists() else None
+    if released is None:
         raise study.error("model.init", expected="a finished run", got=study.model.init)
     ours = {**_kinship(study), "weights": weights(study)}
     theirs = {**_kinship(folder.study), "weights": folder.facts()["weights"]}
@@ -52,13 +53,12 @@ def first_tensors(study: Study, network: Network) -> Tensors:
         raise study.error("model.init", expected=expected, got=got, remedy=remedy)
     if folder.study.private:
         log.warning("the ε of %s adds to this study's: the same patients trained it", folder.path)
-    start = folder.released().tensors
-    deeper = [name for name in start if name not in network.shapes]
+    deeper = [name for name in released.tensors if name not in network.shapes]
     if deeper:
         expected = "a run that trained no deeper than this study"
         remedy = "Choose a model.unfreeze at least as deep as that run's."
         raise study.error("model.init", expected=expected, got=f"{deeper[0]}", remedy=remedy)
-    return {**network.initial, **start}
+    return {**network.initial, **released.tensors}
 
 
 def _kinship(study: Study) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The first question anyone asks: does federating beat training alone, and what would pooling do?
 
-Both references use the study's own trainer, rounds and checkpoint choice, without a federation:
+Both references use the study's own trainer and rounds, without a federation; as there, the last
+model counts.
 `local` trains at each site on that site's patients alone, `pooled` on those of all sites together.
 What a site does not tell a federation is not told here either, so that all ways know the same.
 """
@@ -15,11 +16,11 @@ from client.precision import settled
 from client.session import Session, open_session
 from client.trainer import Examples
 from common.errors import RefusedError
-from common.metrics import Counts, better, value
+from common.metrics import Counts
 from common.seeds import derive
 from common.study import Study
 from common.wire import Tensors
-from server.report import Results, union
+from server.report import Results
 from server.warm_start import first_tensors
 
 log = logging.getLogger(__name__)
@@ -54,36 +55,25 @@ def _tested(sessions: Sequence[Session], model: Tensors) -> dict[str, Counts]:
 
 
 def _alone(study: Study, sessions: Sequence[Session], name: str) -> Tensors:
-    """Train on the patients of `sessions` as one site; the best round's tensors by validation.
-
-    As in the federation, sites that disclose every round choose; without any it is the last round.
-    """
-    choosing = [session for session in sessions if session.disclosure.metrics == "every_round"]
-    network, classes = sessions[0].network, len(study.classes)
+    """Train on the patients of `sessions` as one site; the tensors after the last round."""
+    network = sessions[0].network
     plan = study.train
     if plan.local_steps:  # as many steps as these sites take in a round of the federation
         plan = plan.model_copy(update={"local_steps": plan.local_steps * len(sessions)})
     examples = _joined([session.examples["train"] for session in sessions])
     network.load(first_tensors(study, network))
-    best: Tensors | None = None
-    score: float | None = None
     for number in range(1, plan.rounds + 1):
         with settled(sessions[0].site.threads):
             trainer.train(
                 network.split.suffix,
                 examples,
                 plan,
-                classes=classes,
+                classes=len(study.classes),
                 lr=trainer.learning_rate(plan, number),
                 seed=derive(study.seed, name, number, "train"),
                 dtype=study.model.precision,
             )
-        now = _copy(network.tensors)
-        counts = [s.disclosure.coarse(s.evaluate(now, "validation")) for s in choosing]
-        figure = value(union(counts, classes), study.select)
-        if better(study.select, figure, score):
-            best, score = now, figure
-    return best or now
+    return {name: tensor.clone() for name, tensor in network.tensors.items()}
 
 
 def _joined(parts: Sequence[Examples]) -> Examples:
@@ -91,7 +81,3 @@ def _joined(parts: Sequence[Examples]) -> Examples:
     for part in rest:
         first = first + part
     return first
-
-
-def _copy(tensors: Tensors) -> Tensors:
-    return {name: tensor.clone() for name, tensor in tensors.items()}

@@ -192,10 +192,9 @@ def _check(setting: Setting, source: Source) -> None:
 def _tried(study: Study, runs: Sequence[Path]) -> Tried:
     scores, test = [], []
     for path in runs:
-        results, facts = load_results(path, len(study.classes))
-        best = RunFolder(path).best()
-        # Where no model was scored, the last was released, and there is no best.
-        scores.append(best.score if best and best.round == facts["released_round"] else None)
+        results, _ = load_results(path, len(study.classes))
+        overall = [line for line in RunFolder(path).history() if line["site"] is None]
+        scores.append(overall[-1][study.select])  # the last line is about the released model
         test.append(union(results[FEDERATED].values(), len(study.classes)))
     return Tried(scores, test)
 

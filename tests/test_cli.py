@@ -85,6 +85,15 @@ def test_run_compare_predict(command: Command, site_options: list[str], phantoms
     assert sum(shares) == pytest.approx(1, abs=1e-4)
 
 
+def test_a_federation_of_one_is_local_training(command: Command, phantoms: Path) -> None:
+    """All ways of training keep the last model: nothing but the others can make a difference."""
+    one = ("--site", phantoms / "north", "--set", "aggregate.quorum=1")
+    code, text = command("run", DEMO, *one, *SHORT, "--compare", "--out", "run")
+    assert code == 0, text
+    results = json.loads(Path("run/report.json").read_text())["results"]
+    assert results["federated"] == results["local"]
+
+
 def test_a_pool_is_cut_by_patient_and_shown(command: Command, phantoms: Path) -> None:
     pool = ("--pool", phantoms / "north", "--partition", "dirichlet:0.5", "--sites", 3)
     code, text = command("run", DEMO, *pool, *SHORT, "--set", "aggregate.quorum=1", "--out", "run")

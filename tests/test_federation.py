@@ -398,9 +398,9 @@ def test_without_any_figure_of_rounds_the_last_model_is_released(
 ) -> None:
     path = tmp_path / "run"
     folder = run(path, settle(path, phantoms, dict.fromkeys(NAMES, disclose), "train.patience=1"))
-    last, best = folder.last(), folder.best()
+    last = folder.last()
     assert last is not None
-    assert (last.round, best) == (2, None)
+    assert last.round == 2
     released = load_file(path / "model.safetensors")
     assert all(torch.equal(released[name], tensor) for name, tensor in last.tensors.items())
     report = json.loads((path / "report.json").read_text(), parse_constant=strict)
@@ -455,21 +455,21 @@ def _loss(record: RecordDict) -> None:
 
 def _figures(record: RecordDict) -> None:
     _loss(record)
-    record["last"] = MetricRecord(Counts.zero(4).sparse())
+    record["validation"] = MetricRecord(Counts.zero(4).sparse())
 
 
 def _end(record: RecordDict) -> None:
-    for part in ("validation-last", "test-last", "test-best"):
+    for part in ("validation", "test"):
         record[part] = MetricRecord({"confusion": [0, 10], "loss_sum": 1.0})
 
 
 COARSE = {"counts": "exact", "min_cell": 4}
 FINER, MORE = "finer than it disclosed at join", "a message with other parts than agreed"
 CASES: dict[str, tuple[Mapping[str, object], str, Callable[[RecordDict], None], str]] = {
-    "cells": (COARSE, "train", lambda r: _one_more(r, "last"), f"counts {FINER}"),
+    "cells": (COARSE, "train", lambda r: _one_more(r, "validation"), f"counts {FINER}"),
     "a loss": (COARSE, "train", _loss, MORE),
     "figures of a round": ({"metrics": "final"}, "train", _figures, MORE),
-    "cells at the end": (COARSE, "evaluate", lambda r: _one_more(r, "test-best"), FINER),
+    "cells at the end": (COARSE, "evaluate", lambda r: _one_more(r, "test"), FINER),
     "an end": ({"metrics": "none"}, "evaluate", _end, MORE),
 }
 

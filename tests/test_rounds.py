@@ -68,15 +68,21 @@ def site_of(context: Context) -> str:
     return Path(str(context.node_config["site"])).parent.name
 
 
+def round_of(message: Message) -> int | None:
+    """Its number, if the message asks to train."""
+    if message.metadata.message_type != "train":
+        return None
+    return int(message.content.config_records["config"]["server-round"])  # type: ignore[arg-type]
+
+
 def meddling(site: str, change: Callable[[Message], None], rounds: Sequence[int] = ()) -> ClientApp:
     """The real ClientApp, but one site changes its round replies."""
 
     def app(message: Message, context: Context) -> Message:
         reply = client_app(message, context)
-        if message.metadata.message_type == "train" and site_of(context) == site:
-            number = message.content.config_records["config"]["server-round"]
-            if not rounds or number in rounds:
-                change(reply)
+        number = round_of(message)
+        if number and site_of(context) == site and (not rounds or number in rounds):
+            change(reply)
         return reply
 
     return app
@@ -92,7 +98,7 @@ def test_a_study_leaves_everything_a_person_needs(tmp_path: Path, phantoms: Path
     folder = run(make_study("train.rounds=6"), tmp_path / "run", phantoms)
     names = {path.name for path in folder.path.iterdir()}
     expected = {"study.yaml", "run.yaml", "metrics.jsonl", "report.json", "model.safetensors"}
-    expected |= {"last.safetensors", "last.json", "best.safetensors", "best.json"}
+    expected |= {"last.safetensors", "last.json"}
     assert names >= expected | {"curves.png", "confusion.png", "sites"}
     assert not [name for name in names if name.endswith(".part")]
     for site in (*NAMES, None):
@@ -104,19 +110,28 @@ def test_a_study_leaves_everything_a_person_needs(tmp_path: Path, phantoms: Path
     assert [x["round"] for x in folder.history() if x["train_loss"] is None] == [7] * 5
 
 
-def test_the_best_by_validation_is_released(tmp_path: Path, phantoms: Path) -> None:
-    folder = run(make_study("train.rounds=5"), tmp_path / "run", phantoms)
-    best = folder.best()
-    assert best is not None
-    assert best.score is not None
-    scores = {
-        x["model_round"]: x["balanced_accuracy"] for x in folder.history() if x["site"] is None
-    }
+def test_the_last_is_released_whatever_its_validation(tmp_path: Path, phantoms: Path) -> None:
+    def app(message: Message, context: Context) -> Message:
+        reply = client_app(message, context)
+        if round_of(message) == 5:  # the last
+            _zero(reply)
+        return reply
+
+    folder = run(make_study("train.rounds=5"), tmp_path / "run", phantoms, app)
+    scores = {x["model_round"]: x["loss"] for x in folder.history() if x["site"] is None}
     assert set(scores) == set(range(6))
-    assert best.score == max(scores.values()) == scores[best.round]
+    assert scores[5] == pytest.approx(np.log(4))
+    assert scores[4] < scores[5]
+    last = folder.last()
+    assert last is not None
+    assert last.round == 5
     released = load_file(folder.path / "model.safetensors")
-    for name, tensor in best.tensors.items():
+    for name, tensor in last.tensors.items():
         assert torch.equal(released[name], tensor)
+    results, facts = load_results(folder.path, 4)
+    assert facts["released_round"] == 5
+    # All are tested by it: a head of zeros takes everyone for the first class.
+    assert all(counts.confusion[:, 0].sum() == counts.n for counts in results["federated"].values())
 
 
 def test_only_float32_tensors_of_the_suffix_travel(tmp_path: Path, phantoms: Path) -> None:
@@ -135,6 +150,12 @@ def test_only_float32_tensors_of_the_suffix_travel(tmp_path: Path, phantoms: Pat
     assert any("conv5" in name for name in trainable)
     assert seen
     assert all(names == trainable and kinds == {"float32"} for names, kinds in seen)
+
+
+def _zero(reply: Message) -> None:
+    arrays = reply.content.array_records[wire.ARRAYS]
+    for name, array in list(arrays.items()):
+        arrays[name] = Array(np.zeros_like(array.numpy()))
 
 
 def _nan(reply: Message) -> None:
@@ -163,8 +184,8 @@ def _vast(reply: Message) -> None:
 
 
 def _crowd(reply: Message) -> None:
-    """A billion images, all classified right: the site alone would choose the checkpoint."""
-    counts = reply.content.metric_records["last"]
+    """A billion images, all classified right: the site's figures would be everyone's."""
+    counts = reply.content.metric_records["validation"]
     counts["confusion"] = [0, 10**9]
     counts["positive"] = [2000, 10**9]
     counts["negative"] = [2048, 10**9, 4096, 10**9, 6144, 10**9]
@@ -175,7 +196,7 @@ def _metric(reply: Message) -> None:
 
 
 def _counts(reply: Message) -> None:
-    reply.content.metric_records["last"]["confusion"] = [0, -5]
+    reply.content.metric_records["validation"]["confusion"] = [0, -5]
 
 
 def _nothing(reply: Message) -> None:
@@ -240,7 +261,7 @@ def test_too_few_good_replies_stop_the_run_and_it_can_go_on(tmp_path: Path, phan
 
 
 def assert_same_end(one: RunFolder, other: RunFolder) -> None:
-    for name in ("last.safetensors", "best.safetensors", "model.safetensors", "report.json"):
+    for name in ("last.safetensors", "model.safetensors", "report.json"):
         assert (one.path / name).read_bytes() == (other.path / name).read_bytes(), name
     assert one.history() == other.history()
 
@@ -306,10 +327,8 @@ def test_three_and_three_resumed_rounds_are_six(
         return hospitals.settle(five, study, folder, phantoms / "cache")
 
     def stops(message: Message, context: Context) -> Message:
-        if message.metadata.message_type == "train":
-            number = message.content.config_records["config"]["server-round"]
-            if number == 4 and site_of(context) == "site-4":
-                raise Interrupted
+        if round_of(message) == 4 and site_of(context) == "site-4":
+            raise Interrupted
         return client_app(message, context)
 
     cut, whole = tmp_path / "cut", tmp_path / "whole"
@@ -417,12 +436,24 @@ def test_a_join_below_the_quorum_tells_each_reason(tmp_path: Path, phantoms: Pat
 
 def test_early_stopping(tmp_path: Path, phantoms: Path) -> None:
     study = make_study("train.rounds=40", "train.patience=2", "train.lr=1.0e-9")
-    folder = run(study, tmp_path / "run", phantoms)
-    last, best = folder.last(), folder.best()
+
+    def stops(message: Message, context: Context) -> Message:
+        if round_of(message) == 3:
+            raise Interrupted
+        return client_app(message, context)
+
+    whole = run(study, tmp_path / "whole", phantoms)
+    last = whole.last()
     assert last is not None
-    assert best is not None
-    assert last.round < 40
-    assert last.round - best.round >= 2
+    scores = [line["balanced_accuracy"] for line in lines(whole, None)]
+    assert last.round == len(scores) < 40
+    # The rounds went on until two more models were scored that are no better than the best.
+    assert scores.index(max(scores)) == len(scores) - 3
+    cut = tmp_path / "cut"
+    with pytest.raises(Interrupted):
+        run(study, cut, phantoms, stops)
+    simulate(server_app, client_app, hospitals.settled(cut), cut)
+    assert_same_end(RunFolder(cut), whole)
 
 
 def test_a_fraction_of_the_sites_per_round(tmp_path: Path, phantoms: Path) -> None:
@@ -440,10 +471,9 @@ def test_a_warm_start_begins_where_the_other_run_ended(tmp_path: Path, phantoms:
     first = run(make_study("train.rounds=6"), tmp_path / "first", phantoms)
     again = make_study(f"model.init={first.path}")
     second = run(again, tmp_path / "second", phantoms)
-    best = first.best()
-    assert best is not None
-    # The same patients are held out, so the first scored model is exactly the one that was best.
-    assert lines(second, None)[0]["balanced_accuracy"] == pytest.approx(best.score)
+    # The same patients are held out, so the first scored model is exactly the released one.
+    released = first.history()[-1]["balanced_accuracy"]
+    assert lines(second, None)[0]["balanced_accuracy"] == pytest.approx(released)
 
 
 def test_a_warm_start_that_does_not_fit(tmp_path: Path, phantoms: Path) -> None:

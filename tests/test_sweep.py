@@ -13,6 +13,7 @@ from PIL import Image
 
 from common.errors import StudyError
 from common.yaml import alternatives, dump
+from server.checkpoint import RunFolder
 from simulations import cli
 from simulations.sweep import plan
 
@@ -102,9 +103,9 @@ def _the_better_is_shown(text: str) -> None:
     ]
     for name, setting in told()["settings"].items():
         for seed, score in zip((1, 0), setting["validation"], strict=True):
-            assert (
-                score == json.loads(Path("s", name, f"seed-{seed}/best.json").read_text())["score"]
-            )
+            released = RunFolder(Path("s", name, f"seed-{seed}")).history()[-1]
+            assert released["model_round"] == 1  # the last
+            assert score == released["loss"]
         assert setting["mean"] == pytest.approx(sum(setting["validation"]) / 2)
     best = min(settings, key=lambda setting: setting["mean"])  # of losses
     assert told()["settings"][told()["chosen"]] == best

@@ -93,8 +93,7 @@ def round_reply(loss: float | None = 0.5, counts: Counts | None = COUNTS) -> Rec
 
 
 def final_request() -> RecordDict:
-    last, best = wire.to_arrays(TENSORS), wire.to_arrays({n: -t for n, t in TENSORS.items()})
-    return wire.FinalRequest(study="0123", last=last, best=best).record()
+    return wire.FinalRequest(study="0123", arrays=wire.to_arrays(TENSORS)).record()
 
 
 def final_reply() -> RecordDict:
@@ -102,8 +101,7 @@ def final_reply() -> RecordDict:
 
 
 def final(validation: Counts, test: Counts) -> RecordDict:
-    counts = wire.FinalCounts(validation_last=validation, test_last=test, test_best=test)
-    return wire.FinalReply(counts=counts).record()
+    return wire.FinalReply(counts=wire.FinalCounts(validation=validation, test=test)).record()
 
 
 def ledger_request() -> RecordDict:
@@ -123,9 +121,8 @@ def read_round_reply(record: RecordDict) -> wire.RoundReply:
     return wire.RoundReply.read(record, SHAPES, JOINED)
 
 
-def read_final_request(record: RecordDict) -> tuple[wire.Tensors, wire.Tensors]:
-    request = wire.FinalRequest.read(record)
-    return wire.from_arrays(request.last, SHAPES), wire.from_arrays(request.best, SHAPES)
+def read_final_request(record: RecordDict) -> wire.Tensors:
+    return wire.from_arrays(wire.FinalRequest.read(record).arrays, SHAPES)
 
 
 def read_final_reply(record: RecordDict) -> wire.FinalReply:
@@ -189,17 +186,14 @@ def test_a_round_reply_arrives() -> None:
 
 def test_a_final_request_arrives() -> None:
     assert wire.FinalRequest.read(sent(final_request())).study == "0123"
-    last, best = read_final_request(sent(final_request()))
-    assert equal(last, TENSORS)
-    assert equal(best, {name: -tensor for name, tensor in TENSORS.items()})
+    assert equal(read_final_request(sent(final_request())), TENSORS)
 
 
 def test_a_final_reply_arrives() -> None:
     counts = read_final_reply(sent(final_reply())).counts
     assert counts is not None
-    assert same(counts.validation_last, COUNTS)
-    assert same(counts.test_last, COUNTS + COUNTS)
-    assert same(counts.test_best, COUNTS + COUNTS)
+    assert same(counts.validation, COUNTS)
+    assert same(counts.test, COUNTS + COUNTS)
 
 
 def test_a_site_without_validation_images_answers() -> None:
@@ -230,7 +224,7 @@ def test_what_is_told_coarsely_arrives() -> None:
     assert figures.train_loss is None
     counts = wire.FinalReply.read(sent(final(once, twice)), ROUNDED).counts
     assert counts is not None
-    assert same(counts.test_last, twice)
+    assert same(counts.test, twice)
 
 
 def test_who_withholds_figures_still_answers() -> None:
@@ -245,7 +239,7 @@ def test_who_withholds_figures_still_answers() -> None:
 
 @pytest.mark.parametrize("told", [FINAL, SILENT])
 def test_a_round_that_tells_more_than_was_said_is_refused(told: wire.JoinReply) -> None:
-    for spoil in (lambda r: None, dropping("metrics", "train-loss"), lambda r: r.pop("last")):
+    for spoil in (lambda r: None, dropping("metrics", "train-loss"), lambda r: r.pop("validation")):
         record = round_reply()
         spoil(record)
         with pytest.raises(ContractError, match="other parts than agreed"):
@@ -361,7 +355,7 @@ def test_a_round_reply_holds_the_float32_tensors_of_the_suffix_and_no_other_arra
     }
     assert {part: set(metrics) for part, metrics in record.metric_records.items()} == {
         "metrics": {"train-loss"},
-        "last": {"confusion", "positive", "negative", "loss_sum"},
+        "validation": {"confusion", "positive", "negative", "loss_sum"},
     }
 
 
@@ -564,7 +558,7 @@ HOSTILE: dict[str, dict[str, Change]] = {
     | {f"round {n!r}": setting("config", "server-round", n) for n in (1.0, "1", [1], True, 0, -1)}
     | {"no round": dropping("config", "server-round")},
     "round reply": bad_tensors("arrays")
-    | bad_counts("last")
+    | bad_counts("validation")
     | {f"weight {w!r}": setting("metrics", "weight", w) for w in (WEIGHT, 10**9, -40, [40])}
     | {f"loss {x!r}": setting("metrics", "train-loss", x) for x in (1, [0.5], [], -0.5, 1.7e308)}
     | {f"loss {x!r}": setting("metrics", "train-loss", float(x)) for x in ("nan", "inf", "-inf")}
@@ -574,10 +568,8 @@ HOSTILE: dict[str, dict[str, Change]] = {
     | {f"hash {h!r}": setting("ledger", "hash", h) for h in ("", "[/x]", "0f" * 33, 5, b"0f")}
     | {"one more key of the ledger": setting("ledger", "line", "p1")}
     | {"no hash": dropping("ledger", "hash")},
-    "final request": bad_tensors("last") | bad_tensors("best") | bad_text("study"),
-    "final reply": bad_counts("validation-last")
-    | bad_counts("test-last")
-    | bad_counts("test-best"),
+    "final request": bad_tensors("arrays") | bad_text("study"),
+    "final reply": bad_counts("validation") | bad_counts("test"),
     "ledger request": {
         f"line {n!r}": setting("config", "count", n) for n in (0, -1, 1.0, "1", [1], True)
     }

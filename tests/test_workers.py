@@ -26,7 +26,7 @@ from simulations.workers import Workers
 
 ROOT = Path(__file__).parents[1]
 NAMES = ("north", "south", "east", "west")
-SAME = ("last.safetensors", "best.safetensors", "model.safetensors", "metrics.jsonl", "report.json")
+SAME = ("last.safetensors", "model.safetensors", "metrics.jsonl", "report.json")
 
 
 @pytest.fixture(scope="module")
