@@ -56,6 +56,7 @@ class Recipe:
       prefix: Frozen part of the backbone: float32 [n, 3, crop, crop] → activations [n, …].
       preprocess: From an image to the backbone's input.
       dtype: What the prefix computes in, and its activations are kept in.
+      batch: Images that pass the prefix at once; 1 where patients are protected from each other.
       activations: Whether rows are activations; otherwise they are uint8 pixels [3, crop, crop].
       device: Where rows are made, and kept for training where they fit.
       name: What a person calls it.
@@ -64,12 +65,15 @@ class Recipe:
     prefix: nn.Module
     preprocess: Preprocess
     dtype: Dtype = "float32"
+    batch: int = BATCH
     activations: bool = True
     device: torch.device = _CPU
     name: str = ""
 
     @classmethod
-    def of(cls, network: Network, dtype: Dtype, keep: Keep = "auto") -> Self:
+    def of(
+        cls, network: Network, dtype: Dtype, keep: Keep = "auto", *, private: bool = False
+    ) -> Self:
         """The recipe for a study's network; says what is kept, and why."""
         worth = Worth.of(network.split, network.preprocess, dtype)
         frozen = not isinstance(network.split.prefix, nn.Identity)
@@ -82,6 +86,7 @@ class Recipe:
             prefix=network.split.prefix,
             preprocess=network.preprocess,
             dtype=dtype if frozen else "float32",
+            batch=1 if private else BATCH,
             activations=activations,
             device=next(network.model.parameters()).device,
             name=kept,
@@ -94,13 +99,13 @@ class Recipe:
         if self.activations:
             # Its text has the layers' settings, such as strides, and how they are connected.
             parts += [digest(self.prefix.state_dict()), str(self.prefix), self.dtype]
-            parts += [str(BATCH), *_maker(self.device)]  # on another, rounding differs
+            parts += [str(self.batch), *_maker(self.device)]  # on another, rounding differs
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
 
     @cached_property
     def fast(self) -> Prefix:
         """The prefix as it is run."""
-        return Prefix(self.prefix, self.preprocess, self.dtype)
+        return Prefix(self.prefix, self.preprocess, self.dtype, self.batch)
 
     @property
     def about(self) -> dict[str, str]:

@@ -14,7 +14,9 @@ from common.cut import Split
 from common.images import Preprocess
 
 BATCH = 32
-"""Images that go through the prefix at once: always so many, however few there are."""
+"""Images that go through the prefix at once: always so many, however few there are.
+
+Under privacy it is one: then not even rounding can carry one patient into the row of another."""
 
 # Activations that take more room than this many images are not worth keeping, nor are those that
 # save less than this share of a training step.
@@ -32,23 +34,26 @@ class Prefix(nn.Module):
       prefix: float32 [n, 3, crop, crop] → activations; left as it is.
       preprocess: Normalises the pixels.
       dtype: Computed in, and of the activations.
+      batch: Images at once.
     """
 
-    def __init__(self, prefix: nn.Module, preprocess: Preprocess, dtype: Dtype) -> None:
+    def __init__(
+        self, prefix: nn.Module, preprocess: Preprocess, dtype: Dtype, batch: int = BATCH
+    ) -> None:
         super().__init__()
         traced = isinstance(prefix, GraphModule)
         own = fuse(prefix, no_trace=True) if traced else copy.deepcopy(prefix)
         self.dtype = getattr(torch, dtype)
         self.prefix = own.to(self.dtype).to(memory_format=torch.channels_last)
-        self.preprocess = preprocess
+        self.preprocess, self.batch = preprocess, batch
 
     @torch.no_grad()
     def forward(self, pixels: Tensor) -> Tensor:
         """Activations of `pixels`, which are on this prefix's device."""
-        return torch.cat([self._batch(some) for some in pixels.split(BATCH)])
+        return torch.cat([self._batch(some) for some in pixels.split(self.batch)])
 
     def _batch(self, pixels: Tensor) -> Tensor:
-        whole = pixels.new_zeros(BATCH, *pixels.shape[1:])
+        whole = pixels.new_zeros(self.batch, *pixels.shape[1:])
         whole[: len(pixels)] = pixels
         inputs = self.preprocess.normalise(whole).to(self.dtype)
         output: Tensor = self.prefix(inputs.contiguous(memory_format=torch.channels_last))

@@ -81,7 +81,7 @@ class Session:
         if held := self.network.held:
             log.info("not trained, as nothing protects it: %s", ", ".join(held))
         self.network.model.to(self.device)
-        self.recipe = _recipe(self.network, study.model.precision, site.keep)
+        self.recipe = _recipe(self.network, study.model.precision, study.private, site.keep)
         self.examples: dict[str, Examples] = {}
         self.patients: dict[str, int] = {}
         self._checked = False
@@ -207,7 +207,8 @@ class Session:
             check_noise(protection)
             self._checked = True
         self.network.load(tensors)
-        check_rows(self.network.split.suffix, self.examples["train"], protection)
+        with settled(self.site.threads):
+            check_rows(self.network.split.suffix, self.examples["train"], protection)
 
     def _afford(self, entries: Sequence[Entry], *, whole: bool) -> None:
         protection, privacy = self.protection, self.study.privacy
@@ -332,8 +333,8 @@ def patients(records: Sequence[Record]) -> int:
 
 
 @lru_cache(maxsize=8)
-def _recipe(network: Network, dtype: Dtype, keep: Keep) -> Recipe:
-    return Recipe.of(network, dtype, keep)
+def _recipe(network: Network, dtype: Dtype, private: bool, keep: Keep) -> Recipe:
+    return Recipe.of(network, dtype, keep, private=private)
 
 
 def remember(site: Site, proposal: str) -> Study:

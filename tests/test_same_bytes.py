@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 NAMES = ("north", "south", "east", "west")
-SAME = ("last.safetensors", "best.safetensors", "metrics.jsonl", "report.json")
+SAME = ("last.safetensors", "model.safetensors", "metrics.jsonl", "report.json")
 STUDIES = {
     # A large head, and a prefix whose small batches are computed in another way.
     "head": ("efficientnet_b0", "head"),
