@@ -285,7 +285,7 @@ def test_no_weights_of_a_backbone_defeat_the_clip(backbone):
 
 
 def test_the_weights_that_let_a_patient_count_five_million_times():
-    """Tiny squeezes and huge expansions: the norm of one pass, the gradient of another, differed."""
+    """Tiny squeezes, huge expansions: the norm was of one pass, the gradient of another."""
     study = Study(
         name="t",
         classes=("a", "b"),
@@ -316,8 +316,8 @@ def test_the_weights_that_let_a_patient_count_five_million_times():
 
 # --- an audit of the whole mechanism by a canary, as it is and with each part broken ---
 
-RATE, STEPS, EPSILON, RUNS = 0.25, 6, 1.0, 500
-CANARY_SIGMA = 2.541
+RATE, STEPS, EPSILON, RUNS = 0.25, 6, 1.0, 300
+CANARY_SIGMA = 2.838
 
 
 def canary_scores(member, private):
@@ -429,5 +429,4 @@ def test_a_broken_mechanism_is_caught(broken, monkeypatch):
     else:
         monkeypatch.setattr(dp_sgd, "NoisedSum", broken)
     empirical, shift, spread = audit()
-    print(f"{broken.__name__}: ε ≥ {empirical:.2f}, shift {shift:.2f}, spread {spread:.2f}")
     assert empirical > EPSILON or shift > 1 or spread < 1
