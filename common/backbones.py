@@ -140,6 +140,12 @@ class Backbone:
             )
             expected = f"a checkpoint of {self.name}"
             raise BackboneError(complaint(weights, expected=expected, got=f"{fit}", remedy=remedy))
+        if absurd := checkpoints.absurd(fit.tensors):
+            most, variance = checkpoints.LARGEST, checkpoints.LARGEST_VARIANCE
+            expected = f"numbers within ±{most:g}, and variances from 0 to {variance:g}"
+            remedy = "Take the checkpoint as it was published."
+            got = f"others in {absurd[0]}"
+            raise BackboneError(complaint(weights, expected=expected, got=got, remedy=remedy))
         model.load_state_dict(fit.tensors, strict=False, assign=True)
         return model
 

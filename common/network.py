@@ -12,6 +12,7 @@ from common.errors import ContractError
 from common.images import Preprocess
 from common.seeds import derive
 from common.study import Study
+from common.wire import LARGEST
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,6 +92,10 @@ def _assemble(proposal: str, weights: str) -> Network:
     shapes = {name: tuple(state[name].shape) for name in trainable}
     contract = Contract.of(study=study.id, frozen=frozen, shapes=shapes, preprocess=preprocess)
     initial = {name: state[name].clone() for name in trainable}
+    if beyond := [name for name, tensor in initial.items() if tensor.abs().max() > LARGEST]:
+        expected = f"trained layers within ±{LARGEST:g}, as messages are"
+        remedy = "Train fewer layers."
+        raise study.error("model.unfreeze", expected=expected, got=beyond[0], remedy=remedy)
     parts = split(model, trainable)
     if study.private:  # the suffix alone: what the prefix keeps serves other studies too
         private.prepare(parts.suffix)

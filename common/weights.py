@@ -20,6 +20,9 @@ RENAMED = (
     (re.compile(r"\.mlp\.linear_2\."), ".mlp.3."),
 )
 
+LARGEST, LARGEST_VARIANCE = 1e4, 1e6
+"""What a checkpoint may hold: parameters and means to either side, and variances."""
+
 
 def read(path: Path) -> dict[str, Tensor]:
     """The tensors in a checkpoint file; no code in it is ever run.
@@ -113,6 +116,23 @@ class Fit:
             "mis-shaped": self.misshaped,
         }
         return ", ".join(_count(kind, keys) for kind, keys in kinds.items() if keys)
+
+
+def absurd(state: dict[str, Tensor]) -> list[str]:
+    """Names of tensors that no training leaves so: not finite, or far beyond any published one.
+
+    Those reach ±60; variances, which are never negative, 500.
+    """
+    return [name for name, tensor in state.items() if not _plain(name, tensor)]
+
+
+def _plain(name: str, tensor: Tensor) -> bool:
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    low, high = tensor.aminmax()  # NaN if there is one
+    if name.endswith("running_var"):
+        return float(low) >= 0.0 and float(high) <= LARGEST_VARIANCE
+    return float(low) >= -LARGEST and float(high) <= LARGEST
 
 
 def _same_kind(given: Tensor, wanted: Tensor) -> bool:

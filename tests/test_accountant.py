@@ -17,7 +17,13 @@ from dp_accounting.rdp import RdpAccountant
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from client.accountant import Segment, epsilon, noise_multiplier
+from client.accountant import (
+    Segment,
+    epsilon,
+    filter_order,
+    filtered_epsilon,
+    noise_multiplier,
+)
 from common.errors import RefusedError
 
 DELTA = 1e-5
@@ -85,6 +91,39 @@ def test_many_different_segments_are_bounded_more_loosely_never_too_low() -> Non
     (truth,) = google(history, DELTA)
     renyi = by_google(RdpAccountant(), history).get_epsilon(DELTA)
     assert truth + 0.02 < renyi - 1e-6 <= epsilon(history, DELTA) <= 1.02 * renyi
+
+
+@pytest.mark.parametrize("budget", [0.5, 1.0, 3.0, 8.0, 20.0])
+def test_a_filter_is_googles_renyi_bound_at_one_order(budget: float) -> None:
+    order, history = filter_order(budget, DELTA), different(5)
+    ours = filtered_epsilon(history, DELTA, order)
+    theirs = by_google(RdpAccountant([order]), history).get_epsilon(DELTA)
+    assert ours == pytest.approx(float(theirs), abs=1e-6)
+    assert epsilon(history, DELTA) < ours
+
+
+def test_the_order_of_a_filter_follows_from_budget_and_delta_alone() -> None:
+    assert [filter_order(b, DELTA) for b in (0.5, 1.0, 8.0, 20.0)] == [32, 20, 4, 3]
+    with pytest.raises(RefusedError, match="expected a number above 0"):
+        filter_order(0.0, DELTA)
+
+
+@given(st.lists(st.integers(1, 5), min_size=2, max_size=6))
+@FEW
+def test_in_a_filter_steps_add_up_however_they_come(steps: list[int]) -> None:
+    """What one step adds does not depend on what came before: so it may be chosen in view of it."""
+    order = filter_order(8.0, DELTA)
+    history = [Segment(1.5 + 0.3 * i, 0.1, n) for i, n in enumerate(steps)]
+    start = filtered_epsilon([Segment(9.0, 1e-6, 1)], DELTA, order)
+    each = [filtered_epsilon([s], DELTA, order) - start for s in history]
+    assert filtered_epsilon(history, DELTA, order) - start == pytest.approx(sum(each), abs=1e-7)
+
+
+def test_a_filter_leaves_most_of_the_budget_for_a_study() -> None:
+    """A second study costs more than it would alone, but is not a second time the whole."""
+    sigma = noise_multiplier(epsilon=4.0, delta=DELTA, sample_rate=0.1, steps=100)
+    both = filtered_epsilon([Segment(sigma, 0.1, 100)] * 2, DELTA, filter_order(8.0, DELTA))
+    assert 4.0 < both < 8.0
 
 
 def test_nothing_done_costs_nothing() -> None:

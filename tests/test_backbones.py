@@ -255,6 +255,30 @@ def test_code_in_a_checkpoint_is_refused_not_run(tmp_path: Path) -> None:
         build("resnet18", tmp_path / "w.pth")
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "good"),
+    [
+        ("bn1.running_var", 900.0, True),
+        ("bn1.running_var", -1e-3, False),
+        ("bn1.running_var", 2e6, False),
+        ("bn1.running_mean", float("nan"), False),
+        ("layer1.0.conv1.weight", float("inf"), False),
+        ("layer1.0.conv1.weight", -2e4, False),
+    ],
+)
+def test_numbers_that_no_training_leaves_are_refused(
+    name: str, value: float, good: bool, tmp_path: Path
+) -> None:
+    state = torchvision_state("resnet18")
+    state[name].view(-1)[-1] = value
+    torch.save(state, tmp_path / "w.pth")
+    if good:
+        assert build("resnet18", tmp_path / "w.pth").get_buffer(name).view(-1)[-1] == value
+        return
+    with pytest.raises(BackboneError, match=rf"got others in {name}\. Take the checkpoint"):
+        build("resnet18", tmp_path / "w.pth")
+
+
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_damaged_and_missing_files_are_named(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"w{suffix}"

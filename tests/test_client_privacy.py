@@ -14,7 +14,7 @@ import yaml
 from PIL import Image
 
 from client import cli, forgotten
-from client.accountant import Segment, epsilon
+from client.accountant import Segment, epsilon, filter_order, filtered_epsilon
 from client.entries import Contents, Privacy, Release
 from client.features import namer
 from client.ledger import Ledger, adopt, read
@@ -117,7 +117,7 @@ def test_the_ledger_adds_up_over_studies_and_counts_the_rest_apart(
     spent = epsilon([Segment(1.0, 0.05, 48)], 1e-5)
     assert rows["skin"] == ["skin", SKIN, "3", "1", "0.05", "48", f"{spent:.2f}", "–"]
     assert rows["chest"] == ["chest", CHEST, "0", "–", "–", "–", "–", "3", "rounds"]
-    assert f"total ε {spent:.2f} at δ = 1e-05; {8 - spent:.2f} left of max_epsilon 8" in text
+    assert f"total ε {spent:.2f} at δ = 1e-05 by PRV; {8 - spent:.2f} left of max_epsilon 8" in text
     assert "3 rounds not accounted: trained without differential privacy" in text
     assert "added or removed. Validation and test patients it does not cover" in text
 
@@ -132,11 +132,13 @@ def test_several_studies_compose_and_are_not_just_added(command: Command, tmp_pa
             )
     code, text = command("ledger", path)
     assert code == 0, text
-    both = epsilon([Segment(1.0, 0.05, 100), Segment(2.0, 0.05, 100)], 1e-5)
+    spent, order = [Segment(1.0, 0.05, 100), Segment(2.0, 0.05, 100)], filter_order(8.0, 1e-5)
+    both = filtered_epsilon(spent, 1e-5, order)
     each = [epsilon([Segment(noise, 0.05, 100)], 1e-5) for noise in (1.0, 2.0)]
-    assert f"total ε {both:.2f} at δ = 1e-05; no max_epsilon in site.yaml" in text
+    by = f"by a Rényi filter of order {order}"
+    assert f"total ε {both:.2f} at δ = 1e-05 {by}; no max_epsilon in site.yaml" in text
     assert all(f" {alone:.2f} " in text for alone in each)
-    assert max(each) < both < sum(each)
+    assert max(each) < epsilon(spent, 1e-5) < both < sum(each)
 
 
 def test_a_picture_of_what_was_spent(command: Command, tmp_path: Path) -> None:
@@ -175,7 +177,7 @@ def test_a_damaged_ledger_ends_in_a_line_with_the_way_out(command: Command, tmp_
     for word in ("spent for good", "too low", "spends anew", "leave this site out"):
         assert word in text
     code, text = command("ledger", path)
-    assert "total ε 3.50 at δ = 2e-05, 3.5 of it adopted" in text
+    assert "total ε 3.50 at δ = 2e-05 by PRV, 3.5 of it adopted" in text
 
 
 @pytest.mark.parametrize("amount", [("-1", "0"), ("nan", "0"), ("1", "1")])
@@ -246,13 +248,16 @@ def test_a_plan_calibrates_all_rounds_and_tells_what_all_studies_cost_together(
     assert sigmas[0] == sigmas[1]
     spent = Segment(1.0, 0.05, 48)
     for sigma, had, text in zip(sigmas, ([], [spent]), (fresh, later), strict=True):
-        total = epsilon([*had, Segment(sigma, 0.4, 36)], 1e-5)
+        order = filter_order(8.0, 1e-5)  # of several studies, as their numbers may depend
+        spend_all = partial(filtered_epsilon, order=order) if had else epsilon
         assert 7.5 < epsilon([Segment(sigma, 0.4, 36)], 1e-5) <= 8
         table = dict(re.findall(r"^ *(now|[0-9]+) +([0-9.]+)$", text, re.MULTILINE))
         assert float(table["now"]) == pytest.approx(epsilon(had, 1e-5), abs=0.006)
-        assert float(table["12"]) == pytest.approx(total, abs=0.006)
+        assert float(table["12"]) == pytest.approx(
+            spend_all([*had, Segment(sigma, 0.4, 36)], 1e-5), abs=0.006
+        )
         assert float(table["1"]) == pytest.approx(
-            epsilon([*had, Segment(sigma, 0.4, 3)], 1e-5), abs=0.006
+            spend_all([*had, Segment(sigma, 0.4, 3)], 1e-5), abs=0.006
         )
     assert (tmp_path / "state/ledger.jsonl").read_bytes() == before
     assert "2 tensors of" in later
