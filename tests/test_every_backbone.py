@@ -15,6 +15,8 @@ from server.checkpoint import RunFolder
 from simulations import hospitals
 from simulations.grid import simulate
 
+pytestmark = pytest.mark.numbers
+
 ROOT = Path(__file__).parents[1]
 SIZES = {"inception_v3": 80, "vit_b_16": 224}
 QUICK = ("mobilenet_v3_small", "resnet18", "shufflenet_v2_x0_5", "squeezenet1_1")

@@ -24,6 +24,8 @@ from common.study import Study
 from simulations import cli, hospitals, ray_engine
 from simulations.ray_site import Hospitals, fingerprint, look
 
+pytestmark = pytest.mark.numbers
+
 ROOT = Path(__file__).parents[1]
 NAMES = ("east", "north", "south", "west")
 NO_RAY = "needs Ray: pip install '.[ray]'"

@@ -33,6 +33,8 @@ from server.strategies import REGISTRY
 from simulations import hospitals
 from simulations.grid import simulate
 
+pytestmark = pytest.mark.numbers
+
 ROOT = Path(__file__).parents[1]
 NAMES = ("east", "north", "south", "west")
 ClientApp = Callable[[Message, Context], Message]
