@@ -109,7 +109,7 @@ def everybody(world: Loopback) -> None:
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
     assert set(one) == set(other)
     for name, tensor in one.items():
-        torch.testing.assert_close(tensor, other[name], rtol=1e-5, atol=1e-7)
+        assert torch.equal(tensor, other[name]), name
 
 
 def noted(world: Loopback, name: str) -> bool:

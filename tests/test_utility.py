@@ -73,4 +73,4 @@ def test_the_time_of_privacy_is_a_ratio_of_one_run(capsys):
     private_bench.show("shufflenet_v2_x0_5", ("head",))
     out = capsys.readouterr().out
     assert "without privacy" in out
-    assert "self-check" in out
+    assert "check, each round" in out
