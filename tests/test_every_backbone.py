@@ -1,5 +1,6 @@
 """Every registered backbone trains a round at every depth, through both apps."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,13 @@ QUICK = ("mobilenet_v3_small", "resnet18", "shufflenet_v2_x0_5", "squeezenet1_1"
         for name in backbones.names()
     ],
 )
-def test_it_trains_a_round(backbone: str, unfreeze: str, tmp_path: Path, phantoms: Path) -> None:
+def test_it_trains_a_round(
+    backbone: str,
+    unfreeze: str,
+    tmp_path: Path,
+    phantoms: Path,
+    new_process: Callable[[], None],  # else the networks of all tests stay in memory
+) -> None:
     changes = {
         "model.backbone": backbone,
         "model.weights": "none",
