@@ -5,9 +5,12 @@ INSTALLED := .venv/.installed
 PHANTOMS := runs/phantom
 HOSPITALS := north south east west
 SEEDS := 0,1,2,3,4,5,6,7,8,9
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --durations=15
+# The kernels of a CPU without AVX-512: of PyTorch, oneDNN, MKL, and NumPy's OpenBLAS.
+AS_OLDER := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=AVX2 OPENBLAS_CORETYPE=Haswell
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo deployment-demo test test-all format clean
+.PHONY: help install demo deployment-demo test test-isa test-all format clean
 
 help: ## Show the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,11 +36,15 @@ test: $(INSTALLED) ## Lint, types, import rules, tests
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@PYTHONPATH=. $(BIN)/lint-imports --no-logo
-	@$(BIN)/python -m pytest -n 2 --dist loadfile --durations=15
+	@$(PYTEST)
+
+test-isa: $(INSTALLED) ## The tests that compare numbers, as on a CPU without AVX-512
+	@$(AS_OLDER) $(PYTEST) -m "numbers and not slow"
 
 test-all: $(INSTALLED) ## Also the proofs that take minutes
-	@$(MAKE) --no-print-directory test
+	@$(MAKE) --no-print-directory test test-isa
 	@$(BIN)/python -m pytest -m slow --durations=15
+	@$(AS_OLDER) $(BIN)/python -m pytest -m "numbers and slow" --durations=15
 
 format: $(INSTALLED) ## Format the code
 	@$(BIN)/ruff format .

@@ -19,6 +19,10 @@ def pytest_configure() -> None:
     torch.set_num_threads(1)
 
 
+def pytest_report_header() -> str:
+    return f"computes as on a CPU with: {torch.backends.cpu.get_cpu_capability()}"
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of real images and weights that the repository does not hold."""

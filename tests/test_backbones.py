@@ -15,6 +15,8 @@ from common import backbones
 from common.backbones import Backbone, Head
 from common.errors import BackboneError, StudyError
 
+pytestmark = pytest.mark.numbers
+
 DATA = Path(os.environ.get("CONSILIUM_TEST_DATA", Path(__file__).parents[2] / "shared"))
 needs_weights = pytest.mark.skipif(
     not (DATA / "weights").is_dir(), reason=f"no pretrained weights in {DATA} (CONSILIUM_TEST_DATA)"

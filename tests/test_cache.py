@@ -17,6 +17,8 @@ from client.cache import forget, prune, purge, stores
 from client.store import Store
 from common.errors import DataError
 
+pytestmark = pytest.mark.numbers
+
 DAY = 86400
 KEYS = [letter * 24 for letter in "abcdef"]
 

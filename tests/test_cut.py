@@ -12,6 +12,8 @@ from common import backbones
 from common.cut import Split, cut_at, legal_cuts, split, train_mode
 from common.errors import BackboneError
 
+pytestmark = pytest.mark.numbers
+
 QUICK = {"squeezenet1_1", "mobilenet_v3_small", "shufflenet_v2_x0_5", "resnet18"}
 SIDE = {"inception_v3": 96, "vit_b_16": 224}
 DEPTHS = ["head", "last:1", "last:2", "all"]

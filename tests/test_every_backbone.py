@@ -1,5 +1,6 @@
 """Every registered backbone trains a round at every depth, through both apps."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ from server.checkpoint import RunFolder
 from simulations import hospitals
 from simulations.grid import simulate
 
+pytestmark = pytest.mark.numbers
+
 ROOT = Path(__file__).parents[1]
 SIZES = {"inception_v3": 80, "vit_b_16": 224}
 QUICK = ("mobilenet_v3_small", "resnet18", "shufflenet_v2_x0_5", "squeezenet1_1")
@@ -28,7 +31,13 @@ QUICK = ("mobilenet_v3_small", "resnet18", "shufflenet_v2_x0_5", "squeezenet1_1"
         for name in backbones.names()
     ],
 )
-def test_it_trains_a_round(backbone: str, unfreeze: str, tmp_path: Path, phantoms: Path) -> None:
+def test_it_trains_a_round(
+    backbone: str,
+    unfreeze: str,
+    tmp_path: Path,
+    phantoms: Path,
+    new_process: Callable[[], None],  # else the networks of all tests stay in memory
+) -> None:
     changes = {
         "model.backbone": backbone,
         "model.weights": "none",

@@ -11,6 +11,8 @@ from torch.nn.functional import one_hot
 from common.evidence import _t, calibration, difference, gap_closed, intervals, t_interval
 from common.metrics import METRICS, Counts, value
 
+pytestmark = pytest.mark.numbers
+
 
 def scores(n: int, classes: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)

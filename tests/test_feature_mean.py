@@ -19,6 +19,8 @@ from simulations import feature_mean, hospitals
 from simulations.cli import app
 from simulations.grid import simulate
 
+pytestmark = pytest.mark.numbers
+
 WIDTH = 1024
 STUDY = {
     "name": "centred",

@@ -36,6 +36,8 @@ from simulations import hospitals, study_runs
 from simulations.engines import InProcess
 from simulations.grid import InProcessGrid, simulate
 
+pytestmark = pytest.mark.numbers
+
 ROOT = Path(__file__).parents[1]
 NAMES = ("east", "north", "south", "west")
 App = Callable[[Message, Context], Message]

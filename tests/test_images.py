@@ -12,6 +12,8 @@ from PIL import Image, TiffImagePlugin
 from common.errors import DataError
 from common.images import Preprocess, decode, view
 
+pytestmark = pytest.mark.numbers
+
 RAMP = np.arange(256, dtype=np.uint8)[None].repeat(8, 0)
 DEEP = RAMP.astype(np.uint16) * 257
 COLOURS = np.stack([RAMP, 255 - RAMP, np.full_like(RAMP, 90)], axis=-1)

@@ -24,6 +24,8 @@ from common.metrics import (
 )
 from common.study import Study
 
+pytestmark = pytest.mark.numbers
+
 
 def scores(n: int, classes: int, scale: float, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits that know something about the labels, spread by `scale`."""

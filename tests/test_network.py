@@ -15,6 +15,8 @@ from common.images import Preprocess
 from common.network import Network, _assemble, assemble
 from common.study import Study
 
+pytestmark = pytest.mark.numbers
+
 NAME = "shufflenet_v2_x0_5"
 PARTS = {"study", "backbone", "suffix", "preprocessing", "protocol"}
 

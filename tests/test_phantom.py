@@ -22,6 +22,8 @@ from common.errors import RunError
 from simulations import phantom, pretrain
 from simulations.anatomy import BODY, LESION, POSE, SIDE, Chest, Scanner, traits
 
+pytestmark = pytest.mark.numbers
+
 Row = dict[str, str]
 
 

@@ -18,6 +18,8 @@ from simulations.engines import InProcess
 from simulations.liars import Lies, Poisoned
 from simulations.study_runs import Source
 
+pytestmark = pytest.mark.numbers
+
 ROOT = Path(__file__).parents[1]
 FEW = ("train.rounds=4", "train.local_epochs=1")
 

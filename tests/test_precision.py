@@ -5,6 +5,8 @@ import torch
 
 from client.precision import chosen, computes, settled
 
+pytestmark = pytest.mark.numbers
+
 
 def test_a_round_computes_on_as_many_threads_as_it_is_to():
     torch.set_num_threads(2)

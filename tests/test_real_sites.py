@@ -8,6 +8,8 @@ import pytest
 
 from simulations import cli
 
+pytestmark = pytest.mark.numbers
+
 ROOT = Path(__file__).parents[1]
 SITES = ("rosendahl", "vidir_modern", "vidir_molemax", "vienna_dias")
 

@@ -30,8 +30,10 @@ from server.app import app as server_app
 from server.checkpoint import RunFolder
 from server.report import load_results, union
 from server.strategies import REGISTRY
-from simulations import hospitals
+from simulations import cli, hospitals
 from simulations.grid import simulate
+
+pytestmark = pytest.mark.numbers
 
 ROOT = Path(__file__).parents[1]
 NAMES = ("east", "north", "south", "west")
@@ -342,16 +344,19 @@ def test_three_and_three_resumed_rounds_are_six(
     assert_same_end(RunFolder(cut), RunFolder(whole))
 
 
-def test_a_killed_process_resumes_to_the_same_end(tmp_path: Path, phantoms: Path) -> None:
+def test_a_killed_process_resumes_to_the_same_end(
+    tmp_path: Path, phantoms: Path, run_main: Callable[..., tuple[int, str]]
+) -> None:
     """SIGKILL at three moments; each time the command goes on from the last finished round."""
-    study = ["configs/demo.yaml", "--set", "train.rounds=12", "--set", "train.local_epochs=1"]
+    study = [str(ROOT / "configs/demo.yaml"), "--set", "train.rounds=12"]
+    study += ["--set", "train.local_epochs=1"]
     sites = [part for name in NAMES for part in ("--site", str(phantoms / name))]
-    cache = ["--cache", str(phantoms / "cache")]
+    start = ["run", *study, *sites, "--cache", str(phantoms / "cache")]
     cut, whole = tmp_path / "cut", tmp_path / "whole"
-    command = [sys.executable, "-c", "from simulations.cli import main; main()", "run"]
-    start = [*command, *study, *sites, *cache]
-    subprocess.run([*start, "--out", str(whole)], cwd=ROOT, check=True, capture_output=True)
-    arguments = [*start, "--out", str(cut)]
+    code, said = run_main(cli.main, *start, "--out", whole)
+    assert code == 0, said
+    command = [sys.executable, "-c", "from simulations.cli import main; main()"]
+    arguments = [*command, *start, "--out", str(cut)]
     for moment in (2, 5, 9):
         process = subprocess.Popen(
             arguments, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -359,7 +364,7 @@ def test_a_killed_process_resumes_to_the_same_end(tmp_path: Path, phantoms: Path
         wait_for_round(cut, moment, process)
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
-        arguments = [*command, "--resume", str(cut)]
+        arguments = [*command, "run", "--resume", str(cut)]
     subprocess.run(arguments, cwd=ROOT, check=True, capture_output=True)
     assert_same_end(RunFolder(cut), RunFolder(whole))
 

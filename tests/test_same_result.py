@@ -9,6 +9,8 @@ import pytest
 from common.yaml import dump
 from simulations import cli
 
+pytestmark = pytest.mark.numbers
+
 ROOT = Path(__file__).parents[1]
 PLAIN = ({"keep": "images"}, "float32")
 FAST = ({"keep": "activations"}, "bfloat16")

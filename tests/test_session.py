@@ -36,6 +36,8 @@ from common.study import Study
 from common.wire import JoinRequest, LedgerHead
 from common.yaml import dump
 
+pytestmark = pytest.mark.numbers
+
 PHANTOM = Path(__file__).parents[1] / "simulations" / "phantom_backbone.safetensors"
 CLASSES = ("dark", "grey", "bright")
 HEAD = LedgerHead(count=1, hash="0" * 64)

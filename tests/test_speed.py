@@ -7,6 +7,8 @@ from client.speed import Gain, gain
 from common.network import assemble
 from common.study import Study
 
+pytestmark = pytest.mark.numbers
+
 
 def network(unfreeze="last:1"):
     return assemble(

@@ -11,6 +11,8 @@ from common.study import Study
 from common.wire import Tensors
 from server.strategies import REGISTRY, Aggregator
 
+pytestmark = pytest.mark.numbers
+
 NAMES = ("head.weight", "head.bias")
 ROBUST = ("fedmedian", "fedtrimmedavg", "krum", "multikrum")
 SITES = 7

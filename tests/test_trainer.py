@@ -17,6 +17,8 @@ from common.cut import split
 from common.network import assemble
 from common.study import Study, Train
 
+pytestmark = pytest.mark.numbers
+
 CLASSES = 3
 
 

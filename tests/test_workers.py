@@ -24,6 +24,8 @@ from simulations import cli, hospitals
 from simulations.engines import Engine, InProcess
 from simulations.workers import Workers
 
+pytestmark = pytest.mark.numbers
+
 ROOT = Path(__file__).parents[1]
 NAMES = ("north", "south", "east", "west")
 SAME = ("last.safetensors", "model.safetensors", "metrics.jsonl", "report.json")
