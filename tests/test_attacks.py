@@ -28,6 +28,8 @@ from common.cut import train_mode
 from common.network import assemble
 from common.study import Study, Train
 
+pytestmark = pytest.mark.numbers
+
 DELTA = 1e-5
 PLAN = Train(rounds=1, local_steps=1, optimizer="sgd", momentum=0.0, lr=64.0)
 

@@ -23,6 +23,8 @@ from common.errors import RefusedError
 from common.network import assemble
 from common.study import Study, Train
 
+pytestmark = pytest.mark.numbers
+
 CLASSES = 3
 SIZES = {"inception_v3": 80, "vit_b_16": 224}
 QUICK = ("mobilenet_v3_small", "shufflenet_v2_x0_5", "squeezenet1_1")

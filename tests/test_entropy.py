@@ -18,6 +18,8 @@ from scipy import stats
 from client import entropy as module
 from client.entropy import DEVIATION, Entropy
 
+pytestmark = pytest.mark.numbers
+
 RARE = 1e-9
 FAR = 6.5  # standard deviations
 

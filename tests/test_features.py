@@ -24,6 +24,8 @@ from common.images import Preprocess
 from common.network import assemble
 from common.study import Augment, Study, Train
 
+pytestmark = pytest.mark.numbers
+
 PHANTOM = Path(__file__).parents[1] / "simulations" / "phantom_backbone.safetensors"
 OPS = ("flip", "rotate", "crop", "brightness")
 SMALL = Preprocess(resize=16, crop=16, mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2))

@@ -9,6 +9,8 @@ from client.entropy import DEVIATION, Entropy
 from client.noised_sum import NoisedSum
 from common.errors import RefusedError
 
+pytestmark = pytest.mark.numbers
+
 SHAPES = [torch.Size((3, 4)), torch.Size((5,))]
 COUNT = 17
 

@@ -9,6 +9,8 @@ from common import backbones
 from common.cut import Split, split
 from common.images import Preprocess
 
+pytestmark = pytest.mark.numbers
+
 SIZES = {"vit_b_16": 224, "inception_v3": 96}
 # Of which a batch takes seconds.
 EVERY = [

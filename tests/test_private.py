@@ -14,6 +14,8 @@ from common import backbones, private
 from common.network import assemble
 from common.study import Study
 
+pytestmark = pytest.mark.numbers
+
 SIZES = {"inception_v3": 96, "vit_b_16": 224}
 HELD = {
     "convnext_tiny": ["*.layer_scale", "classifier.0.*", "features.6.0.*"],

@@ -33,6 +33,8 @@ from simulations import hospitals, study_runs
 from simulations.engines import InProcess
 from simulations.grid import InProcessGrid, simulate
 
+pytestmark = pytest.mark.numbers
+
 NAMES = ("east", "north", "south", "west")
 DELTA = 1e-5
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.numbers
+
 ROOT = Path(__file__).parents[1]
 NAMES = ("north", "south", "east", "west")
 SAME = ("last.safetensors", "model.safetensors", "metrics.jsonl", "report.json")
