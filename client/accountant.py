@@ -5,8 +5,8 @@ image, was added or removed. Only training patients are covered; validation and 
 
 What is accounted is the Gaussian mechanism over the real numbers, of which a release is an exact
 function (`client.noised_sum`), but for the noise: that is normal only up to a share of 2⁻⁹⁴ in the
-density of each number, and up to a probability of 2⁻¹⁸⁹. For 10¹⁸ numbers these cost less than 10⁻⁹
-of ε and 10⁻³⁰ of δ, so 10⁻⁹ is added to every ε here.
+density of each number, and up to a probability of 2⁻¹¹⁰. For 10¹² numbers these cost less than
+10⁻¹⁵ of ε and 10⁻²⁰ of δ, so 10⁻⁹ is added to every ε here.
 """
 
 import math

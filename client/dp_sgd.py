@@ -4,11 +4,12 @@ A row is a patient: one image in one view, drawn anew for each step. What leaves
 of the rows' gradients, each of a norm of at most `clip_norm`, plus Gaussian noise, over a constant.
 Nothing else is told of the rows: not their number, not their loss.
 
-Each row passes the suffix by itself, in a batch of one. So its gradient is a function of that
-patient and the weights alone, to the last bit: in a larger batch it would be rounded differently
-with other patients beside it, and crafted weights can make any difference in rounding large. The
-gradient whose norm is taken is the very one that is added (`client.noised_sum`), so no weights can
-make a patient count for more than the clipping norm.
+Each row passes the suffix by itself, in a batch of one, with dropout from a seed of its own. So its
+gradient is a function of that patient, that seed and the weights alone, to the last bit: in a
+larger batch it would be rounded differently with other patients beside it, and from one stream for
+all of them one patient more would change the dropout of the next. Crafted weights can make any such
+difference large. The gradient whose norm is taken is the very one that is added
+(`client.noised_sum`), so no weights can make a patient count for more than the clipping norm.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -32,8 +33,8 @@ from common.study import Train
 Losses = Callable[[Tensor, Tensor], Tensor]
 """From logits [n, classes] and labels [n] to each row's own loss [n]."""
 
-Row = tuple[Tensor, Tensor]
-"""A patient in a step: the suffix's input [1, …], and the label [1]."""
+Row = tuple[Tensor, Tensor, int]
+"""A patient in a step: the suffix's input [1, …], the label [1], and the seed of dropout."""
 
 _READ = 64
 """Rows that are read at a time."""
@@ -108,10 +109,10 @@ def train(
     trained = trained_by(suffix)
     start = [p.detach().clone() for p in trained] if proximal_mu else []
     train_mode(suffix)
-    with exact(device, entropy.seed()):
+    with exact(device):
         for _ in range(one.steps):
-            drawn = patients.draw(one.sample_rate, examples.prepared.views, entropy)
-            rows = _rows(examples, *drawn, device)
+            images, views = patients.draw(one.sample_rate, examples.prepared.views, entropy)
+            rows = _rows(examples, images, views, entropy.seeds(len(images)), device)
             gradients = noised_gradient(suffix, rows, losses, protection, entropy)
             for p, gradient in zip(trained, gradients, strict=True):
                 p.grad = gradient
@@ -162,7 +163,9 @@ def empty_sum(suffix: nn.Module, protection: Protection) -> NoisedSum:
 
 def row_gradient(suffix: nn.Module, row: Row, losses: Losses) -> tuple[Tensor, ...] | None:
     """The gradient of one row's loss, as it is; None if that loss is not finite."""
-    inputs, labels = row
+    inputs, labels, seed = row
+    # Seeding every device costs milliseconds.
+    (torch.default_generator if inputs.device.type == "cpu" else torch).manual_seed(seed)
     loss = losses(suffix(inputs), labels).sum()
     return torch.autograd.grad(loss, trained_by(suffix)) if loss.isfinite() else None
 
@@ -173,28 +176,27 @@ def trained_by(suffix: nn.Module) -> list[nn.Parameter]:
 
 
 @contextmanager
-def exact(device: torch.device, seed: int) -> Iterator[None]:
-    """Float32 throughout, and dropout from this seed; torch's generators as they were afterwards.
+def exact(device: torch.device) -> Iterator[None]:
+    """Float32 throughout, by fixed kernels; torch's generators as they were afterwards.
 
     In half precision, or TF32, a patient's gradient is only a rough one.
     """
-    on_cpu = device.type == "cpu"
-    reseed = torch.default_generator.manual_seed if on_cpu else torch.manual_seed
     with (
-        torch.random.fork_rng(devices=[] if on_cpu else None),
-        torch.backends.cudnn.flags(allow_tf32=False),
+        torch.random.fork_rng(devices=[] if device.type == "cpu" else None),
+        torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False),
         autocast("float32", device),
     ):
-        reseed(seed)
         yield
 
 
-def _rows(examples: Examples, images: Tensor, views: Tensor, device: torch.device) -> Iterator[Row]:
+def _rows(
+    examples: Examples, images: Tensor, views: Tensor, seeds: Tensor, device: torch.device
+) -> Iterator[Row]:
     """Each row in memory of its own: where it stands among others must not count either."""
     prepared = examples.prepared
-    for some, seen in zip(images.split(_READ), views.split(_READ), strict=True):
+    for some, seen, drawn in zip(*(t.split(_READ) for t in (images, views, seeds)), strict=True):
         stored, labels = prepared.rows[some * prepared.views + seen], examples.labels[some]
-        for i in range(len(some)):
+        for i, seed in enumerate(drawn.tolist()):
             with torch.no_grad():
                 inputs = prepared.front(stored[[i]].to(device)).float()
-            yield inputs, labels[[i]].to(device)
+            yield inputs, labels[[i]].to(device), seed

@@ -68,9 +68,9 @@ class Entropy:
             words[unfair] = self.below(bounds[unfair])
         return words % bounds
 
-    def seed(self) -> int:
-        """A seed for what needs no secrecy but must not repeat, such as dropout: 53 bits."""
-        return int(self._words(1))
+    def seeds(self, n: int) -> Tensor:
+        """So many seeds of dropout, independent of each other: int64, 53 bits."""
+        return self._words(n)
 
     def gaussians(self, shapes: Sequence[torch.Size]) -> list[Tensor]:
         """Independent normal numbers rounded to whole ones, int64, of deviation `DEVIATION`.
@@ -80,8 +80,8 @@ class Entropy:
         probability that makes it exact. No logarithm or cosine is rounded on the way, and no
         multiple of 2⁻³⁶ is out of reach, so there is nothing for an observer to see in the bits
         (Mironov 2012). What differs from the ideal: the density is taken at the middle of a cell,
-        which is off by a share of at most 2⁻⁹⁴, and ends at 16 deviations, beyond which lies a
-        probability of 2⁻¹⁸⁹.
+        at a random height of 106 bits, and ends at 16 deviations. Up to 5 deviations that changes
+        it by a share of at most 2⁻⁹⁴; beyond, it moves a probability of less than 2⁻¹¹⁰.
         """
         sizes = [shape.numel() for shape in shapes]
         flat, filled = torch.empty(sum(sizes), dtype=torch.int64), 0

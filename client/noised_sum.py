@@ -23,11 +23,10 @@ differs from a normal number is far below what the accountant adds to ε for it.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
-from torch.linalg import vector_norm
 
 from client.entropy import DEVIATION, Entropy
 from common.errors import RefusedError, complaint
@@ -35,7 +34,7 @@ from common.errors import RefusedError, complaint
 _MARGIN = 1 - 2.0**-20
 _MOST = 2**62
 _BLOCK = 2**16
-"""Numbers that are cut off at a time: they stay in a processor's cache."""
+"""Numbers that are worked on at a time: they stay in a processor's cache."""
 
 
 class NoisedSum:
@@ -77,20 +76,17 @@ class NoisedSum:
           RefusedError: a row is longer than it may be, or so many rows do not fit; either would be
             an error of this code, and nothing may be released.
         """
-        length = math.hypot(*(float(vector_norm(part, dtype=torch.float64)) for part in row))
+        length = math.sqrt(sum(_square(block.double()) for block in _blocks(row)))
         if not length < math.inf:
             return
         self._rows += 1
         if self._rows * self.longest >= _MOST:
             raise _refusal("rows", f"less than {_MOST / self.longest:.3g}", self._rows)
-        scale = _MARGIN * self.longest / max(length, self._clip)
-        square = 0.0
-        for total, part in zip(self.sums, row, strict=True):
-            blocks = part.flatten().split(_BLOCK)
-            for place, block in zip(total.split(_BLOCK), blocks, strict=True):
-                whole = block.to(place.device).double().mul_(scale).trunc_()
-                square += float(whole.dot(whole))
-                place += whole.long()
+        scale, square = _MARGIN * self.longest / max(length, self._clip), 0.0
+        for place, block in zip(_blocks(self.sums), _blocks(row), strict=True):
+            whole = block.to(place.device).double().mul_(scale).trunc_()
+            square += _square(whole)
+            place += whole.long()
         if not math.sqrt(square) <= self.longest:
             times = math.sqrt(square) / self.longest
             raise _refusal("a row", "at most the clipping norm long", f"{times:.9g} times that")
@@ -103,6 +99,15 @@ class NoisedSum:
             total.add_(noise.to(total.device)).double().mul_(self._unit).view(shape)
             for total, noise, shape in zip(sums, noises, self._shapes, strict=True)
         ]
+
+
+def _blocks(parts: Sequence[Tensor]) -> Iterator[Tensor]:
+    for part in parts:
+        yield from part.flatten().split(_BLOCK)
+
+
+def _square(numbers: Tensor) -> float:
+    return float(numbers.dot(numbers))
 
 
 def _refusal(what: str, expected: str, got: object) -> RefusedError:

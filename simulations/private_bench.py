@@ -30,10 +30,10 @@ def show(backbone: str = "resnet18", depths: tuple[str, ...] = ("head", "last:1"
     shown = table(backbone, *columns, left=(backbone,))
     for depth in track(depths, "privacy", console=console, disable=not console.is_terminal):
         plain, private, check = _contenders(backbone, depth)
-        times = [(_seconds(plain), _seconds(private)) for _ in range(_REPEATS)]
-        without, with_ = (median(each) for each in zip(*times, strict=True))
+        times = [[_seconds(each) for each in (plain, private, check)] for _ in range(_REPEATS)]
+        without, with_, checked = (median(each) for each in zip(*times, strict=True))
         cells = f"{without:.3f} s", f"{with_:.3f} s", f"{with_ / without:.2f}"
-        shown.add_row(depth, *cells, f"{_seconds(check):.3f} s")
+        shown.add_row(depth, *cells, f"{checked:.3f} s")
     console.print(f"an epoch of {_ROWS} patients, batches of {_BATCH}, median of {_REPEATS}")
     console.print(shown)
 

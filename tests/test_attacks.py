@@ -24,6 +24,7 @@ from client.noised_sum import NoisedSum
 from client.protection import Protection
 from client.store import Rows
 from client.trainer import Examples
+from common.backbones import Head
 from common.cut import train_mode
 from common.network import assemble
 from common.study import Study, Train
@@ -67,7 +68,7 @@ def summed(module, inputs, labels, private):
     """The whole numbers to which noise is added."""
     total = empty_sum(module, private)
     for i in range(len(inputs)):
-        gradient = row_gradient(module, (inputs[[i]], labels[[i]]), losses())
+        gradient = row_gradient(module, (inputs[[i]], labels[[i]], i), losses())
         if gradient is not None:
             total.add(gradient)
     return total
@@ -314,6 +315,34 @@ def test_the_weights_that_let_a_patient_count_five_million_times():
                 p.zero_()
     train_mode(suffix)
     assert_bounded(suffix, rows, torch.tensor([0, 1, 1, 0, 1]), protection(7.178))
+
+
+# --- dropout that one patient more changes for all others ---
+
+
+def sum_with_dropout(first, seeds):
+    """The sum of a head's rows from the `first` on, in clipping norms.
+
+    Whoever knows the others knows it: of the seeds of a stream torch tells only 2³² apart.
+    """
+    suffix, private = Head(WIDTH, CLASSES, 0.9).train(), protection(SIGMA)
+    total = empty_sum(suffix, private)
+    for i, seed in zip(range(first, PATIENTS), seeds, strict=False):
+        row = INPUTS[[i]] * 10, LABELS[[i]], seed
+        total.add(row_gradient(suffix, row, losses()))
+    return torch.cat(total.sums).double() / total.longest
+
+
+def test_dropout_from_one_stream_moved_a_sum_by_several_clipping_norms():
+    stream = Entropy().seeds(PATIENTS).tolist()
+    apart = sum_with_dropout(0, stream) - sum_with_dropout(1, stream)
+    assert apart.norm() > 3
+
+
+def test_a_patient_changes_nobody_elses_dropout():
+    own = Entropy().seeds(PATIENTS).tolist()
+    apart = sum_with_dropout(0, own) - sum_with_dropout(1, own[1:])
+    assert apart.norm() <= 1 + 1e-9
 
 
 # --- an audit of the whole mechanism by a canary, as it is and with each part broken ---

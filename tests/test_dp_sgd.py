@@ -18,6 +18,7 @@ from client.protection import Protection
 from client.store import Rows
 from client.trainer import Examples
 from common import backbones
+from common.backbones import Head
 from common.cut import train_mode
 from common.errors import RefusedError
 from common.network import assemble
@@ -110,7 +111,7 @@ def clipped(module, inputs, labels, of, clip):
     """The sum of the clipped rows, flat, float64, as it is before the noise."""
     total = empty_sum(module, protection(clip=clip))
     for i in range(len(inputs)):
-        gradient = row_gradient(module, (inputs[[i]], labels[[i]]), of)
+        gradient = row_gradient(module, (inputs[[i]], labels[[i]], i), of)
         if gradient is not None:
             total.add(gradient)
     return torch.cat(total.sums).double() * clip / total.longest
@@ -245,6 +246,31 @@ def test_a_drawn_patient_gives_one_image_in_one_view_all_equally_likely():
         assert (pairs[i] - steps * share).abs().max() < 6.5 * spread
 
 
+def test_what_a_patient_adds_is_the_same_whoever_is_before_or_beside(monkeypatch):
+    """One patient more may change neither another's dropout nor a bit of its gradient."""
+    inputs, labels, added = random(40, 64), [i % CLASSES for i in range(40)], []
+    row_gradient = dp_sgd.row_gradient
+
+    class Known(Entropy):
+        def seeds(self, n):
+            return torch.arange(40)[-n:]  # each patient's own, whoever is left out before it
+
+    def noting(*args):
+        gradient = row_gradient(*args)
+        added[-1].append(torch.cat([part.flatten() for part in gradient]))
+        return gradient
+
+    monkeypatch.setattr(dp_sgd, "row_gradient", noting)
+    for out in (0, 1, 17):
+        added.append([])
+        data, head = examples(inputs[out:], labels[out:]), Head(64, CLASSES, 0.5)
+        update(data, each_alone(40 - out), plan(), protection(), module=head, entropy=Known())
+    assert not torch.equal(*added[0][:2])
+    for fewer in added[1:]:
+        same = zip(added[0][-len(fewer) :], fewer, strict=True)
+        assert all(torch.equal(one, other) for one, other in same)
+
+
 def test_a_patient_with_many_images_pulls_no_harder():
     labels = [0, 1, 2, 0]
     alone = examples(random(4, 5), labels)
@@ -282,7 +308,6 @@ def test_a_sum_is_divided_by_the_batch_expected_not_the_one_drawn():
     data, private = some(6), protection(rate=0.5, enrolled=200, clip=0.4)
     assert private.batch == 100
     entropy, same = known(), known()
-    same.seed()  # of dropout
     drawn, _ = each_alone(6).draw(0.5, 1, same)
     assert 0 < len(drawn) < 6
     rows = data.batch(drawn, 0, torch.device("cpu"))

@@ -92,7 +92,7 @@ def test_no_position_of_the_stream_is_used_twice():
         entropy.poisson(20, 0.3)
         entropy.below(torch.full((20,), 7))
         entropy.gaussians([torch.Size([3, 5]), torch.Size([7])])
-        entropy.seed()
+        entropy.seeds(4)
     assert len(seen) > 1000
     assert len(set(seen)) == len(seen)
 
