@@ -2,6 +2,7 @@
 
 import io
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,8 @@ from simulations import phantom
 def pytest_configure() -> None:
     # Small networks: more threads only make the suite slower, and its figures vary.
     torch.set_num_threads(1)
+    # Behind `nohup` or in a job of a script SIGINT is ignored, also by every process started here.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_report_header() -> str:
