@@ -12,7 +12,7 @@ from common.errors import ContractError
 from common.images import Preprocess
 from common.seeds import derive
 from common.study import Study
-from common.wire import LARGEST
+from common.weights import LARGEST
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,6 +23,7 @@ from common.disclosure import Disclosure
 from common.errors import ContractError
 from common.metrics import MOST, Counts
 from common.study import Name
+from common.weights import LARGEST
 from common.yaml import Section
 
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
@@ -33,8 +34,6 @@ _LOSS, _COUNT, _HASH = "train-loss", "count", "hash"
 _LACKS, _SIZE, _OFFSET, _DATA = "lacks", "size", "offset", "data"
 _LARGEST_BACKBONE = 4 * 10**9
 _LONGEST_JSON = 1_000_000
-# Published weights are within ±60, but noise that protects a handful of patients reaches thousands.
-LARGEST = 1e4
 _WORST_LOSS = 1e12
 _MOST_PROXIMAL = 1e6
 

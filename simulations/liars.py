@@ -14,6 +14,7 @@ from client.session import Session, open_session
 from client.site import Site
 from common import wire
 from common.study import Study
+from common.weights import LARGEST
 from server.app import app as server_app
 from server.checkpoint import RunFolder
 from simulations.engines import InProcess
@@ -90,5 +91,5 @@ def _scale(request: Message, reply: Message, factor: float) -> None:
     )
     for name, tensor in after.items():
         told = before[name] + factor * (tensor - before[name])
-        after[name] = told.clamp(-wire.LARGEST, wire.LARGEST)
+        after[name] = told.clamp(-LARGEST, LARGEST)
     trained.update(wire.to_arrays(after))
