@@ -289,7 +289,7 @@ def _leaving(site: "Site", study: "Study") -> str:
     numbers = sum(prod(shape) for shape in shapes.values())
     each = f"each round {len(shapes)} tensors of {numbers:,} numbers ({size(4 * numbers)})"
     if network.held:
-        each += f"; frozen, as nothing protects them: {len(network.held)} tensors"
+        each += f"; not trained with privacy: {len(network.held)} tensors of BatchNorm"
     if site.role == "evaluate":
         each = "no tensors"
     withheld = told.withheld

@@ -79,7 +79,7 @@ class Session:
         self.network = assemble(study, find(site, study))
         self.device = chosen(site.device)
         if held := self.network.held:
-            log.info("not trained, as nothing protects it: %s", ", ".join(held))
+            log.info("not trained with privacy: %s", ", ".join(held))
         self.network.model.to(self.device)
         self.recipe = _recipe(self.network, study.model.precision, study.private, site.keep)
         self.examples: dict[str, Examples] = {}

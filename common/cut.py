@@ -70,6 +70,15 @@ def train_mode(module: nn.Module) -> None:
             part.eval()
 
 
+def of_batchnorm(model: nn.Module, names: Collection[str]) -> tuple[str, ...]:
+    """Those of the parameters that scale or shift what BatchNorm's statistics have normalised.
+
+    They go with statistics of other images, which no patient's noise covers.
+    """
+    owners = {name for name, part in model.named_modules() if isinstance(part, _BatchNorm)}
+    return tuple(name for name in names if name.rpartition(".")[0] in owners)
+
+
 class _Tracer(Tracer):
     """Keeps whole torch's own layers, what has no parts, what reads `training`, and the head.
 

@@ -5,9 +5,9 @@ from functools import lru_cache
 
 from torch import Tensor, nn
 
-from common import backbones, private
+from common import backbones
 from common.contract import Contract
-from common.cut import Split, split
+from common.cut import Split, of_batchnorm, split
 from common.errors import ContractError
 from common.images import Preprocess
 from common.seeds import derive
@@ -25,7 +25,7 @@ class Network:
     split: Split
     trainable: tuple[str, ...]
     held: tuple[str, ...]
-    """Asked to train as well, but frozen: they cannot be trained with differential privacy."""
+    """Asked to train as well, but frozen in a private study: BatchNorm's scales and shifts."""
     preprocess: Preprocess
     contract: Contract
     initial: dict[str, Tensor]
@@ -86,7 +86,8 @@ def _assemble(proposal: str, weights: str) -> Network:
     )
     preprocess = backbone.preprocess(weights).with_size(study.images.size)
     asked = backbone.trainable(model, study.model.unfreeze)
-    trainable = private.hookable(model, asked, preprocess.crop) if study.private else asked
+    held = of_batchnorm(model, asked) if study.private else ()
+    trainable = tuple(name for name in asked if name not in held)
     state = model.state_dict()
     frozen = {name: tensor for name, tensor in state.items() if name not in trainable}
     shapes = {name: tuple(state[name].shape) for name in trainable}
@@ -96,15 +97,12 @@ def _assemble(proposal: str, weights: str) -> Network:
         expected = f"trained layers within ±{LARGEST:g}, as messages are"
         remedy = "Train fewer layers."
         raise study.error("model.unfreeze", expected=expected, got=beyond[0], remedy=remedy)
-    parts = split(model, trainable)
-    if study.private:  # the suffix alone: what the prefix keeps serves other studies too
-        private.prepare(parts.suffix)
     return Network(
         backbone=backbone.name,
         model=model,
-        split=parts,
+        split=split(model, trainable),
         trainable=trainable,
-        held=tuple(name for name in asked if name not in trainable),
+        held=held,
         preprocess=preprocess,
         contract=contract,
         initial=initial,

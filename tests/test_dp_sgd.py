@@ -100,6 +100,7 @@ def brute(module, inputs, labels, clip, of=None):
     trained = [p for p in module.parameters() if p.requires_grad]
     rows, lengths = [], []
     for i in range(len(inputs)):
+        torch.manual_seed(i)  # of layers that are left out at random
         loss = (of or losses())(module(inputs[[i]]), labels[[i]]).sum()
         gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, trained)]).double()
         lengths.append(gradient.norm())
