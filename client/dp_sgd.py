@@ -81,7 +81,7 @@ def train(
     """Train `suffix` in place for one protected round.
 
     Never twice the same: sampling and noise are the operating system's. Steps without a patient are
-    taken too; a patient whose loss or gradient is not finite adds nothing. The suffix computes in
+    taken too; a patient whose gradient is not finite adds nothing. The suffix computes in
     float32. Weight decay, momentum and the proximal term act on what the noise already protects.
 
     Args:
@@ -141,8 +141,7 @@ def noised_gradient(
     """
     noised = empty_sum(suffix, protection)
     for row in rows:
-        if (gradient := row_gradient(suffix, row, losses)) is not None:
-            noised.add(gradient)
+        noised.add(row_gradient(suffix, row, losses))
     sums = noised.release(entropy)
     return [
         total.div_(protection.batch).float().to(p.device)
@@ -161,13 +160,13 @@ def empty_sum(suffix: nn.Module, protection: Protection) -> NoisedSum:
     )
 
 
-def row_gradient(suffix: nn.Module, row: Row, losses: Losses) -> tuple[Tensor, ...] | None:
-    """The gradient of one row's loss, as it is; None if that loss is not finite."""
+def row_gradient(suffix: nn.Module, row: Row, losses: Losses) -> tuple[Tensor, ...]:
+    """The gradient of one row's loss, as it is."""
     inputs, labels, seed = row
     # Seeding every device costs milliseconds.
     (torch.default_generator if inputs.device.type == "cpu" else torch).manual_seed(seed)
     loss = losses(suffix(inputs), labels).sum()
-    return torch.autograd.grad(loss, trained_by(suffix)) if loss.isfinite() else None
+    return torch.autograd.grad(loss, trained_by(suffix))
 
 
 def trained_by(suffix: nn.Module) -> list[nn.Parameter]:

@@ -284,6 +284,9 @@ class Fleet:
 
         If it fails, the same again is safe: what has arrived is not sent, nor counted, twice.
         """
+        # How long the answer took is nobody's business: it may depend on who was drawn.
+        asked = letter.envelope.metadata
+        reply.metadata.created_at, reply.metadata.ttl = asked.created_at, asked.ttl
         parcel = pack(reply)
         request = PushMessagesRequest(
             node=self._node,

@@ -13,7 +13,7 @@ more or less moves the sum by at most 2³⁶ / σ: exactly C, with nothing to ad
 round to the nearest would cost √d / 2 units.) The length is taken of the very numbers that are
 added. It is computed in float64, where the squares of float32 numbers neither under- nor overflow;
 what rounding may take off it is a share of less than 2⁻²² up to 10⁹ numbers, and rows are scaled
-down to C · (1 − 2⁻²⁰). A row that is longer all the same is never added (`RefusedError`).
+down to C · (1 − 2⁻²⁰). If a row is longer all the same, nothing is released (`RefusedError`).
 
 What is released is round(2³⁶ · ξ) + S = round(2³⁶ · ξ + S), for the whole number S: a function of
 the Gaussian mechanism over the real numbers alone. So what the accountant says of that mechanism,
@@ -70,21 +70,25 @@ class NoisedSum:
     def add(self, row: Sequence[Tensor]) -> None:
         """Add one patient's row, float32 tensors, scaled down to the clipping norm if it is longer.
 
-        A row with a number that is not finite adds nothing.
+        A row with a number that is not finite adds nothing, and takes as long as any other.
 
         Raises:
-          RefusedError: a row is longer than it may be, or so many rows do not fit; either would be
-            an error of this code, and nothing may be released.
+          RefusedError: a row is longer than it may be or of other shapes, or so many rows do not
+            fit; each would be an error of this code, and nothing may be released.
         """
+        shapes = [part.shape for part in row if part.dtype == torch.float32]
+        if shapes != list(self._shapes):
+            raise _refusal("a row", f"float32 of {self._shapes}", [part.shape for part in row])
+        row = [part.to(self.sums[0].device) for part in row]
         length = math.sqrt(sum(_square(block.double()) for block in _blocks(row)))
         if not length < math.inf:
-            return
+            row, length = [torch.zeros_like(part) for part in row], 0.0
         self._rows += 1
         if self._rows * self.longest >= _MOST:
             raise _refusal("rows", f"less than {_MOST / self.longest:.3g}", self._rows)
         scale, square = _MARGIN * self.longest / max(length, self._clip), 0.0
         for place, block in zip(_blocks(self.sums), _blocks(row), strict=True):
-            whole = block.to(place.device).double().mul_(scale).trunc_()
+            whole = block.double().mul_(scale).trunc_()
             square += _square(whole)
             place += whole.long()
         if not math.sqrt(square) <= self.longest:

@@ -105,8 +105,7 @@ def _rows(
     with _as_it_was(suffix), exact(device):
         for row in (*rows, rows[0]):
             total = empty_sum(suffix, protection)
-            if (gradient := row_gradient(suffix, row, _losses)) is not None:
-                total.add(gradient)
+            total.add(row_gradient(suffix, row, _losses))
             yield "a row, in clipping norms", _length(total.sums) / total.longest, 1.0
             first = first or total.sums
         apart = [a - b for a, b in zip(total.sums, first, strict=True)]

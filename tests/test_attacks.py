@@ -68,9 +68,7 @@ def summed(module, inputs, labels, private):
     """The whole numbers to which noise is added."""
     total = empty_sum(module, private)
     for i in range(len(inputs)):
-        gradient = row_gradient(module, (inputs[[i]], labels[[i]], i), losses())
-        if gradient is not None:
-            total.add(gradient)
+        total.add(row_gradient(module, (inputs[[i]], labels[[i]], i), losses()))
     return total
 
 

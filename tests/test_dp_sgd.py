@@ -112,9 +112,7 @@ def clipped(module, inputs, labels, of, clip):
     """The sum of the clipped rows, flat, float64, as it is before the noise."""
     total = empty_sum(module, protection(clip=clip))
     for i in range(len(inputs)):
-        gradient = row_gradient(module, (inputs[[i]], labels[[i]], i), of)
-        if gradient is not None:
-            total.add(gradient)
+        total.add(row_gradient(module, (inputs[[i]], labels[[i]], i), of))
     return torch.cat(total.sums).double() * clip / total.longest
 
 

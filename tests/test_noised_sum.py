@@ -111,6 +111,14 @@ def test_a_row_that_is_too_long_all_the_same_is_refused():
         empty().add(row)
 
 
+@pytest.mark.parametrize("changed", [lambda part: part[:1], torch.Tensor.double])
+def test_a_row_of_another_shape_or_type_is_refused(changed):
+    total, (first, *others) = empty(), drawn()
+    with pytest.raises(RefusedError, match="a row: expected float32 of"):
+        total.add([changed(first), *others])
+    assert not any(part.any() for part in total.sums)
+
+
 def test_so_many_rows_that_the_sum_could_overflow_are_refused():
     total = empty(sigma=1e-8)
     row = [torch.ones(shape) for shape in SHAPES]
