@@ -294,14 +294,14 @@ def test_killed_at_any_moment_it_answers_once(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In training; between its reply and the coordinator; and while nobody waits any more."""
-    wanted = study(train={"rounds": 9, "local_epochs": 600, "batch_size": 2})
+    wanted = study(train={"rounds": 9, "local_epochs": 1000, "batch_size": 2})
     with connected(world.project.database) as grid:
         with world.up():
             process = world.start(monkeypatch)
             exchange(grid, "query", join(wanted))
             first = ask(grid, "train", request(wanted, 1))
             begun(world, "letter")
-            time.sleep(0.4)  # at work
+            time.sleep(0.1)  # at work
             kill(process)
             assert len(world.left()) == 1
             assert not (world.link / "reply").exists()
@@ -309,7 +309,7 @@ def test_killed_at_any_moment_it_answers_once(
             assert hear(grid, first).has_content()
             second = ask(grid, "train", request(wanted, 2))
             begun(world, "letter")
-            time.sleep(0.4)
+            time.sleep(0.1)
             assert not (world.link / "reply").exists()
         begun(world, "reply")  # the link is down: the reply cannot go
         kill(process)
