@@ -190,7 +190,22 @@ KINDS = {
     "group norm": lambda: nn.Sequential(
         nn.Unflatten(1, (3, 2, 2)), nn.GroupNorm(3, 3), nn.Conv2d(3, 3, 1), Pooled()
     ),
+    "attention": lambda: nn.Sequential(nn.Unflatten(1, (3, 4)), Attention(), Pooled()),
 }
+
+
+class Attention(nn.Module):
+    """With a table of positions and a scale for each channel, which stand alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.positions = nn.Parameter(torch.zeros(3, 4))
+        self.scale = nn.Parameter(torch.ones(4))
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, x):
+        x = x + self.positions
+        return self.scale * self.attention(x, x, x)[0]
 
 
 class Pooled(nn.Module):
@@ -263,6 +278,7 @@ def test_no_weights_of_any_layer_defeat_the_clip(kind):
         pytest.param("resnet18", marks=pytest.mark.slow),
         "shufflenet_v2_x0_5",
         pytest.param("densenet121", marks=pytest.mark.slow),
+        pytest.param("swin_t", marks=pytest.mark.slow),
     ],
 )
 def test_no_weights_of_a_backbone_defeat_the_clip(backbone):
