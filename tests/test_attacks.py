@@ -64,11 +64,11 @@ def losses():
     return partial(trainer.losses, plan=PLAN, weights=None)
 
 
-def summed(module, inputs, labels, private):
-    """The whole numbers to which noise is added."""
+def summed(module, inputs, labels, private, seeds=None):
+    """The whole numbers to which noise is added; each patient's seed is its number if not given."""
     total = empty_sum(module, private)
-    for i in range(len(inputs)):
-        total.add(row_gradient(module, (inputs[[i]], labels[[i]], i), losses()))
+    for i, seed in enumerate(seeds or range(len(inputs))):
+        total.add(row_gradient(module, (inputs[[i]], labels[[i]], seed), losses()))
     return total
 
 
@@ -251,8 +251,8 @@ def assert_bounded(module, rows, labels, private):
     whole = summed(module, rows, labels, private)
     for out in range(len(rows)):
         kept = [i for i in range(len(rows)) if i != out]
-        without = summed(module, rows[kept], labels[kept], private)
-        alone = summed(module, rows[[out]], labels[[out]], private)
+        without = summed(module, rows[kept], labels[kept], private, kept)
+        alone = summed(module, rows[[out]], labels[[out]], private, [out])
         apart = [a - b for a, b in zip(whole.sums, without.sums, strict=True)]
         assert all(map(torch.equal, apart, alone.sums))
         assert sum(float(a.double().square().sum()) for a in apart) <= whole.longest**2
