@@ -13,8 +13,6 @@ from client.entries import Release
 from client.outbox import Reply, release
 from client.session import Session, drop, open_session, proposed, remember
 from client.site import Site
-from common import wire
-from common.contract import digest
 from common.errors import (
     ConsiliumError,
     ContractError,
@@ -24,7 +22,9 @@ from common.errors import (
     SiteError,
     complaint,
 )
-from common.flower import ClientAppCallable, error_reply, from_bytes, to_bytes
+from common.flower.compat import ClientAppCallable, error_reply, from_bytes, to_bytes
+from common.model.contract import digest
+from common.protocol import wire
 
 log = logging.getLogger(__name__)
 

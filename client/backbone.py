@@ -7,10 +7,11 @@ from pathlib import Path
 
 from client.disk import usable
 from client.site import Site
-from common import backbones, files
+from common.config.study import Study
 from common.errors import ContractError, MissingWeightsError, SiteError, complaint
-from common.study import Study
-from common.wire import BackbonePart
+from common.model import backbones
+from common.protocol.wire import BackbonePart
+from common.support import files
 
 log = logging.getLogger(__name__)
 

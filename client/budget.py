@@ -6,8 +6,8 @@ from client.account import Account
 from client.accountant import Segment
 from client.entries import Entry
 from client.site import Site
+from common.config.study import DpSgd, Study
 from common.errors import BudgetError, complaint
-from common.study import DpSgd, Study
 
 
 def afford(

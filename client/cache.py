@@ -17,9 +17,9 @@ from pathlib import Path
 
 from client.disk import usable
 from client.store import ABOUT, Store, count
-from common import files
 from common.errors import DataError
-from common.terminal import size
+from common.support import files
+from common.support.terminal import size
 
 log = logging.getLogger(__name__)
 

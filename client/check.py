@@ -14,8 +14,7 @@ from client.plan import plan
 from client.precision import chosen, computes
 from client.site import Connect, Site
 from client.speed import Gain, gain
-from common import backbones, files, keys
-from common.contract import Versions
+from common.config.study import Study
 from common.errors import (
     ConsiliumError,
     DataError,
@@ -25,11 +24,13 @@ from common.errors import (
     SiteError,
     complaint,
 )
-from common.flower import RELEASE, same_release
-from common.images import Preprocess
-from common.network import assemble
-from common.study import Study
-from common.terminal import size
+from common.flower.compat import RELEASE, same_release
+from common.model import backbones
+from common.model.contract import Versions
+from common.model.images import Preprocess
+from common.model.network import assemble
+from common.support import files, keys
+from common.support.terminal import size
 
 T = TypeVar("T")
 

@@ -9,9 +9,9 @@ from rich.table import Table
 
 from client import cli_link, cli_privacy
 from client.cli_privacy import SiteFile, Yes
-from common import terminal
 from common.errors import SiteError, complaint
-from common.terminal import console, size, table
+from common.support import terminal
+from common.support.terminal import console, size, table
 
 if TYPE_CHECKING:
     from client.cache import Kept

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from client.cli_privacy import SiteFile
-from common.terminal import StoppedError, console, log_to
+from common.support.terminal import StoppedError, console, log_to
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def init(
     """
     from client import enrol
     from client.site import Site
-    from common import keys
+    from common.support import keys
 
     if not site_file.exists():
         asks = None in (name, data, server)

@@ -9,14 +9,14 @@ import typer
 from rich.table import Table
 
 from common.errors import SiteError, complaint
-from common.terminal import console, size, table
+from common.support.terminal import console, size, table
 
 if TYPE_CHECKING:
     from client.account import Account, Spending
     from client.entries import Contents, Sent
     from client.plan import Noise
     from client.site import Site
-    from common.study import DpSgd, Study
+    from common.config.study import DpSgd, Study
 
 SiteFile = Annotated[
     Path, typer.Argument(metavar="SITE_YAML", help="The hospital's own file, site.yaml.")
@@ -239,7 +239,7 @@ def plan(site_file: SiteFile, study_file: StudyFile) -> None:
     """
     from client import account, plan
     from client.site import Site
-    from common.study import DpSgd, Study
+    from common.config.study import DpSgd, Study
 
     site, study = Site.read(site_file), Study.read(study_file)
     found = plan.plan(site, study)
@@ -281,7 +281,7 @@ def _show_noise(noise: "Noise", privacy: "DpSgd") -> None:
 def _leaving(site: "Site", study: "Study") -> str:
     from math import prod
 
-    from common.network import assemble
+    from common.model.network import assemble
 
     told = site.policy.disclose.resolved(private=study.private)
     network = assemble(study, "none")

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from common import files
 from common.errors import ConsiliumError, complaint
+from common.support import files
 
 
 def secret(path: Path, error: type[ConsiliumError], remedy: str) -> bytes:

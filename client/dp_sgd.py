@@ -26,9 +26,9 @@ from client.noised_sum import NoisedSum
 from client.precision import autocast
 from client.protection import Protection
 from client.trainer import Examples
-from common.cut import train_mode
+from common.config.study import Train
 from common.errors import RefusedError, complaint
-from common.study import Train
+from common.model.split import train_mode
 
 Losses = Callable[[Tensor, Tensor], Tensor]
 """From logits [n, classes] and labels [n] to each row's own loss [n]."""

@@ -11,9 +11,9 @@ import yaml
 from client.data.formats import guess
 from client.disk import usable
 from client.site import Site
-from common import files, keys
 from common.errors import SiteError, complaint
-from common.systemd import quoted
+from common.support import files, keys
+from common.support.systemd import quoted
 
 UNIT = "consilium-client.service"
 

@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from client.accountant import Segment
-from common.study import Name, Word
-from common.yaml import Section
+from common.config.study import Name, Word
+from common.config.yaml import Section
 
 Count = Annotated[int, Field(ge=1)]
 Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]

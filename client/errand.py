@@ -9,8 +9,8 @@ from flwr.app import Message
 from google.protobuf.message import DecodeError
 
 from client.fleet import Letter
-from common import files
-from common.flower import ProtoMessage, message_from_proto, message_to_proto
+from common.flower.compat import ProtoMessage, message_from_proto, message_to_proto
+from common.support import files
 
 log = logging.getLogger(__name__)
 

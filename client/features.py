@@ -27,11 +27,11 @@ from client.disk import secret
 from client.precision import settled
 from client.prefix import BATCH, Prefix, Worth
 from client.store import Rows, Store, open_store
-from common.contract import Dtype, digest
+from common.config.study import Augment
 from common.errors import DataError, complaint
-from common.images import Preprocess, view
-from common.network import Network
-from common.study import Augment
+from common.model.contract import Dtype, digest
+from common.model.images import Preprocess, view
+from common.model.network import Network
 
 log = logging.getLogger(__name__)
 

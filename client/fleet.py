@@ -15,9 +15,8 @@ from flwr.app import Message
 
 from client import tls
 from client.site import Site
-from common import keys
 from common.errors import ContractError, LinkError, SiteError, complaint
-from common.flower import (
+from common.flower.compat import (
     APP,
     RELEASE,
     RELEASE_HEADER,
@@ -29,6 +28,7 @@ from common.flower import (
     pinned,
     unpack,
 )
+from common.support import keys
 
 with pinned():
     from flwr.proto.fleet_pb2 import (

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from client.data.records import Record
 from client.disk import usable
 from client.site import Site
-from common import files
 from common.errors import SiteError
+from common.support import files
 
 _FILE = "forgotten"
 

@@ -32,8 +32,8 @@ from client.entries import (
     Sealed,
     Sent,
 )
-from common import files
 from common.errors import SiteError, complaint
+from common.support import files
 
 log = logging.getLogger(__name__)
 

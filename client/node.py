@@ -19,10 +19,11 @@ from client.desk import open_desk
 from client.errand import Errand
 from client.fleet import PULSE, Fleet, Letter, OverError
 from client.site import Site
-from common import files, wire
+from common.config.study import Study
 from common.errors import ConsiliumError, ContractError, LinkError, complaint
-from common.flower import RELEASE, error_reply, same_release
-from common.study import Study
+from common.flower.compat import RELEASE, error_reply, same_release
+from common.protocol import wire
+from common.support import files
 
 log = logging.getLogger(__name__)
 

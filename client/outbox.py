@@ -9,8 +9,8 @@ from pathlib import Path
 from client.disk import usable
 from client.entries import Contents, Release
 from client.ledger import Ledger
-from common import files
 from common.errors import SiteError
+from common.support import files
 
 log = logging.getLogger(__name__)
 

@@ -11,9 +11,9 @@ from matplotlib.dates import AutoDateLocator, ConciseDateFormatter, date2num
 from matplotlib.figure import Figure
 
 from client.disk import usable
-from common import files
 from common.errors import SiteError
-from common.pictures import COLOURS, INK, STYLE
+from common.support import files
+from common.support.plot_style import COLOURS, INK, STYLE
 
 
 def spending(

@@ -10,8 +10,8 @@ from client.policy import agree, same_holdout
 from client.protection import Protection, protect
 from client.session import cut, patients
 from client.site import Site
+from common.config.study import DpSgd, Study
 from common.errors import BudgetError, DataError, RefusedError, complaint
-from common.study import DpSgd, Study
 
 _MOST_NOISE = 10.0
 _MOST_NOISE_PER_BATCH = 0.1

@@ -12,12 +12,12 @@ from client.disk import usable
 from client.precision import chosen, computes
 from client.protection import Protection
 from client.site import Policy, Site
-from common import files
-from common.disclosure import Disclosure
+from common.config.study import DpSgd, Study
+from common.config.yaml import Section
 from common.errors import RefusedError, SiteError, complaint
-from common.study import DpSgd, Study
-from common.wire import Parts
-from common.yaml import Section
+from common.protocol.disclosure import Disclosure
+from common.protocol.wire import Parts
+from common.support import files
 
 log = logging.getLogger(__name__)
 

@@ -9,9 +9,9 @@ from torch.fx import GraphModule
 from torch.fx.experimental.optimization import fuse
 from torch.utils.flop_counter import FlopCounterMode
 
-from common.contract import Dtype
-from common.cut import Split
-from common.images import Preprocess
+from common.model.contract import Dtype
+from common.model.images import Preprocess
+from common.model.split import Split
 
 BATCH = 32
 """Images that go through the prefix at once: always so many, however few there are.

@@ -6,9 +6,9 @@ from functools import lru_cache
 from client.accountant import Segment, noise_multiplier
 from client.entries import Count, Privacy
 from client.site import Site
+from common.config.study import DpSgd, Study
+from common.config.yaml import Section
 from common.errors import RefusedError, complaint
-from common.study import DpSgd, Study
-from common.yaml import Section
 
 _calibrated = lru_cache(maxsize=128)(noise_multiplier)
 

@@ -19,8 +19,8 @@ from client.dp_sgd import Row, empty_sum, exact, noised_gradient, row_gradient
 from client.entropy import DEVIATION, Entropy
 from client.protection import Protection
 from client.trainer import Examples
-from common.cut import train_mode
 from common.errors import RefusedError, complaint
+from common.model.split import train_mode
 
 _SIDE = 1000
 _DEVIATIONS = 6.5

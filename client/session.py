@@ -25,8 +25,7 @@ from client.protection import Protection, protect
 from client.self_check import check_noise, check_rows
 from client.site import Site
 from client.trainer import Examples
-from common import files, wire
-from common.contract import Dtype, Versions
+from common.config.study import Augment, DpSgd, Study
 from common.errors import (
     ContractError,
     DataError,
@@ -35,11 +34,11 @@ from common.errors import (
     StudyError,
     complaint,
 )
-from common.metrics import Counts
-from common.network import Network, assemble
-from common.seeds import derive
-from common.study import Augment, DpSgd, Study
-from common.wire import (
+from common.metrics.metrics import Counts
+from common.model.contract import Dtype, Versions
+from common.model.network import Network, assemble
+from common.protocol import wire
+from common.protocol.wire import (
     Figures,
     FinalCounts,
     FinalReply,
@@ -49,6 +48,8 @@ from common.wire import (
     RoundRequest,
     Tensors,
 )
+from common.support import files
+from common.support.seeds import derive
 
 log = logging.getLogger(__name__)
 

@@ -10,10 +10,10 @@ from pydantic import Field, StrictInt, field_validator, model_validator
 from client.data.formats import Data
 from client.disk import secret, usable
 from client.features import Keep
-from common.disclosure import Disclosure
+from common.config.study import Name, Number, Positive, Unfreeze, Word
+from common.config.yaml import Section, YamlFile
 from common.errors import SiteError, complaint
-from common.study import Name, Number, Positive, Unfreeze, Word
-from common.yaml import Section, YamlFile
+from common.protocol.disclosure import Disclosure
 
 AtLeastOne = Annotated[StrictInt, Field(ge=1)]
 

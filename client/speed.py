@@ -14,9 +14,9 @@ from torch import nn
 
 from client.precision import autocast
 from client.prefix import BATCH, Prefix
-from common.contract import Dtype
-from common.cut import train_mode
-from common.network import Network
+from common.model.contract import Dtype
+from common.model.network import Network
+from common.model.split import train_mode
 
 # What differs between two measurements is no reason to change.
 _CLEARLY = 1.3

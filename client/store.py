@@ -24,8 +24,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from client.disk import usable
-from common import files
 from common.errors import DataError, complaint
+from common.support import files
 
 log = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import httpx
 from cryptography import x509
 
-from common import keys
 from common.errors import LinkError, complaint
+from common.support import keys
 
 _CERTIFICATE = {
     9: "It is not valid yet: is this machine's clock right?",

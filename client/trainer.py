@@ -11,11 +11,11 @@ from torch.nn import functional as F
 
 from client.features import Prepared
 from client.precision import autocast
-from common.contract import Dtype
-from common.cut import train_mode
-from common.metrics import Counts
-from common.seeds import derive
-from common.study import Train
+from common.config.study import Train
+from common.metrics.metrics import Counts
+from common.model.contract import Dtype
+from common.model.split import train_mode
+from common.support.seeds import derive
 
 _FOCUS = 2.0
 _EVALUATION_BATCH = 128

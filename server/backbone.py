@@ -5,9 +5,9 @@ from functools import cached_property
 
 from safetensors.torch import save
 
-from common import backbones
-from common.study import Study
-from common.wire import BackboneHeld, BackbonePart
+from common.config.study import Study
+from common.model import backbones
+from common.protocol.wire import BackboneHeld, BackbonePart
 
 _PIECE = 2 * 2**20
 """Bytes; small enough for a slow line."""

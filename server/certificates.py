@@ -10,8 +10,8 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from common import files, keys
 from common.errors import LinkError, complaint
+from common.support import files, keys
 
 AUTHORITY, SERVER = "ca", "server"
 """Names of the two key pairs: `.key` stays here, `ca.crt` goes to hospitals."""

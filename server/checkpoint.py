@@ -17,10 +17,10 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from common import files
+from common.config.study import Study
 from common.errors import RunError, complaint
-from common.study import Study
-from common.wire import Tensors
+from common.protocol.wire import Tensors
+from common.support import files
 
 _STATE = "strategy-state/"
 _META = "consilium"

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from common import terminal
 from common.errors import LinkError, complaint
-from common.terminal import console, table
+from common.support import terminal
+from common.support.terminal import console, table
 from server import cli_runs
 from server.cli_runs import HERE, Folder
 
@@ -59,7 +59,7 @@ def init(
     Back the folder up, ca.key above all: without it no hospital can be kept beyond the server
     certificate's two years. Only renew needs ca.key; it may lie elsewhere in between.
     """
-    from common import keys
+    from common.support import keys
     from server import certificates
     from server.project import Project
 
@@ -114,8 +114,8 @@ def admit(
     The fingerprint must be the one that consilium-client init showed there: compare by telephone,
     since whoever can change the hospital's mail can send another key.
     """
-    from common import keys
-    from common.study import NAME
+    from common.config.study import NAME
+    from common.support import keys
     from server.project import Project
     from server.sites import Sites
 

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from common.errors import RunError, complaint
-from common.terminal import Changes, StoppedError, console, log_to
+from common.support.terminal import Changes, StoppedError, console, log_to
 
 Folder = Annotated[
     Path,
@@ -35,7 +35,7 @@ def run(
     The link must be up: consilium-server start. This may be interrupted, or killed, at any time;
     --resume goes on after the last finished round.
     """
-    from common.study import Study
+    from common.config.study import Study
     from server import running
     from server.checkpoint import RunFolder
     from server.project import Project

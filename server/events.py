@@ -15,7 +15,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import RecordWriter
 
 from common.errors import complaint
-from common.metrics import METRICS
+from common.metrics.metrics import METRICS
 from server.checkpoint import RunFolder
 
 log = logging.getLogger(__name__)

@@ -8,11 +8,12 @@ from typing import TypeVar
 from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
-from common import errors, wire
+from common import errors
+from common.config.study import Study
 from common.errors import ContractError, RunError
-from common.network import Network
-from common.study import Study
-from common.wire import BackboneHeld, JoinReply, LedgerHead, LedgerReply, LedgerRequest
+from common.model.network import Network
+from common.protocol import wire
+from common.protocol.wire import BackboneHeld, JoinReply, LedgerHead, LedgerReply, LedgerRequest
 from server.backbone import Backbone
 from server.ledgers import ROLLED_BACK
 

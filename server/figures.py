@@ -11,10 +11,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from common import files
-from common.evidence import Estimate
-from common.metrics import METRICS, Counts
-from common.pictures import COLOURS, GREY, INK, MARKERS, PALEST, STYLE
+from common.metrics.metrics import METRICS, Counts
+from common.metrics.statistics import Estimate
+from common.support import files
+from common.support.plot_style import COLOURS, GREY, INK, MARKERS, PALEST, STYLE
 
 Row = Mapping[str, Any]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from flwr.app import Message
 
 from common.errors import RunError, complaint
-from common.flower import (
+from common.flower.compat import (
     APP,
     RELEASE,
     SUPERLINK_NODE_ID,

@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from common.errors import RunError, complaint
-from common.wire import LedgerHead
+from common.protocol.wire import LedgerHead
 from server.checkpoint import RunFolder
 
 Ledgers = dict[str, LedgerHead]

@@ -21,8 +21,8 @@ from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from common import keys
-from common.flower import RELEASE_HEADER, ObjectTree, pinned
+from common.flower.compat import RELEASE_HEADER, ObjectTree, pinned
+from common.support import keys
 
 with pinned():
     from flwr.common.constant import NOOP_FLWR_AID, TRANSPORT_TYPE_GRPC_RERE

@@ -14,10 +14,10 @@ from typing import Annotated, NamedTuple, Self
 from filelock import FileLock, Timeout
 from pydantic import AfterValidator, Field, StrictInt
 
-from common import files
+from common.config.yaml import YamlFile, dump
 from common.errors import ConsiliumError, LinkError, complaint
-from common.systemd import quoted
-from common.yaml import YamlFile, dump
+from common.support import files
+from common.support.systemd import quoted
 from server import certificates
 
 HTTPS = 443

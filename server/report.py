@@ -11,11 +11,11 @@ from rich.text import Text
 from safetensors.torch import save
 from torch import nn
 
+from common.config.study import Study
 from common.errors import RunError, complaint
-from common.evidence import calibration
-from common.metrics import METRICS, Counts, sensitivity, value
-from common.study import Study
-from common.terminal import console, size, table
+from common.metrics.metrics import METRICS, Counts, sensitivity, value
+from common.metrics.statistics import calibration
+from common.support.terminal import console, size, table
 from server import figures
 from server.checkpoint import RunFolder
 from server.federation import Federation

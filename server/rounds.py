@@ -9,13 +9,13 @@ from typing import Any, TypeVar
 from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
-from common import wire
-from common.contract import Versions
 from common.errors import RunError, complaint
-from common.metrics import METRICS, Counts, value
-from common.network import assemble
-from common.seeds import derive
-from common.wire import FinalCounts, FinalReply, FinalRequest, RoundReply
+from common.metrics.metrics import METRICS, Counts, value
+from common.model.contract import Versions
+from common.model.network import assemble
+from common.protocol import wire
+from common.protocol.wire import FinalCounts, FinalReply, FinalRequest, RoundReply
+from common.support.seeds import derive
 from server import ledgers
 from server.checkpoint import Checkpoint, RunFolder
 from server.federation import Federation, Member

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from flwr.serverapp import Grid
 
+from common.config.study import Study
 from common.errors import RunError, complaint
-from common.study import Study
-from common.terminal import console, table
+from common.support.terminal import console, table
 from server.checkpoint import RunFolder
 from server.federation import Federation
 from server.grid import connected

@@ -11,8 +11,8 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from common.errors import LinkError, complaint
-from common.flower import RELEASE, RELEASE_HEADER
-from common.terminal import log_to
+from common.flower.compat import RELEASE, RELEASE_HEADER
+from common.support.terminal import log_to
 from server import certificates
 from server.link import fleet_app
 from server.project import Project

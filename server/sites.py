@@ -5,9 +5,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
-from common import files, keys
 from common.errors import LinkError, complaint, did_you_mean
-from common.flower import NodeInfo
+from common.flower.compat import NodeInfo
+from common.support import files, keys
 from server.link import (
     NOOP_FLWR_AID,
     LinkState,

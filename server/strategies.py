@@ -21,11 +21,11 @@ from flwr.serverapp.strategy import (
     MultiKrum,
 )
 
-from common import wire
+from common.config.study import Study
 from common.errors import did_you_mean
-from common.flower import SUPERLINK_NODE_ID
-from common.study import Study
-from common.wire import Tensors
+from common.flower.compat import SUPERLINK_NODE_ID
+from common.protocol import wire
+from common.protocol.wire import Tensors
 
 Options = Mapping[str, float]
 

@@ -5,9 +5,9 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from common.network import Network, assemble
-from common.study import Study
-from common.wire import Tensors
+from common.config.study import Study
+from common.model.network import Network, assemble
+from common.protocol.wire import Tensors
 from server.checkpoint import RunFolder
 from server.strategies import Aggregator
 

@@ -17,10 +17,10 @@ from PIL import Image
 from rich.progress import track
 from rich.table import Table
 
-from common import backbones
+from common.config.study import Study
 from common.errors import StudyError
-from common.study import Study
-from common.terminal import console, size, table
+from common.model import backbones
+from common.support.terminal import console, size, table
 from simulations.contest import Contender, Task, Way, device, race, turns
 from simulations.flops import operations, product
 

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.progress import track
 
-from common import files, terminal
 from common.errors import DataError, RunError, complaint
-from common.terminal import Changes, console, table
+from common.support import files, terminal
+from common.support.terminal import Changes, console, table
 from simulations import cli_series
 from simulations.options import (
     CACHE,
@@ -27,7 +27,7 @@ from simulations.options import (
 )
 
 if TYPE_CHECKING:
-    from common.inference import ReleasedModel
+    from common.model.inference import ReleasedModel
     from simulations.engines import Engine
     from simulations.study_runs import Source
 
@@ -109,7 +109,7 @@ def run(
     engine: "Engine",
 ) -> None:
     """Run a study across virtual hospitals, or go on with one that was interrupted."""
-    from common.study import Study
+    from common.config.study import Study
     from simulations import study_runs
 
     if resume is not None:
@@ -156,7 +156,7 @@ def feature_mean(
     Subtracting it makes private training better, and costs no privacy as long as no image is one
     of a hospital's. The study's own kind of images is best; any others help.
     """
-    from common.study import Study
+    from common.config.study import Study
     from simulations import feature_mean
 
     count = feature_mean.write(Study.read(study, tuple(changes or ())), folder, out)
@@ -170,8 +170,8 @@ def predict(
     out: Annotated[Path, typer.Option(help="The CSV file to write.")] = Path("predictions.csv"),
 ) -> None:
     """Write the released model's class probabilities for every image in a folder."""
-    from common.images import found_in
-    from common.inference import load_model
+    from common.model.images import found_in
+    from common.model.inference import load_model
 
     model = load_model(run)
     paths = found_in(folder)
@@ -211,7 +211,7 @@ def backbones(
     classes: Annotated[int, typer.Option(min=2, help="Classes of the head.")] = 2,
 ) -> None:
     """List the registered backbones, and what each `unfreeze` trains and sends."""
-    from common.backbones import REGISTRY
+    from common.model.backbones import REGISTRY
 
     left, right = ("backbone", "unfreeze", "from block"), ("parameters", "bytes sent")
     shown = table(*left, *right, left=left)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from common.terminal import Changes
+from common.support.terminal import Changes
 from simulations.options import (
     CACHE,
     Cache,
@@ -45,7 +45,7 @@ def utility(
     engine: "Engine",
 ) -> None:
     """Show what privacy costs: one study at several ε and without, on the same holdouts."""
-    from common.study import Study
+    from common.config.study import Study
     from simulations import utility
 
     read = Study.read(study, tuple(changes or ()))
@@ -129,7 +129,7 @@ def poison(
     The robust ones are told how many hospitals lie. What all runs are judged by is the released
     model on test patients of the hospitals that never lie.
     """
-    from common.study import Study
+    from common.config.study import Study
     from server.strategies import REGISTRY
     from simulations import poison
     from simulations.liars import Lies

@@ -15,11 +15,11 @@ from client import trainer
 from client.precision import settled
 from client.session import Session, open_session
 from client.trainer import Examples
+from common.config.study import Study
 from common.errors import RefusedError
-from common.metrics import Counts
-from common.seeds import derive
-from common.study import Study
-from common.wire import Tensors
+from common.metrics.metrics import Counts
+from common.protocol.wire import Tensors
+from common.support.seeds import derive
 from server.report import Results
 from server.warm_start import first_tensors
 

@@ -23,10 +23,10 @@ from client.app import app as client_app
 from client.data.image_folder import ImageFolder
 from client.session import open_session
 from client.site import Site
-from common import wire
+from common.config.study import Study
 from common.errors import RunError, complaint
-from common.study import Study
-from common.terminal import console
+from common.protocol import wire
+from common.support.terminal import console
 from server.app import app as server_app
 from server.checkpoint import RunFolder
 from simulations import hospitals

@@ -4,9 +4,9 @@ import time
 from pathlib import Path
 
 from client.site import Site
+from common.config.study import Study
 from common.errors import RunError, complaint
-from common.study import Study
-from common.terminal import console
+from common.support.terminal import console
 from simulations import hospitals, phantom
 from simulations.loopback import Loopback, until
 

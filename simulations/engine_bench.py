@@ -18,9 +18,9 @@ from client import trainer
 from client.app import app as client_app
 from client.data.npz import Npz
 from client.session import close_sessions
+from common.config.study import Study
 from common.errors import StudyError
-from common.study import Study
-from common.terminal import console, size, table
+from common.support.terminal import console, size, table
 from server.checkpoint import RunFolder
 from server.report import Reporter
 from server.rounds import Run

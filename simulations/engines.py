@@ -6,7 +6,7 @@ from typing import Protocol
 
 from client.app import app as client_app
 from client.session import close_sessions
-from common.study import Study
+from common.config.study import Study
 from server.app import app as server_app
 from simulations import hospitals
 from simulations.grid import simulate

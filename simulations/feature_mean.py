@@ -8,12 +8,13 @@ import torch
 from rich.progress import track
 from torch import Tensor, nn
 
-from common import backbones, files
+from common.config.study import Study
 from common.errors import DataError, complaint
-from common.images import Preprocess, found_in
-from common.network import assemble
-from common.study import Study
-from common.terminal import console
+from common.model import backbones
+from common.model.images import Preprocess, found_in
+from common.model.network import assemble
+from common.support import files
+from common.support.terminal import console
 
 _BATCH = 64
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from common.network import assemble
-from common.study import Study
+from common.config.study import Study
+from common.model.network import assemble
 from simulations.contest import device
 
 

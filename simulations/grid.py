@@ -11,7 +11,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
 from common.errors import ConsiliumError
-from common.flower import (
+from common.flower.compat import (
     SUPERLINK_NODE_ID,
     ClientAppCallable,
     ProtoMessage,

@@ -20,11 +20,11 @@ from client.data.formats import Data, guess
 from client.ledger import read
 from client.session import cut, open_session, patients, remember
 from client.site import Site
-from common import files
+from common.config.study import NAME, Study
+from common.config.yaml import dump
 from common.errors import DataError, RefusedError, RunError, SiteError, complaint
-from common.seeds import derive
-from common.study import NAME, Study
-from common.yaml import dump
+from common.support import files
+from common.support.seeds import derive
 from server.strategies import least
 from simulations import partition
 

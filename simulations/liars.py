@@ -12,9 +12,9 @@ from client.app import app as client_app
 from client.app import site_file
 from client.session import Session, open_session
 from client.site import Site
-from common import wire
-from common.study import Study
-from common.weights import LARGEST
+from common.config.study import Study
+from common.model.weights import LARGEST
+from common.protocol import wire
 from server.app import app as server_app
 from server.checkpoint import RunFolder
 from simulations.engines import InProcess

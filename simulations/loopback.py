@@ -15,10 +15,10 @@ from typing import Any, Self
 import yaml
 
 from client.site import Site
-from common import files, keys
+from common.config.study import Study
+from common.config.yaml import dump
 from common.errors import RunError, complaint
-from common.study import Study
-from common.yaml import dump
+from common.support import files, keys
 from server.project import Project
 from server.sites import Sites
 from simulations import hospitals

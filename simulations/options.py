@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import click
 import typer
 
-from common.terminal import StoppedError
+from common.support.terminal import StoppedError
 
 if TYPE_CHECKING:
     from simulations.engines import Engine

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from client.data.records import Record
 from common.errors import StudyError, complaint, did_you_mean
-from common.seeds import derive
+from common.support.seeds import derive
 
 Numbers = NDArray[np.int64]
 """One number per patient, [patients]: its label, or the site it goes to."""

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from common.errors import RunError, complaint
-from common.seeds import derive
+from common.support.seeds import derive
 from simulations.anatomy import (
     BODY,
     LESION,

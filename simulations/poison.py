@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 
-from common import files
+from common.config.study import Study
 from common.errors import RunError, StudyError, complaint, did_you_mean
-from common.evidence import Estimate
-from common.metrics import METRICS, value
-from common.study import Study
-from common.terminal import console, table
+from common.metrics.metrics import METRICS, value
+from common.metrics.statistics import Estimate
+from common.support import files
+from common.support.terminal import console, table
 from server import figures
 from server.report import FEDERATED, load_results, union
 from server.strategies import REGISTRY

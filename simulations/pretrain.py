@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision.models import shufflenet_v2_x0_5
 
-from common.seeds import derive
+from common.support.seeds import derive
 from simulations.anatomy import (
     BODY,
     LESION,

@@ -15,10 +15,10 @@ from client.features import Prepared
 from client.protection import Protection
 from client.store import Rows
 from client.trainer import Examples
+from common.config.study import Study
 from common.errors import StudyError
-from common.network import assemble
-from common.study import Study
-from common.terminal import console, table
+from common.model.network import assemble
+from common.support.terminal import console, table
 
 _ROWS, _BATCH, _REPEATS = 256, 32, 3
 _SIDE = 224

@@ -16,9 +16,9 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
+from common.config.study import Study
 from common.errors import RunError, complaint
-from common.flower import ErrorCode, pinned
-from common.study import Study
+from common.flower.compat import ErrorCode, pinned
 from server.app import app as server_app
 from simulations.engines import InProcess
 from simulations.ray_site import PACKAGES, Hospitals, fingerprint, look, place

@@ -57,7 +57,7 @@ class Hospitals:
 def _log_of(site_file: Path) -> Iterator[None]:
     """Log into the hospital's state folder meanwhile, as a real hospital does."""
     from client.site import Site
-    from common.terminal import log_to
+    from common.support.terminal import log_to
 
     logging.getLogger("client").setLevel(logging.INFO)
     file = log_to(Site.read(site_file).private("logs") / "client.log")

@@ -8,9 +8,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from client.account import MEANING
+from common.config.study import Study
 from common.errors import RunError, StudyError, complaint
-from common.study import Study
-from common.terminal import console, table
+from common.support.terminal import console, table
 from server.checkpoint import RunFolder
 from server.report import load_results, save_results, show_results
 from server.warm_start import inspect

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
-from common import files
-from common.evidence import Estimate, difference, gap_closed, intervals, t_interval
-from common.metrics import METRICS, Counts, value
-from common.study import Study
-from common.terminal import console, table
+from common.config.study import Study
+from common.metrics.metrics import METRICS, Counts, value
+from common.metrics.statistics import Estimate, difference, gap_closed, intervals, t_interval
+from common.support import files
+from common.support.terminal import console, table
 from server import figures
 from server.checkpoint import RunFolder
 from server.report import FEDERATED, Results, load_results, note, overall

@@ -12,13 +12,13 @@ from typing import Any
 
 from rich.table import Table
 
-from common import files
+from common.config.study import Study
+from common.config.yaml import alternatives
 from common.errors import RunError, StudyError, complaint
-from common.evidence import difference
-from common.metrics import METRICS, Counts, better, value
-from common.study import Study
-from common.terminal import console, table
-from common.yaml import alternatives
+from common.metrics.metrics import METRICS, Counts, better, value
+from common.metrics.statistics import difference
+from common.support import files
+from common.support.terminal import console, table
 from server import figures
 from server.checkpoint import RunFolder
 from server.report import FEDERATED, load_results, union

@@ -14,10 +14,11 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from client.data.records import Record
-from common import backbones, wire
-from common.cut import train_mode
-from common.flower import recorddict_from_proto, recorddict_to_proto
-from common.study import Study
+from common.config.study import Study
+from common.flower.compat import recorddict_from_proto, recorddict_to_proto
+from common.model import backbones
+from common.model.split import train_mode
+from common.protocol import wire
 
 
 class Tutorial:

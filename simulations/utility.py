@@ -9,12 +9,12 @@ from statistics import mean
 from rich.table import Table
 
 from client.account import MEANING
-from common import files
+from common.config.study import DpSgd, NoPrivacy, Study
 from common.errors import StudyError, complaint
-from common.evidence import t_interval
-from common.metrics import METRICS, Counts, class_auroc, value
-from common.study import DpSgd, NoPrivacy, Study
-from common.terminal import console, table
+from common.metrics.metrics import METRICS, Counts, class_auroc, value
+from common.metrics.statistics import t_interval
+from common.support import files
+from common.support.terminal import console, table
 from server import figures
 from server.report import FEDERATED, Results, load_results, overall
 from simulations import hospitals, study_runs, summary

@@ -21,8 +21,8 @@ import torch
 
 from client.app import app as client_app
 from client.session import close_sessions
+from common.config.study import Study
 from common.errors import RunError, complaint
-from common.study import Study
 from server.app import app as server_app
 from simulations import hospitals
 from simulations.grid import Letter, RemoteGrid, answer_bytes, serve

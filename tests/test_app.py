@@ -22,11 +22,11 @@ from client.ledger import Ledger, read
 from client.outbox import Reply, release
 from client.session import close_sessions, open_session
 from client.site import Site
-from common import wire
-from common.contract import digest
-from common.flower import recorddict_to_proto
-from common.study import Study
-from common.yaml import dump
+from common.config.study import Study
+from common.config.yaml import dump
+from common.flower.compat import recorddict_to_proto
+from common.model.contract import digest
+from common.protocol import wire
 from simulations.grid import InProcessGrid
 from tests.kit import another, limited
 

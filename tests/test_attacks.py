@@ -24,10 +24,10 @@ from client.noised_sum import NoisedSum
 from client.protection import Protection
 from client.store import Rows
 from client.trainer import Examples
-from common.backbones import Head
-from common.cut import train_mode
-from common.network import assemble
-from common.study import Study, Train
+from common.config.study import Study, Train
+from common.model.backbones import Head
+from common.model.network import assemble
+from common.model.split import train_mode
 
 pytestmark = pytest.mark.numbers
 

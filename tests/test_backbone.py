@@ -9,7 +9,8 @@ from safetensors.torch import save_file
 
 from client.backbone import find, receive
 from client.site import Site
-from common import backbones
+from common.config.study import Study
+from common.config.yaml import dump
 from common.errors import (
     BackboneError,
     ConsiliumError,
@@ -17,10 +18,9 @@ from common.errors import (
     MissingWeightsError,
     StudyError,
 )
-from common.network import assemble
-from common.study import Study
-from common.wire import BackboneHeld, BackbonePart
-from common.yaml import dump
+from common.model import backbones
+from common.model.network import assemble
+from common.protocol.wire import BackboneHeld, BackbonePart
 from server import backbone as sending
 from server.backbone import Backbone
 

@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision import models
 
-from common import backbones
-from common.backbones import Backbone, Head
 from common.errors import BackboneError, StudyError
+from common.model import backbones
+from common.model.backbones import Backbone, Head
 
 pytestmark = pytest.mark.numbers
 

@@ -12,9 +12,10 @@ from torch.utils.data import TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
-from common import backbones, wire
+from common.config.study import Study
 from common.errors import RunError, StudyError
-from common.study import Study
+from common.model import backbones
+from common.protocol import wire
 from simulations.bench import Plan
 from simulations.cli import app
 from simulations.contest import Contender, Task

@@ -18,8 +18,8 @@ from rich.table import Table
 from safetensors.torch import save_file
 
 from client import session
-from common.metrics import Counts
-from common.terminal import PlainConsole
+from common.metrics.metrics import Counts
+from common.support.terminal import PlainConsole
 from server.report import left_out, note, overall
 from simulations import cli
 

@@ -15,9 +15,9 @@ import yaml
 
 from client import cli
 from client.site import Site
-from common import keys
-from common.flower import RELEASE
-from common.yaml import dump
+from common.config.yaml import dump
+from common.flower.compat import RELEASE
+from common.support import keys
 from server import certificates
 from server.project import Project
 from server.sites import Sites
@@ -36,7 +36,7 @@ def command(
     """Runs `consilium-client` in an empty folder, with what is typed: exit code, all it printed."""
     monkeypatch.chdir(tmp_path)
     # What it prints must be one line each, however wide the terminal is.
-    monkeypatch.setattr("common.terminal.console._width", 500)
+    monkeypatch.setattr("common.support.terminal.console._width", 500)
     return partial(run_main, cli.main)
 
 

@@ -22,8 +22,8 @@ from client.outbox import Outbox, Reply, release
 from client.session import Session, cut
 from client.site import Site
 from client.store import Store
-from common.study import Study
-from common.yaml import dump
+from common.config.study import Study
+from common.config.yaml import dump
 
 SKIN, CHEST = "1" * 16, "2" * 16
 SITE = {"name": "east", "data": {"format": "manifest", "root": "."}, "state": "state"}

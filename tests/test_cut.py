@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
-from common import backbones
-from common.cut import Split, cut_at, legal_cuts, split, train_mode
 from common.errors import BackboneError
+from common.model import backbones
+from common.model.split import Split, cut_at, legal_cuts, split, train_mode
 
 pytestmark = pytest.mark.numbers
 

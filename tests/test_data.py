@@ -17,9 +17,9 @@ from client.data.image_folder import ImageFolder
 from client.data.manifest import Manifest
 from client.data.npz import Npz
 from client.data.records import ArrayImage, FileImage
+from common.config.yaml import YamlFile
 from common.errors import DataError, SiteError
-from common.images import Preprocess
-from common.yaml import YamlFile
+from common.model.images import Preprocess
 
 SHARED = Path(os.environ.get("CONSILIUM_TEST_DATA", Path(__file__).parent.parent.parent / "shared"))
 CLASSES = ("benign", "malignant")

@@ -19,8 +19,8 @@ from client.app import app as client_app
 from client.entries import Sealed, history
 from client.ledger import read
 from client.site import Site
+from common.config.study import Study
 from common.errors import StudyError
-from common.study import Study
 from server.app import app as server_app
 from server.checkpoint import RunFolder
 from simulations import hospitals, loopback

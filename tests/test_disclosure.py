@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.disclosure import Disclosure
-from common.metrics import BINS, METRICS, Counts, value
+from common.metrics.metrics import BINS, METRICS, Counts, value
+from common.protocol.disclosure import Disclosure
 
 EXACT = Disclosure(counts="exact")
 ROUNDED = Disclosure(counts="rounded")

@@ -11,8 +11,8 @@ from flwr.app import Context, Message
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from client.app import app as client_app
-from common.study import Study
-from common.yaml import dump
+from common.config.study import Study
+from common.config.yaml import dump
 from server.app import app as server_app
 from server.checkpoint import RunFolder
 from server.events import Events

@@ -8,9 +8,9 @@ from safetensors.torch import load_file
 
 from client.app import app as client_app
 from client.data.manifest import Manifest
-from common import backbones
-from common.network import assemble
-from common.study import Study
+from common.config.study import Study
+from common.model import backbones
+from common.model.network import assemble
 from server.app import app as server_app
 from server.checkpoint import RunFolder
 from simulations import hospitals

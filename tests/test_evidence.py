@@ -8,8 +8,8 @@ import torch
 from scipy import stats
 from torch.nn.functional import one_hot
 
-from common.evidence import _t, calibration, difference, gap_closed, intervals, t_interval
-from common.metrics import METRICS, Counts, value
+from common.metrics.metrics import METRICS, Counts, value
+from common.metrics.statistics import _t, calibration, difference, gap_closed, intervals, t_interval
 
 pytestmark = pytest.mark.numbers
 

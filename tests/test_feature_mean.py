@@ -8,11 +8,11 @@ import torch
 from typer.testing import CliRunner
 
 from client.app import app as client_app
+from common.config.study import Study
+from common.config.yaml import dump
 from common.errors import DataError, StudyError
-from common.inference import load_model
-from common.network import assemble
-from common.study import Study
-from common.yaml import dump
+from common.model.inference import load_model
+from common.model.network import assemble
 from server.app import app as server_app
 from server.checkpoint import RunFolder
 from simulations import feature_mean, hospitals

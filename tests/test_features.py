@@ -18,11 +18,11 @@ from client.data.records import ArrayImage, FileImage
 from client.features import Prepared, Recipe, namer, prepare
 from client.store import opened
 from client.trainer import Examples
-from common.cut import cut_at
+from common.config.study import Augment, Study, Train
 from common.errors import DataError
-from common.images import Preprocess
-from common.network import assemble
-from common.study import Augment, Study, Train
+from common.model.images import Preprocess
+from common.model.network import assemble
+from common.model.split import cut_at
 
 pytestmark = pytest.mark.numbers
 

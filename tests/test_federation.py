@@ -16,16 +16,16 @@ from safetensors.torch import load_file
 
 from client import ledger
 from client.app import app as client_app
-from common import wire
-from common.contract import Contract, Versions
-from common.disclosure import Disclosure
+from common.config.study import Study
+from common.config.yaml import dump
 from common.errors import RunError
-from common.flower import error_reply
-from common.metrics import Counts
-from common.network import assemble
-from common.study import Study
-from common.wire import JoinReply, LedgerHead, LedgerReply, Parts
-from common.yaml import dump
+from common.flower.compat import error_reply
+from common.metrics.metrics import Counts
+from common.model.contract import Contract, Versions
+from common.model.network import assemble
+from common.protocol import wire
+from common.protocol.disclosure import Disclosure
+from common.protocol.wire import JoinReply, LedgerHead, LedgerReply, Parts
 from server import ledgers
 from server.app import app as server_app
 from server.checkpoint import RunFolder

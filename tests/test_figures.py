@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import server.figures
-from common.evidence import Estimate
-from common.metrics import Counts
+from common.metrics.metrics import Counts
+from common.metrics.statistics import Estimate
 from server.figures import comparison, confusion, curves, sweep
 
 

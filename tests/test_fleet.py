@@ -20,10 +20,10 @@ from client import fleet as fleets
 from client.errand import Errand
 from client.fleet import Fleet, Letter, NotAdmittedError, OverError
 from client.site import Site
-from common import keys
+from common.config.yaml import dump
 from common.errors import ContractError, LinkError, SiteError
-from common.flower import RELEASE, message_from_proto, pack
-from common.yaml import dump
+from common.flower.compat import RELEASE, message_from_proto, pack
+from common.support import keys
 from server import certificates
 from server.grid import LinkGrid, connected
 from server.project import Project

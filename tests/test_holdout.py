@@ -9,8 +9,8 @@ import pytest
 from client.data.formats import guess
 from client.data.holdout import split
 from client.data.records import ArrayImage, Record
+from common.config.study import Holdout
 from common.errors import DataError
-from common.study import Holdout
 
 SHARED = Path(os.environ.get("CONSILIUM_TEST_DATA", Path(__file__).parent.parent.parent / "shared"))
 SECRET = bytes(range(32))

@@ -3,8 +3,8 @@
 import pytest
 import yaml
 
+from common.config.study import Study
 from common.errors import SiteError
-from common.study import Study
 from simulations import hospitals
 
 CONTENT = {

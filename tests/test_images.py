@@ -10,7 +10,7 @@ import torch
 from PIL import Image, TiffImagePlugin
 
 from common.errors import DataError
-from common.images import Preprocess, decode, view
+from common.model.images import Preprocess, decode, view
 
 pytestmark = pytest.mark.numbers
 

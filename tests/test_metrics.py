@@ -10,8 +10,9 @@ import torch
 from sklearn import metrics as sk
 from torch.nn.functional import cross_entropy, one_hot
 
+from common.config.study import Study
 from common.errors import ContractError, RunError
-from common.metrics import (
+from common.metrics.metrics import (
     BINS,
     METRICS,
     MOST,
@@ -22,7 +23,6 @@ from common.metrics import (
     specificity,
     value,
 )
-from common.study import Study
 
 pytestmark = pytest.mark.numbers
 

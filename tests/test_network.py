@@ -8,12 +8,12 @@ import torch
 from safetensors.torch import save_file
 from torch.nn.functional import cross_entropy
 
-from common import backbones
-from common.contract import digest
+from common.config.study import Study
 from common.errors import ContractError, StudyError
-from common.images import Preprocess
-from common.network import Network, _assemble, assemble
-from common.study import Study
+from common.model import backbones
+from common.model.contract import digest
+from common.model.images import Preprocess
+from common.model.network import Network, _assemble, assemble
 
 pytestmark = pytest.mark.numbers
 

@@ -23,12 +23,13 @@ from client import node as node_module
 from client.entries import Sent
 from client.ledger import read
 from client.node import Node
-from common import keys, wire
+from common.config.study import Study
+from common.config.yaml import dump
 from common.errors import RunError, StudyError
-from common.flower import APP, RELEASE, TaskIdentity, to_bytes
-from common.network import assemble
-from common.study import Study
-from common.yaml import dump
+from common.flower.compat import APP, RELEASE, TaskIdentity, to_bytes
+from common.model.network import assemble
+from common.protocol import wire
+from common.support import keys
 from server import certificates
 from server import grid as grid_module
 from server import link as link_module

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from client.session import open_session
+from common.config.study import Study
 from common.errors import RunError, StudyError
-from common.network import assemble
-from common.study import Study
-from common.terminal import console
+from common.model.network import assemble
+from common.support.terminal import console
 from server.checkpoint import RunFolder
 from simulations import hospitals, poison, study_runs
 from simulations.engines import InProcess

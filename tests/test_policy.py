@@ -18,11 +18,11 @@ from client.policy import Agreement, agree, keep_holdout, same_holdout
 from client.protection import protect
 from client.session import Session
 from client.site import Site
-from common import wire
+from common.config.study import Study
+from common.config.yaml import dump
 from common.errors import ContractError, DataError, RefusedError, SiteError
-from common.study import Study
-from common.wire import LedgerHead, RoundRequest
-from common.yaml import dump
+from common.protocol import wire
+from common.protocol.wire import LedgerHead, RoundRequest
 
 CLASSES = ("dark", "bright")
 HEAD = LedgerHead(count=1, hash="0" * 64)

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from client.prefix import BATCH, Prefix, Worth
-from common import backbones
-from common.cut import Split, split
-from common.images import Preprocess
+from common.model import backbones
+from common.model.images import Preprocess
+from common.model.split import Split, split
 
 pytestmark = pytest.mark.numbers
 

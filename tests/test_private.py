@@ -4,10 +4,10 @@ import pytest
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from client.features import Recipe
-from common import backbones
-from common.cut import of_batchnorm
-from common.network import assemble
-from common.study import Study
+from common.config.study import Study
+from common.model import backbones
+from common.model.network import assemble
+from common.model.split import of_batchnorm
 
 pytestmark = pytest.mark.numbers
 

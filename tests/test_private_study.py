@@ -22,10 +22,10 @@ from client.entropy import Entropy
 from client.ledger import adopt, read
 from client.session import close_sessions, open_session
 from client.site import Site
-from common import wire
+from common.config.study import Study
+from common.config.yaml import dump
 from common.errors import RunError, StudyError
-from common.study import Study
-from common.yaml import dump
+from common.protocol import wire
 from server.app import app as server_app
 from server.checkpoint import RunFolder
 from server.report import load_results

@@ -10,9 +10,9 @@ import pytest
 from cryptography import x509
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
-from common import keys
+from common.config.study import Study
 from common.errors import LinkError, StudyError
-from common.study import Study
+from common.support import keys
 from server import certificates
 from server.checkpoint import Checkpoint, RunFolder
 from server.project import Project, RunState

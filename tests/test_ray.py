@@ -15,9 +15,9 @@ import pytest
 from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 
 from client.ledger import Ledger
-from common import wire
-from common.flower import TaskIdentity
-from common.study import Study
+from common.config.study import Study
+from common.flower.compat import TaskIdentity
+from common.protocol import wire
 from simulations import cli, hospitals, ray_engine
 from simulations.ray_site import Hospitals, fingerprint, look
 

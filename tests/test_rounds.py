@@ -20,12 +20,12 @@ from safetensors.torch import load_file
 from client.app import app as client_app
 from client.session import cut
 from client.site import Site
-from common import wire
+from common.config.study import Study
+from common.config.yaml import dump
 from common.errors import RunError, StudyError
-from common.inference import load_model
-from common.network import assemble
-from common.study import Study
-from common.yaml import dump
+from common.model.inference import load_model
+from common.model.network import assemble
+from common.protocol import wire
 from server.app import app as server_app
 from server.checkpoint import RunFolder
 from server.report import load_results, union

@@ -32,8 +32,8 @@ from client import features
 from client.features import Recipe
 from client.site import Site
 from client.store import opened
-from common.network import assemble
-from common.study import Augment, Study
+from common.model.network import assemble
+from common.config.study import Augment, Study
 from server.checkpoint import RunFolder
 from simulations import compare, hospitals
 from simulations.engines import InProcess

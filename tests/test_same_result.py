@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from common.yaml import dump
+from common.config.yaml import dump
 from simulations import cli
 
 pytestmark = pytest.mark.numbers

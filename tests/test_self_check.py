@@ -15,10 +15,10 @@ from client.protection import Protection
 from client.self_check import check_noise, check_rows
 from client.store import Rows
 from client.trainer import Examples
-from common import backbones
+from common.config.study import Study
 from common.errors import RefusedError
-from common.network import assemble
-from common.study import Study
+from common.model import backbones
+from common.model.network import assemble
 
 pytestmark = pytest.mark.numbers
 

@@ -25,8 +25,8 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from client.fleet import Fleet, NotAdmittedError
-from common import keys
 from common.errors import LinkError
+from common.support import keys
 from server import certificates, cli, serve
 from server.project import Project
 from server.sites import Sites

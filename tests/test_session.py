@@ -23,6 +23,8 @@ from client.data import npz
 from client.session import Session, close_sessions, cut, open_session, remember
 from client.site import Site
 from client.store import opened
+from common.config.study import Study
+from common.config.yaml import dump
 from common.errors import (
     BackboneError,
     ContractError,
@@ -31,10 +33,8 @@ from common.errors import (
     SiteError,
     StudyError,
 )
-from common.flower import TaskIdentity
-from common.study import Study
-from common.wire import JoinRequest, LedgerHead
-from common.yaml import dump
+from common.flower.compat import TaskIdentity
+from common.protocol.wire import JoinRequest, LedgerHead
 
 pytestmark = pytest.mark.numbers
 

@@ -11,8 +11,8 @@ import yaml
 
 from client.data.manifest import Manifest
 from client.site import Site
-from common import files
 from common.errors import SiteError
+from common.support import files
 
 BASE: dict[str, Any] = {
     "name": "east",

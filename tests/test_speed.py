@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from client.speed import Gain, gain
-from common.network import assemble
-from common.study import Study
+from common.config.study import Study
+from common.model.network import assemble
 
 pytestmark = pytest.mark.numbers
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 from flwr.app import ConfigRecord
 
-from common import wire
+from common.config.study import Study
 from common.errors import StudyError
-from common.flower import SUPERLINK_NODE_ID, TaskIdentity
-from common.study import Study
-from common.wire import Tensors
+from common.flower.compat import SUPERLINK_NODE_ID, TaskIdentity
+from common.protocol import wire
+from common.protocol.wire import Tensors
 from server.strategies import REGISTRY, Aggregator
 
 pytestmark = pytest.mark.numbers

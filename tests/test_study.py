@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import yaml
 
+from common.config.study import Study
 from common.errors import StudyError
-from common.study import Study
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 BASE = """

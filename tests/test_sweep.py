@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from common.config.yaml import alternatives, dump
 from common.errors import StudyError
-from common.yaml import alternatives, dump
 from server.checkpoint import RunFolder
 from simulations import cli
 from simulations.sweep import plan

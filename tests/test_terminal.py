@@ -6,7 +6,7 @@ import pytest
 import typer
 
 from common.errors import SiteError
-from common.terminal import StoppedError, run, size
+from common.support.terminal import StoppedError, run, size
 
 
 @pytest.mark.parametrize(

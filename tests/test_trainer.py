@@ -13,9 +13,9 @@ from client import trainer
 from client.features import Prepared
 from client.store import Rows
 from client.trainer import Examples
-from common.cut import split
-from common.network import assemble
-from common.study import Study, Train
+from common.config.study import Study, Train
+from common.model.network import assemble
+from common.model.split import split
 
 pytestmark = pytest.mark.numbers
 

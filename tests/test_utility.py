@@ -4,9 +4,9 @@ import json
 
 import pytest
 
+from common.config.study import Study
 from common.errors import StudyError
-from common.study import Study
-from common.terminal import console
+from common.support.terminal import console
 from simulations import private_bench, utility
 from simulations.engines import InProcess
 from simulations.study_runs import Source

@@ -12,12 +12,12 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from numpy.typing import NDArray
 
-from common import wire
-from common.contract import Contract, Versions
-from common.disclosure import Disclosure
 from common.errors import ContractError
-from common.flower import recorddict_from_proto, recorddict_to_proto
-from common.metrics import Counts
+from common.flower.compat import recorddict_from_proto, recorddict_to_proto
+from common.metrics.metrics import Counts
+from common.model.contract import Contract, Versions
+from common.protocol import wire
+from common.protocol.disclosure import Disclosure
 
 SHAPES = {"head.weight": (3, 4), "head.bias": (3,), "scale": ()}
 WEIGHT, CLASSES = 40, 3

@@ -17,8 +17,8 @@ from threading import Thread
 import pytest
 
 from common import errors
+from common.config.study import Study
 from common.errors import ConsiliumError, DataError, RunError
-from common.study import Study
 from server.checkpoint import RunFolder
 from simulations import cli, hospitals
 from simulations.engines import Engine, InProcess

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from client.data.records import Record, Split
+from common.config.study import Holdout
 from common.errors import DataError, complaint
-from common.study import Holdout
 
 
 @dataclass(frozen=True)

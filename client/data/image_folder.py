@@ -9,7 +9,7 @@ from pydantic import field_validator
 
 from client.data.records import FileImage, Format, Row
 from common.errors import DataError, complaint
-from common.images import SUFFIXES
+from common.model.images import SUFFIXES
 
 
 class ImageFolder(Format):

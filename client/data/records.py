@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from pydantic import Field, StrictInt
 from torch import Tensor
 
+from common.config.yaml import Section
 from common.errors import DataError, complaint
-from common.images import Preprocess
-from common.yaml import Section
+from common.model.images import Preprocess
 
 Split = Literal["train", "validation", "test"]
 

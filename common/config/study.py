@@ -16,9 +16,9 @@ from pydantic import (
     model_validator,
 )
 
-from common.contract import Dtype
+from common.config.yaml import Section, YamlFile, dump
 from common.errors import StudyError, complaint
-from common.yaml import Section, YamlFile, dump
+from common.model.contract import Dtype
 
 
 def _no_truth(value: object) -> object:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from common.metrics import CENTRES, Counts, Floats, Ints, better, value
+from common.metrics.metrics import CENTRES, Counts, Floats, Ints, better, value
 
 
 @dataclass(frozen=True)

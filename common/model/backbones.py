@@ -13,10 +13,10 @@ import torch
 from torch import nn
 from torchvision import models
 
-from common import weights as checkpoints
 from common.errors import BackboneError, StudyError, complaint, did_you_mean
-from common.images import Preprocess
-from common.weights import Fit
+from common.model import weights as checkpoints
+from common.model.images import Preprocess
+from common.model.weights import Fit
 
 
 class Centre(nn.Module):

@@ -5,14 +5,14 @@ from functools import lru_cache
 
 from torch import Tensor, nn
 
-from common import backbones
-from common.contract import Contract
-from common.cut import Split, of_batchnorm, split
+from common.config.study import Study
 from common.errors import ContractError
-from common.images import Preprocess
-from common.seeds import derive
-from common.study import Study
-from common.weights import LARGEST
+from common.model import backbones
+from common.model.contract import Contract
+from common.model.images import Preprocess
+from common.model.split import Split, of_batchnorm, split
+from common.model.weights import LARGEST
+from common.support.seeds import derive
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,8 +10,8 @@ from typing import Annotated, Literal, Self
 from pydantic import Field
 from torch import Tensor
 
-from common.images import Preprocess
-from common.yaml import Section
+from common.config.yaml import Section
+from common.model.images import Preprocess
 
 PROTOCOL = "4"
 """Raised whenever a message between server and site changes."""

@@ -18,13 +18,13 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from pydantic import Field, StrictInt, ValidationError, model_validator
 from torch import Tensor
 
-from common.contract import Contract, Versions
-from common.disclosure import Disclosure
+from common.config.study import Name
+from common.config.yaml import Section
 from common.errors import ContractError
-from common.metrics import MOST, Counts
-from common.study import Name
-from common.weights import LARGEST
-from common.yaml import Section
+from common.metrics.metrics import MOST, Counts
+from common.model.contract import Contract, Versions
+from common.model.weights import LARGEST
+from common.protocol.disclosure import Disclosure
 
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
 WEIGHT = "weight"

@@ -14,8 +14,8 @@ from typing import Annotated, Literal, Self, get_args
 import numpy as np
 from pydantic import Field, StrictInt
 
-from common.metrics import Counts
-from common.yaml import Section
+from common.config.yaml import Section
+from common.metrics.metrics import Counts
 
 CountsLevel = Literal["exact", "rounded", "none"]
 MetricsLevel = Literal["every_round", "final", "none"]

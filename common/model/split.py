@@ -9,8 +9,8 @@ from torch import nn
 from torch.fx import Graph, GraphModule, Node, Tracer
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from common.backbones import Head
 from common.errors import BackboneError, complaint
+from common.model.backbones import Head
 
 
 class Split(NamedTuple):

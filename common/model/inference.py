@@ -1,6 +1,6 @@
 """The released model of a finished run, whole, with its preprocessing.
 
-from common.inference import load_model
+from common.model.inference import load_model
 model = load_model("runs/demo")
 model.probabilities(["a.png", "b.jpg"])  # float32 [2, classes], columns as in model.classes
 """
@@ -14,10 +14,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from common import backbones
+from common.config.study import Study
 from common.errors import DataError, RunError, complaint
-from common.images import Preprocess
-from common.study import Study
+from common.model import backbones
+from common.model.images import Preprocess
 
 
 @dataclass(frozen=True)
