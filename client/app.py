@@ -7,12 +7,12 @@ from pathlib import Path
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from client.backbone import receive
-from client.desk import Desk, open_desk
-from client.entries import Release
-from client.outbox import Reply, release
+from client.ledger.desk import Desk, open_desk
+from client.ledger.entries import Release
+from client.ledger.outbox import Reply, release
 from client.session import Session, drop, open_session, proposed, remember
 from client.site import Site
+from client.weights import receive
 from common.errors import (
     ConsiliumError,
     ContractError,

@@ -8,23 +8,24 @@ from pathlib import Path
 
 import torch
 
-from client import dp_sgd, trainer
-from client.backbone import find
-from client.budget import afford
-from client.cache import prune
-from client.data.holdout import Parts, split
+from client.consent.exclusions import remaining
+from client.consent.policy import Agreement, agree, identity, keep_holdout, same_holdout
 from client.data.records import Record
-from client.disk import usable
-from client.dp_sgd import Patients
-from client.entries import Entry
-from client.features import Keep, Recipe, prepare
-from client.forgotten import remaining
-from client.policy import Agreement, agree, identity, keep_holdout, same_holdout
-from client.precision import chosen, settled
-from client.protection import Protection, protect
-from client.self_check import check_noise, check_rows
+from client.data.splits import Parts, split
+from client.features.cache import prune
+from client.features.extract import Keep, Recipe, prepare
+from client.features.precision import chosen, settled
+from client.ledger.budget import afford
+from client.ledger.entries import Entry
+from client.privacy import dp_sgd
+from client.privacy.dp_sgd import Patients
+from client.privacy.plan import Protection, protect
+from client.privacy.self_check import check_noise, check_rows
 from client.site import Site
-from client.trainer import Examples
+from client.storage import usable
+from client.training import trainer
+from client.training.trainer import Examples
+from client.weights import find
 from common.config.study import Augment, DpSgd, Study
 from common.errors import (
     ContractError,

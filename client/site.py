@@ -7,9 +7,9 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, StrictInt, field_validator, model_validator
 
-from client.data.formats import Data
-from client.disk import secret, usable
-from client.features import Keep
+from client.data.registry import Data
+from client.features.extract import Keep
+from client.storage import secret, usable
 from common.config.study import Name, Number, Positive, Unfreeze, Word
 from common.config.yaml import Section, YamlFile
 from common.errors import SiteError, complaint

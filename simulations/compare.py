@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from client import trainer
-from client.precision import settled
+from client.features.precision import settled
 from client.session import Session, open_session
-from client.trainer import Examples
+from client.training import trainer
+from client.training.trainer import Examples
 from common.config.study import Study
 from common.errors import RefusedError
 from common.metrics.metrics import Counts

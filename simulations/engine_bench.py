@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from rich.progress import track
 
-from client import trainer
 from client.app import app as client_app
 from client.data.npz import Npz
 from client.session import close_sessions
+from client.training import trainer
 from common.config.study import Study
 from common.errors import StudyError
 from common.support.terminal import console, size, table

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from client.account import Account
-from client.data.formats import Data, guess
-from client.ledger import read
+from client.data.registry import Data, guess
+from client.ledger.ledger import read
+from client.ledger.spending import Account
 from client.session import cut, open_session, patients, remember
 from client.site import Site
 from common.config.study import NAME, Study

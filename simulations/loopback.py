@@ -26,7 +26,7 @@ from simulations.hospitals import Hospital
 
 _HOST = "127.0.0.1"
 _SERVER = "from server.cli import main; main()"
-_CLIENT = "from client.cli import main; main()"
+_CLIENT = "from client.cli.main import main; main()"
 
 
 class Loopback:

@@ -8,13 +8,14 @@ import torch
 from rich.progress import track
 from torch import nn
 
-from client import dp_sgd, self_check, trainer
-from client.dp_sgd import Patients
-from client.entries import Privacy
-from client.features import Prepared
-from client.protection import Protection
-from client.store import Rows
-from client.trainer import Examples
+from client.features.extract import Prepared
+from client.features.store import Rows
+from client.ledger.entries import Privacy
+from client.privacy import dp_sgd, self_check
+from client.privacy.dp_sgd import Patients
+from client.privacy.plan import Protection
+from client.training import trainer
+from client.training.trainer import Examples
 from common.config.study import Study
 from common.errors import StudyError
 from common.model.network import assemble

@@ -39,7 +39,7 @@ class Hospitals:
         if fingerprint() != self.code:
             raise ImportError("this process has imported other code than the simulation's")
         from client.app import app
-        from client.desk import close_desks
+        from client.ledger.desk import close_desks
         from client.session import close_sessions
         from simulations.grid import answer
 

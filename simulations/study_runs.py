@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from client.account import MEANING
+from client.ledger.spending import MEANING
 from common.config.study import Study
 from common.errors import RunError, StudyError, complaint
 from common.support.terminal import console, table

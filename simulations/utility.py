@@ -8,7 +8,7 @@ from statistics import mean
 
 from rich.table import Table
 
-from client.account import MEANING
+from client.ledger.spending import MEANING
 from common.config.study import DpSgd, NoPrivacy, Study
 from common.errors import StudyError, complaint
 from common.metrics.metrics import METRICS, Counts, class_auroc, value

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from client.desk import close_desks
+from client.ledger.desk import close_desks
 from client.session import close_sessions
 from simulations import phantom
 

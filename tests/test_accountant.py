@@ -17,7 +17,7 @@ from dp_accounting.rdp import RdpAccountant
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from client.accountant import (
+from client.privacy.accountant import (
     Segment,
     epsilon,
     filter_order,
@@ -131,7 +131,7 @@ def test_nothing_done_costs_nothing() -> None:
 
 
 def test_importing_the_accountant_does_not_import_opacus() -> None:
-    check = "import sys, client.accountant; sys.exit('opacus' in sys.modules)"
+    check = "import sys, client.privacy.accountant; sys.exit('opacus' in sys.modules)"
     subprocess.run([sys.executable, "-c", check], check=True)
 
 

@@ -13,13 +13,14 @@ import torch
 from flwr.app import ConfigRecord, MessageType, RecordDict
 from PIL import Image
 
-from client import desk, forgotten
 from client.app import app
+from client.consent import exclusions
 from client.data.records import FileImage
-from client.desk import close_desks, open_desk
-from client.entries import Privacy, Release, Sent
-from client.ledger import Ledger, read
-from client.outbox import Reply, release
+from client.ledger import desk
+from client.ledger.desk import close_desks, open_desk
+from client.ledger.entries import Privacy, Release, Sent
+from client.ledger.ledger import Ledger, read
+from client.ledger.outbox import Reply, release
 from client.session import close_sessions, open_session
 from client.site import Site
 from common.config.study import Study
@@ -337,7 +338,7 @@ def test_no_file_names_a_patient_or_an_image(tmp_path, cache):
     file = hospital(tmp_path / "ward", **keys)
     server = Server(file, study())
     server.join(), server.round(), server.final()
-    forgotten.leave_out(Site.read(file), PATIENT.format(0))
+    exclusions.leave_out(Site.read(file), PATIENT.format(0))
     images = sorted(file.parent.glob("*.png"))
     secrets = [PATIENT.format(i) for i in range(12)] + [path.name for path in images]
     digests = [FileImage(path).digest() for path in images]

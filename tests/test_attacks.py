@@ -14,16 +14,17 @@ from scipy import stats
 from torch import nn
 from torch.nn import functional as F
 
-from client import dp_sgd, trainer
-from client.accountant import noise_multiplier
-from client.dp_sgd import Patients, empty_sum, row_gradient
-from client.entries import Privacy
-from client.entropy import DEVIATION, Entropy
-from client.features import Prepared
-from client.noised_sum import NoisedSum
-from client.protection import Protection
-from client.store import Rows
-from client.trainer import Examples
+from client.features.extract import Prepared
+from client.features.store import Rows
+from client.ledger.entries import Privacy
+from client.privacy import dp_sgd
+from client.privacy.accountant import noise_multiplier
+from client.privacy.dp_sgd import Patients, empty_sum, row_gradient
+from client.privacy.noise import DEVIATION, Entropy
+from client.privacy.noised_sum import NoisedSum
+from client.privacy.plan import Protection
+from client.training import trainer
+from client.training.trainer import Examples
 from common.config.study import Study, Train
 from common.model.backbones import Head
 from common.model.network import assemble

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from client.backbone import find, receive
 from client.site import Site
+from client.weights import find, receive
 from common.config.study import Study
 from common.config.yaml import dump
 from common.errors import (

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from client.cache import forget, prune, purge, stores
-from client.store import Store
+from client.features.cache import forget, prune, purge, stores
+from client.features.store import Store
 from common.errors import DataError
 
 pytestmark = pytest.mark.numbers
@@ -26,7 +26,7 @@ READER = """
 import sys
 from pathlib import Path
 import torch
-from client import store as shelf
+from client.features import store as shelf
 
 shelf._IN_MEMORY = 0
 store = shelf.Store(Path(sys.argv[1]))
@@ -43,7 +43,7 @@ WRITER = """
 import sys
 from pathlib import Path
 import torch
-from client.store import open_store
+from client.features.store import open_store
 
 cache, key = Path(sys.argv[1]), sys.argv[2]
 print("open", flush=True)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from client import cli
+from client.cli import main as cli
 from client.site import Site
 from common.config.yaml import dump
 from common.flower.compat import RELEASE

@@ -11,8 +11,8 @@ import pytest
 import torch
 import yaml
 
-from client import cli
-from client.store import Store
+from client.cli import main as cli
+from client.features.store import Store
 
 ROOT = Path(__file__).parents[1]
 KEYS = [letter * 24 for letter in "ab"]

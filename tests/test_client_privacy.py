@@ -13,15 +13,16 @@ import pytest
 import yaml
 from PIL import Image
 
-from client import cli, forgotten
-from client.accountant import Segment, epsilon, filter_order, filtered_epsilon
-from client.entries import Contents, Privacy, Release
-from client.features import namer
-from client.ledger import Ledger, adopt, read
-from client.outbox import Outbox, Reply, release
+from client.cli import main as cli
+from client.consent import exclusions
+from client.features.extract import namer
+from client.features.store import Store
+from client.ledger.entries import Contents, Privacy, Release
+from client.ledger.ledger import Ledger, adopt, read
+from client.ledger.outbox import Outbox, Reply, release
+from client.privacy.accountant import Segment, epsilon, filter_order, filtered_epsilon
 from client.session import Session, cut
 from client.site import Site
-from client.store import Store
 from common.config.study import Study
 from common.config.yaml import dump
 
@@ -357,7 +358,7 @@ def test_sealed_replies_go_when_a_patient_does(command: Command, tmp_path: Path)
         assert code == 1
         assert "one process at a time" in text
         own = Site.read(path)
-        assert forgotten.remaining(own, own.data.records(("dark", "bright")))
+        assert exclusions.remaining(own, own.data.records(("dark", "bright")))
     lines = (tmp_path / "state/ledger.jsonl").read_bytes()
     code, text = command("forget", path, "p1", "--yes")
     assert code == 0, text

@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 from pydantic import TypeAdapter
 
-from client.data.formats import Data, guess
 from client.data.image_folder import ImageFolder
 from client.data.manifest import Manifest
 from client.data.npz import Npz
 from client.data.records import ArrayImage, FileImage
+from client.data.registry import Data, guess
 from common.config.yaml import YamlFile
 from common.errors import DataError, SiteError
 from common.model.images import Preprocess

@@ -14,10 +14,10 @@ from dp_accounting import GaussianDpEvent, NeighboringRelation, PoissonSampledDp
 from dp_accounting.pld import PLDAccountant
 from safetensors.torch import load_file
 
-from client.account import Account
 from client.app import app as client_app
-from client.entries import Sealed, history
-from client.ledger import read
+from client.ledger.entries import Sealed, history
+from client.ledger.ledger import read
+from client.ledger.spending import Account
 from client.site import Site
 from common.config.study import Study
 from common.errors import StudyError
@@ -308,7 +308,7 @@ def test_a_disk_that_is_full_at_a_checkpoint_stops_the_run_which_goes_on_later(
 
 
 EVIL = """
-import client.node as node, torch
+import client.link.node as node, torch
 from flwr.app import ArrayRecord, Array, ConfigRecord
 honest, rounds = node.app, iter(("NaN", "shape", "huge", "extra", "text"))
 def evil(message, context):
@@ -325,7 +325,7 @@ def evil(message, context):
     if way == "text": content["arrays"] = ArrayRecord({"DOE_JOHN": Array(tensor)})
     return reply
 node.app = evil
-from client.cli import main; main()
+from client.cli.main import main; main()
 """
 
 

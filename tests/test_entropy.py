@@ -15,8 +15,8 @@ from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
 from scipy import stats
 
-from client import entropy as module
-from client.entropy import DEVIATION, Entropy
+from client.privacy import noise as module
+from client.privacy.noise import DEVIATION, Entropy
 
 pytestmark = pytest.mark.numbers
 

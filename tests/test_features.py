@@ -13,11 +13,11 @@ from PIL import Image
 from safetensors import safe_open
 from torch import nn
 
-from client import trainer
 from client.data.records import ArrayImage, FileImage
-from client.features import Prepared, Recipe, namer, prepare
-from client.store import opened
-from client.trainer import Examples
+from client.features.extract import Prepared, Recipe, namer, prepare
+from client.features.store import opened
+from client.training import trainer
+from client.training.trainer import Examples
 from common.config.study import Augment, Study, Train
 from common.errors import DataError
 from common.model.images import Preprocess

@@ -14,8 +14,8 @@ import yaml
 from flwr.app import Context, Message, MetricRecord, RecordDict
 from safetensors.torch import load_file
 
-from client import ledger
 from client.app import app as client_app
+from client.ledger import ledger
 from common.config.study import Study
 from common.config.yaml import dump
 from common.errors import RunError

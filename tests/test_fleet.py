@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 
-from client import fleet as fleets
-from client.errand import Errand
-from client.fleet import Fleet, Letter, NotAdmittedError, OverError
+from client.link import fleet_client as fleets
+from client.link.fleet_client import Fleet, Letter, NotAdmittedError, OverError
+from client.link.pending import Errand
 from client.site import Site
 from common.config.yaml import dump
 from common.errors import ContractError, LinkError, SiteError

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from client.data.formats import guess
-from client.data.holdout import split
 from client.data.records import ArrayImage, Record
+from client.data.registry import guess
+from client.data.splits import split
 from common.config.study import Holdout
 from common.errors import DataError
 

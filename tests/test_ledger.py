@@ -9,10 +9,10 @@ from contextlib import suppress
 
 import pytest
 
-from client.accountant import Segment
-from client.entries import Contents, Privacy, Release, adopted, history
-from client.ledger import Head, Ledger, adopt, read
-from client.ledger import _link as link
+from client.ledger.entries import Contents, Privacy, Release, adopted, history
+from client.ledger.ledger import Head, Ledger, adopt, read
+from client.ledger.ledger import _link as link
+from client.privacy.accountant import Segment
 from common.errors import SiteError
 from tests.kit import another, limited
 

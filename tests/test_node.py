@@ -18,11 +18,11 @@ import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.supercore.fab import Fab
 
-from client import cli
-from client import node as node_module
-from client.entries import Sent
-from client.ledger import read
-from client.node import Node
+from client.cli import main as cli
+from client.ledger.entries import Sent
+from client.ledger.ledger import read
+from client.link import node as node_module
+from client.link.node import Node
 from common.config.study import Study
 from common.config.yaml import dump
 from common.errors import RunError, StudyError
@@ -41,7 +41,7 @@ from simulations.loopback import free_port
 from tests.kit import link_up
 
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["client.node"])  # seconds, once
+PROCESSES.set_forkserver_preload(["client.link.node"])  # seconds, once
 STUDY: dict[str, Any] = {
     "name": "together",
     "classes": ["clear", "nodule", "consolidation", "effusion"],

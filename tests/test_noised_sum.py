@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from client.entropy import DEVIATION, Entropy
-from client.noised_sum import NoisedSum
+from client.privacy.noise import DEVIATION, Entropy
+from client.privacy.noised_sum import NoisedSum
 from common.errors import RefusedError
 
 pytestmark = pytest.mark.numbers

@@ -14,8 +14,8 @@ import pytest
 import yaml
 from PIL import Image
 
-from client.policy import Agreement, agree, keep_holdout, same_holdout
-from client.protection import protect
+from client.consent.policy import Agreement, agree, keep_holdout, same_holdout
+from client.privacy.plan import protect
 from client.session import Session
 from client.site import Site
 from common.config.study import Study

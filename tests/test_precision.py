@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from client.precision import chosen, computes, settled
+from client.features.precision import chosen, computes, settled
 
 pytestmark = pytest.mark.numbers
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from client.prefix import BATCH, Prefix, Worth
+from client.features.prefix import BATCH, Prefix, Worth
 from common.model import backbones
 from common.model.images import Preprocess
 from common.model.split import Split, split

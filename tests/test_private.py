@@ -3,7 +3,7 @@
 import pytest
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from client.features import Recipe
+from client.features.extract import Recipe
 from common.config.study import Study
 from common.model import backbones
 from common.model.network import assemble

@@ -14,12 +14,12 @@ from flwr.app import ConfigRecord, MessageType, RecordDict
 from PIL import Image
 from safetensors.torch import load_file
 
-from client import dp_sgd
-from client.accountant import Segment
 from client.app import app as client_app
-from client.entries import Reserved, Sealed, Sent, history
-from client.entropy import Entropy
-from client.ledger import adopt, read
+from client.ledger.entries import Reserved, Sealed, Sent, history
+from client.ledger.ledger import adopt, read
+from client.privacy import dp_sgd
+from client.privacy.accountant import Segment
+from client.privacy.noise import Entropy
 from client.session import close_sessions, open_session
 from client.site import Site
 from common.config.study import Study

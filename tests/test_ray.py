@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 
-from client.ledger import Ledger
+from client.ledger.ledger import Ledger
 from common.config.study import Study
 from common.flower.compat import TaskIdentity
 from common.protocol import wire

@@ -28,10 +28,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from client import features
-from client.features import Recipe
+from client.features import extract as features
+from client.features.extract import Recipe
 from client.site import Site
-from client.store import opened
+from client.features.store import opened
 from common.model.network import assemble
 from common.config.study import Augment, Study
 from server.checkpoint import RunFolder

@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-from client import dp_sgd, self_check
-from client.entries import Privacy
-from client.entropy import DEVIATION, Entropy
-from client.features import Prepared
-from client.noised_sum import NoisedSum
-from client.protection import Protection
-from client.self_check import check_noise, check_rows
-from client.store import Rows
-from client.trainer import Examples
+from client.features.extract import Prepared
+from client.features.store import Rows
+from client.ledger.entries import Privacy
+from client.privacy import dp_sgd, self_check
+from client.privacy.noise import DEVIATION, Entropy
+from client.privacy.noised_sum import NoisedSum
+from client.privacy.plan import Protection
+from client.privacy.self_check import check_noise, check_rows
+from client.training.trainer import Examples
 from common.config.study import Study
 from common.errors import RefusedError
 from common.model import backbones

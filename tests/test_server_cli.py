@@ -24,7 +24,7 @@ from flwr.supercore.protobuf.translation import PROTOBUF_REQUEST_TYPES
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
-from client.fleet import Fleet, NotAdmittedError
+from client.link.fleet_client import Fleet, NotAdmittedError
 from common.errors import LinkError
 from common.support import keys
 from server import certificates, cli, serve

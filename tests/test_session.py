@@ -20,9 +20,9 @@ from PIL import Image
 
 from client.app import app
 from client.data import npz
+from client.features.store import opened
 from client.session import Session, close_sessions, cut, open_session, remember
 from client.site import Site
-from client.store import opened
 from common.config.study import Study
 from common.config.yaml import dump
 from common.errors import (

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from client.speed import Gain, gain
+from client.admin.speed import Gain, gain
 from common.config.study import Study
 from common.model.network import assemble
 

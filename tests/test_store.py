@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from client import store as shelf
-from client.store import Rows, Store, open_store
+from client.features import store as shelf
+from client.features.store import Rows, Store, open_store
 from common.errors import DataError
 from tests.kit import limited
 
@@ -23,7 +23,7 @@ WRITER = """
 import sys, time
 from pathlib import Path
 import torch
-from client.store import Store
+from client.features.store import Store
 
 folder, name, shards = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 store = Store(folder)
@@ -38,7 +38,7 @@ store.add(["both"], torch.full((1, 3), 7.0))
 FORGETTER = """
 import sys, time
 from pathlib import Path
-from client.store import Store
+from client.features.store import Store
 
 folder, word, count = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 (folder / f"{word}.ready").touch()

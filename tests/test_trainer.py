@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from client import trainer
-from client.features import Prepared
-from client.store import Rows
-from client.trainer import Examples
+from client.features.extract import Prepared
+from client.features.store import Rows
+from client.training import trainer
+from client.training.trainer import Examples
 from common.config.study import Study, Train
 from common.model.network import assemble
 from common.model.split import split

@@ -1,0 +1,4 @@
+"""What a hospital does before it connects: set a site up, check it, see what a study would cost.
+
+Nothing here answers a server.
+"""

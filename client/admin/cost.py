@@ -1,0 +1,114 @@
+"""What a study would cost at this site, before anything runs."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from client.consent.policy import agree, same_holdout
+from client.ledger.budget import afford
+from client.ledger.ledger import read
+from client.ledger.spending import Account
+from client.privacy.plan import Protection, protect
+from client.session import cut, patients
+from client.site import Site
+from common.config.study import DpSgd, Study
+from common.errors import BudgetError, DataError, RefusedError, complaint
+
+_MOST_NOISE = 10.0
+_MOST_NOISE_PER_BATCH = 0.1
+_ROWS = 6
+
+
+@dataclass(frozen=True)
+class Noise:
+    """How a private study is protected here, and what it costs.
+
+    Attributes:
+      protection: Of every round.
+      study: The id of the study.
+      before: What the site has spent on all studies.
+      unaffordable: Why the site cannot pay for it; None if it can.
+    """
+
+    protection: Protection
+    study: str
+    before: Account
+    unaffordable: str | None
+
+    def after(self, rounds: int) -> float:
+        """ε of everything, so many rounds on.
+
+        Raises:
+          RefusedError: no finite bound was found.
+        """
+        one = self.protection.round.segment
+        planned = [replace(one, steps=one.steps * rounds)] if rounds else []
+        return self.before.total(planned, self.study)
+
+    @property
+    def shown(self) -> list[int]:
+        """A few rounds to tell ε after, the first and the last among them."""
+        stops = {1 + (self.protection.rounds - 1) * k // (_ROWS - 1) for k in range(_ROWS)}
+        return sorted(stops)
+
+    @property
+    def warnings(self) -> Iterator[str]:
+        """Why the model would hardly learn from this site, by which rule of thumb."""
+        noise, batch = self.protection.round.noise_multiplier, self.protection.batch
+        if noise > _MOST_NOISE:
+            yield f"σ is above {_MOST_NOISE:g}: too much noise to learn from"
+        if noise / batch > _MOST_NOISE_PER_BATCH:
+            yield (
+                f"σ over the expected batch is {noise / batch:.2g}, above "
+                f"{_MOST_NOISE_PER_BATCH:g}: the noise in each number is more than a tenth of all "
+                "that a batch can teach"
+            )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a study means at this site.
+
+    Attributes:
+      training: Patients that would train.
+      images: Of theirs.
+      refusal: Why this site's policy says no; None if it agrees.
+      noise: None for a study without privacy, or at a site that only evaluates.
+    """
+
+    training: int
+    images: int
+    refusal: str | None
+    noise: Noise | None
+
+
+def plan(site: Site, study: Study) -> Plan:
+    """Look, and change nothing: no image is decoded, no weights are needed.
+
+    Raises:
+      ConsiliumError: the site's data cannot be read, or its ledger is damaged.
+    """
+    records = cut(site, study).train
+    training, refusal, noise = patients(records), None, None
+    if isinstance(study.privacy, DpSgd) and site.role == "train":
+        if not training:
+            where, expected = f"{site.source}: data", "at least one training patient"
+            raise DataError(complaint(where, expected=expected, got=0))
+        noise = _noise(site, study, study.privacy)
+    try:
+        same_holdout(site, study)
+        agree(site, study, noise.protection if noise else None, training, len(records))
+    except RefusedError as ex:
+        refusal = str(ex)
+    return Plan(training, len(records), refusal, noise)
+
+
+def _noise(site: Site, study: Study, privacy: DpSgd) -> Noise:
+    entries, protection = read(site.state), protect(site, study, privacy)
+    try:
+        afford(entries, site, study, privacy, protection.whole)
+        unaffordable = None
+    except BudgetError as ex:
+        unaffordable = str(ex)
+    delta = site.policy.delta or privacy.delta
+    before = Account.of(entries, delta, site.policy.max_epsilon)
+    return Noise(protection, study.id, before, unaffordable)

@@ -1,0 +1,300 @@
+"""The commands of `consilium-client` about what leaves the hospital, and what it costs."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from common.errors import SiteError, complaint
+from common.support.terminal import console, size, table
+
+if TYPE_CHECKING:
+    from client.admin.cost import Noise
+    from client.ledger.entries import Contents, Sent
+    from client.ledger.spending import Account, Spending
+    from client.site import Site
+    from common.config.study import DpSgd, Study
+
+SiteFile = Annotated[
+    Path, typer.Argument(metavar="SITE_YAML", help="The hospital's own file, site.yaml.")
+]
+StudyFile = Annotated[
+    Path, typer.Argument(metavar="STUDY_YAML", help="The study that the coordinator asks for.")
+]
+Yes = Annotated[bool, typer.Option("--yes", help="Do it without asking.")]
+
+_SHAPES = 3
+
+
+def ledger(
+    site_file: SiteFile,
+    picture: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="Draw ε over time into this file.")
+    ] = None,
+) -> None:
+    """Show what this site has spent: ε by study and in all, and what is left of max_epsilon.
+
+    The ledger in the state folder has a line for every message that left, written and on disk
+    before it leaves. Here it is checked line by line, then added up. A line that was changed, lost
+    or rolled back is an error.
+    """
+    from client.ledger import spending
+    from client.ledger.ledger import read
+    from client.site import Site
+
+    site = Site.read(site_file)
+    entries = read(site.state)
+    spent = spending.Account.of(entries, site.policy.delta, site.policy.max_epsilon)
+    studies = spent.studies
+    if not studies:
+        console.print(f"Nothing has left this site: no line in {site.state / 'ledger.jsonl'}.")
+    if studies:
+        console.print(_studies(studies, spent.delta))
+    if unaccounted := sum(study.open for study in studies):
+        console.print(f"{unaccounted} rounds {spending.UNACCOUNTED}; no ε bounds what they tell")
+    if any(study.private for study in studies):
+        console.print("alone: what a study alone would cost. Together they cost the total.")
+    console.print(_total(spent, site))
+    console.print(spending.MEANING, style="dim")
+    if picture:
+        _draw(spent, site, picture)
+        console.print(f"picture: {picture}")
+
+
+def _studies(studies: Sequence["Spending"], delta: float) -> Table:
+    columns = ("study", "id", "private rounds", "σ", "q", "steps", "ε alone", "not accounted")
+    shown = table(*columns, left=columns[:2])
+    for study in studies:
+        private = study.private
+        shown.add_row(
+            study.name,
+            study.study,
+            str(len(private)),
+            _few(p.noise_multiplier for p in private),
+            _few(p.sample_rate for p in private),
+            f"{sum(p.steps for p in private):,}" if private else "–",
+            f"{study.epsilon(delta):.2f}" if private else "–",
+            f"{study.open} rounds" if study.open else "–",
+        )
+    return shown
+
+
+def _few(numbers: object) -> str:
+    distinct = sorted(set(numbers))  # type: ignore[call-overload]
+    if not distinct:
+        return "–"
+    return f"{distinct[0]:.3g}" + (f" to {distinct[-1]:.3g}" if len(distinct) > 1 else "")
+
+
+def _total(spent: "Account", site: "Site") -> str:
+    epsilon, budget = spent.total(), site.policy.max_epsilon
+    text = f"accounted: total ε {epsilon:.2f} at δ = {spent.delta:g} by {spent.bound()}"
+    if spent.adopted:
+        text += f", {spent.adopted.epsilon:g} of it adopted with this ledger"
+    if budget is None:
+        return f"{text}; no max_epsilon in site.yaml"
+    return f"{text}; {max(0.0, budget - epsilon):.2f} left of max_epsilon {budget:g}"
+
+
+def _draw(spent: "Account", site: "Site", path: Path) -> None:
+    from client.cli import plots as picture
+    from client.ledger import spending
+
+    unaccounted = [
+        spending.when(entry)
+        for entry in spending.sent(spent.entries)
+        if entry.release.kind == "round" and entry.release.privacy is None
+    ]
+    picture.spending(
+        spent.over_time(),
+        unaccounted,
+        path,
+        delta=spent.delta,
+        budget=site.policy.max_epsilon,
+    )
+
+
+def ledger_adopt(
+    site_file: SiteFile,
+    epsilon: Annotated[
+        float, typer.Option(help="What training patients here have spent by now, at least.")
+    ],
+    delta: Annotated[float, typer.Option(help="The δ of that ε; 0 if nothing was spent.")],
+    yes: Yes = False,
+) -> None:
+    """Begin a new ledger in place of one that is lost or damaged.
+
+    Restore ledger.jsonl and ledger.head from a backup if you can, and only if it is the newest.
+    Otherwise what was spent is known to nobody but you: the reports of past studies tell. Say too
+    much rather than too little. What you say stays spent for good and adds to whatever comes.
+    The old file is set aside, not deleted.
+    """
+    from client.ledger.ledger import adopt
+    from client.site import Site
+
+    site = Site.read(site_file)
+    state = site.private()
+    _no_less_than_known(state, epsilon, delta)
+    console.print(f"A new ledger in {state}: ε {epsilon:g} at δ = {delta:g} is spent for good.")
+    console.print("If more was spent in truth, every ε that is told from here on is too low.")
+    console.print("Replies that were sealed are not sent again: such a round spends anew.")
+    console.print("A coordinator that remembers the old ledger will leave this site out; tell him.")
+    if not yes and not typer.confirm("Begin it?"):
+        console.print("Nothing was changed.")
+        raise typer.Exit(1)
+    adopt(state, epsilon, delta)
+    console.print("Done.")
+
+
+def _no_less_than_known(state: Path, epsilon: float, delta: float) -> None:
+    """A ledger that can be read is not to be talked out of what it knows."""
+    from client.ledger.ledger import read
+    from client.ledger.spending import Account
+
+    try:
+        known = Account.of(read(state), delta if 0 < delta < 1 else None).total()
+    except SiteError:
+        return
+    if 0 <= epsilon < known:
+        expected = f"at least {known:.2f}, which the ledger that is there adds up to"
+        remedy = "A ledger that can be read needs no other."
+        raise SiteError(complaint("--epsilon", expected=expected, got=epsilon, remedy=remedy))
+
+
+def disclosed(
+    site_file: SiteFile,
+    study: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Of this study only, by name or id.")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="For programs, with every shape and the whole hash.")
+    ] = False,
+) -> None:
+    """List every message that left: when, for which study, what was in it, and its SHA-256.
+
+    The hash is of the message byte by byte, so what a server has can be compared with what left.
+    A join that was refused is listed with the word that was told. Errors of rounds and answers
+    about the ledger itself are not: they say nothing of patients.
+    """
+    from client.ledger import spending
+    from client.ledger.ledger import read
+    from client.site import Site
+
+    site = Site.read(site_file)
+    found = spending.sent(read(site.state), study)
+    if as_json:
+        typer.echo(json.dumps([_plain(entry) for entry in found], indent=1))
+    elif not found:
+        console.print("Nothing has left this site" + (f" for {study}." if study else "."))
+    else:
+        console.print(_left(found))
+
+
+def _plain(entry: "Sent") -> dict[str, object]:
+    release, contents = entry.release, entry.contents
+    return {
+        "line": entry.n,
+        "time": entry.time,
+        "study": release.study,
+        "name": release.name,
+        "kind": release.kind,
+        "round": release.round,
+        "private": release.privacy is not None,
+        **contents.model_dump(mode="json"),
+    }
+
+
+def _left(found: Sequence["Sent"]) -> Table:
+    columns = ("time", "study", "message", "size", "sha256", "tensors", "figures")
+    shown = table(*columns)
+    for entry in found:
+        release, contents = entry.release, entry.contents
+        message = f"round {release.round}" if release.round else release.kind
+        shown.add_row(
+            entry.time,
+            release.name,
+            message,
+            size(contents.bytes),
+            contents.sha256[:16],
+            _tensors(contents),
+            ", ".join(contents.metrics) or "–",
+        )
+    return shown
+
+
+def _tensors(contents: "Contents") -> str:
+    shapes = ["×".join(map(str, shape)) for shape in contents.tensors.values()]
+    more = [f"{len(shapes) - _SHAPES} more"] if len(shapes) > _SHAPES else []
+    return ", ".join([*shapes[:_SHAPES], *more]) or "–"
+
+
+def plan(site_file: SiteFile, study_file: StudyFile) -> None:
+    """Show what a study would mean here, before anything runs; nothing is changed or sent.
+
+    For a study with differential privacy: the noise this site would need, and what all its
+    studies together would have spent after each round. For one without: that nothing bounds what
+    it tells. In both cases: whether the policy agrees, and what would leave.
+    """
+    from client.admin import cost as plan
+    from client.ledger import spending
+    from client.site import Site
+    from common.config.study import DpSgd, Study
+
+    site, study = Site.read(site_file), Study.read(study_file)
+    found = plan.plan(site, study)
+    console.print(f"training here  {found.training:,} patients, {found.images:,} images")
+    if isinstance(study.privacy, DpSgd):
+        if found.noise:
+            _show_noise(found.noise, study.privacy)
+        console.print(spending.MEANING, style="dim")
+    else:
+        text = "trained without differential privacy: not accounted, no ε bounds what it tells"
+        console.print(f"privacy        none; {text}")
+    console.print(f"leaves         {_leaving(site, study)}")
+    unaffordable = found.noise.unaffordable if found.noise else None
+    for no in filter(None, (found.refusal, unaffordable)):
+        console.print(f"refused        {no}", style="red")
+    if not found.refusal and not unaffordable:
+        console.print("agreed         the policy has nothing against it", style="green")
+
+
+def _show_noise(noise: "Noise", privacy: "DpSgd") -> None:
+    one, rounds = noise.protection.round, noise.protection.rounds
+    batch, total = noise.protection.batch, one.steps * rounds
+    in_all = f"{rounds} rounds, {privacy.spare_rounds} of them spare"
+    console.print(f"asked for      ε {privacy.epsilon:g} at δ = {privacy.delta:g}")
+    console.print(f"sampling       q {one.sample_rate:.3g}, {batch:g} patients a step")
+    console.print(f"steps          {one.steps} a round, {total:,} in {in_all}")
+    clip = privacy.clip_norm
+    console.print(f"noise          σ {one.noise_multiplier:.4g}, clipping at {clip:g}")
+    if noise.before.entries:
+        console.print("               ε below is of all studies of this site together")
+    shown = table("after round", f"ε by {noise.before.bound(noise.study)}", left=())
+    for rounds in (0, *noise.shown):
+        shown.add_row(str(rounds) if rounds else "now", f"{noise.after(rounds):.2f}")
+    console.print(shown)
+    for warning in noise.warnings:
+        console.print(f"hopeless?      {warning}", style="yellow")
+
+
+def _leaving(site: "Site", study: "Study") -> str:
+    from math import prod
+
+    from common.model.network import assemble
+
+    told = site.policy.disclose.resolved(private=study.private)
+    network = assemble(study, "none")
+    shapes = network.shapes
+    numbers = sum(prod(shape) for shape in shapes.values())
+    each = f"each round {len(shapes)} tensors of {numbers:,} numbers ({size(4 * numbers)})"
+    if network.held:
+        each += f"; not trained with privacy: {len(network.held)} tensors of BatchNorm"
+    if site.role == "evaluate":
+        each = "no tensors"
+    withheld = told.withheld
+    return f"{each}; counts: {told.counts}, metrics: {told.metrics}" + (
+        f" (withheld: {withheld})" if withheld else ""
+    )

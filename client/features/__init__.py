@@ -1,0 +1,4 @@
+"""Images into the trainable layers' input: decoded once, through the frozen prefix once, kept.
+
+The way in is `extract.prepare`. Nothing here trains, and nothing leaves the site.
+"""

@@ -1,0 +1,134 @@
+"""What a line of the ledger says: what left the hospital, for whom, and how it was protected."""
+
+import hashlib
+import secrets
+from collections.abc import Iterable
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from client.privacy.accountant import Segment
+from common.config.study import Name, Word
+from common.config.yaml import Section
+
+Count = Annotated[int, Field(ge=1)]
+Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Positive = Annotated[float, Field(gt=0)]
+
+
+class Privacy(Section):
+    """The resolved parameters of one private release; what ε is computed from."""
+
+    mechanism: Word
+    noise_multiplier: Positive
+    """Standard deviation of the noise, in units of `clip_norm`."""
+    sample_rate: Annotated[float, Field(gt=0, le=1)]
+    """Probability that a training patient is sampled in a step."""
+    steps: Count
+    delta: Annotated[float, Field(gt=0, lt=1)]
+    clip_norm: Positive
+
+    @property
+    def segment(self) -> Segment:
+        """As the accountant takes it."""
+        return Segment(self.noise_multiplier, self.sample_rate, self.steps)
+
+
+class Release(Section):
+    """What is computed, for which study, from what, and how it is protected."""
+
+    study: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
+    name: Name
+    """The study's name, for people."""
+    kind: Literal["join", "round", "final"]
+    round: Count | None = None
+    received: Hash | None = None
+    """SHA-256 of the tensors received."""
+    privacy: Privacy | None = None
+    """None: released without differential privacy."""
+
+    @property
+    def key(self) -> str:
+        """SHA-256 over all of the above: with the same key, the same reply may leave again."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+
+
+class Contents(Section):
+    """What leaves."""
+
+    tensors: dict[str, tuple[int, ...]]
+    """Name and shape of each."""
+    metrics: tuple[str, ...]
+    bytes: int
+    sha256: Hash
+    """Of the reply, byte for byte."""
+
+
+class _Line(Section):
+    n: Count
+    time: str
+
+
+class Created(_Line):
+    """The first line of a ledger."""
+
+    state: Literal["created"] = "created"
+    nonce: str = Field(default_factory=lambda: secrets.token_hex(8))
+    """No two ledgers begin alike."""
+
+
+class Adopted(_Line):
+    """The first line of a ledger in place of one that was lost: what was spent by then at least.
+
+    It adds to the history's ε and δ by basic composition.
+    """
+
+    state: Literal["adopted"] = "adopted"
+    epsilon: Annotated[float, Field(ge=0)]
+    delta: Annotated[float, Field(ge=0, lt=1)]
+    studies: tuple[str, ...] = ()
+    """Agreed to before: any of them may have spent it, so each must make do with the rest."""
+
+
+class Reserved(_Line):
+    """Written before the first private draw: these steps count as spent, whatever comes after."""
+
+    state: Literal["reserved"] = "reserved"
+    key: Hash
+    release: Release
+
+
+class Sealed(_Line):
+    """The exact reply of a private release is in the outbox; sending it costs nothing more."""
+
+    state: Literal["sealed"] = "sealed"
+    key: Hash
+    release: Release
+    contents: Contents
+
+
+class Sent(_Line):
+    """Written just before a reply leaves, each time it does."""
+
+    state: Literal["sent"] = "sent"
+    key: Hash
+    release: Release
+    contents: Contents
+
+
+Entry = Annotated[Created | Adopted | Reserved | Sealed | Sent, Field(discriminator="state")]
+
+
+def adopted(entries: Iterable[Entry]) -> Adopted | None:
+    """What the ledger began with, in place of one that was lost."""
+    first = next(iter(entries), None)
+    return first if isinstance(first, Adopted) else None
+
+
+def history(entries: Iterable[Entry], study: str | None = None) -> tuple[Segment, ...]:
+    """What was spent, in order: each reservation once, sealed or not; of one study, or of all.
+
+    Spending composes over the site: only the history of all studies bounds a patient's ε.
+    """
+    reserved = (entry.release for entry in entries if isinstance(entry, Reserved))
+    return tuple(r.privacy.segment for r in reserved if r.privacy and study in (None, r.study))

@@ -1,0 +1,377 @@
+"""The hospital's one connection: outward, over TLS, signed by the site's own key."""
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import httpx
+from flwr.app import Message
+
+from client.link import tls
+from client.site import Site
+from common.errors import ContractError, LinkError, SiteError, complaint
+from common.flower.compat import (
+    APP,
+    RELEASE,
+    RELEASE_HEADER,
+    ObjectTree,
+    ProtoMessage,
+    message_from_proto,
+    names_in,
+    pack,
+    pinned,
+    unpack,
+)
+from common.support import keys
+
+with pinned():
+    from flwr.proto.fleet_pb2 import (
+        ActivateNodeRequest,
+        DeactivateNodeRequest,
+        PullMessagesRequest,
+        PullMessagesResponse,
+        PushMessagesRequest,
+    )
+    from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
+    from flwr.proto.message_pb2 import PullObjectRequest, PushObjectRequest
+    from flwr.proto.node_pb2 import Node
+    from flwr.proto.run_pb2 import GetRunRequest
+    from flwr.supercore.error import ApiErrorCode, FlowerError
+    from flwr.supernode.fleet_http_client import FleetHttpClient
+    from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+
+T = TypeVar("T")
+
+PULSE = 15
+"""Seconds that one sign of life is good for; after two of them without, a site counts as gone."""
+AHEAD, BEHIND = 5.0, 300.0
+"""Seconds that a hospital's clock may be off; signatures from the future are refused sooner."""
+
+_AT_ONCE = 4
+"""Parts of a message that travel at a time; one by one, most of a round would be waiting."""
+_SOON = 0.1
+"""Seconds between looks for a part of a message that the coordinator is still laying out."""
+
+
+class NotAdmittedError(LinkError):
+    """The coordinator does not know this site's key; it may be admitted later."""
+
+
+class OverError(LinkError):
+    """The run that a message was of has ended; nobody waits for an answer."""
+
+
+class _KnownError(LinkError):
+    """What was asked is nonsense, but the key that asked is admitted."""
+
+
+class Letter(NamedTuple):
+    """A message that waits at the coordinator: its content is still to be fetched."""
+
+    envelope: ProtoMessage
+    tree: ObjectTree
+
+    @property
+    def run(self) -> int:
+        """Flower's number of the run it is of."""
+        return int(self.envelope.metadata.run_id)
+
+    @property
+    def identity(self) -> str:
+        """The SHA-256 of the message."""
+        return str(self.envelope.metadata.message_id)
+
+    @property
+    def empty(self) -> Message:
+        """The message without its content, to reply to."""
+        return message_from_proto(self.envelope)
+
+    @property
+    def addressee(self) -> int:
+        """The number of the site that it is for."""
+        return int(self.envelope.metadata.dst_node_id)
+
+    def to_bytes(self) -> bytes:
+        """To be kept on disk."""
+        whole = PullMessagesResponse(
+            messages_list=[self.envelope], message_object_trees=[self.tree]
+        )
+        return bytes(whole.SerializeToString())
+
+    @classmethod
+    def of(cls, data: bytes) -> "Letter":
+        """From what was kept; raises `ValueError` if it is damaged."""
+        try:
+            whole = PullMessagesResponse.FromString(data)
+            letter = cls(whole.messages_list[0], whole.message_object_trees[0])
+            message_from_proto(letter.envelope)
+        except Exception:  # whatever is no letter, from a disk or a coordinator
+            raise ValueError("no letter") from None
+        return letter
+
+
+class Heard(NamedTuple):
+    """What the coordinator's server told about itself with its last answer."""
+
+    ahead: float | None
+    """Seconds that this machine's clock is ahead of its, to two seconds; None if untold."""
+    until: datetime
+    """When its certificate expires."""
+    release: str | None
+    """Of Consilium, if it tells."""
+
+
+class Fleet:
+    """Flower's Fleet interface at the coordinator, as one site uses it. Threads may share it.
+
+    Args:
+      server: `host:port`.
+      ca: The certificate that the coordinator gave out, PEM; only what it vouches for is trusted.
+      key: Of the site.
+
+    Attributes:
+      heard: What the server told about itself; None until it first answers.
+
+    Every method raises `LinkError` for whatever keeps the coordinator from answering.
+    """
+
+    def __init__(self, server: str, ca: Path, key: keys.PrivateKey) -> None:
+        self.server, self._ca = server, ca
+        self._public = keys.pem(key.public_key())
+        self.heard: Heard | None = None
+        signing = NodeAuthHttpInterceptor(key, key.public_key())
+        self._client = FleetHttpClient(
+            f"https://{server}", interceptors=[signing], verify=tls.trusting(ca)
+        )
+        http = self._client._client
+        # Otherwise a coordinator could have this site send requests to anywhere it can reach.
+        http.follow_redirects = False
+        http.event_hooks = {"request": [_introduce], "response": [self._hear]}
+        self._pool = ThreadPoolExecutor(_AT_ONCE)
+        self._node = Node()
+
+    @classmethod
+    def of(cls, site: Site) -> "Fleet":
+        """The connection that a site file describes; nothing is sent yet.
+
+        Raises:
+          SiteError: the file describes none.
+          LinkError: its key or certificate cannot be used.
+        """
+        connect = site.connect
+        if connect is None:
+            where, expected = f"{site.source}: connect", "server, ca and key"
+            remedy = "consilium-client init shows how they are written."
+            raise SiteError(complaint(where, expected=expected, got="nothing", remedy=remedy))
+        return cls(connect.server, connect.ca, keys.read_private(connect.key))
+
+    def close(self) -> None:
+        """Hang up."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._client.close()
+
+    def knock(self) -> None:
+        """Return if the coordinator admitted this site's key, which then still counts as away.
+
+        Raises:
+          NotAdmittedError: it did not.
+        """
+        with suppress(_KnownError):
+            self._activate(0)
+
+    def arrive(self, known: int | None) -> int:
+        """Say that this site is here; returns the number that it has at the coordinator.
+
+        Args:
+          known: The number it had before. A site that was killed still counts as present, and only
+            with its number is it let in again at once.
+
+        Raises:
+          NotAdmittedError: the coordinator does not know its key.
+        """
+        if known is not None:
+            self._node = Node(node_id=known)
+            with suppress(NotAdmittedError):  # removed, or admitted anew under another number
+                if self.beat():
+                    return known
+        try:
+            self._node = Node(node_id=self._activate(PULSE))
+        except NotAdmittedError:
+            self.knock()
+            expected, got = "this site to be away", "one that counts as connected"
+            remedy = "Stop the other with this key; one that was killed is gone in half a minute."
+            raise LinkError(
+                complaint(self.server, expected=expected, got=got, remedy=remedy)
+            ) from None
+        return int(self._node.node_id)
+
+    def _activate(self, pulse: int) -> int:
+        request = ActivateNodeRequest(public_key=self._public, heartbeat_interval=pulse)
+        return int(self._ask(self._client.ActivateNode, request).node_id)
+
+    def beat(self) -> bool:
+        """Give a sign of life."""
+        request = SendNodeHeartbeatRequest(node=self._node, heartbeat_interval=PULSE)
+        return bool(self._ask(self._client.SendNodeHeartbeat, request).success)
+
+    def leave(self) -> None:
+        """Say that this site goes."""
+        self._ask(self._client.DeactivateNode, DeactivateNodeRequest(node_id=self._node.node_id))
+
+    def waiting(self) -> Letter | None:
+        """The next message for this site, if there is one; the same again until it is answered."""
+        answer = self._ask(self._client.PullMessages, PullMessagesRequest(node=self._node))
+        if not answer.messages_list:
+            return None
+        try:
+            return Letter.of(answer.SerializeToString())
+        except ValueError:
+            raise LinkError(f"{self.server}: a message that cannot be read") from None
+
+    def release(self, letter: Letter) -> str:
+        """The release of Consilium that sent a message.
+
+        Raises:
+          ContractError: it comes with code of its own, or is of another application.
+          OverError: nobody waits for an answer.
+        """
+        request = GetRunRequest(node=self._node, run_id=letter.run)
+        run = self._ask(self._client.GetRun, request).run
+        if run.fab_id != APP or run.fab_hash:
+            expected = "a run of Consilium without code of its own"
+            got = f"one of {run.fab_id!r}, {'with' if run.fab_hash else 'without'} code"
+            raise ContractError(complaint(self.server, expected=expected, got=got))
+        return str(run.fab_version)
+
+    def open(self, letter: Letter) -> Message | None:
+        """The whole message; None if nobody waits for an answer any more.
+
+        Raises:
+          ContractError: it cannot be read.
+        """
+        objects: dict[str, bytes] = {}
+        names = names_in(letter.tree)
+        for name, part in zip(
+            names, self._pool.map(partial(self._fetch, letter), names), strict=True
+        ):
+            if part is None:
+                return None
+            objects[name] = part
+        try:
+            return unpack(letter.identity, objects)
+        except Exception:  # whatever a coordinator sent that is no message
+            raise ContractError(f"{self.server}: a message that cannot be read") from None
+
+    def _fetch(self, letter: Letter, name: str) -> bytes | None:
+        """A part of a message, as soon as it is there; None if the message was withdrawn."""
+        request = PullObjectRequest(node=self._node, run_id=letter.run, object_id=name)
+        while True:  # ends: what its sender does not lay out in three minutes is withdrawn
+            answer = self._ask(self._client.PullObject, request)
+            if not answer.object_found:
+                return None
+            if answer.object_available:
+                return bytes(answer.object_content)
+            time.sleep(_SOON)
+
+    def answer(self, letter: Letter, reply: Message) -> None:
+        """Send a reply; who takes it deletes it there, with the message.
+
+        If it fails, the same again is safe: what has arrived is not sent, nor counted, twice.
+        """
+        # How long the answer took is nobody's business: it may depend on who was drawn.
+        asked = letter.envelope.metadata
+        reply.metadata.created_at, reply.metadata.ttl = asked.created_at, asked.ttl
+        parcel = pack(reply)
+        request = PushMessagesRequest(
+            node=self._node,
+            messages_list=[parcel.letter],
+            message_object_trees=[parcel.tree],
+            clientapp_runtime_list=[0.0],
+        )
+        answer = self._ask(self._client.PushMessages, request)
+
+        def push(name: str) -> None:
+            part = PushObjectRequest(
+                node=self._node,
+                run_id=letter.run,
+                session_id=answer.session_id,
+                object_id=name,
+                object_content=parcel.objects.get(name, b""),
+            )
+            stored = self._ask(self._client.PushObject, part).stored
+            if not stored and not self.taken(letter):  # a refusal is taken before all of it is here
+                raise LinkError(f"{self.server}: a part of a reply came too late")
+
+        for _ in self._pool.map(push, answer.objects_to_push):
+            pass
+
+    def taken(self, letter: Letter) -> bool:
+        """Whether the reply to a message has been taken, or nobody waits for it."""
+        name = letter.identity
+        request = PullObjectRequest(node=self._node, run_id=letter.run, object_id=name)
+        try:
+            return not self._ask(self._client.PullObject, request).object_found
+        except OverError:
+            return True
+
+    def _hear(self, response: httpx.Response) -> None:
+        self.heard = Heard(
+            ahead=_ahead(response.headers.get("date", "")),
+            until=tls.expiry(response),
+            release=response.headers.get(RELEASE_HEADER),
+        )
+
+    def _ask(self, method: Callable[[Any], T], request: Any) -> T:
+        try:
+            return method(request)
+        except httpx.HTTPStatusError as ex:
+            raise self._refused(ex.response) from None
+        except httpx.RequestError as ex:
+            raise tls.explained(ex, self.server, self._ca) from None
+        except ValueError:
+            raise LinkError(f"{self.server}: what answered is no coordinator") from None
+
+    def _refused(self, response: httpx.Response) -> LinkError:
+        """What an answer other than the one asked for means."""
+        error, status = FlowerError.from_json(response.text), response.status_code
+        code = error.code if error else None
+        if code in (ApiErrorCode.FLEET_RUN_STATUS_NOT_ALLOWED, ApiErrorCode.FLEET_GET_RUN_FAILED):
+            return OverError("the run has ended")
+        if code == ApiErrorCode.FLEET_INVALID_HEARTBEAT_INTERVAL:
+            return _KnownError("the key is admitted")
+        if code == ApiErrorCode.RUNTIME_VERSION_INCOMPATIBLE:
+            expected, got = f"release {RELEASE} of Consilium, as here", "another"
+            remedy = "Both sides must install the same release."
+            return LinkError(complaint(self.server, expected=expected, got=got, remedy=remedy))
+        unknown = status == httpx.codes.UNAUTHORIZED
+        ahead = self.heard.ahead if self.heard else None
+        if unknown and ahead is not None and not -BEHIND < ahead < AHEAD:
+            expected, got = "clocks that agree to five seconds", f"{ahead:+.0f} s here"
+            remedy = "Set this machine's clock, for instance by NTP."
+            return LinkError(complaint(self.server, expected=expected, got=got, remedy=remedy))
+        if unknown or code == ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED:
+            expected, got = "a key that the coordinator admitted", "another, or one removed"
+            remedy = "Send the .pub file, and compare fingerprints by telephone."
+            return NotAdmittedError(
+                complaint(self.server, expected=expected, got=got, remedy=remedy)
+            )
+        return LinkError(f"{self.server}: it answers with status {status}")
+
+
+def _introduce(request: httpx.Request) -> None:
+    """Say this site's release."""
+    request.headers[RELEASE_HEADER] = RELEASE
+
+
+def _ahead(date: str) -> float | None:
+    """Seconds that this machine's clock is ahead of an HTTP date."""
+    try:
+        return (datetime.now(UTC) - parsedate_to_datetime(date)).total_seconds()
+    except (ValueError, TypeError):
+        return None

@@ -1,0 +1,223 @@
+"""The hospital's node: asks for messages, has this installation's own app answer, sends replies.
+
+One process that stays: what a study has loaded is there in the next round. No code comes over the
+connection. Whatever breaks it, the node begins anew and goes on with the message at hand: a lost
+connection, a coordinator that was restarted and a node that was killed are all the same to it.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from flwr.app import Context, Message, RecordDict
+
+from client.app import app
+from client.ledger.desk import open_desk
+from client.link.fleet_client import PULSE, Fleet, Letter, OverError
+from client.link.pending import Errand
+from client.site import Site
+from common.config.study import Study
+from common.errors import ConsiliumError, ContractError, LinkError, complaint
+from common.flower.compat import RELEASE, error_reply, same_release
+from common.protocol import wire
+from common.support import files
+
+log = logging.getLogger(__name__)
+
+_BUSY, _IDLE = 0.2, 2.0
+"""Seconds between questions for a message: while a study runs, and otherwise."""
+_RUNS = 300.0
+"""Seconds after a message in which another is expected."""
+_AGAIN = 5.0
+"""Seconds before the next attempt to reach a coordinator that did not answer."""
+_OFTEN = 0.6
+"""Signs of life in each stretch that one is good for, inverted."""
+
+_NAMES = {
+    "query": "the proposal",
+    "evaluate": "the final models",
+    wire.LEDGER: "a line of the ledger",
+    wire.BACKBONE: "a piece of the backbone",
+}
+_KEPT = "what was answered before"
+
+
+class Node:
+    """One site's presence at its coordinator.
+
+    Args:
+      site_file: Of the site.
+      stop: Ends `serve`; a message that is being answered is answered first.
+
+    Raises:
+      ConsiliumError: the site file, key, certificate or ledger is wrong, or another process of this
+        site is at work.
+    """
+
+    def __init__(self, site_file: Path, stop: threading.Event) -> None:
+        site = Site.read(site_file)
+        self._fleet = Fleet.of(site)
+        open_desk(site)  # keeps every other process out as long as this one lives
+        self._config = {"site": str(site_file.resolve())}
+        self._folder, self._stop = site.private("link"), stop
+        self._errand = Errand(self._folder)
+        self._number: int | None = self._remembered()
+        self._trouble: str | None = "not connected yet"
+        self._last: Letter | None = None
+        self._study, self._doing = "", _KEPT
+
+    def _remembered(self) -> int | None:
+        path = self._folder / "number"
+        text = path.read_text("ascii") if path.is_file() else ""
+        return int(text) if text.isdigit() else None
+
+    def serve(self) -> None:
+        """Answer messages until told to stop, whatever the network does."""
+        with self._alive():
+            while not self._stop.is_set():
+                try:
+                    self._arrive()
+                    self._attend()
+                except LinkError as ex:
+                    self._say(str(ex))
+                    self._stop.wait(_AGAIN)
+            if self._trouble is None:
+                with suppress(LinkError):
+                    self._leave()
+        self._fleet.close()
+
+    def _leave(self) -> None:
+        """Go, once the last reply is taken: one of a site that is gone is no longer asked for."""
+        until = time.monotonic() + _AGAIN
+        while self._last and time.monotonic() < until and not self._fleet.taken(self._last):
+            time.sleep(_BUSY)
+        self._fleet.leave()
+
+    @contextmanager
+    def _alive(self) -> Iterator[None]:
+        """Give signs of life, also while the last message is being answered."""
+        done = threading.Event()
+
+        def beat() -> None:
+            while not done.wait(PULSE * _OFTEN):
+                try:
+                    if self._number is not None:
+                        self._fleet.beat()
+                except LinkError:
+                    pass  # whoever asks next says so
+                except Exception:  # without a pulse this site would count as gone
+                    log.exception("no sign of life could be given")
+
+        pulse = threading.Thread(target=beat, daemon=True)
+        pulse.start()
+        try:
+            yield
+        finally:
+            done.set()
+
+    def _arrive(self) -> None:
+        """Come back under the number that this site had, which a killed node needs."""
+        number = self._fleet.arrive(self._number)
+        if number != self._number:
+            self._number = number
+            with suppress(OSError):  # without it, a node that is killed waits half a minute
+                files.write(self._folder / "number", str(number), mode=0o600)
+
+    def _say(self, trouble: str) -> None:
+        """Once, not at every attempt."""
+        if trouble != self._trouble:
+            log.warning("%s. It tries again every %.0f s.", trouble.rstrip("."), _AGAIN)
+        self._trouble = trouble
+
+    def _attend(self) -> None:
+        """Answer one message after the other; raises `LinkError` when the connection breaks."""
+        heard = -_RUNS
+        while not self._stop.is_set():
+            if (old := self._errand.letter) and old.addressee != self._number:
+                self._errand.drop()  # of a time before this site was admitted anew
+            letter = self._errand.letter or self._fleet.waiting()
+            if letter is None:
+                self._connected()
+                busy = time.monotonic() - heard < _RUNS
+                self._stop.wait(_BUSY if busy else _IDLE)
+                continue
+            self._answer(letter)
+            self._connected()
+            heard = time.monotonic()
+
+    def _connected(self) -> None:
+        if self._trouble is not None:
+            log.info("connected to %s", self._fleet.server)
+            self._trouble = None
+
+    def _answer(self, letter: Letter) -> None:
+        """Answer one message, unless nobody waits for the answer any more."""
+        began, errand = time.monotonic(), self._errand
+        if errand.letter is None:
+            errand.begin(letter)
+        try:
+            refusal = self._refusal(letter)
+            started = time.monotonic()
+            reply = errand.reply or refusal or self._work(letter)
+            worked = time.monotonic() - started
+            if reply is None:
+                raise OverError
+            if errand.reply is None:
+                errand.finish(reply)
+            self._fleet.answer(letter, reply)
+            self._last = letter
+        except OverError:
+            log.info("nobody waits for an answer any more")
+        else:
+            whole = time.monotonic() - began
+            log.info("%s answered in %.1f s, %.1f of it work", self._doing, whole, worked)
+        self._doing = _KEPT
+        errand.drop()
+
+    def _refusal(self, letter: Letter) -> Message | None:
+        """No to whatever another release asks for, before anything of it is fetched."""
+        try:
+            theirs = self._fleet.release(letter)
+            if not same_release(theirs):
+                expected, got = f"release {RELEASE}, as here", theirs or "none"
+                remedy = "Both sides must install the same release."
+                where = f"the coordinator at {self._fleet.server}"
+                raise ContractError(complaint(where, expected=expected, got=got, remedy=remedy))
+        except ContractError as ex:
+            log.error("refused: %s", ex)
+            return error_reply(letter.empty, ex.code)
+        return None
+
+    def _work(self, letter: Letter) -> Message | None:
+        """What this installation's own app answers; None if the message was withdrawn."""
+        try:
+            message = self._fleet.open(letter)
+            if message is None:
+                return None
+            self._introduce(message)
+            context = Context(letter.run, self._number or 0, dict(self._config), RecordDict(), {})
+            return app(message, context)
+        except LinkError:
+            raise
+        except ContractError as ex:
+            log.error("%s", ex)
+            return error_reply(letter.empty, ex.code)
+        except Exception:  # the app answers every failure itself; this is what it cannot
+            log.exception("the app failed")
+            return error_reply(letter.empty, ConsiliumError.code)
+
+    def _introduce(self, message: Message) -> None:
+        """Know what is asked, for the log."""
+        kind, content = message.metadata.message_type, message.content
+        what = _NAMES.get(kind, kind)
+        with suppress(ConsiliumError, ValueError):  # the app says what is wrong with it
+            if kind == "query":
+                study = Study.model_validate_json(wire.JoinRequest.read(content).proposal)
+                log.info("study %s (%s) asks this site to join", study.name, study.id)
+                self._study = f"study {study.name}: "
+            elif kind == "train":
+                what = f"round {wire.RoundRequest.read(content).round}"
+        self._doing = f"{self._study}{what}"

@@ -1,0 +1,87 @@
+"""The backbone's weights on this machine: the hospital's own file, or one the coordinator sent."""
+
+import hashlib
+import logging
+import os
+from pathlib import Path
+
+from client.site import Site
+from client.storage import usable
+from common.config.study import Study
+from common.errors import ContractError, MissingWeightsError, SiteError, complaint
+from common.model import backbones
+from common.protocol.wire import BackbonePart
+from common.support import files
+
+log = logging.getLogger(__name__)
+
+
+def find(site: Site, study: Study) -> str:
+    """Where this machine has the study's weights: `DEFAULT`, `none` or a path.
+
+    The hospital's own file comes first, then one that was sent; a study names the file only. That
+    they are the right weights is for the contract to say.
+
+    Raises:
+      MissingWeightsError: it has no copy.
+    """
+    weights = study.model.weights
+    here = weights == "DEFAULT" and backbones.get(study.model.backbone).downloaded
+    if weights == "none" or here:
+        return weights
+    own = site.weights / Path(weights).name if site.weights else None
+    if own is not None and own.is_file():
+        return str(own)
+    if (sent := _sent(site, study)) is not None:
+        return str(sent)
+    where, expected = f"{site.source}: weights", f"a folder with {Path(weights).name}"
+    got, remedy = site.weights or "nothing", "It can be sent at join."
+    raise MissingWeightsError(complaint(where, expected=expected, got=got, remedy=remedy))
+
+
+def _sent(site: Site, study: Study) -> Path | None:
+    note = site.state / "studies" / f"{study.id}.backbone"
+    if not note.is_file():
+        return None
+    path = site.state / "weights" / note.read_text("ascii") / Path(study.model.weights).name
+    return path if path.is_file() else None
+
+
+def receive(site: Site, study: Study, part: BackbonePart) -> int:
+    """Keep a piece of the backbone; returns how many bytes there are by now, from the beginning.
+
+    A piece that does not follow on what is there changes nothing: the answer says where to go on.
+    The whole is kept only if its SHA-256 is right, and serves every study with the same weights.
+
+    Raises:
+      ContractError: it is too large for this backbone, or the whole is not what was announced and
+        was deleted.
+      SiteError: the disk refuses.
+    """
+    if part.size > (most := backbones.get(study.model.backbone).largest_file):
+        raise ContractError(f"a backbone of {part.size} bytes, where {most} are plenty")
+    folder = site.private("weights", part.sha256)
+    whole, growing = folder / Path(study.model.weights).name, folder.with_suffix(".part")
+    with usable(folder, SiteError):
+        for other in {*folder.parent.glob("*.part")} - {growing}:
+            other.unlink()  # one at a time: what was given up does not fill the disk
+        held = growing.stat().st_size if growing.is_file() else 0
+        if not whole.is_file():
+            if part.offset == held:
+                with growing.open("ab") as file:
+                    file.write(part.data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                held += len(part.data)
+            if held < part.size:
+                return held
+            with growing.open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if found != part.sha256:
+                growing.unlink()
+                raise ContractError("a backbone whose SHA-256 is another than announced")
+            growing.replace(whole)
+            log.info("received the backbone: %s", whole)
+        note = site.private("studies") / f"{study.id}.backbone"
+        files.write(note, part.sha256, mode=0o600)
+    return part.size
