@@ -6,9 +6,9 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from common.errors import RunError
-from server.checkpoint import RunFolder
-from server.report import Reporter
-from server.rounds import Run
+from server.reports.progress import Reporter
+from server.rounds.loop import Run
+from server.runs.run_folder import RunFolder
 
 app = ServerApp()
 

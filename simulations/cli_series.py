@@ -130,7 +130,7 @@ def poison(
     model on test patients of the hospitals that never lie.
     """
     from common.config.study import Study
-    from server.strategies import REGISTRY
+    from server.rounds.strategies import REGISTRY
     from simulations import poison
     from simulations.liars import Lies
 

@@ -28,7 +28,7 @@ from common.errors import RunError, complaint
 from common.protocol import wire
 from common.support.terminal import console
 from server.app import app as server_app
-from server.checkpoint import RunFolder
+from server.runs.run_folder import RunFolder
 from simulations import hospitals
 from simulations.grid import simulate
 from simulations.hospitals import Hospital

@@ -21,9 +21,9 @@ from client.training import trainer
 from common.config.study import Study
 from common.errors import StudyError
 from common.support.terminal import console, size, table
-from server.checkpoint import RunFolder
-from server.report import Reporter
-from server.rounds import Run
+from server.reports.progress import Reporter
+from server.rounds.loop import Run
+from server.runs.run_folder import RunFolder
 from simulations import hospitals
 from simulations.grid import InProcessGrid
 from simulations.hospitals import Hospital

@@ -23,7 +23,7 @@ from common.flower.compat import (
     recorddict_from_proto,
     recorddict_to_proto,
 )
-from server.one_run import OneRunGrid
+from server.link.base_grid import OneRunGrid
 
 log = logging.getLogger(__name__)
 

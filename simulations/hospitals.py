@@ -25,7 +25,7 @@ from common.config.yaml import dump
 from common.errors import DataError, RefusedError, RunError, SiteError, complaint
 from common.support import files
 from common.support.seeds import derive
-from server.strategies import least
+from server.rounds.strategies import least
 from simulations import partition
 
 log = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from common.config.study import Study
 from common.model.weights import LARGEST
 from common.protocol import wire
 from server.app import app as server_app
-from server.checkpoint import RunFolder
+from server.runs.run_folder import RunFolder
 from simulations.engines import InProcess
 from simulations.grid import simulate
 

@@ -19,13 +19,13 @@ from common.config.study import Study
 from common.config.yaml import dump
 from common.errors import RunError, complaint
 from common.support import files, keys
-from server.project import Project
-from server.sites import Sites
+from server.link.sites import Sites
+from server.project.project import Project
 from simulations import hospitals
 from simulations.hospitals import Hospital
 
 _HOST = "127.0.0.1"
-_SERVER = "from server.cli import main; main()"
+_SERVER = "from server.cli.main import main; main()"
 _CLIENT = "from client.cli.main import main; main()"
 
 

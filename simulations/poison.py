@@ -11,10 +11,10 @@ from common.metrics.metrics import METRICS, value
 from common.metrics.statistics import Estimate
 from common.support import files
 from common.support.terminal import console, table
-from server import figures
-from server.report import FEDERATED, load_results, union
-from server.strategies import REGISTRY
-from server.warm_start import inspect
+from server.reports import plots as figures
+from server.reports.progress import FEDERATED, load_results, union
+from server.rounds.start import inspect
+from server.rounds.strategies import REGISTRY
 from simulations import study_runs, summary
 from simulations.liars import LIES, Lies, Poisoned
 from simulations.study_runs import Source

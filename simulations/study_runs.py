@@ -11,9 +11,9 @@ from client.ledger.spending import MEANING
 from common.config.study import Study
 from common.errors import RunError, StudyError, complaint
 from common.support.terminal import console, table
-from server.checkpoint import RunFolder
-from server.report import load_results, save_results, show_results
-from server.warm_start import inspect
+from server.reports.progress import load_results, save_results, show_results
+from server.rounds.start import inspect
+from server.runs.run_folder import RunFolder
 from simulations import compare as alone
 from simulations import hospitals, summary
 from simulations.engines import Engine

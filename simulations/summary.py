@@ -10,9 +10,9 @@ from common.metrics.metrics import METRICS, Counts, value
 from common.metrics.statistics import Estimate, difference, gap_closed, intervals, t_interval
 from common.support import files
 from common.support.terminal import console, table
-from server import figures
-from server.checkpoint import RunFolder
-from server.report import FEDERATED, Results, load_results, note, overall
+from server.reports import plots as figures
+from server.reports.progress import FEDERATED, Results, load_results, note, overall
+from server.runs.run_folder import RunFolder
 
 _MOST_SITES_DRAWN = 20
 

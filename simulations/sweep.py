@@ -19,10 +19,10 @@ from common.metrics.metrics import METRICS, Counts, better, value
 from common.metrics.statistics import difference
 from common.support import files
 from common.support.terminal import console, table
-from server import figures
-from server.checkpoint import RunFolder
-from server.report import FEDERATED, load_results, union
-from server.warm_start import inspect
+from server.reports import plots as figures
+from server.reports.progress import FEDERATED, load_results, union
+from server.rounds.start import inspect
+from server.runs.run_folder import RunFolder
 from simulations import study_runs, summary
 from simulations.engines import Engine
 from simulations.study_runs import Source

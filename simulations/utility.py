@@ -15,8 +15,8 @@ from common.metrics.metrics import METRICS, Counts, class_auroc, value
 from common.metrics.statistics import t_interval
 from common.support import files
 from common.support.terminal import console, table
-from server import figures
-from server.report import FEDERATED, Results, load_results, overall
+from server.reports import plots as figures
+from server.reports.progress import FEDERATED, Results, load_results, overall
 from simulations import hospitals, study_runs, summary
 from simulations.engines import Engine
 from simulations.study_runs import Source

@@ -10,8 +10,8 @@ from contextlib import contextmanager, suppress
 
 import uvicorn
 
-from server.project import Project
-from server.serve import listen, server
+from server.link.serve import listen, server
+from server.project.project import Project
 
 
 @contextmanager

@@ -21,8 +21,8 @@ from common.errors import (
 from common.model import backbones
 from common.model.network import assemble
 from common.protocol.wire import BackboneHeld, BackbonePart
-from server import backbone as sending
-from server.backbone import Backbone
+from server.rounds import weights as sending
+from server.rounds.weights import Backbone
 
 NAME = "shufflenet_v2_x0_5"
 

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from client import session
 from common.metrics.metrics import Counts
 from common.support.terminal import PlainConsole
-from server.report import left_out, note, overall
+from server.reports.progress import left_out, note, overall
 from simulations import cli
 
 ROOT = Path(__file__).parents[1]

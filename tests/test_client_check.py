@@ -18,9 +18,9 @@ from client.site import Site
 from common.config.yaml import dump
 from common.flower.compat import RELEASE
 from common.support import keys
-from server import certificates
-from server.project import Project
-from server.sites import Sites
+from server.link.sites import Sites
+from server.project import certificates
+from server.project.project import Project
 from simulations.loopback import free_port
 from tests.kit import link_up
 

@@ -22,7 +22,7 @@ from client.site import Site
 from common.config.study import Study
 from common.errors import StudyError
 from server.app import app as server_app
-from server.checkpoint import RunFolder
+from server.runs.run_folder import RunFolder
 from simulations import hospitals, loopback
 from simulations.grid import simulate
 from simulations.loopback import Loopback, until

@@ -14,8 +14,8 @@ from client.app import app as client_app
 from common.config.study import Study
 from common.config.yaml import dump
 from server.app import app as server_app
-from server.checkpoint import RunFolder
-from server.events import Events
+from server.reports.tensorboard import Events
+from server.runs.run_folder import RunFolder
 from simulations import hospitals
 from simulations.grid import simulate
 

@@ -12,7 +12,7 @@ from common.config.study import Study
 from common.model import backbones
 from common.model.network import assemble
 from server.app import app as server_app
-from server.checkpoint import RunFolder
+from server.runs.run_folder import RunFolder
 from simulations import hospitals
 from simulations.grid import simulate
 

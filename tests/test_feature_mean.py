@@ -14,7 +14,7 @@ from common.errors import DataError, StudyError
 from common.model.inference import load_model
 from common.model.network import assemble
 from server.app import app as server_app
-from server.checkpoint import RunFolder
+from server.runs.run_folder import RunFolder
 from simulations import feature_mean, hospitals
 from simulations.cli import app
 from simulations.grid import simulate

@@ -26,12 +26,12 @@ from common.model.network import assemble
 from common.protocol import wire
 from common.protocol.disclosure import Disclosure
 from common.protocol.wire import JoinReply, LedgerHead, LedgerReply, Parts
-from server import ledgers
 from server.app import app as server_app
-from server.checkpoint import RunFolder
-from server.federation import Federation
-from server.ledgers import ROLLED_BACK
-from server.report import load_results
+from server.reports.progress import load_results
+from server.rounds import ledger_heads
+from server.rounds.federation import Federation
+from server.rounds.ledger_heads import ROLLED_BACK
+from server.runs.run_folder import RunFolder
 from simulations import hospitals, study_runs
 from simulations.engines import InProcess
 from simulations.grid import InProcessGrid, simulate
@@ -263,18 +263,18 @@ def test_nobody_is_put_out_by_who_takes_its_name() -> None:
 
 def test_how_far_ledgers_went_outlives_the_process_and_who_did_not_come(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
-    assert ledgers.known(folder) == {}
-    ledgers.keep(folder, {"a": head(1), "b": head(2)})
-    ledgers.keep(folder, {"b": head(7, "c")})
-    ledgers.keep(folder, {"b": head(6)})  # an old reply, sent again
-    assert ledgers.known(folder) == {"a": head(1), "b": head(7, "c")}
+    assert ledger_heads.known(folder) == {}
+    ledger_heads.keep(folder, {"a": head(1), "b": head(2)})
+    ledger_heads.keep(folder, {"b": head(7, "c")})
+    ledger_heads.keep(folder, {"b": head(6)})  # an old reply, sent again
+    assert ledger_heads.known(folder) == {"a": head(1), "b": head(7, "c")}
 
 
 @pytest.mark.parametrize("content", ["", "{", '{"a": 5}', '{"a": {"count": 0, "hash": "x"}}'])
 def test_a_damaged_list_of_ledgers_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "ledgers.json").write_text(content)
     with pytest.raises(RunError, match=r"ledgers\.json: expected how far.*Restore it"):
-        ledgers.known(RunFolder(tmp_path))
+        ledger_heads.known(RunFolder(tmp_path))
 
 
 # --- real hospitals ---
@@ -545,7 +545,7 @@ def test_ledgers_that_only_grew_are_let_in_again(backups: Callable[..., RunFolde
     folder = backups()
     assert set(folder.facts()["sites"]) == set(NAMES)
     assert folder.facts()["refused"] == {}
-    assert set(ledgers.known(folder)) == set(NAMES)
+    assert set(ledger_heads.known(folder)) == set(NAMES)
 
 
 @pytest.mark.parametrize("backup", ["before join 1", "before round 2"])
@@ -563,7 +563,7 @@ def test_a_ledger_restored_from_a_backup_is_refused_and_the_others_go_on(
     }
     assert (folder.path / "report.json").exists()
     # What it told before is not forgotten: it stays refused.
-    assert "south" in ledgers.known(folder)
+    assert "south" in ledger_heads.known(folder)
 
 
 def test_an_adopted_ledger_is_let_in_once_its_entry_is_taken_out(
@@ -580,4 +580,4 @@ def test_an_adopted_ledger_is_let_in_once_its_entry_is_taken_out(
     (folder.path / "report.json").unlink()
     folder = backups()
     assert folder.facts()["refused"] == {}
-    assert ledgers.known(folder)["south"].count < kept["north"]["count"]
+    assert ledger_heads.known(folder)["south"].count < kept["north"]["count"]

@@ -24,10 +24,10 @@ from common.config.yaml import dump
 from common.errors import ContractError, LinkError, SiteError
 from common.flower.compat import RELEASE, message_from_proto, pack
 from common.support import keys
-from server import certificates
-from server.grid import LinkGrid, connected
-from server.project import Project
-from server.sites import Releases, Sites
+from server.link.grid import LinkGrid, connected
+from server.link.sites import Releases, Sites
+from server.project import certificates
+from server.project.project import Project
 from simulations.loopback import free_port
 from tests.kit import link_up
 

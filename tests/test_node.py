@@ -30,13 +30,13 @@ from common.flower.compat import APP, RELEASE, TaskIdentity, to_bytes
 from common.model.network import assemble
 from common.protocol import wire
 from common.support import keys
-from server import certificates
-from server import grid as grid_module
-from server import link as link_module
-from server.grid import LinkGrid, connected
-from server.link import NOOP_FEDERATION_ID, NOOP_FLWR_AID, TaskType, open_state
-from server.project import Project
-from server.sites import Sites
+from server.link import fleet_api as link_module
+from server.link import grid as grid_module
+from server.link.fleet_api import NOOP_FEDERATION_ID, NOOP_FLWR_AID, TaskType, open_state
+from server.link.grid import LinkGrid, connected
+from server.link.sites import Sites
+from server.project import certificates
+from server.project.project import Project
 from simulations.loopback import free_port
 from tests.kit import link_up
 

@@ -12,7 +12,7 @@ from common.config.study import Study
 from common.errors import RunError, StudyError
 from common.model.network import assemble
 from common.support.terminal import console
-from server.checkpoint import RunFolder
+from server.runs.run_folder import RunFolder
 from simulations import hospitals, poison, study_runs
 from simulations.engines import InProcess
 from simulations.liars import Lies, Poisoned

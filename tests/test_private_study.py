@@ -27,8 +27,8 @@ from common.config.yaml import dump
 from common.errors import RunError, StudyError
 from common.protocol import wire
 from server.app import app as server_app
-from server.checkpoint import RunFolder
-from server.report import load_results
+from server.reports.progress import load_results
+from server.runs.run_folder import RunFolder
 from simulations import hospitals, study_runs
 from simulations.engines import InProcess
 from simulations.grid import InProcessGrid, simulate

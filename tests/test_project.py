@@ -13,10 +13,10 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 from common.config.study import Study
 from common.errors import LinkError, StudyError
 from common.support import keys
-from server import certificates
-from server.checkpoint import Checkpoint, RunFolder
-from server.project import Project, RunState
-from server.sites import Releases, Sites
+from server.link.sites import Releases, Sites
+from server.project import certificates
+from server.project.project import Project, RunState
+from server.runs.run_folder import Checkpoint, RunFolder
 
 HOSTS = ("study.example.org", "192.0.2.7")
 

@@ -27,9 +27,9 @@ from common.model.inference import load_model
 from common.model.network import assemble
 from common.protocol import wire
 from server.app import app as server_app
-from server.checkpoint import RunFolder
-from server.report import load_results, union
-from server.strategies import REGISTRY
+from server.reports.progress import load_results, union
+from server.rounds.strategies import REGISTRY
+from server.runs.run_folder import RunFolder
 from simulations import cli, hospitals
 from simulations.grid import simulate
 

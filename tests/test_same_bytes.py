@@ -34,7 +34,7 @@ from client.site import Site
 from client.features.store import opened
 from common.model.network import assemble
 from common.config.study import Augment, Study
-from server.checkpoint import RunFolder
+from server.runs.run_folder import RunFolder
 from simulations import compare, hospitals
 from simulations.engines import InProcess
 from simulations.workers import Workers

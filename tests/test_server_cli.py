@@ -27,14 +27,16 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 from client.link.fleet_client import Fleet, NotAdmittedError
 from common.errors import LinkError
 from common.support import keys
-from server import certificates, cli, serve
-from server.project import Project
-from server.sites import Sites
+from server.cli import main as cli
+from server.link import serve
+from server.link.sites import Sites
+from server.project import certificates
+from server.project.project import Project
 from simulations.loopback import free_port
 from tests.kit import link_up
 
 ROOT = Path(__file__).parents[1]
-COMMAND = "from server.cli import main; main()"
+COMMAND = "from server.cli.main import main; main()"
 Command = Callable[..., tuple[int, str]]
 PROTOBUF = {"content-type": "application/x-protobuf"}
 FLEET = sorted(path for _, path in PROTOBUF_REQUEST_TYPES if path.startswith("/v1/fleet/"))

@@ -9,7 +9,7 @@ from common.errors import StudyError
 from common.flower.compat import SUPERLINK_NODE_ID, TaskIdentity
 from common.protocol import wire
 from common.protocol.wire import Tensors
-from server.strategies import REGISTRY, Aggregator
+from server.rounds.strategies import REGISTRY, Aggregator
 
 pytestmark = pytest.mark.numbers
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from common.config.yaml import alternatives, dump
 from common.errors import StudyError
-from server.checkpoint import RunFolder
+from server.runs.run_folder import RunFolder
 from simulations import cli
 from simulations.sweep import plan
 

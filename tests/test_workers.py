@@ -19,7 +19,7 @@ import pytest
 from common import errors
 from common.config.study import Study
 from common.errors import ConsiliumError, DataError, RunError
-from server.checkpoint import RunFolder
+from server.runs.run_folder import RunFolder
 from simulations import cli, hospitals
 from simulations.engines import Engine, InProcess
 from simulations.workers import Workers

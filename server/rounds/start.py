@@ -8,8 +8,8 @@ from typing import Any
 from common.config.study import Study
 from common.model.network import Network, assemble
 from common.protocol.wire import Tensors
-from server.checkpoint import RunFolder
-from server.strategies import Aggregator
+from server.rounds.strategies import Aggregator
+from server.runs.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
 

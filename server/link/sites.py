@@ -8,14 +8,8 @@ from typing import NamedTuple
 from common.errors import LinkError, complaint, did_you_mean
 from common.flower.compat import NodeInfo
 from common.support import files, keys
-from server.link import (
-    NOOP_FLWR_AID,
-    LinkState,
-    NodeStatus,
-    free_key,
-    open_state,
-)
-from server.project import Project
+from server.link.fleet_api import NOOP_FLWR_AID, LinkState, NodeStatus, free_key, open_state
+from server.project.project import Project
 
 
 class Hospital(NamedTuple):

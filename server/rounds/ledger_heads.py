@@ -8,7 +8,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from common.errors import RunError, complaint
 from common.protocol.wire import LedgerHead
-from server.checkpoint import RunFolder
+from server.runs.run_folder import RunFolder
 
 Ledgers = dict[str, LedgerHead]
 """By site name."""

@@ -12,12 +12,12 @@ import typer
 from common.errors import LinkError, complaint
 from common.support import terminal
 from common.support.terminal import console, table
-from server import cli_runs
-from server.cli_runs import HERE, Folder
+from server.cli import runs as cli_runs
+from server.cli.runs import HERE, Folder
 
 if TYPE_CHECKING:
-    from server.project import RunState
-    from server.sites import Hospital
+    from server.link.sites import Hospital
+    from server.project.project import RunState
 
 app = typer.Typer(
     help="Coordinate studies: admit hospitals, be there for them, run what they agreed to.",
@@ -60,8 +60,8 @@ def init(
     certificate's two years. Only renew needs ca.key; it may lie elsewhere in between.
     """
     from common.support import keys
-    from server import certificates
-    from server.project import Project
+    from server.project import certificates
+    from server.project.project import Project
 
     names, port = _hosts(host)
     project = Project.create(folder, names, port)
@@ -90,8 +90,8 @@ def renew(
     It is for the hosts in coordinator.yaml, and those given here, which are added there. The key
     stays; delete server.key first if somebody else may know it.
     """
-    from server import certificates
-    from server.project import Project
+    from server.project import certificates
+    from server.project.project import Project
 
     opened = Project.open(project).renew(tuple(host or ()))
     end = certificates.until(opened.folder)
@@ -116,8 +116,8 @@ def admit(
     """
     from common.config.study import NAME
     from common.support import keys
-    from server.project import Project
-    from server.sites import Sites
+    from server.link.sites import Sites
+    from server.project.project import Project
 
     opened, key = Project.open(project), keys.read_public(public)
     if not re.fullmatch(NAME, name):
@@ -137,8 +137,8 @@ def remove(name: SiteName, project: Folder = HERE) -> None:
 
     Its key, or another under the same name, can be admitted later.
     """
-    from server.project import Project
-    from server.sites import Sites
+    from server.link.sites import Sites
+    from server.project.project import Project
 
     Sites(Project.open(project)).remove(name)
     console.print(f"{name} is removed.")
@@ -147,8 +147,8 @@ def remove(name: SiteName, project: Folder = HERE) -> None:
 @app.command(epilog="Example: consilium-server sites")
 def sites(project: Folder = HERE) -> None:
     """List the admitted hospitals: who is connected, who was last seen when, with what release."""
-    from server.project import Project
-    from server.sites import Sites
+    from server.link.sites import Sites
+    from server.project.project import Project
 
     found = Sites(Project.open(project)).all()
     if not found:
@@ -177,8 +177,8 @@ def start(
     Hospitals reach nothing here but their own messages. It can be stopped and started at any time,
     also while a study runs: sites come back by themselves. What it does is in coordinator.log.
     """
-    from server import serve
-    from server.project import Project
+    from server.link import serve
+    from server.project.project import Project
 
     serve.start(Project.open(project), host, port)
 
@@ -186,9 +186,9 @@ def start(
 @app.command(epilog="Example: consilium-server status")
 def status(project: Folder = HERE) -> None:
     """Show whether the link is up, how long its certificate holds, who is connected, what runs."""
-    from server import certificates
-    from server.project import Project
-    from server.sites import Sites
+    from server.link.sites import Sites
+    from server.project import certificates
+    from server.project.project import Project
 
     opened = Project.open(project)
     up = opened.is_up()
@@ -210,7 +210,7 @@ def status(project: Folder = HERE) -> None:
 
 def _hosts(given: list[str]) -> tuple[tuple[str, ...], int]:
     """Names and the one port of `NAME[:PORT]`."""
-    from server.project import HTTPS
+    from server.project.project import HTTPS
 
     names, ports = [], set()
     for text in given:

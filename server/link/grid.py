@@ -26,8 +26,8 @@ from common.flower.compat import (
     spoiled,
     unpack,
 )
-from server.link import NOOP_FEDERATION_ID, NOOP_FLWR_AID, LinkState, TaskType, open_state
-from server.one_run import OneRunGrid
+from server.link.base_grid import OneRunGrid
+from server.link.fleet_api import NOOP_FEDERATION_ID, NOOP_FLWR_AID, LinkState, TaskType, open_state
 
 log = logging.getLogger(__name__)
 

@@ -9,12 +9,12 @@ from flwr.serverapp import Grid
 from common.config.study import Study
 from common.errors import RunError, complaint
 from common.support.terminal import console, table
-from server.checkpoint import RunFolder
-from server.federation import Federation
-from server.grid import connected
-from server.report import Reporter, load_results, show_results
-from server.rounds import Run
-from server.warm_start import inspect
+from server.link.grid import connected
+from server.reports.progress import Reporter, load_results, show_results
+from server.rounds.federation import Federation
+from server.rounds.loop import Run
+from server.rounds.start import inspect
+from server.runs.run_folder import RunFolder
 
 _LOOK = 1.0
 """Seconds between counts of the sites that are connected."""

@@ -16,7 +16,7 @@ from torch.utils.tensorboard import RecordWriter
 
 from common.errors import complaint
 from common.metrics.metrics import METRICS
-from server.checkpoint import RunFolder
+from server.runs.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
 

@@ -16,12 +16,12 @@ from common.model.network import assemble
 from common.protocol import wire
 from common.protocol.wire import FinalCounts, FinalReply, FinalRequest, RoundReply
 from common.support.seeds import derive
-from server import ledgers
-from server.checkpoint import Checkpoint, RunFolder
-from server.federation import Federation, Member
-from server.report import Outcome, Reporter, union
-from server.strategies import Aggregator
-from server.warm_start import first_tensors, weights
+from server.reports.progress import Outcome, Reporter, union
+from server.rounds import ledger_heads
+from server.rounds.federation import Federation, Member
+from server.rounds.start import first_tensors, weights
+from server.rounds.strategies import Aggregator
+from server.runs.run_folder import Checkpoint, RunFolder
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class Run:
         self._folder, self._report = folder, reporter
         self._study = study = folder.study
         self._network = network = assemble(study, study.model.weights)
-        self._federation = Federation(grid, study, network, ledgers.known(folder))
+        self._federation = Federation(grid, study, network, ledger_heads.known(folder))
         self._aggregator = Aggregator(study, network.trainable)
         self._last = self._restore()
         overall = (line for line in folder.history() if line["site"] is None)
@@ -59,7 +59,7 @@ class Run:
         """Join, train whatever rounds are left, evaluate, report."""
         self._federation.join()
         heads = {member.name: member.reply.ledger for member in self._federation.members}
-        ledgers.keep(self._folder, heads)
+        ledger_heads.keep(self._folder, heads)
         self._folder.write_facts(self._facts())
         whole = sum(tensor.nbytes for tensor in self._network.model.state_dict().values())
         self._report.joined(
@@ -100,7 +100,7 @@ class Run:
         updates = [(reply.arrays, weight[name]) for name, reply in replies.items()]
         merged = self._aggregator.merge(number, updates)
         lines = [self._line(number, name, reply) for name, reply in replies.items()]
-        ledgers.keep(self._folder, {name: reply.ledger for name, reply in replies.items()})
+        ledger_heads.keep(self._folder, {name: reply.ledger for name, reply in replies.items()})
         losses = {n: f.train_loss for n, f in told.items() if f.train_loss is not None}
         total = sum(weight[name] for name in losses)
         mean = sum(weight[n] * x for n, x in losses.items()) / total if losses else None

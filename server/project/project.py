@@ -18,7 +18,7 @@ from common.config.yaml import YamlFile, dump
 from common.errors import ConsiliumError, LinkError, complaint
 from common.support import files
 from common.support.systemd import quoted
-from server import certificates
+from server.project import certificates
 
 HTTPS = 443
 _SETTINGS = "coordinator.yaml"
@@ -208,7 +208,7 @@ def _settings(folder: Path, hosts: tuple[str, ...], port: int) -> Settings:
 
 
 def _state(folder: Path) -> RunState:
-    from server.checkpoint import RunFolder
+    from server.runs.run_folder import RunFolder
 
     try:
         rounds = RunFolder(folder).study.train.rounds

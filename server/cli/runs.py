@@ -36,9 +36,9 @@ def run(
     --resume goes on after the last finished round.
     """
     from common.config.study import Study
-    from server import running
-    from server.checkpoint import RunFolder
-    from server.project import Project
+    from server import coordinator
+    from server.project.project import Project
+    from server.runs.run_folder import RunFolder
 
     place = Project.open(project)
     if (study is None) == (resume is None):
@@ -51,13 +51,13 @@ def run(
         assert study is not None  # noqa: S101  (one of the two is there)
         name = f"{study.stem}-{datetime.now():%Y%m%d-%H%M%S}"
         wanted = Study.read(study, tuple(changes or ()))
-        folder = running.begin(wanted, out or place.runs / name)
+        folder = coordinator.begin(wanted, out or place.runs / name)
     log_to(folder.path / "run.log")
     again = f"consilium-server run --resume {folder.path}"
     try:
         if not (folder.path / "report.json").exists():
-            running.go(folder, place.database, wait=wait)
-        running.show(folder)
+            coordinator.go(folder, place.database, wait=wait)
+        coordinator.show(folder)
     except KeyboardInterrupt:
         raise StoppedError(f"Stopped. Go on with: {again}") from None
 
@@ -66,7 +66,7 @@ def stop(
     run: Annotated[Path, typer.Argument(help="The run folder.")],
 ) -> None:
     """Stop a run that is going on; it can be resumed."""
-    from server.checkpoint import RunFolder
+    from server.runs.run_folder import RunFolder
 
     if not RunFolder.resume(run).busy:
         raise RunError(complaint(run, expected="a run that is going on", got="none"))
@@ -86,7 +86,7 @@ def logs(
     project: Folder = HERE,
 ) -> None:
     """Show the last lines of a run's log, or of the link's."""
-    from server.project import Project
+    from server.project.project import Project
 
     path = run / "run.log" if run else Project.open(project).log
     if not path.is_file():

@@ -16,9 +16,9 @@ from common.errors import RunError, complaint
 from common.metrics.metrics import METRICS, Counts, sensitivity, value
 from common.metrics.statistics import calibration
 from common.support.terminal import console, size, table
-from server import figures
-from server.checkpoint import RunFolder
-from server.federation import Federation
+from server.reports import plots as figures
+from server.rounds.federation import Federation
+from server.runs.run_folder import RunFolder
 
 FEDERATED = "federated"
 _COLUMNS = ("accuracy", "balanced_accuracy", "f1", "auroc")
@@ -86,7 +86,7 @@ class Reporter:
           sent: Bytes each site sends in a round.
           whole: Bytes of the whole model.
         """
-        from server.events import Events  # what it needs is slow to import
+        from server.reports.tensorboard import Events  # what it needs is slow to import
 
         names = ", ".join(member.name for member in federation.members)
         start = f", going on after round {resumed}" if resumed else ""

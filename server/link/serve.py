@@ -13,10 +13,10 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from common.errors import LinkError, complaint
 from common.flower.compat import RELEASE, RELEASE_HEADER
 from common.support.terminal import log_to
-from server import certificates
-from server.link import fleet_app
-from server.project import Project
-from server.sites import Releases
+from server.link.fleet_api import fleet_app
+from server.link.sites import Releases
+from server.project import certificates
+from server.project.project import Project
 
 log = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ from common.errors import ContractError, RunError
 from common.model.network import Network
 from common.protocol import wire
 from common.protocol.wire import BackboneHeld, JoinReply, LedgerHead, LedgerReply, LedgerRequest
-from server.backbone import Backbone
-from server.ledgers import ROLLED_BACK
+from server.rounds.ledger_heads import ROLLED_BACK
+from server.rounds.weights import Backbone
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,4 @@
+"""What a run shows: progress, tables, plots, TensorBoard.
+
+Nothing here changes a run.
+"""
