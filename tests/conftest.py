@@ -12,7 +12,7 @@ import torch
 
 from client.ledger.desk import close_desks
 from client.session import close_sessions
-from simulations import phantom
+from simulations.sites import phantom
 
 
 def pytest_configure() -> None:

@@ -28,7 +28,7 @@ from common.config.yaml import dump
 from common.flower.compat import recorddict_to_proto
 from common.model.contract import digest
 from common.protocol import wire
-from simulations.grid import InProcessGrid
+from simulations.engines.grid import InProcessGrid
 from tests.kit import another, limited
 
 CLASSES = ("dark", "bright")

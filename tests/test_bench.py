@@ -16,11 +16,11 @@ from common.config.study import Study
 from common.errors import RunError, StudyError
 from common.model import backbones
 from common.protocol import wire
-from simulations.bench import Plan
-from simulations.cli import app
-from simulations.contest import Contender, Task
-from simulations.flops import operations
-from simulations.tutorial import Tutorial
+from simulations.benchmarks.contenders import Contender, Task
+from simulations.benchmarks.flops import operations
+from simulations.benchmarks.frozen_prefix import Plan
+from simulations.benchmarks.tutorial_baseline import Tutorial
+from simulations.cli.main import app
 
 SMALL = "shufflenet_v2_x0_5"
 PLAN = Plan(backbones=(SMALL,), images=16, side=32, rounds=2, repeats=1)

@@ -21,7 +21,7 @@ from client import session
 from common.metrics.metrics import Counts
 from common.support.terminal import PlainConsole
 from server.reports.progress import left_out, note, overall
-from simulations import cli
+from simulations.cli import main as cli
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "configs/demo.yaml"
@@ -307,7 +307,7 @@ def test_classes_that_look_like_markup(command: Command, tmp_path: Path) -> None
 
 def interrupted(folder: Path, awaited: Path, *arguments: object) -> tuple[int, str]:
     """Exit code and words of a real process that got SIGINT once `awaited` was there."""
-    code = "from simulations.cli import main; main()"
+    code = "from simulations.cli.main import main; main()"
     process = subprocess.Popen(
         [sys.executable, "-c", code, *map(str, arguments)],
         cwd=folder,

@@ -23,9 +23,10 @@ from common.config.study import Study
 from common.errors import StudyError
 from server.app import app as server_app
 from server.runs.run_folder import RunFolder
-from simulations import hospitals, loopback
-from simulations.grid import simulate
-from simulations.loopback import Loopback, until
+from simulations.demo import loopback
+from simulations.demo.loopback import Loopback, until
+from simulations.engines.grid import simulate
+from simulations.sites import virtual_sites
 
 pytestmark = pytest.mark.numbers
 
@@ -50,14 +51,14 @@ SKIN = ("rosendahl", "vidir_modern", "vidir_molemax", "vienna_dias")
 
 
 def deployed(folder: Path, wanted: Study, phantoms: Path) -> Loopback:
-    return Loopback(folder, wanted, [hospitals.from_folder(phantoms / name) for name in NAMES])
+    return Loopback(folder, wanted, [virtual_sites.from_folder(phantoms / name) for name in NAMES])
 
 
 def simulated(folder: Path, wanted: Study, phantoms: Path) -> dict[str, torch.Tensor]:
     """The last tensors of the same study in this process."""
     RunFolder.claim(folder).begin(wanted)
-    found = [hospitals.from_folder(phantoms / name) for name in NAMES]
-    files = hospitals.settle(found, wanted, folder, folder / "cache")
+    found = [virtual_sites.from_folder(phantoms / name) for name in NAMES]
+    files = virtual_sites.settle(found, wanted, folder, folder / "cache")
     simulate(server_app, client_app, files, folder)
     return load_file(folder / "last.safetensors")
 
@@ -376,7 +377,7 @@ def test_a_real_study_runs_here_as_it_is_in_a_simulation(shared, tmp_path, name)
     weights = shared / "weights" / "squeezenet1_0.pth"
     changes = ("train.rounds=3", f"model.weights={weights}")
     wanted = Study.read(Path(__file__).parents[1] / "configs" / f"{name}.yaml", changes)
-    found = [hospitals.from_folder(shared / "data" / "skin_sites" / site) for site in SKIN]
+    found = [virtual_sites.from_folder(shared / "data" / "skin_sites" / site) for site in SKIN]
     with Loopback(tmp_path / "real", wanted, found) as world:
         everybody(world)
         run = Run(world)
@@ -391,6 +392,6 @@ def test_a_real_study_runs_here_as_it_is_in_a_simulation(shared, tmp_path, name)
             return
         folder = tmp_path / "simulation"
         RunFolder.claim(folder).begin(wanted)
-        files = hospitals.settle(found, wanted, folder, tmp_path / "real" / "cache")
+        files = virtual_sites.settle(found, wanted, folder, tmp_path / "real" / "cache")
         simulate(server_app, client_app, files, folder)
         same(run.last(), load_file(folder / "last.safetensors"))

@@ -16,8 +16,8 @@ from common.config.yaml import dump
 from server.app import app as server_app
 from server.reports.tensorboard import Events
 from server.runs.run_folder import RunFolder
-from simulations import hospitals
-from simulations.grid import simulate
+from simulations.engines.grid import simulate
+from simulations.sites import virtual_sites
 
 ROOT = Path(__file__).parents[1]
 NAMES = ("east", "north", "south", "west")
@@ -32,14 +32,14 @@ def begin(folder: Path, sites: Sequence[Path], *changes: str) -> RunFolder:
     """A run of virtual hospitals that has not started."""
     study = Study.read(ROOT / "configs/demo.yaml", ("train.local_epochs=1", *changes))
     run = RunFolder.claim(folder)
-    found = [hospitals.from_folder(site) for site in sites]
-    hospitals.settle(found, study, folder, sites[0].parent / "cache")
+    found = [virtual_sites.from_folder(site) for site in sites]
+    virtual_sites.settle(found, study, folder, sites[0].parent / "cache")
     run.begin(study)
     return run
 
 
 def go(run: RunFolder, app: ClientApp = client_app) -> None:
-    simulate(server_app, app, hospitals.settled(run.path), run.path)  # type: ignore[arg-type]
+    simulate(server_app, app, virtual_sites.settled(run.path), run.path)  # type: ignore[arg-type]
 
 
 @pytest.fixture

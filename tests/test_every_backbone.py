@@ -13,8 +13,8 @@ from common.model import backbones
 from common.model.network import assemble
 from server.app import app as server_app
 from server.runs.run_folder import RunFolder
-from simulations import hospitals
-from simulations.grid import simulate
+from simulations.engines.grid import simulate
+from simulations.sites import virtual_sites
 
 pytestmark = pytest.mark.numbers
 
@@ -53,12 +53,14 @@ def test_it_trains_a_round(
     study = Study.read(ROOT / "configs/demo.yaml", changed)
     few = tuple(f"p{i:03d}" for i in range(6))
     two = [
-        hospitals.Hospital(name=name, data=Manifest(root=phantoms / name), patients=few)
+        virtual_sites.Hospital(name=name, data=Manifest(root=phantoms / name), patients=few)
         for name in ("north", "south")
     ]
     folder = tmp_path / "run"
     RunFolder.claim(folder).begin(study)
-    simulate(server_app, client_app, hospitals.settle(two, study, folder, tmp_path / "c"), folder)
+    simulate(
+        server_app, client_app, virtual_sites.settle(two, study, folder, tmp_path / "c"), folder
+    )
 
     history = RunFolder(folder).history()
     assert {line["site"] for line in history if line["round"] == 1} == {"north", "south", None}

@@ -15,9 +15,10 @@ from common.model.inference import load_model
 from common.model.network import assemble
 from server.app import app as server_app
 from server.runs.run_folder import RunFolder
-from simulations import feature_mean, hospitals
-from simulations.cli import app
-from simulations.grid import simulate
+from simulations.cli.main import app
+from simulations.engines.grid import simulate
+from simulations.sites import virtual_sites
+from simulations.studies import feature_mean
 
 pytestmark = pytest.mark.numbers
 
@@ -134,8 +135,8 @@ def test_no_image_no_mean(tmp_path):
 def test_the_released_model_subtracts_it_too(phantoms, tmp_path, new_process):
     wanted = study(feature_mean=[0.1] * WIDTH)
     RunFolder.claim(tmp_path / "run").begin(wanted)
-    found = [hospitals.from_folder(phantoms / name) for name in ("east", "north")]
-    files = hospitals.settle(found, wanted, tmp_path / "run", tmp_path / "cache")
+    found = [virtual_sites.from_folder(phantoms / name) for name in ("east", "north")]
+    files = virtual_sites.settle(found, wanted, tmp_path / "run", tmp_path / "cache")
     new_process()
     simulate(server_app, client_app, files, tmp_path / "run")
     model = load_model(tmp_path / "run")

@@ -26,7 +26,7 @@ from common.model.split import cut_at
 
 pytestmark = pytest.mark.numbers
 
-PHANTOM = Path(__file__).parents[1] / "simulations" / "phantom_backbone.safetensors"
+PHANTOM = Path(__file__).parents[1] / "simulations/sites/phantom_backbone.safetensors"
 OPS = ("flip", "rotate", "crop", "brightness")
 SMALL = Preprocess(resize=16, crop=16, mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2))
 

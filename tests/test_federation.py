@@ -32,9 +32,10 @@ from server.rounds import ledger_heads
 from server.rounds.federation import Federation
 from server.rounds.ledger_heads import ROLLED_BACK
 from server.runs.run_folder import RunFolder
-from simulations import hospitals, study_runs
-from simulations.engines import InProcess
-from simulations.grid import InProcessGrid, simulate
+from simulations.engines.base import InProcess
+from simulations.engines.grid import InProcessGrid, simulate
+from simulations.sites import virtual_sites
+from simulations.studies import runner
 
 pytestmark = pytest.mark.numbers
 
@@ -290,9 +291,9 @@ def settle(
 ) -> list[Path]:
     """Four phantom hospitals in a new run folder; those named tell less."""
     study = make_study(*changes)
-    found = [hospitals.from_folder(phantoms / name) for name in NAMES]
+    found = [virtual_sites.from_folder(phantoms / name) for name in NAMES]
     RunFolder.claim(folder).begin(study)
-    site_files = hospitals.settle(found, study, folder, phantoms / "cache")
+    site_files = virtual_sites.settle(found, study, folder, phantoms / "cache")
     for path in site_files:
         if path.parent.name in disclose:
             tells = {"policy": {"disclose": disclose[path.parent.name]}}
@@ -359,7 +360,7 @@ def test_a_run_with_sites_that_tell_less_is_whole(
     assert all(n % 10 == 0 for n in sites["west"]["images"]["train"])
 
     capsys.readouterr()
-    study_runs.resume(mixed.path, None, InProcess(), compare=False)
+    runner.resume(mixed.path, None, InProcess(), compare=False)
     shown = capsys.readouterr().out
     rows = [line.split() for line in shown.splitlines() if line.startswith("north")]
     assert len(rows) == 2  # metrics, and sensitivities
@@ -407,13 +408,13 @@ def test_without_any_figure_of_rounds_the_last_model_is_released(
     assert all(torch.equal(released[name], tensor) for name, tensor in last.tensors.items())
     report = json.loads((path / "report.json").read_text(), parse_constant=strict)
     assert report["released_round"] == 2
-    study_runs.resume(path, None, InProcess(), compare=False)
+    runner.resume(path, None, InProcess(), compare=False)
     assert "overall" in capsys.readouterr().out
 
 
 def test_a_comparison_tells_no_more_than_the_federation(mixed: RunFolder, tmp_path: Path) -> None:
     path = Path(shutil.copytree(mixed.path, tmp_path / "run"))
-    study_runs.resume(path, None, InProcess(), compare=True)
+    runner.resume(path, None, InProcess(), compare=True)
     results, facts = load_results(path, 4)
     assert set(results) == {"local", "pooled", "federated"}
     for by_site in results.values():

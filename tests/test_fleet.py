@@ -28,7 +28,7 @@ from server.link.grid import LinkGrid, connected
 from server.link.sites import Releases, Sites
 from server.project import certificates
 from server.project.project import Project
-from simulations.loopback import free_port
+from simulations.demo.loopback import free_port
 from tests.kit import link_up
 
 

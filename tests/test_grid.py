@@ -6,7 +6,7 @@ import pytest
 from flwr.app import Context, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 
-from simulations.grid import InProcessGrid
+from simulations.engines.grid import InProcessGrid
 
 
 def test_a_failure_is_logged_and_not_sent(caplog: pytest.LogCaptureFixture) -> None:

@@ -5,7 +5,7 @@ import yaml
 
 from common.config.study import Study
 from common.errors import SiteError
-from simulations import hospitals
+from simulations.sites import virtual_sites
 
 CONTENT = {
     "name": "two",
@@ -23,9 +23,9 @@ def test_hospitals_of_one_machine_compute_alike(phantoms, tmp_path):
         data = {"format": "image_folder", "root": str(phantoms / name)}
         content = {"name": name, "data": data, "state": "state", "keep": keep}
         path.write_text(yaml.safe_dump(content), encoding="utf-8")
-        found.append(hospitals.from_folder(path))
+        found.append(virtual_sites.from_folder(path))
     study = Study.parse(CONTENT, "two", SiteError)
     with pytest.raises(SiteError, match=r"same keep and threads.*auto/1 and images/1"):
-        hospitals.settle(found, study, tmp_path / "run", tmp_path / "cache")
+        virtual_sites.settle(found, study, tmp_path / "run", tmp_path / "cache")
     assert not (tmp_path / "run").exists()
-    hospitals.settle(found[:1], study, tmp_path / "run", tmp_path / "cache")
+    virtual_sites.settle(found[:1], study, tmp_path / "run", tmp_path / "cache")

@@ -5,7 +5,7 @@ import pytest
 
 from client.data.records import ArrayImage, Record
 from common.errors import StudyError
-from simulations.partition import parse, partition, patient_labels
+from simulations.sites.partition import parse, partition, patient_labels
 
 SPECS = ["iid", "dirichlet:0.1", "dirichlet:1", "dirichlet:100", "label:2", "label:5", "quantity:1"]
 

@@ -19,8 +19,8 @@ from torch import nn
 from torchvision.models import shufflenet_v2_x0_5
 
 from common.errors import RunError
-from simulations import phantom, pretrain
-from simulations.anatomy import BODY, LESION, POSE, SIDE, Chest, Scanner, traits
+from simulations.sites import phantom, pretrain
+from simulations.sites.anatomy import BODY, LESION, POSE, SIDE, Chest, Scanner, traits
 
 pytestmark = pytest.mark.numbers
 

@@ -13,10 +13,11 @@ from common.errors import RunError, StudyError
 from common.model.network import assemble
 from common.support.terminal import console
 from server.runs.run_folder import RunFolder
-from simulations import hospitals, poison, study_runs
-from simulations.engines import InProcess
-from simulations.liars import Lies, Poisoned
-from simulations.study_runs import Source
+from simulations.engines.attacks import Lies, Poisoned
+from simulations.engines.base import InProcess
+from simulations.sites import virtual_sites
+from simulations.studies import robustness, runner
+from simulations.studies.runner import Source
 
 pytestmark = pytest.mark.numbers
 
@@ -36,8 +37,8 @@ def make_study(*changes):
 def run(engine, phantoms, folder, *changes, sites=1):
     study = make_study("train.rounds=1", f"aggregate.quorum={sites}", *changes)
     RunFolder.claim(folder).begin(study)
-    found = hospitals.from_pool(phantoms / "north", study, spec="iid", sites=sites)
-    files = hospitals.settle(found, study, folder, phantoms / "cache")
+    found = virtual_sites.from_pool(phantoms / "north", study, spec="iid", sites=sites)
+    files = virtual_sites.settle(found, study, folder, phantoms / "cache")
     engine.prepare(files, study)
     engine.run(files, folder)
     engine.forget()
@@ -78,7 +79,7 @@ def show(
     factor=-10.0,
     pool="north",
 ):
-    poison.show(
+    robustness.show(
         make_study("aggregate.quorum=5", *changes),
         Source(pool=phantoms / pool, sites=5),
         folder,
@@ -112,7 +113,7 @@ def test_the_median_holds_where_the_mean_does_not(phantoms, tmp_path, capsys, mo
             show(phantoms, tmp_path / "p", **other)
     lied = tmp_path / "p/fedavg/scaled-update/seed-0"
     with pytest.raises(RunError, match="expected a run whose hospitals are honest"):
-        study_runs.resume(lied, None, InProcess(), compare=False)
+        runner.resume(lied, None, InProcess(), compare=False)
 
 
 def moved(folder):

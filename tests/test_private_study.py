@@ -29,9 +29,10 @@ from common.protocol import wire
 from server.app import app as server_app
 from server.reports.progress import load_results
 from server.runs.run_folder import RunFolder
-from simulations import hospitals, study_runs
-from simulations.engines import InProcess
-from simulations.grid import InProcessGrid, simulate
+from simulations.engines.base import InProcess
+from simulations.engines.grid import InProcessGrid, simulate
+from simulations.sites import virtual_sites
+from simulations.studies import runner
 
 pytestmark = pytest.mark.numbers
 
@@ -65,8 +66,8 @@ def study(**changes: Any) -> Study:
 def settle(wanted: Study, phantoms: Path, folder: Path, **policies: dict[str, Any]) -> list[Path]:
     """Site files of the four phantoms in a run folder; some with a policy of their own."""
     RunFolder.claim(folder).begin(wanted)
-    found = [hospitals.from_folder(phantoms / name) for name in NAMES]
-    files = hospitals.settle(found, wanted, folder, folder.parent / "cache")
+    found = [virtual_sites.from_folder(phantoms / name) for name in NAMES]
+    files = virtual_sites.settle(found, wanted, folder, folder.parent / "cache")
     for path in files:
         if policy := policies.get(path.parent.name):
             content = Site.read(path).model_dump(mode="json", exclude_none=True)
@@ -245,7 +246,7 @@ def test_patients_that_come_or_go_change_no_constant_of_the_mechanism(phantoms, 
 
 
 def _sent(site_file: Path, wanted: Study) -> str:
-    hospitals.remember(Site.read(site_file), wanted.proposal())
+    virtual_sites.remember(Site.read(site_file), wanted.proposal())
     return wanted.id
 
 
@@ -281,8 +282,8 @@ def test_the_unit_is_the_patient_however_many_images(phantoms, tmp_path, monkeyp
             # Last in the file: those before are then drawn with the same words of the key.
             (folder / "manifest.csv").write_text("\n".join([head, *others, *_files(folder, some)]))
             wanted = study(holdout={"validation": 0, "test": 0})
-            (file,) = hospitals.settle(
-                [hospitals.from_folder(folder)], wanted, folder.parent, tmp_path / "cache"
+            (file,) = virtual_sites.settle(
+                [virtual_sites.from_folder(folder)], wanted, folder.parent, tmp_path / "cache"
             )
             content = Site.read(file).model_dump(mode="json", exclude_none=True)
             content["data"]["enrolled_patients"] = 100
@@ -360,14 +361,14 @@ def test_a_private_study_never_trains_by_an_agreement_without_protection(phantom
 
 def test_a_private_study_begins_with_no_model_that_was_trained_openly(phantoms, tmp_path):
     found = [phantoms / name for name in NAMES]
-    source = study_runs.Source(folders=tuple(found))
+    source = runner.Source(folders=tuple(found))
     openly, private = tmp_path / "open.yaml", tmp_path / "private.yaml"
     same = {"train": {"rounds": 1}, "model": {**study().model.model_dump(), "weights": "none"}}
     openly.write_text(dump(json.loads(study(**same, privacy={"mechanism": "none"}).proposal())))
     private.write_text(dump(json.loads(study(train={"rounds": 1}).proposal())))
 
     def run(file: Path, folder: str, *changes: str, compare: bool = False) -> None:
-        study_runs.start(
+        runner.start(
             file,
             source,
             tmp_path / folder,

@@ -18,15 +18,17 @@ from client.ledger.ledger import Ledger
 from common.config.study import Study
 from common.flower.compat import TaskIdentity
 from common.protocol import wire
-from simulations import cli, hospitals, ray_engine
-from simulations.ray_site import Hospitals, fingerprint, look
+from simulations.cli import main as cli
+from simulations.engines import ray as ray_engine
+from simulations.engines.ray_site import Hospitals, fingerprint, look
+from simulations.sites import virtual_sites
 
 pytestmark = pytest.mark.numbers
 
 ROOT = Path(__file__).parents[1]
 NAMES = ("east", "north", "south", "west")
 NO_RAY = "needs Ray: pip install '.[ray]'"
-MAIN = "from simulations.cli import main; main()"
+MAIN = "from simulations.cli.main import main; main()"
 
 
 def _demo() -> Study:
@@ -42,8 +44,8 @@ def _ask(nodes: Hospitals, content: RecordDict, kind: str = MessageType.QUERY) -
 @pytest.fixture
 def east(phantoms: Path, tmp_path: Path, new_process: Callable[[], None]) -> Path:
     """The site file of one virtual hospital."""
-    found = [hospitals.from_folder(phantoms / "east")]
-    (file,) = hospitals.settle(found, _demo(), tmp_path, tmp_path / "cache")
+    found = [virtual_sites.from_folder(phantoms / "east")]
+    (file,) = virtual_sites.settle(found, _demo(), tmp_path, tmp_path / "cache")
     return file
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from simulations import cli
+from simulations.cli import main as cli
 
 pytestmark = pytest.mark.numbers
 

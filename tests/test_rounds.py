@@ -30,8 +30,9 @@ from server.app import app as server_app
 from server.reports.progress import load_results, union
 from server.rounds.strategies import REGISTRY
 from server.runs.run_folder import RunFolder
-from simulations import cli, hospitals
-from simulations.grid import simulate
+from simulations.cli import main as cli
+from simulations.engines.grid import simulate
+from simulations.sites import virtual_sites
 
 pytestmark = pytest.mark.numbers
 
@@ -50,10 +51,11 @@ def settle(
 ) -> list[Path]:
     """Four phantom hospitals in a new run folder."""
     found = [
-        hospitals.from_folder(phantoms / name, evaluates_only=name in evaluators) for name in NAMES
+        virtual_sites.from_folder(phantoms / name, evaluates_only=name in evaluators)
+        for name in NAMES
     ]
     RunFolder.claim(folder).begin(study)
-    return hospitals.settle(found, study, folder, phantoms / "cache")
+    return virtual_sites.settle(found, study, folder, phantoms / "cache")
 
 
 def run(study: Study, folder: Path, phantoms: Path, app: ClientApp = client_app) -> RunFolder:
@@ -257,7 +259,7 @@ def test_too_few_good_replies_stop_the_run_and_it_can_go_on(tmp_path: Path, phan
     with pytest.raises(RunError, match=r"round 2: expected 4 good replies.*south: it sent.*resume"):
         run(study, folder, phantoms, meddling("south", _nan, rounds=[2]))
     assert not (folder / "report.json").exists()
-    simulate(server_app, client_app, hospitals.settled(folder), folder)
+    simulate(server_app, client_app, virtual_sites.settled(folder), folder)
     whole = run(study, tmp_path / "whole", phantoms)
     assert_same_end(RunFolder(folder), whole)
 
@@ -325,8 +327,8 @@ def test_three_and_three_resumed_rounds_are_six(
 
     def begin(folder: Path) -> list[Path]:
         RunFolder.claim(folder).begin(study)
-        five = hospitals.from_pool(phantoms / "north", study, spec="iid", sites=5)
-        return hospitals.settle(five, study, folder, phantoms / "cache")
+        five = virtual_sites.from_pool(phantoms / "north", study, spec="iid", sites=5)
+        return virtual_sites.settle(five, study, folder, phantoms / "cache")
 
     def stops(message: Message, context: Context) -> Message:
         if round_of(message) == 4 and site_of(context) == "site-4":
@@ -339,7 +341,7 @@ def test_three_and_three_resumed_rounds_are_six(
     last = RunFolder(cut).last()
     assert last is not None
     assert last.round == 3
-    simulate(server_app, client_app, hospitals.settled(cut), cut)
+    simulate(server_app, client_app, virtual_sites.settled(cut), cut)
     simulate(server_app, client_app, begin(whole), whole)
     assert_same_end(RunFolder(cut), RunFolder(whole))
 
@@ -355,7 +357,7 @@ def test_a_killed_process_resumes_to_the_same_end(
     cut, whole = tmp_path / "cut", tmp_path / "whole"
     code, said = run_main(cli.main, *start, "--out", whole)
     assert code == 0, said
-    command = [sys.executable, "-c", "from simulations.cli import main; main()"]
+    command = [sys.executable, "-c", "from simulations.cli.main import main; main()"]
     arguments = [*command, *start, "--out", str(cut)]
     for moment in (2, 5, 9):
         process = subprocess.Popen(
@@ -384,7 +386,7 @@ def test_a_torn_log_line_is_dropped_on_resume(tmp_path: Path, phantoms: Path) ->
         run(study, folder, phantoms, meddling("south", _nan, rounds=[3]))
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"round": 3, "site": "east"}\n{"round": 3, "si')
-    simulate(server_app, client_app, hospitals.settled(folder), folder)
+    simulate(server_app, client_app, virtual_sites.settled(folder), folder)
     assert_same_end(RunFolder(folder), run(study, tmp_path / "whole", phantoms))
 
 
@@ -457,7 +459,7 @@ def test_early_stopping(tmp_path: Path, phantoms: Path) -> None:
     cut = tmp_path / "cut"
     with pytest.raises(Interrupted):
         run(study, cut, phantoms, stops)
-    simulate(server_app, client_app, hospitals.settled(cut), cut)
+    simulate(server_app, client_app, virtual_sites.settled(cut), cut)
     assert_same_end(RunFolder(cut), whole)
 
 

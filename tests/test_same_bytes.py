@@ -35,9 +35,9 @@ from client.features.store import opened
 from common.model.network import assemble
 from common.config.study import Augment, Study
 from server.runs.run_folder import RunFolder
-from simulations import compare, hospitals
-from simulations.engines import InProcess
-from simulations.workers import Workers
+from simulations.studies import baselines as compare, hospitals
+from simulations.engines.base import InProcess
+from simulations.engines.workers import Workers
 
 
 class Leaping:

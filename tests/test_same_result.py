@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from common.config.yaml import dump
-from simulations import cli
+from simulations.cli import main as cli
 
 pytestmark = pytest.mark.numbers
 

@@ -32,7 +32,7 @@ from server.link import serve
 from server.link.sites import Sites
 from server.project import certificates
 from server.project.project import Project
-from simulations.loopback import free_port
+from simulations.demo.loopback import free_port
 from tests.kit import link_up
 
 ROOT = Path(__file__).parents[1]

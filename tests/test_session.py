@@ -38,7 +38,7 @@ from common.protocol.wire import JoinRequest, LedgerHead
 
 pytestmark = pytest.mark.numbers
 
-PHANTOM = Path(__file__).parents[1] / "simulations" / "phantom_backbone.safetensors"
+PHANTOM = Path(__file__).parents[1] / "simulations/sites/phantom_backbone.safetensors"
 CLASSES = ("dark", "grey", "bright")
 HEAD = LedgerHead(count=1, hash="0" * 64)
 LIGHT = {"dark": 20, "grey": 120, "bright": 230}

@@ -14,8 +14,8 @@ from PIL import Image
 from common.config.yaml import alternatives, dump
 from common.errors import StudyError
 from server.runs.run_folder import RunFolder
-from simulations import cli
-from simulations.sweep import plan
+from simulations.cli import main as cli
+from simulations.studies.sweep import plan
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "configs/demo.yaml"

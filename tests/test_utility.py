@@ -7,9 +7,10 @@ import pytest
 from common.config.study import Study
 from common.errors import StudyError
 from common.support.terminal import console
-from simulations import private_bench, utility
-from simulations.engines import InProcess
-from simulations.study_runs import Source
+from simulations.benchmarks import dp_cost
+from simulations.engines.base import InProcess
+from simulations.studies import privacy_utility
+from simulations.studies.runner import Source
 
 CONTENT = {
     "name": "cost",
@@ -27,7 +28,7 @@ def _own_process(new_process):
 
 
 def show(phantoms, folder, study=CONTENT, of="nodule"):
-    utility.show(
+    privacy_utility.show(
         Study.parse(study, "cost", StudyError),
         Source(folders=(phantoms / "north", phantoms / "south")),
         folder,
@@ -70,7 +71,7 @@ def test_what_cannot_be_compared_is_refused_before_anything_runs(phantoms, tmp_p
 
 
 def test_the_time_of_privacy_is_a_ratio_of_one_run(capsys):
-    private_bench.show("shufflenet_v2_x0_5", ("head",))
+    dp_cost.show("shufflenet_v2_x0_5", ("head",))
     out = capsys.readouterr().out
     assert "without privacy" in out
     assert "check, each round" in out

@@ -20,9 +20,10 @@ from common import errors
 from common.config.study import Study
 from common.errors import ConsiliumError, DataError, RunError
 from server.runs.run_folder import RunFolder
-from simulations import cli, hospitals
-from simulations.engines import Engine, InProcess
-from simulations.workers import Workers
+from simulations.cli import main as cli
+from simulations.engines.base import Engine, InProcess
+from simulations.engines.workers import Workers
+from simulations.sites import virtual_sites
 
 pytestmark = pytest.mark.numbers
 
@@ -43,8 +44,8 @@ def begun(folder: Path, places: list[Path], rounds: int = 3) -> tuple[Study, lis
     """A run that has just begun, with a cache of its own."""
     study = Study.read(ROOT / "configs/demo.yaml", (f"train.rounds={rounds}",))
     RunFolder.claim(folder).begin(study)
-    found = [hospitals.from_folder(place) for place in places]
-    return study, hospitals.settle(found, study, folder, folder / "cache")
+    found = [virtual_sites.from_folder(place) for place in places]
+    return study, virtual_sites.settle(found, study, folder, folder / "cache")
 
 
 def run(engine: Engine, folder: Path, phantoms: Path, rounds: int = 3) -> dict[str, bytes]:
@@ -78,7 +79,9 @@ def test_however_many_workers_end_the_same(
     with caplog.at_level(logging.INFO):
         assert run(crew, tmp_path / "run", phantoms, rounds=3) == alone
     assert len(active_children()) == count
-    assert {r.getMessage() for r in caplog.records if r.name == "simulations.hospitals"} == {*NAMES}
+    assert {
+        r.getMessage() for r in caplog.records if r.name == "simulations.sites.virtual_sites"
+    } == {*NAMES}
     for name in NAMES:  # this process never opened them
         assert (tmp_path / "run/sites" / name / "state/ledger.jsonl").exists()
     crew.forget()
@@ -99,7 +102,7 @@ def test_a_killed_worker_ends_the_run_and_loses_nothing(
     assert not active_children()
     assert not (folder / "report.json").exists()
     crew._count = 1
-    crew.run(hospitals.settled(folder), folder)
+    crew.run(virtual_sites.settled(folder), folder)
     assert end(folder) == alone
 
 
@@ -138,7 +141,7 @@ def test_ctrl_c_ends_all_in_one_line(phantoms: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     sites = [part for name in NAMES for part in ("--site", phantoms / name)]
     options = ["--set", "train.rounds=10000", "--cache", tmp_path / "cache", "--workers", 2]
-    code = "from simulations.cli import main; main()"
+    code = "from simulations.cli.main import main; main()"
     arguments = ["run", ROOT / "configs/demo.yaml", *sites, *options, "--out", folder]
     process, workers = popen(code, *arguments)
     until(lambda: (folder / "last.safetensors").exists())
@@ -154,7 +157,7 @@ def test_ctrl_c_ends_all_in_one_line(phantoms: Path, tmp_path: Path) -> None:
 def test_workers_go_with_the_process_that_started_them() -> None:
     """Even with SIGKILL, and in the middle of long work."""
     code = (
-        "import time; from pathlib import Path; from simulations.workers import Workers; "
+        "import time; from pathlib import Path; from simulations.engines.workers import Workers; "
         "w = Workers(1); w._shared([Path()]); w.forget(); print('up', flush=True); "
         "w._do([[(time.sleep, 600)]], '')"
     )

@@ -17,9 +17,10 @@ from common.support import files
 from common.support.terminal import console, table
 from server.reports import plots as figures
 from server.reports.progress import FEDERATED, Results, load_results, overall
-from simulations import hospitals, study_runs, summary
-from simulations.engines import Engine
-from simulations.study_runs import Source
+from simulations.engines.base import Engine
+from simulations.sites import virtual_sites
+from simulations.studies import runner, summary
+from simulations.studies.runner import Source
 
 Figure = Callable[[Counts], float | None]
 
@@ -60,7 +61,7 @@ def show(
         privacy = study.privacy.model_copy(update={"epsilon": epsilon}) if epsilon else NoPrivacy()
         changed = [study.model_copy(update={"privacy": privacy, "seed": seed}) for seed in seeds]
         place, title = folder / _name(epsilon), _label(epsilon)
-        runs[epsilon] = study_runs.series(changed, source, place, cache, engine, title=title)
+        runs[epsilon] = runner.series(changed, source, place, cache, engine, title=title)
     console.print()
     _report(study, runs, wanted, folder)
 
@@ -141,7 +142,7 @@ def _spent(runs: Sequence[Path]) -> dict[str, float]:
     """ε that each site's ledger adds up to: the most of all runs."""
     spent: dict[str, float] = {}
     for run in runs:
-        for name, epsilon in hospitals.spent(hospitals.settled(run)).items():
+        for name, epsilon in virtual_sites.spent(virtual_sites.settled(run)).items():
             spent[name] = max(epsilon, spent.get(name, 0.0))
     return spent
 

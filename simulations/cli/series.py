@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from common.support.terminal import Changes
-from simulations.options import (
+from simulations.cli.options import (
     CACHE,
     Cache,
     SeriesFolder,
@@ -22,8 +22,8 @@ from simulations.options import (
 )
 
 if TYPE_CHECKING:
-    from simulations.engines import Engine
-    from simulations.study_runs import Source
+    from simulations.engines.base import Engine
+    from simulations.studies.runner import Source
 
 
 @asks("source", hospitals)
@@ -46,7 +46,7 @@ def utility(
 ) -> None:
     """Show what privacy costs: one study at several ε and without, on the same holdouts."""
     from common.config.study import Study
-    from simulations import utility
+    from simulations.studies import privacy_utility as utility
 
     read = Study.read(study, tuple(changes or ()))
     folder = out or Path("runs") / f"{study.stem}-utility-{datetime.now():%Y%m%d-%H%M%S}"
@@ -87,7 +87,7 @@ def sweep(
     Test patients never choose: their figures are shown for the chosen setting only. With the same
     --out the same command goes on, and more values or seeds run only what is missing.
     """
-    from simulations import sweep
+    from simulations.studies import sweep
 
     folder = out or Path("runs") / f"{study.stem}-sweep-{datetime.now():%Y%m%d-%H%M%S}"
     with stoppable(folder, f"the same command with --out {folder}"):
@@ -131,8 +131,8 @@ def poison(
     """
     from common.config.study import Study
     from server.rounds.strategies import REGISTRY
-    from simulations import poison
-    from simulations.liars import Lies
+    from simulations.engines.attacks import Lies
+    from simulations.studies import robustness as poison
 
     if not (mislabels or scales):
         raise typer.BadParameter("name a hospital that lies, with --mislabels or --scales")

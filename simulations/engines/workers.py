@@ -24,8 +24,8 @@ from client.session import close_sessions
 from common.config.study import Study
 from common.errors import RunError, complaint
 from server.app import app as server_app
-from simulations import hospitals
-from simulations.grid import Letter, RemoteGrid, answer_bytes, serve
+from simulations.engines.grid import Letter, RemoteGrid, answer_bytes, serve
+from simulations.sites import virtual_sites
 
 Job = tuple[Callable[..., Any], *tuple[Any, ...]]
 """A function that a worker can import, and its arguments."""
@@ -47,7 +47,7 @@ class Workers:
     def prepare(self, site_files: Sequence[Path], study: Study) -> None:
         """Every image decoded, and through the frozen layers; the first error ends it."""
         shared = self._shared(site_files)
-        jobs = [[(hospitals.prepare, [path], study) for path in own] for own in shared]
+        jobs = [[(virtual_sites.prepare, [path], study) for path in own] for own in shared]
         self._do(jobs, "Start again; prepared images are kept")
 
     def run(self, site_files: Sequence[Path], folder: Path) -> None:

@@ -14,11 +14,12 @@ from common.support.terminal import console, table
 from server.reports.progress import load_results, save_results, show_results
 from server.rounds.start import inspect
 from server.runs.run_folder import RunFolder
-from simulations import compare as alone
-from simulations import hospitals, summary
-from simulations.engines import Engine
-from simulations.hospitals import Census, Hospital
-from simulations.liars import LIES
+from simulations.engines.attacks import LIES
+from simulations.engines.base import Engine
+from simulations.sites import virtual_sites as hospitals
+from simulations.sites.virtual_sites import Census, Hospital
+from simulations.studies import baselines as alone
+from simulations.studies import summary
 
 _MOST_SITES_SHOWN = 40
 _ROSTER = "sites/hospitals.json"

@@ -1,7 +1,7 @@
 """Pretrain the demo's small backbone on phantoms whose findings the demo never asks about.
 
-`python -m simulations.pretrain` draws chests that carry rings, dots, tubes and other shapes, each
-film from a scanner of its own, and teaches torchvision's `shufflenet_v2_x0_5` which of them it
+`python -m simulations.sites.pretrain` draws chests that carry rings, dots, tubes and other shapes,
+each film from a scanner of its own, and teaches torchvision's `shufflenet_v2_x0_5` which of them it
 sees. The demo's findings are none of these: what helps there is transfer, as in real pretraining.
 """
 
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torchvision.models import shufflenet_v2_x0_5
 
 from common.support.seeds import derive
-from simulations.anatomy import (
+from simulations.sites.anatomy import (
     BODY,
     LESION,
     POSE,

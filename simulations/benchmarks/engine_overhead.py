@@ -24,9 +24,9 @@ from common.support.terminal import console, size, table
 from server.reports.progress import Reporter
 from server.rounds.loop import Run
 from server.runs.run_folder import RunFolder
-from simulations import hospitals
-from simulations.grid import InProcessGrid
-from simulations.hospitals import Hospital
+from simulations.engines.grid import InProcessGrid
+from simulations.sites import virtual_sites
+from simulations.sites.virtual_sites import Hospital
 
 _IMAGES = 24
 _IN_KB = 1000 if sys.platform == "darwin" else 1  # there it counts bytes
@@ -73,8 +73,8 @@ def measure(sites: int, rounds: int) -> Cost:
         folder = RunFolder.claim(Path(scratch) / "run")
         folder.begin(study)
         found = [Hospital(name=f"s{i}", data=_data(Path(scratch), i)) for i in range(sites)]
-        files = hospitals.settle(found, study, folder.path, Path(scratch) / "cache")
-        hospitals.prepare(files, study)
+        files = virtual_sites.settle(found, study, folder.path, Path(scratch) / "cache")
+        virtual_sites.prepare(files, study)
         reporter = _Laps(folder, spent)
         began = time.perf_counter()
         Run(InProcessGrid(client_app, files), folder, reporter).go()

@@ -41,7 +41,7 @@ class Hospitals:
         from client.app import app
         from client.ledger.desk import close_desks
         from client.session import close_sessions
-        from simulations.grid import answer
+        from simulations.engines.grid import answer
 
         site_file = self.site_files[int(context.node_config["partition-id"])]
         context.node_config["site"] = site_file

@@ -17,8 +17,8 @@ from common.model.weights import LARGEST
 from common.protocol import wire
 from server.app import app as server_app
 from server.runs.run_folder import RunFolder
-from simulations.engines import InProcess
-from simulations.grid import simulate
+from simulations.engines.base import InProcess
+from simulations.engines.grid import simulate
 
 LIES = "lies.json"
 """In a run in which hospitals may lie."""

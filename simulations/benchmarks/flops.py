@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from common.config.study import Study
 from common.model.network import assemble
-from simulations.contest import device
+from simulations.benchmarks.contenders import device
 
 
 def operations(study: Study) -> tuple[int, int]:

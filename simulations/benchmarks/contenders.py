@@ -29,10 +29,10 @@ from common.protocol import wire
 from common.support.terminal import console
 from server.app import app as server_app
 from server.runs.run_folder import RunFolder
-from simulations import hospitals
-from simulations.grid import simulate
-from simulations.hospitals import Hospital
-from simulations.tutorial import Tutorial
+from simulations.benchmarks.tutorial_baseline import Tutorial
+from simulations.engines.grid import simulate
+from simulations.sites import virtual_sites
+from simulations.sites.virtual_sites import Hospital
 
 # Where it exists, a server imports the libraries once for all contenders, and does nothing else.
 _processes: Any = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
@@ -197,10 +197,10 @@ def _ours(task: Task, lap: Lap) -> dict[str, Any]:
             Hospital(name="a", data=data, patients=(one,), site=site),
             Hospital(name="b", data=data, site=site),
         ]
-        first, hospital = hospitals.settle(found, study, folder, Path(scratch) / "cache")
-        hospitals.prepare([first], study)
+        first, hospital = virtual_sites.settle(found, study, folder, Path(scratch) / "cache")
+        virtual_sites.prepare([first], study)
         lap("open")
-        hospitals.prepare([hospital], study)
+        virtual_sites.prepare([hospital], study)
         lap("cache")
         session = open_session(hospital, study.id)
         watched = _Watched(lap, study.train.rounds)

@@ -26,7 +26,7 @@ from common.errors import DataError, RefusedError, RunError, SiteError, complain
 from common.support import files
 from common.support.seeds import derive
 from server.rounds.strategies import least
-from simulations import partition
+from simulations.sites import partition
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ def from_folder(path: Path, *, evaluates_only: bool = False) -> Hospital:
 
 
 def from_pool(path: Path, study: Study, *, spec: str, sites: int) -> list[Hospital]:
-    """One data set cut into `sites` hospitals by patient; see `simulations.partition`."""
+    """One data set cut into `sites` hospitals by patient; see `simulations.sites.partition`."""
     data = guess(path.resolve())
     records = data.records(study.classes)
     labels = partition.patient_labels(records)

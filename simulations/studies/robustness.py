@@ -15,9 +15,9 @@ from server.reports import plots as figures
 from server.reports.progress import FEDERATED, load_results, union
 from server.rounds.start import inspect
 from server.rounds.strategies import REGISTRY
-from simulations import study_runs, summary
-from simulations.liars import LIES, Lies, Poisoned
-from simulations.study_runs import Source
+from simulations.engines.attacks import LIES, Lies, Poisoned
+from simulations.studies import runner, summary
+from simulations.studies.runner import Source
 
 HONEST = "no lies"
 
@@ -65,7 +65,7 @@ def show(
         for way, told in ways.items():
             seeded = [changed.model_copy(update={"seed": seed}) for seed in seeds]
             place, title = folder / name / _name(way), f"{name}, {way}"
-            runs = study_runs.series(
+            runs = runner.series(
                 seeded, source, place, cache, Poisoned(told), title=title, results=False
             )
             found.setdefault(name, {})[way] = [_worth(run, study, lies) for run in runs]

@@ -14,8 +14,8 @@ from rich.progress import track
 from common.errors import DataError, RunError, complaint
 from common.support import files, terminal
 from common.support.terminal import Changes, console, table
-from simulations import cli_series
-from simulations.options import (
+from simulations.cli import series as cli_series
+from simulations.cli.options import (
     CACHE,
     Cache,
     StudyFile,
@@ -28,8 +28,8 @@ from simulations.options import (
 
 if TYPE_CHECKING:
     from common.model.inference import ReleasedModel
-    from simulations.engines import Engine
-    from simulations.study_runs import Source
+    from simulations.engines.base import Engine
+    from simulations.studies.runner import Source
 
 app = typer.Typer(
     help="Fine-tune one image backbone across virtual hospitals, with the code that real ones run.",
@@ -54,7 +54,7 @@ def phantom(
     patients: Annotated[int, typer.Option(min=40, help="Of all hospitals together.")] = 400,
 ) -> None:
     """Draw four phantom hospitals: synthetic chest films with something to find."""
-    from simulations.phantom import HOSPITALS, write
+    from simulations.sites.phantom import HOSPITALS, write
 
     write(folder, seed=seed, patients=patients)
     console.print("  ".join(f"{folder / hospital.name}" for hospital in HOSPITALS))
@@ -69,7 +69,7 @@ def deployment(
     They are processes of their own, with certificates and keys of their own. One hospital is killed
     at work and comes back.
     """
-    from simulations import deployment_demo
+    from simulations.demo import deployment as deployment_demo
 
     if folder.exists() and any(folder.iterdir()):
         expected, got = "a new or empty folder", "one with files"
@@ -82,9 +82,9 @@ def deployment(
 @asks("source", hospitals)
 def check(study: StudyFile, *, source: "Source", changes: Changes = None) -> None:
     """Validate a study, its backbone and weights, and the hospitals' data, without training."""
-    from simulations import study_runs
+    from simulations.studies import runner
 
-    study_runs.check(study, source, tuple(changes or ()))
+    runner.check(study, source, tuple(changes or ()))
 
 
 @app.command(
@@ -110,21 +110,21 @@ def run(
 ) -> None:
     """Run a study across virtual hospitals, or go on with one that was interrupted."""
     from common.config.study import Study
-    from simulations import study_runs
+    from simulations.studies import runner
 
     if resume is not None:
         if source.named or seeds or out or (changes and study is None):
             raise typer.BadParameter("--resume goes on with the run's own study and hospitals")
         with stoppable(resume, f"consilium-simulate run --resume {resume}"):
             expected = Study.read(study, tuple(changes or ())) if study else None
-            study_runs.resume(resume, expected, engine, compare=compare)
+            runner.resume(resume, expected, engine, compare=compare)
         return
     if study is None:
         raise typer.BadParameter("name a study file, or a run with --resume")
     folder = out or Path("runs") / f"{study.stem}-{datetime.now():%Y%m%d-%H%M%S}"
     again = f"the same command with --out {folder}" if seeds else ""
     with stoppable(folder, again or f"consilium-simulate run --resume {folder}"):
-        study_runs.start(
+        runner.start(
             study,
             source,
             folder,
@@ -157,7 +157,7 @@ def feature_mean(
     of a hospital's. The study's own kind of images is best; any others help.
     """
     from common.config.study import Study
-    from simulations import feature_mean
+    from simulations.studies import feature_mean
 
     count = feature_mean.write(Study.read(study, tuple(changes or ())), folder, out)
     console.print(f"mean of {count} images → {out}")
@@ -256,17 +256,17 @@ def bench(
     --backbone mobilenet_v3_small --images 128 --rounds 5.
     """
     if engine:
-        from simulations.engine_bench import show
+        from simulations.benchmarks.engine_overhead import show
 
         show()
         return
     if privacy:
-        from simulations import private_bench
+        from simulations.benchmarks import dp_cost
 
         for name in backbone:
-            private_bench.show(name)
+            dp_cost.show(name)
         return
-    from simulations import bench as benchmark
+    from simulations.benchmarks import frozen_prefix as benchmark
 
     if json is not None:
         json.touch()  # what cannot be written is said now, not after minutes

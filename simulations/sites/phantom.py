@@ -13,7 +13,7 @@ from PIL import Image
 
 from common.errors import RunError, complaint
 from common.support.seeds import derive
-from simulations.anatomy import (
+from simulations.sites.anatomy import (
     BODY,
     LESION,
     POSE,

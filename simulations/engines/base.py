@@ -8,8 +8,8 @@ from client.app import app as client_app
 from client.session import close_sessions
 from common.config.study import Study
 from server.app import app as server_app
-from simulations import hospitals
-from simulations.grid import simulate
+from simulations.engines.grid import simulate
+from simulations.sites import virtual_sites
 
 
 class Engine(Protocol):
@@ -30,7 +30,7 @@ class InProcess:
 
     def prepare(self, site_files: Sequence[Path], study: Study) -> None:
         """Every image decoded, and through the frozen layers."""
-        hospitals.prepare(site_files, study)
+        virtual_sites.prepare(site_files, study)
 
     def run(self, site_files: Sequence[Path], folder: Path) -> None:
         """From the last finished round on."""

@@ -21,8 +21,8 @@ from common.config.study import Study
 from common.errors import StudyError
 from common.model import backbones
 from common.support.terminal import console, size, table
-from simulations.contest import Contender, Task, Way, device, race, turns
-from simulations.flops import operations, product
+from simulations.benchmarks.contenders import Contender, Task, Way, device, race, turns
+from simulations.benchmarks.flops import operations, product
 
 log = logging.getLogger(__name__)
 

@@ -23,9 +23,9 @@ from server.reports import plots as figures
 from server.reports.progress import FEDERATED, load_results, union
 from server.rounds.start import inspect
 from server.runs.run_folder import RunFolder
-from simulations import study_runs, summary
-from simulations.engines import Engine
-from simulations.study_runs import Source
+from simulations.engines.base import Engine
+from simulations.studies import runner, summary
+from simulations.studies.runner import Source
 
 # With another value the validation patients, or the figure that compares, would be others.
 _ONE_VALUE = ("classes", "holdout", "select", "aggregate.fraction")
@@ -97,7 +97,7 @@ def show(
     sites: list[set[str]] = []
     for setting in settings:
         place, title = setting.folder, ", ".join(map("=".join, setting.values.items()))
-        runs = study_runs.series(
+        runs = runner.series(
             setting.studies, source, place, cache, engine, title=title, results=False
         )
         joined = [set(RunFolder(run).facts()["sites"]) for run in runs]
@@ -182,11 +182,11 @@ def _check(setting: Setting, source: Source) -> None:
     """Find now what would stop the sweep later, of all that needs no image decoded."""
     study = setting.studies[0]
     inspect(study)
-    study_runs.able(study, source.hospitals(study), show=False)
+    runner.able(study, source.hospitals(study), show=False)
     for study in setting.studies:
         path = setting.folder / f"seed-{study.seed}"
         if (path / "study.yaml").exists():
-            study_runs.begun(study, source, path)
+            runner.begun(study, source, path)
 
 
 def _tried(study: Study, runs: Sequence[Path]) -> Tried:

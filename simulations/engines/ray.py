@@ -20,8 +20,8 @@ from common.config.study import Study
 from common.errors import RunError, complaint
 from common.flower.compat import ErrorCode, pinned
 from server.app import app as server_app
-from simulations.engines import InProcess
-from simulations.ray_site import PACKAGES, Hospitals, fingerprint, look, place
+from simulations.engines.base import InProcess
+from simulations.engines.ray_site import PACKAGES, Hospitals, fingerprint, look, place
 
 with pinned():
     from flwr.simulation import run_simulation

@@ -21,8 +21,8 @@ from common.errors import RunError, complaint
 from common.support import files, keys
 from server.link.sites import Sites
 from server.project.project import Project
-from simulations import hospitals
-from simulations.hospitals import Hospital
+from simulations.sites import virtual_sites
+from simulations.sites.virtual_sites import Hospital
 
 _HOST = "127.0.0.1"
 _SERVER = "from server.cli.main import main; main()"
@@ -45,7 +45,7 @@ class Loopback:
         self.project = Project.create(folder / "coordinator", (_HOST,), free_port())
         self.study = folder / "study.yaml"
         files.write(self.study, study.yaml())
-        written = hospitals.settle(found, study, folder, folder / "cache")
+        written = virtual_sites.settle(found, study, folder, folder / "cache")
         self.sites = {path.parent.name: path for path in written}
         for name, path in self.sites.items():
             self._enrol(name, path)

@@ -7,10 +7,10 @@ from client.site import Site
 from common.config.study import Study
 from common.errors import RunError, complaint
 from common.support.terminal import console
-from simulations import hospitals, phantom
-from simulations.loopback import Loopback, until
+from simulations.demo.loopback import Loopback, until
+from simulations.sites import phantom, virtual_sites
 
-_STUDY = Path(__file__).parents[1] / "configs" / "demo.yaml"
+_STUDY = Path(__file__).parents[2] / "configs" / "demo.yaml"
 _ROUNDS = 20
 _UNLUCKY = "north"
 
@@ -29,7 +29,7 @@ def show(folder: Path) -> None:
     phantoms = folder / "phantoms"
     phantom.write(phantoms)
     study = Study.read(_STUDY, (f"train.rounds={_ROUNDS}",))
-    found = [hospitals.from_folder(phantoms / name) for name in ("east", "north", "south")]
+    found = [virtual_sites.from_folder(phantoms / name) for name in ("east", "north", "south")]
     with Loopback(folder, study, found) as world:
         tell(f"An authority, a server certificate, and a key of each hospital: {folder}")
         world.link()

@@ -14,8 +14,8 @@ import typer
 from common.support.terminal import StoppedError
 
 if TYPE_CHECKING:
-    from simulations.engines import Engine
-    from simulations.study_runs import Source
+    from simulations.engines.base import Engine
+    from simulations.studies.runner import Source
 
 StudyFile = Annotated[Path, typer.Argument(help="The study, a YAML file; see configs/.")]
 Cache = Annotated[
@@ -76,7 +76,7 @@ def hospitals(
     sites: Annotated[int, typer.Option(min=1, help="Hospitals to cut the pool into.")] = 4,
 ) -> "Source":
     """The hospitals that a command is about."""
-    from simulations.study_runs import Source
+    from simulations.studies.runner import Source
 
     return Source(
         folders=tuple(site or ()),
@@ -120,13 +120,13 @@ def computing(
         if engine != "ray" or not (host and port.isdecimal() and int(port) < 65536):
             raise typer.BadParameter("--ray-address goes with --engine ray, and is host:port")
     if engine == "ray":
-        from simulations.ray_engine import Ray
+        from simulations.engines.ray import Ray
 
         if workers is not None:
             raise typer.BadParameter("--workers and --engine ray: Ray has workers of its own")
         return Ray(ray_address)
-    from simulations.engines import InProcess
-    from simulations.workers import Workers
+    from simulations.engines.base import InProcess
+    from simulations.engines.workers import Workers
 
     return InProcess() if workers is None else Workers(workers)
 

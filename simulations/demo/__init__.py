@@ -1,0 +1,4 @@
+"""A deployment as processes of this machine, told step by step.
+
+The way in is `deployment`. It listens on loopback only.
+"""
