@@ -20,7 +20,6 @@ from common.errors import (
     MissingWeightsError,
     RefusedError,
     SiteError,
-    complaint,
 )
 from common.flower.compat import ClientAppCallable, error_reply, from_bytes, to_bytes
 from common.model.contract import digest
@@ -138,7 +137,7 @@ def _ends_once(session: Session, received: str) -> None:
     if ends - {received}:
         where, expected = f"study {session.study.name}", "the model that it ended with before"
         remedy = "Run it again under another name or seed."
-        raise ContractError(complaint(where, expected=expected, got="another", remedy=remedy))
+        raise ContractError(where, expected=expected, got="another", remedy=remedy)
 
 
 def _leave(

@@ -33,7 +33,6 @@ from common.errors import (
     RefusedError,
     SiteError,
     StudyError,
-    complaint,
 )
 from common.metrics.metrics import Counts
 from common.model.contract import Dtype, Versions
@@ -98,7 +97,7 @@ class Session:
         if self.site.role == "train" and not trained:
             where, expected = f"{self.site.source}: data", "at least one training patient"
             remedy = "Add patients, lower holdout, or set role: evaluate."
-            raise DataError(complaint(where, expected=expected, got=trained, remedy=remedy))
+            raise DataError(where, expected=expected, got=trained, remedy=remedy)
         agree(self.site, self.study, self.protection, trained, images)
 
     def _taking_part(self, part: str, records: Sequence[Record]) -> list[Record]:
@@ -235,11 +234,11 @@ class Session:
         if not kept.disclosure.within(now.disclosure):
             where, got = f"{self.site.source}: policy.disclose", "less"
             expected = "what was agreed at join"
-            raise RefusedError(complaint(where, expected=expected, got=got, remedy=remedy))
+            raise RefusedError(where, expected=expected, got=got, remedy=remedy)
         if (kept.role, kept.images, kept.patients) != (now.role, now.images, now.patients):
             where, got = f"{self.site.source}: data", "fewer, or another role"
             expected = "the patients that it joined with"
-            raise DataError(complaint(where, expected=expected, got=got, remedy=remedy))
+            raise DataError(where, expected=expected, got=got, remedy=remedy)
         return kept
 
     def work(self, request: RoundRequest, tensors: Tensors, ledger: LedgerHead) -> RoundReply:

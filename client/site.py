@@ -12,7 +12,7 @@ from client.features.extract import Keep
 from client.storage import secret, usable
 from common.config.study import Name, Number, Positive, Unfreeze, Word
 from common.config.yaml import Section, YamlFile
-from common.errors import SiteError, complaint
+from common.errors import SiteError
 from common.protocol.disclosure import Disclosure
 
 AtLeastOne = Annotated[StrictInt, Field(ge=1)]
@@ -161,7 +161,7 @@ class Site(YamlFile):
             if os.name == "posix" and rights & 0o077:
                 expected, remedy = "a folder closed to other users", f"chmod 700 {folder}"
                 got = f"mode {rights:03o}"
-                raise SiteError(complaint(where, expected=expected, got=got, remedy=remedy))
+                raise SiteError(where, expected=expected, got=got, remedy=remedy)
             for part in parts:  # one by one: mkdir(parents=True) leaves the parents open to others
                 folder = folder / part
                 folder.mkdir(mode=0o700, exist_ok=True)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from common.errors import ConsiliumError, complaint
+from common.errors import ConsiliumError
 from common.support import files
 
 
@@ -21,7 +21,7 @@ def secret(path: Path, error: type[ConsiliumError], remedy: str) -> bytes:
         drawn = path.read_bytes()
     if len(drawn) != 32:
         got = f"{len(drawn)} bytes"
-        raise error(complaint(path, expected="32 bytes", got=got, remedy=remedy))
+        raise error(path, expected="32 bytes", got=got, remedy=remedy)
     return drawn
 
 
@@ -33,4 +33,4 @@ def usable(where: object, error: type[ConsiliumError]) -> Iterator[None]:
     except OSError as ex:
         remedy = "Free space or mend the rights, then start again; what is finished is kept."
         expected = "a place to read and write"
-        raise error(complaint(where, expected=expected, got=ex, remedy=remedy)) from None
+        raise error(where, expected=expected, got=ex, remedy=remedy) from None

@@ -8,7 +8,7 @@ from pathlib import Path
 from client.site import Site
 from client.storage import usable
 from common.config.study import Study
-from common.errors import ContractError, MissingWeightsError, SiteError, complaint
+from common.errors import ContractError, MissingWeightsError, SiteError
 from common.model import backbones
 from common.protocol.wire import BackbonePart
 from common.support import files
@@ -36,7 +36,7 @@ def find(site: Site, study: Study) -> str:
         return str(sent)
     where, expected = f"{site.source}: weights", f"a folder with {Path(weights).name}"
     got, remedy = site.weights or "nothing", "It can be sent at join."
-    raise MissingWeightsError(complaint(where, expected=expected, got=got, remedy=remedy))
+    raise MissingWeightsError(where, expected=expected, got=got, remedy=remedy)
 
 
 def _sent(site: Site, study: Study) -> Path | None:

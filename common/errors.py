@@ -10,9 +10,22 @@ from typing import ClassVar
 
 
 class ConsiliumError(Exception):
-    """A mistake with a known remedy. Its text reads: where, expected, got, remedy."""
+    """A mistake with a known remedy. Its text reads `where: expected …, got …. remedy`.
+
+    Args:
+      where: The file and the key, or whatever else is wrong. The whole text if nothing is expected.
+      expected: What should stand there.
+      got: What stands there instead.
+      remedy: What to do, in whole sentences; none where it is obvious.
+    """
 
     code: ClassVar[str] = "internal"
+
+    def __init__(
+        self, where: object, *, expected: str = "", got: object = "", remedy: str = ""
+    ) -> None:
+        text = f"{where}: expected {expected}, got {got}" if expected else str(where)
+        super().__init__(f"{text}. {remedy}" if remedy else text)
 
 
 class StudyError(ConsiliumError):
@@ -69,12 +82,6 @@ class RunError(ConsiliumError):
 
 class LinkError(ConsiliumError):
     """The link between a hospital and the coordinator, or a key or certificate of it, is wrong."""
-
-
-def complaint(where: object, *, expected: str, got: object, remedy: str = "") -> str:
-    """One line: `where: expected …, got …. remedy`."""
-    text = f"{where}: expected {expected}, got {got}"
-    return f"{text}. {remedy}" if remedy else text
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from flwr.serverapp import Grid
 
 from common.config.study import Study
-from common.errors import RunError, complaint
+from common.errors import RunError
 from common.support.terminal import console, table
 from server.link.grid import connected
 from server.reports.progress import Reporter, load_results, show_results
@@ -89,6 +89,6 @@ def _await(grid: Grid, quorum: int, wait: float) -> None:
             if left <= 0:
                 expected, got = f"{quorum} sites connected (aggregate.quorum)", str(found)
                 remedy = "See consilium-server sites; go on with run --resume."
-                raise RunError(complaint("join", expected=expected, got=got, remedy=remedy))
+                raise RunError("join", expected=expected, got=got, remedy=remedy)
             shown.update(f"{found} of {quorum} sites connected; waiting {left:.0f} s more")
             time.sleep(min(_LOOK, left))

@@ -11,7 +11,7 @@ from client.privacy.plan import Protection, protect
 from client.session import cut, patients
 from client.site import Site
 from common.config.study import DpSgd, Study
-from common.errors import BudgetError, DataError, RefusedError, complaint
+from common.errors import BudgetError, DataError, RefusedError
 
 _MOST_NOISE = 10.0
 _MOST_NOISE_PER_BATCH = 0.1
@@ -92,7 +92,7 @@ def plan(site: Site, study: Study) -> Plan:
     if isinstance(study.privacy, DpSgd) and site.role == "train":
         if not training:
             where, expected = f"{site.source}: data", "at least one training patient"
-            raise DataError(complaint(where, expected=expected, got=0))
+            raise DataError(where, expected=expected, got=0)
         noise = _noise(site, study, study.privacy)
     try:
         same_holdout(site, study)

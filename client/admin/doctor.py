@@ -24,7 +24,6 @@ from common.errors import (
     MissingWeightsError,
     RefusedError,
     SiteError,
-    complaint,
 )
 from common.flower.compat import RELEASE, same_release
 from common.model import backbones
@@ -147,7 +146,7 @@ def _readable(found: Sequence[Record | Row], skips: bool) -> str:
     if bad and not skips:
         got = f"{len(bad)} of {len(chosen)} that cannot, in the data's order {bad}"
         remedy = "Mend or remove them; a study may also say images: {unreadable: skip}."
-        raise DataError(complaint("images", expected="all to be readable", got=got, remedy=remedy))
+        raise DataError("images", expected="all to be readable", got=got, remedy=remedy)
     return f"{len(chosen) - len(bad)} of a sample of {len(chosen)} can be read"
 
 
@@ -161,7 +160,7 @@ def _room(site: Site, study: Study | None, images: int) -> str:
     if free < min(needed, limit or needed):
         expected, got = f"about {size(needed)} for prepared images", f"{size(free)} free"
         remedy = "Free some space, or set cache.folder or cache.limit_gb."
-        raise SiteError(complaint(folder, expected=expected, got=got, remedy=remedy))
+        raise SiteError(folder, expected=expected, got=got, remedy=remedy)
     return f"prepared images take about {size(needed)}, {size(free)} free"
 
 
@@ -185,7 +184,7 @@ def _speed(site: Site, study: Study) -> Gain:
     device = chosen(site.device)
     if not computes("bfloat16", device):
         where, expected = f"{site.source}: device", "one that computes in bfloat16"
-        raise SiteError(complaint(where, expected=expected, got=device.type))
+        raise SiteError(where, expected=expected, got=device.type)
     network = assemble(study, "none")  # random ones take as long
     network.model.to(device)
     return gain(network, private=study.private)

@@ -11,7 +11,7 @@ import yaml
 from client.data.registry import guess
 from client.site import Site
 from client.storage import usable
-from common.errors import SiteError, complaint
+from common.errors import SiteError
 from common.support import files, keys
 from common.support.systemd import quoted
 
@@ -103,7 +103,7 @@ def write_site(path: Path, answers: Answers) -> None:
     """
     if path.exists():
         expected, remedy = "no such file yet", "Edit it, or choose another name."
-        raise SiteError(complaint(path, expected=expected, got="one", remedy=remedy))
+        raise SiteError(path, expected=expected, got="one", remedy=remedy)
     text = _site(path, answers)
     Site.parse(yaml.safe_load(text), str(path), SiteError)
     with usable(path, SiteError):

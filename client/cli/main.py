@@ -10,7 +10,7 @@ from rich.table import Table
 from client.cli import connect as cli_link
 from client.cli import privacy as cli_privacy
 from client.cli.privacy import SiteFile, Yes
-from common.errors import SiteError, complaint
+from common.errors import SiteError
 from common.support import terminal
 from common.support.terminal import console, size, table
 
@@ -122,7 +122,7 @@ def forget(
     if not images:
         expected, got = "a patient with images in data", "one with none"
         remedy = "If they are deleted already, purge deletes all that was prepared."
-        raise SiteError(complaint("forget ID", expected=expected, got=got, remedy=remedy))
+        raise SiteError("forget ID", expected=expected, got=got, remedy=remedy)
     console.print(f"{len(images)} images of this patient are used by {site.name}.")
     console.print("Models that were trained with them are not unlearned; the ledger stays.")
     if not yes and not typer.confirm("Leave this patient out for good?"):

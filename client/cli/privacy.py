@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from common.errors import SiteError, complaint
+from common.errors import SiteError
 from common.support.terminal import console, size, table
 
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ def _no_less_than_known(state: Path, epsilon: float, delta: float) -> None:
     if 0 <= epsilon < known:
         expected = f"at least {known:.2f}, which the ledger that is there adds up to"
         remedy = "A ledger that can be read needs no other."
-        raise SiteError(complaint("--epsilon", expected=expected, got=epsilon, remedy=remedy))
+        raise SiteError("--epsilon", expected=expected, got=epsilon, remedy=remedy)
 
 
 def disclosed(

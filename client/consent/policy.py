@@ -14,7 +14,7 @@ from client.site import Policy, Site
 from client.storage import usable
 from common.config.study import DpSgd, Study
 from common.config.yaml import Section
-from common.errors import RefusedError, SiteError, complaint
+from common.errors import RefusedError, SiteError
 from common.protocol.disclosure import Disclosure
 from common.protocol.wire import Parts
 from common.support import files
@@ -52,10 +52,8 @@ class Agreement(Section):
             return None if text is None else cls.model_validate_json(text)
         except ValueError:
             remedy = "Restore it from a backup: it says who takes part in the study."
-            got = "something else"
-            raise SiteError(
-                complaint(path, expected="an agreement as written", got=got, remedy=remedy)
-            ) from None
+            expected, got = "an agreement as written", "something else"
+            raise SiteError(path, expected=expected, got=got, remedy=remedy) from None
 
     def keep(self, site: Site) -> None:
         """Write it into the state folder; on disk before this returns."""
@@ -79,7 +77,7 @@ def same_holdout(site: Site, study: Study) -> None:
     if text is not None and study.private and text != _shares(study):
         where, got = "holdout", _shares(study).decode()
         expected = f"that of the private studies before, {text.decode()}"
-        raise RefusedError(complaint(where, expected=expected, got=got))
+        raise RefusedError(where, expected=expected, got=got)
 
 
 def keep_holdout(site: Site, study: Study) -> None:
@@ -119,7 +117,7 @@ def agree(
     if not computes(study.model.precision, device := chosen(site.device)):
         where, expected = f"{site.source}: device", f"one that computes in {study.model.precision}"
         remedy = "Write device: cpu, or ask the coordinator for model.precision: float32."
-        raise RefusedError(complaint(where, expected=expected, got=device.type, remedy=remedy))
+        raise RefusedError(where, expected=expected, got=device.type, remedy=remedy)
     if isinstance(study.privacy, DpSgd) and study.privacy.delta * 10 * patients > 1:
         few, delta = f"{patients} training patients", f"δ = {study.privacy.delta:g}"
         log.warning("%s is more than a tenth of 1 / %s: it protects few of them", delta, few)
@@ -130,7 +128,7 @@ def agree(
     for kept, expected, got in _rules(site, study, length, fewest):
         if not kept:
             where = f"{site.source}: policy"
-            raise RefusedError(complaint(where, expected=expected, got=got))
+            raise RefusedError(where, expected=expected, got=got)
 
 
 Rule = tuple[bool, str, object]

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import field_validator
 
 from client.data.records import FileImage, Format, Row
-from common.errors import DataError, complaint
+from common.errors import DataError
 from common.model.images import SUFFIXES
 
 
@@ -40,14 +40,14 @@ class ImageFolder(Format):
         """Every image with a known suffix, sorted by path."""
         if not self.root.is_dir():
             expected = "a folder with one subfolder per class"
-            raise DataError(complaint(self.root, expected=expected, got="no such folder"))
+            raise DataError(self.root, expected=expected, got="no such folder")
         paths = sorted(self._images())
         patients = [self._patient(path) for path in paths]
         missing = [path for path, patient in zip(paths, patients, strict=True) if not patient]
         if missing:
             got = f"{len(missing)} without, such as {missing[0]}"
             expected = f"a patient id by {self.patient!r} in every path"
-            raise DataError(complaint(self.root, expected=expected, got=got))
+            raise DataError(self.root, expected=expected, got=got)
         return [
             Row(FileImage(self.root / path), path.parts[0], patient)
             for path, patient in zip(paths, patients, strict=True)

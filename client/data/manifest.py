@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from client.data.records import FileImage, Format, Row, Split
-from common.errors import DataError, complaint
+from common.errors import DataError
 
 REQUIRED = ("image", "label", "patient")
 SPLITS: dict[str, Split | None] = {
@@ -73,7 +73,7 @@ class Manifest(Format):
             shown = ", ".join(map(str, lines[:5])) + (", …" if len(lines) > 5 else "")
             rows = "1 row" if len(lines) == 1 else f"{len(lines)} rows"
             got = f"{got} in {rows} (line {shown})"
-            raise DataError(complaint(self.file, expected=expected, got=got))
+            raise DataError(self.file, expected=expected, got=got)
 
     def _lines(self) -> dict[int, Cells]:
         """Stripped cells by column name, by line number in the file."""
@@ -86,7 +86,7 @@ class Manifest(Format):
         except (OSError, UnicodeDecodeError, csv.Error) as ex:
             reason = getattr(ex, "strerror", None) or str(ex)
             expected = "a readable UTF-8 CSV file"
-            raise DataError(complaint(self.file, expected=expected, got=reason)) from None
+            raise DataError(self.file, expected=expected, got=reason) from None
         ragged = [line for line, cells in found if len(cells) != len(header)]
         self._refuse(ragged, f"{len(header)} cells in each row", "another number")
         return {
@@ -100,4 +100,4 @@ class Manifest(Format):
             expected = f"columns {', '.join(REQUIRED)}, perhaps split, and others, each once"
             got = ", ".join(header) or "an empty file"
             remedy = f"Missing: {', '.join(missing)}." if missing else ""
-            raise DataError(complaint(self.file, expected=expected, got=got, remedy=remedy))
+            raise DataError(self.file, expected=expected, got=got, remedy=remedy)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from client.data.records import ArrayImage, Format, Row, Split
-from common.errors import DataError, complaint
+from common.errors import DataError
 
 SPLITS: dict[str, Split] = {"train": "train", "val": "validation", "test": "test"}
 LAYOUT = [f"{split}_{kind}" for split in SPLITS for kind in ("images", "labels")]
@@ -58,7 +58,7 @@ class Npz(Format):
 
     def _wrong(self, key: str, expected: str, array: NDArray[Any]) -> DataError:
         got = f"{array.dtype} {list(array.shape)}"
-        return DataError(complaint(f"{self.root}: {key}", expected=expected, got=got))
+        return DataError(f"{self.root}: {key}", expected=expected, got=got)
 
     def _load(self) -> dict[str, NDArray[Any]]:
         expected = f"an .npz archive with {', '.join(LAYOUT)}"
@@ -69,7 +69,7 @@ class Npz(Format):
             got = "others only"
         except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as ex:
             got = getattr(ex, "strerror", None) or str(ex)
-        raise DataError(complaint(self.root, expected=expected, got=got))
+        raise DataError(self.root, expected=expected, got=got)
 
 
 @lru_cache(maxsize=1)

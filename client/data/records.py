@@ -14,7 +14,7 @@ from pydantic import Field, StrictInt
 from torch import Tensor
 
 from common.config.yaml import Section
-from common.errors import DataError, complaint
+from common.errors import DataError
 from common.model.images import Preprocess
 
 Split = Literal["train", "validation", "test"]
@@ -58,7 +58,7 @@ class FileImage:
             return self.path.read_bytes()
         except OSError as ex:
             expected = "a readable image"
-            raise DataError(complaint(self.name, expected=expected, got=ex.strerror)) from None
+            raise DataError(self.name, expected=expected, got=ex.strerror) from None
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,7 +139,7 @@ class Format(Section):
             rows = [row for row in rows if row.patient in used]
         if not rows:
             got = "none" if self.patients is None else f"none of the patients in {self.patients}"
-            raise DataError(complaint(self.root, expected="labelled images", got=got))
+            raise DataError(self.root, expected="labelled images", got=got)
         position = {name: index for index, name in enumerate(classes)}
         unknown = Counter(row.label for row in rows if row.label not in position)
         if unknown:
@@ -156,12 +156,10 @@ class Format(Section):
     def _unknown(self, unknown: Counter[str], classes: Sequence[str]) -> DataError:
         got = ", ".join(f"{label!r} ({count})" for label, count in sorted(unknown.items()))
         return DataError(
-            complaint(
-                f"{self.root}: labels",
-                expected=f"the study's classes {', '.join(classes)}",
-                got=got,
-                remedy="Rename these labels, remove their images, or ask for a study with them.",
-            )
+            f"{self.root}: labels",
+            expected=f"the study's classes {', '.join(classes)}",
+            got=got,
+            remedy="Rename these labels, remove their images, or ask for a study with them.",
         )
 
 
@@ -172,5 +170,5 @@ def _listed(path: Path) -> set[str]:
     except (OSError, UnicodeDecodeError) as ex:
         reason = getattr(ex, "strerror", None) or "not UTF-8 text"
         expected = "a text file with one patient id a line"
-        raise DataError(complaint(path, expected=expected, got=reason)) from None
+        raise DataError(path, expected=expected, got=reason) from None
     return {line.strip() for line in lines if line.strip()}

@@ -8,7 +8,7 @@ from pydantic import Field
 from client.data.image_folder import ImageFolder
 from client.data.manifest import Manifest
 from client.data.npz import Npz
-from common.errors import SiteError, complaint
+from common.errors import SiteError
 
 Data = Annotated[ImageFolder | Manifest | Npz, Field(discriminator="format")]
 
@@ -29,4 +29,4 @@ def guess(place: Path) -> Data:
     expected = "one .npz file, a folder with a manifest.csv, or a folder with a subfolder per class"
     got = "something else" if place.exists() else "nothing there"
     remedy = "Describe the data in a site file."
-    raise SiteError(complaint(place, expected=expected, got=got, remedy=remedy))
+    raise SiteError(place, expected=expected, got=got, remedy=remedy)

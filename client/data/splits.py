@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from client.data.records import Record, Split
 from common.config.study import Holdout
-from common.errors import DataError, complaint
+from common.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def _own(records: Sequence[Record]) -> dict[str, Split]:
         return {}
     if without:
         got = f"{without} of {len(records)} without"
-        raise DataError(complaint("data: split", expected="one in all rows or in none", got=got))
+        raise DataError("data: split", expected="one in all rows or in none", got=got)
     for record in records:
         if record.split:
             splits.setdefault(record.patient, set()).add(record.split)
@@ -71,7 +71,5 @@ def _own(records: Sequence[Record]) -> dict[str, Split]:
     if torn:
         got = f"{torn} of {len(splits)} patients in two or more"
         remedy = "Move all images of a patient into one split."
-        raise DataError(
-            complaint("data: split", expected="one per patient", got=got, remedy=remedy)
-        )
+        raise DataError("data: split", expected="one per patient", got=got, remedy=remedy)
     return {patient: found.pop() for patient, found in splits.items()}

@@ -28,7 +28,7 @@ from client.features.prefix import BATCH, Prefix, Worth
 from client.features.store import Rows, Store, open_store
 from client.storage import secret
 from common.config.study import Augment
-from common.errors import DataError, complaint
+from common.errors import DataError
 from common.model.contract import Dtype, digest
 from common.model.images import Preprocess, view
 from common.model.network import Network
@@ -176,7 +176,8 @@ def prepare(
     _fill(store, images, list(todo.values()), recipe, augment.ops, bad)
     for j in store.missing([job.name for job in jobs]):  # one that failed fails wherever it is
         where, got = images[jobs[j].image].name, "the bytes of another that is not"
-        bad.setdefault(jobs[j].image, complaint(where, expected="a readable image", got=got))
+        failed = DataError(where, expected="a readable image", got=got)
+        bad.setdefault(jobs[j].image, str(failed))
     _complain(images, bad, skip_unreadable)
     rows = store.rows([job.name for job in jobs if job.image not in bad], recipe.device)
     kept = [i for i in range(len(images)) if i not in bad]

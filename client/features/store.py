@@ -24,7 +24,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from client.storage import usable
-from common.errors import DataError, complaint
+from common.errors import DataError
 from common.support import files
 
 log = logging.getLogger(__name__)
@@ -150,7 +150,7 @@ class Store:
                         return
         expected, got = "a folder to keep files in", "one in which they vanish or are damaged"
         remedy = "See that nothing clears it all the time, and that the disk is sound."
-        raise DataError(complaint(self._folder, expected=expected, got=got, remedy=remedy))
+        raise DataError(self._folder, expected=expected, got=got, remedy=remedy)
 
     def _write(self, names: Sequence[str], rows: Tensor) -> Path:
         data = save({"rows": rows.contiguous()}, {"names": json.dumps(list(names))})

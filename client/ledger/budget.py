@@ -7,7 +7,7 @@ from client.ledger.spending import Account
 from client.privacy.accountant import Segment
 from client.site import Site
 from common.config.study import DpSgd, Study
-from common.errors import BudgetError, complaint
+from common.errors import BudgetError
 
 
 def afford(
@@ -42,4 +42,4 @@ def afford(
 
 def _over(where: str, most: float, needed: float, bound: str, remedy: str) -> BudgetError:
     expected, got = f"ε of at most {most:g}", f"{needed:.2f} by {bound}"
-    return BudgetError(complaint(where, expected=expected, got=got, remedy=remedy))
+    return BudgetError(where, expected=expected, got=got, remedy=remedy)

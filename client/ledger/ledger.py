@@ -23,7 +23,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from client.ledger.entries import Adopted, Contents, Created, Entry, Release, Reserved, Sealed, Sent
 from client.storage import usable
-from common.errors import SiteError, complaint
+from common.errors import SiteError
 from common.support import files
 
 log = logging.getLogger(__name__)
@@ -126,7 +126,7 @@ def _read_head(path: Path) -> Head | None:
 
 
 def _damage(path: Path, expected: str, got: str) -> SiteError:
-    return SiteError(complaint(path, expected=expected, got=got, remedy=_REMEDY))
+    return SiteError(path, expected=expected, got=got, remedy=_REMEDY)
 
 
 # --- the file ---
@@ -155,7 +155,7 @@ def adopt(folder: Path, epsilon: float, delta: float) -> None:
     """
     if not (0 <= epsilon < float("inf") and 0 <= delta < 1):
         expected = "what was spent at least: ε >= 0 and δ in [0, 1)"
-        raise SiteError(complaint("adopt", expected=expected, got=(epsilon, delta)))
+        raise SiteError("adopt", expected=expected, got=(epsilon, delta))
     with usable(folder, SiteError), locked(folder):
         path = folder / "ledger.jsonl"
         if path.exists():
@@ -285,7 +285,7 @@ class Ledger:
         now = self._path.stat()
         if (now.st_ino, now.st_size) != (self._inode, self._size):
             expected, remedy = "the ledger as this process left it", "Start again."
-            raise SiteError(complaint(self._path, expected=expected, got="another", remedy=remedy))
+            raise SiteError(self._path, expected=expected, got="another", remedy=remedy)
 
     def _take_back(self) -> None:
         """Undo an append that failed: nothing was drawn for it, so nothing may count."""
@@ -337,7 +337,7 @@ def locked(folder: Path) -> Iterator[None]:
     except Timeout:
         expected, remedy = "one process at a time", "Stop the other one first."
         got = "another that has it open"
-        raise SiteError(complaint(folder, expected=expected, got=got, remedy=remedy)) from None
+        raise SiteError(folder, expected=expected, got=got, remedy=remedy) from None
     try:
         yield
     finally:

@@ -7,7 +7,7 @@ from datetime import datetime
 from client.ledger.entries import Adopted, Entry, Privacy, Reserved, Sent, adopted, history
 from client.privacy import accountant
 from client.privacy.accountant import Segment
-from common.errors import BudgetError, complaint
+from common.errors import BudgetError
 
 MEANING = (
     "ε bounds, with δ, what all releases together tell of one training patient: whether that "
@@ -148,7 +148,7 @@ class Account:
             expected = f"less than δ = {self.delta:g} adopted with it"
             remedy = "Choose a larger δ (policy.delta, or privacy.delta of the study)."
             got = f"{self.adopted.delta:g}"
-            raise BudgetError(complaint("ledger", expected=expected, got=got, remedy=remedy))
+            raise BudgetError("ledger", expected=expected, got=got, remedy=remedy)
         return self.delta - self.adopted.delta
 
     def over_time(self) -> list[tuple[datetime, float]]:

@@ -15,7 +15,7 @@ from flwr.app import Message
 
 from client.link import tls
 from client.site import Site
-from common.errors import ContractError, LinkError, SiteError, complaint
+from common.errors import ContractError, LinkError, SiteError
 from common.flower.compat import (
     APP,
     RELEASE,
@@ -168,7 +168,7 @@ class Fleet:
         if connect is None:
             where, expected = f"{site.source}: connect", "server, ca and key"
             remedy = "consilium-client init shows how they are written."
-            raise SiteError(complaint(where, expected=expected, got="nothing", remedy=remedy))
+            raise SiteError(where, expected=expected, got="nothing", remedy=remedy)
         return cls(connect.server, connect.ca, keys.read_private(connect.key))
 
     def close(self) -> None:
@@ -206,9 +206,7 @@ class Fleet:
             self.knock()
             expected, got = "this site to be away", "one that counts as connected"
             remedy = "Stop the other with this key; one that was killed is gone in half a minute."
-            raise LinkError(
-                complaint(self.server, expected=expected, got=got, remedy=remedy)
-            ) from None
+            raise LinkError(self.server, expected=expected, got=got, remedy=remedy) from None
         return int(self._node.node_id)
 
     def _activate(self, pulse: int) -> int:
@@ -246,7 +244,7 @@ class Fleet:
         if run.fab_id != APP or run.fab_hash:
             expected = "a run of Consilium without code of its own"
             got = f"one of {run.fab_id!r}, {'with' if run.fab_hash else 'without'} code"
-            raise ContractError(complaint(self.server, expected=expected, got=got))
+            raise ContractError(self.server, expected=expected, got=got)
         return str(run.fab_version)
 
     def open(self, letter: Letter) -> Message | None:
@@ -348,19 +346,17 @@ class Fleet:
         if code == ApiErrorCode.RUNTIME_VERSION_INCOMPATIBLE:
             expected, got = f"release {RELEASE} of Consilium, as here", "another"
             remedy = "Both sides must install the same release."
-            return LinkError(complaint(self.server, expected=expected, got=got, remedy=remedy))
+            return LinkError(self.server, expected=expected, got=got, remedy=remedy)
         unknown = status == httpx.codes.UNAUTHORIZED
         ahead = self.heard.ahead if self.heard else None
         if unknown and ahead is not None and not -BEHIND < ahead < AHEAD:
             expected, got = "clocks that agree to five seconds", f"{ahead:+.0f} s here"
             remedy = "Set this machine's clock, for instance by NTP."
-            return LinkError(complaint(self.server, expected=expected, got=got, remedy=remedy))
+            return LinkError(self.server, expected=expected, got=got, remedy=remedy)
         if unknown or code == ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED:
             expected, got = "a key that the coordinator admitted", "another, or one removed"
             remedy = "Send the .pub file, and compare fingerprints by telephone."
-            return NotAdmittedError(
-                complaint(self.server, expected=expected, got=got, remedy=remedy)
-            )
+            return NotAdmittedError(self.server, expected=expected, got=got, remedy=remedy)
         return LinkError(f"{self.server}: it answers with status {status}")
 
 

@@ -20,7 +20,7 @@ from client.link.fleet_client import PULSE, Fleet, Letter, OverError
 from client.link.pending import Errand
 from client.site import Site
 from common.config.study import Study
-from common.errors import ConsiliumError, ContractError, LinkError, complaint
+from common.errors import ConsiliumError, ContractError, LinkError
 from common.flower.compat import RELEASE, error_reply, same_release
 from common.protocol import wire
 from common.support import files
@@ -164,7 +164,7 @@ class Node:
             reply = errand.reply or refusal or self._work(letter)
             worked = time.monotonic() - started
             if reply is None:
-                raise OverError
+                raise OverError("nobody waits for an answer")
             if errand.reply is None:
                 errand.finish(reply)
             self._fleet.answer(letter, reply)
@@ -185,7 +185,7 @@ class Node:
                 expected, got = f"release {RELEASE}, as here", theirs or "none"
                 remedy = "Both sides must install the same release."
                 where = f"the coordinator at {self._fleet.server}"
-                raise ContractError(complaint(where, expected=expected, got=got, remedy=remedy))
+                raise ContractError(where, expected=expected, got=got, remedy=remedy)
         except ContractError as ex:
             log.error("refused: %s", ex)
             return error_reply(letter.empty, ex.code)

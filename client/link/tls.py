@@ -8,7 +8,7 @@ from pathlib import Path
 import httpx
 from cryptography import x509
 
-from common.errors import LinkError, complaint
+from common.errors import LinkError
 from common.support import keys
 
 _CERTIFICATE = {
@@ -65,4 +65,4 @@ def explained(failure: httpx.RequestError, server: str, ca: Path) -> LinkError:
     else:
         expected, got = "an answer", "none"
         remedy = "Is the coordinator up, and may this machine connect to it?"
-    return LinkError(complaint(server, expected=expected, got=got, remedy=remedy))
+    return LinkError(server, expected=expected, got=got, remedy=remedy)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from common.errors import RefusedError, complaint
+from common.errors import RefusedError
 
 if TYPE_CHECKING:
     from opacus.accountants.analysis.prv import Domain
@@ -159,7 +159,7 @@ def noise_multiplier(
         least = _guarded(_composed, [Segment(_NOISE[-1], sample_rate, steps)], delta)
         expected = f"ε within {epsilon:g} at δ = {delta:g}"
         got, remedy = f"{least:.4g} with any noise", "Plan fewer steps or raise epsilon."
-        raise RefusedError(complaint("privacy", expected=expected, got=got, remedy=remedy))
+        raise RefusedError("privacy", expected=expected, got=got, remedy=remedy)
     return _NOISE[found]
 
 
@@ -282,4 +282,4 @@ def _within(
 
 
 def _refusal(name: str, expected: str, got: object) -> RefusedError:
-    return RefusedError(complaint(f"privacy: {name}", expected=expected, got=got))
+    return RefusedError(f"privacy: {name}", expected=expected, got=got)

@@ -28,7 +28,7 @@ from client.privacy.plan import Protection
 from client.training import trainer
 from client.training.trainer import Examples
 from common.config.study import Train
-from common.errors import RefusedError, complaint
+from common.errors import RefusedError
 from common.model.split import train_mode
 
 Losses = Callable[[Tensor, Tensor], Tensor]
@@ -101,7 +101,7 @@ def train(
     """
     if plan.imbalance == "weighted":
         expected, got = "class weights that are constants", "weights from patients"
-        raise RefusedError(complaint("train.imbalance", expected=expected, got=got))
+        raise RefusedError("train.imbalance", expected=expected, got=got)
     entropy, one = entropy or Entropy(), protection.round
     device = next(suffix.parameters()).device
     weights = torch.tensor(plan.class_weights, device=device) if plan.class_weights else None

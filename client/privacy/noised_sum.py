@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from client.privacy.noise import DEVIATION, Entropy
-from common.errors import RefusedError, complaint
+from common.errors import RefusedError
 
 _MARGIN = 1 - 2.0**-20
 _MOST = 2**62
@@ -116,6 +116,4 @@ def _square(numbers: Tensor) -> float:
 
 def _refusal(what: str, expected: str, got: object) -> RefusedError:
     remedy = "Nothing was released. Report this."
-    return RefusedError(
-        complaint(f"a noised sum: {what}", expected=expected, got=got, remedy=remedy)
-    )
+    return RefusedError(f"a noised sum: {what}", expected=expected, got=got, remedy=remedy)

@@ -8,7 +8,7 @@ from client.privacy.accountant import Segment, noise_multiplier
 from client.site import Site
 from common.config.study import DpSgd, Study
 from common.config.yaml import Section
-from common.errors import RefusedError, complaint
+from common.errors import RefusedError
 
 _calibrated = lru_cache(maxsize=128)(noise_multiplier)
 
@@ -47,7 +47,7 @@ def protect(site: Site, study: Study, privacy: DpSgd) -> Protection:
     if enrolled is None:
         where, expected = f"{site.source}: data", "enrolled_patients"
         remedy = "Set it to about the number of patients who train here, and leave it so."
-        raise RefusedError(complaint(where, expected=expected, got="nothing", remedy=remedy))
+        raise RefusedError(where, expected=expected, got="nothing", remedy=remedy)
     batch = min(train.batch_size, enrolled)
     rate = batch / enrolled
     steps = train.local_steps or (train.local_epochs or 1) * math.ceil(enrolled / batch)

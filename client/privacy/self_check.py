@@ -19,7 +19,7 @@ from client.privacy.dp_sgd import Row, empty_sum, exact, noised_gradient, row_gr
 from client.privacy.noise import DEVIATION, Entropy
 from client.privacy.plan import Protection
 from client.training.trainer import Examples
-from common.errors import RefusedError, complaint
+from common.errors import RefusedError
 from common.model.split import train_mode
 
 _SIDE = 1000
@@ -77,7 +77,7 @@ def _judge(look: Callable[[], Iterator[Finding]]) -> None:
 def _refusal(what: str, expected: str, got: object) -> RefusedError:
     remedy = "Nothing was trained. Keep the versions this release was tested with."
     where = f"self-check of private training: {what}"
-    return RefusedError(complaint(where, expected=expected, got=got, remedy=remedy))
+    return RefusedError(where, expected=expected, got=got, remedy=remedy)
 
 
 def _noise(protection: Protection, entropy: Entropy) -> Iterator[Finding]:

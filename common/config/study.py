@@ -17,7 +17,7 @@ from pydantic import (
 )
 
 from common.config.yaml import Section, YamlFile, dump
-from common.errors import StudyError, complaint
+from common.errors import StudyError
 from common.model.contract import Dtype
 
 
@@ -331,7 +331,7 @@ class Study(YamlFile):
     def error(self, key: str, *, expected: str, got: object, remedy: str = "") -> StudyError:
         """A `StudyError` about one key of this study, naming its file."""
         where = f"{self.source}: {key}"
-        return StudyError(complaint(where, expected=expected, got=got, remedy=remedy))
+        return StudyError(where, expected=expected, got=got, remedy=remedy)
 
     def yaml(self) -> str:
         """This study as YAML text."""

@@ -8,7 +8,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
 from pydantic_core import ErrorDetails
 
-from common.errors import ConsiliumError, complaint, did_you_mean
+from common.errors import ConsiliumError, did_you_mean
 
 S = TypeVar("S", bound="Section")
 
@@ -118,19 +118,19 @@ def _read(path: Path, error: type[ConsiliumError]) -> dict[str, Any]:
         content = _Loader(path.read_text(encoding="utf-8")).get_single_data()
     except (OSError, UnicodeDecodeError) as ex:
         reason = getattr(ex, "strerror", None) or "not UTF-8 text"
-        raise error(complaint(path, expected="a readable YAML file", got=reason)) from None
+        raise error(path, expected="a readable YAML file", got=reason) from None
     except _NOT_YAML as ex:
-        raise error(complaint(path, expected="valid YAML", got=" ".join(str(ex).split()))) from None
+        raise error(path, expected="valid YAML", got=" ".join(str(ex).split())) from None
     if not isinstance(content, dict):
         got = type(content).__name__
-        raise error(complaint(path, expected="a mapping of keys to values", got=got))
+        raise error(path, expected="a mapping of keys to values", got=got)
     return content
 
 
 def _apply(content: dict[str, Any], change: str, error: type[ConsiliumError]) -> None:
     key, found, value = change.partition("=")
     if not found or not key:
-        raise error(complaint("--set", expected="key=value", got=repr(change)))
+        raise error("--set", expected="key=value", got=repr(change))
     *parents, last = key.split(".")
     place = content
     for parent in parents:
@@ -141,7 +141,7 @@ def _apply(content: dict[str, Any], change: str, error: type[ConsiliumError]) ->
     try:
         place[last] = _Loader(value).get_single_data()
     except _NOT_YAML:
-        raise error(complaint(f"--set {key}", expected="a YAML value", got=repr(value))) from None
+        raise error(f"--set {key}", expected="a YAML value", got=repr(value)) from None
 
 
 def alternatives(change: str, error: type[ConsiliumError]) -> list[str]:
@@ -156,7 +156,7 @@ def alternatives(change: str, error: type[ConsiliumError]) -> list[str]:
             raise ValueError
     except _NOT_YAML:
         expected = "YAML values with commas between"
-        raise error(complaint(f"--set {key}", expected=expected, got=repr(text))) from None
+        raise error(f"--set {key}", expected=expected, got=repr(text)) from None
     marks = [(node.start_mark.index - 1, node.end_mark.index - 1) for node in listed.value]
     return [f"{key}={text[start:end].strip()}" for start, end in marks] or [change]
 
@@ -179,7 +179,8 @@ def _explain(model: type[BaseModel], source: str, problem: ErrorDetails) -> str:
     expected = PLAIN.get(kind) or problem["msg"].removeprefix("Input should be ")
     if kind == "union_tag_invalid":
         expected = problem["ctx"]["expected_tags"]
-    return complaint(where, expected=expected, got=repr(got), remedy=_near(got, problem))
+    text, near = f"{where}: expected {expected}, got {got!r}", _near(got, problem)
+    return f"{text}. {near}" if near else text
 
 
 def _near(got: object, problem: ErrorDetails) -> str:

@@ -10,8 +10,6 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from typing import NamedTuple
 
-from common.errors import complaint
-
 
 @contextmanager
 def pinned() -> Iterator[None]:
@@ -25,9 +23,8 @@ def pinned() -> Iterator[None]:
     except ImportError as ex:
         lacks = f" without {ex.name}" if (ex.name or "").startswith("flwr") else ""
         remedy = "pip install 'flwr>=1.41,<1.42'"
-        raise ImportError(
-            complaint("flwr", expected=">=1.41,<1.42", got=f"{installed}{lacks}", remedy=remedy)
-        ) from None
+        text = f"flwr: expected >=1.41,<1.42, got {installed}{lacks}. {remedy}"
+        raise ImportError(text) from None
 
 
 with pinned():

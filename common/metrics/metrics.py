@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from common.errors import ContractError, RunError, complaint
+from common.errors import ContractError, RunError
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -71,7 +71,7 @@ class Counts:
         truth = labels.detach().cpu().long().numpy()
         if not np.isfinite(z).all():
             remedy = "The model diverged: lower train.lr."
-            raise RunError(complaint("logits", expected="numbers", got="NaN or inf", remedy=remedy))
+            raise RunError("logits", expected="numbers", got="NaN or inf", remedy=remedy)
         classes = z.shape[1]
         log_p, log_odds = _log_scores(z)
         bins = np.floor((np.arcsinh(log_odds) + REACH) * (BINS / (2 * REACH)))
@@ -166,7 +166,7 @@ def _pairs(counts: Ints) -> list[int]:
 
 def _bad(key: str, expected: str, got: object) -> ContractError:
     where = f"counts: {key}" if key else "counts"
-    return ContractError(complaint(where, expected=expected, got=got))
+    return ContractError(where, expected=expected, got=got)
 
 
 def _dense(key: str, pairs: object, rows: int, columns: int) -> Ints:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torchvision import models
 
-from common.errors import BackboneError, StudyError, complaint, did_you_mean
+from common.errors import BackboneError, StudyError, did_you_mean
 from common.model import weights as checkpoints
 from common.model.images import Preprocess
 from common.model.weights import Fit
@@ -139,13 +139,13 @@ class Backbone:
                 f"It fits {owners[0]}: change model.backbone or model.weights." if owners else ""
             )
             expected = f"a checkpoint of {self.name}"
-            raise BackboneError(complaint(weights, expected=expected, got=f"{fit}", remedy=remedy))
+            raise BackboneError(weights, expected=expected, got=f"{fit}", remedy=remedy)
         if absurd := checkpoints.absurd(fit.tensors):
             most, variance = checkpoints.LARGEST, checkpoints.LARGEST_VARIANCE
             expected = f"numbers within ±{most:g}, and variances from 0 to {variance:g}"
             remedy = "Take the checkpoint as it was published."
             got = f"others in {absurd[0]}"
-            raise BackboneError(complaint(weights, expected=expected, got=got, remedy=remedy))
+            raise BackboneError(weights, expected=expected, got=got, remedy=remedy)
         model.load_state_dict(fit.tensors, strict=False, assign=True)
         return model
 
@@ -210,7 +210,7 @@ class Backbone:
         except (RuntimeError, AssertionError):
             usual = self.preprocess("DEFAULT").crop
             expected = f"a size that {self.name} can take, such as {usual}"
-            raise StudyError(complaint("images.size", expected=expected, got=size)) from None
+            raise StudyError("images.size", expected=expected, got=size) from None
 
     def trainable(self, model: nn.Module, unfreeze: str) -> tuple[str, ...]:
         """Names of the parameters that are trained and sent, in the order of `state_dict`.
@@ -226,7 +226,7 @@ class Backbone:
         count = fixed[unfreeze] if unfreeze in fixed else int(unfreeze.removeprefix("last:"))
         if count > len(self.blocks):
             expected = f"at most last:{len(self.blocks)} for {self.name}"
-            raise StudyError(complaint("model.unfreeze", expected=expected, got=unfreeze))
+            raise StudyError("model.unfreeze", expected=expected, got=unfreeze)
         last = self.blocks[len(self.blocks) - count :]
         parts = (self.head, *(module for block in last for module in block.modules))
         return tuple(name for name, _ in model.named_parameters() if _within(name, parts))
@@ -366,7 +366,5 @@ def get(name: str) -> Backbone:
     """
     if name not in REGISTRY:
         remedy = did_you_mean(name, REGISTRY)
-        raise StudyError(
-            complaint("model.backbone", expected="a known one", got=repr(name), remedy=remedy)
-        )
+        raise StudyError("model.backbone", expected="a known one", got=repr(name), remedy=remedy)
     return REGISTRY[name]

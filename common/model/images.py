@@ -15,7 +15,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as vision
 
-from common.errors import DataError, complaint
+from common.errors import DataError
 
 # A closed list: some of Pillow's other formats start programs or hold no picture.
 FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "GIF", "WEBP", "JPEG2000", "PPM")
@@ -55,7 +55,7 @@ def decode(data: bytes, name: str = "image", at_least: int | None = None) -> Ten
     # Damaged files make Pillow raise nearly any class, and one bad image must not end a run.
     except Exception as ex:
         reason = f"{type(ex).__name__}: {ex}" if data else "an empty file"
-        raise DataError(complaint(name, expected="a readable image", got=reason)) from None
+        raise DataError(name, expected="a readable image", got=reason) from None
     return torch.from_numpy(rgb).permute(2, 0, 1)
 
 
@@ -91,7 +91,7 @@ def found_in(folder: Path) -> list[Path]:
     """Every image in a folder and those below it, sorted; raises `DataError` if there is none."""
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
     if not paths:
-        raise DataError(complaint(folder, expected="a folder with images", got="none"))
+        raise DataError(folder, expected="a folder with images", got="none")
     return paths
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from common.config.study import Study
-from common.errors import DataError, RunError, complaint
+from common.errors import DataError, RunError
 from common.model import backbones
 from common.model.images import Preprocess
 
@@ -49,7 +49,7 @@ class ReleasedModel:
         try:
             return self.preprocess.read(path.read_bytes(), str(path))
         except OSError as ex:
-            raise DataError(complaint(path, expected="an image", got=ex.strerror)) from None
+            raise DataError(path, expected="an image", got=ex.strerror) from None
 
 
 def load_model(run: str | Path) -> ReleasedModel:
@@ -62,7 +62,7 @@ def load_model(run: str | Path) -> ReleasedModel:
     study_file, file = folder / "study.yaml", folder / "model.safetensors"
     if not (study_file.is_file() and file.is_file()):
         remedy = f"Finish it with consilium-simulate run --resume {folder}."
-        raise RunError(complaint(folder, expected="a finished run", got="none", remedy=remedy))
+        raise RunError(folder, expected="a finished run", got="none", remedy=remedy)
     study = Study.read(study_file)
     backbone = backbones.get(study.model.backbone)
     network = backbone.build(
@@ -77,6 +77,6 @@ def load_model(run: str | Path) -> ReleasedModel:
         network.load_state_dict(load_file(file))
     except (SafetensorError, RuntimeError, OSError):
         got = "a damaged one"
-        raise RunError(complaint(file, expected="the released model", got=got)) from None
+        raise RunError(file, expected="the released model", got=got) from None
     preprocess = backbone.preprocess(study.model.weights).with_size(study.images.size)
     return ReleasedModel(study.classes, network, preprocess)

@@ -9,7 +9,7 @@ from torch import nn
 from torch.fx import Graph, GraphModule, Node, Tracer
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from common.errors import BackboneError, complaint
+from common.errors import BackboneError
 from common.model.backbones import Head
 
 
@@ -159,4 +159,4 @@ def _check(parts: Split, trainable: Collection[str]) -> None:
     if wrong := sorted(lost | frozen.intersection(trainable)):
         expected = f"the {len(trainable)} trainable parameters after it, and none before"
         got = f"{len(wrong)} elsewhere, such as {wrong[0]}"
-        raise BackboneError(complaint(f"cut at {parts.at}", expected=expected, got=got))
+        raise BackboneError(f"cut at {parts.at}", expected=expected, got=got)

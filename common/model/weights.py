@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from common.errors import BackboneError, complaint
+from common.errors import BackboneError
 
 # Older torchvision releases wrote these names; their published files still carry them.
 RENAMED = (
@@ -44,15 +44,15 @@ def read(path: Path) -> dict[str, Tensor]:
             return _modern(load_file(path))
         content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as ex:
-        raise BackboneError(complaint(path, expected=expected, got=ex.strerror)) from None
+        raise BackboneError(path, expected=expected, got=ex.strerror) from None
     # A damaged file can fail anywhere in the readers, with nearly any class.
     except Exception:
         got = "one that is damaged, incomplete or not only tensors"
-        raise BackboneError(complaint(path, expected=expected, got=got)) from None
+        raise BackboneError(path, expected=expected, got=got) from None
     if not isinstance(content, dict) or not all(isinstance(t, Tensor) for t in content.values()):
         remedy = "Save it by torch.save(model.state_dict(), path)."
         got = f"a {type(content).__name__} of other things"
-        raise BackboneError(complaint(path, expected=expected, got=got, remedy=remedy))
+        raise BackboneError(path, expected=expected, got=got, remedy=remedy)
     return _modern(content)
 
 
@@ -68,7 +68,7 @@ def download(weights: Any) -> dict[str, Tensor]:
         remedy = "Fetch the file on another machine and name it in model.weights."
         where = f"weights {weights}"
         expected = f"a download of {weights.url}"
-        raise BackboneError(complaint(where, expected=expected, got=ex, remedy=remedy)) from None
+        raise BackboneError(where, expected=expected, got=ex, remedy=remedy) from None
     return _modern(state)
 
 

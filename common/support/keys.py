@@ -9,7 +9,7 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from common.errors import LinkError, complaint
+from common.errors import LinkError
 from common.support import files
 
 PrivateKey = ec.EllipticCurvePrivateKey
@@ -25,7 +25,7 @@ def write_private(path: Path, key: PrivateKey) -> None:
     """A new file that only this user can read, PEM; raises `LinkError` if there is one already."""
     if path.exists():
         remedy = "Keep it: whoever knows its public half would have to be told again."
-        raise LinkError(complaint(path, expected="no such file yet", got="a key", remedy=remedy))
+        raise LinkError(path, expected="no such file yet", got="a key", remedy=remedy)
     content = key.private_bytes(
         serialization.Encoding.PEM,
         serialization.PrivateFormat.PKCS8,
@@ -41,11 +41,11 @@ def read_private(path: Path) -> PrivateKey:
     except (ValueError, TypeError, UnsupportedAlgorithm):
         key = None
     if not isinstance(key, PrivateKey):
-        raise LinkError(complaint(path, expected="a private key, PEM", got="something else"))
+        raise LinkError(path, expected="a private key, PEM", got="something else")
     rights = path.stat().st_mode & 0o777
     if os.name == "posix" and rights & 0o077:
         expected, got = "a key that only this user can read", f"mode {rights:03o}"
-        raise LinkError(complaint(path, expected=expected, got=got, remedy=f"chmod 600 {path}"))
+        raise LinkError(path, expected=expected, got=got, remedy=f"chmod 600 {path}")
     return key
 
 
@@ -56,7 +56,7 @@ def read_public(path: Path) -> PublicKey:
     except ValueError:
         expected, got = "a public key, PEM", "something else"
         remedy = "Ask the hospital for the .pub file of consilium-client init."
-    raise LinkError(complaint(path, expected=expected, got=got, remedy=remedy))
+    raise LinkError(path, expected=expected, got=got, remedy=remedy)
 
 
 def parse_public(text: bytes) -> PublicKey:
@@ -80,7 +80,7 @@ def read_certificate(
         got: object = ex.strerror
     except ValueError:
         got = "something else"
-    raise LinkError(complaint(path, expected=expected, got=got, remedy=remedy))
+    raise LinkError(path, expected=expected, got=got, remedy=remedy)
 
 
 def pem(key: PublicKey) -> bytes:
@@ -107,4 +107,4 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as ex:
         expected = "a key that can be read"
-        raise LinkError(complaint(path, expected=expected, got=ex.strerror)) from None
+        raise LinkError(path, expected=expected, got=ex.strerror) from None

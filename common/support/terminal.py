@@ -14,7 +14,7 @@ from rich.logging import RichHandler
 from rich.table import Table
 from rich.text import Text
 
-from common.errors import ConsiliumError, complaint
+from common.errors import ConsiliumError
 
 _INTERRUPTED = 130
 
@@ -107,7 +107,8 @@ def run(app: typer.Typer, *, remedy: str) -> None:
         code = _say(str(ex), 1)
     except OSError as ex:
         where, got = ex.filename2 or ex.filename or "files", ex.strerror or ex
-        code = _say(complaint(where, expected="to read and write here", got=got, remedy=remedy), 1)
+        expected = "to read and write here"
+        code = _say(str(ConsiliumError(where, expected=expected, got=got, remedy=remedy)), 1)
     except StoppedError as ex:
         code = _say(str(ex), _INTERRUPTED)
     except typer.Abort:  # Ctrl-C, or no more input, where a question was asked
@@ -121,9 +122,9 @@ def run(app: typer.Typer, *, remedy: str) -> None:
     sys.exit(code)
 
 
-def end(text: str) -> NoReturn:
+def end(error: ConsiliumError) -> NoReturn:
     """Say what went wrong, and end with it."""
-    sys.exit(_say(text, 1))
+    sys.exit(_say(str(error), 1))
 
 
 def _log_to_console() -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from common.errors import LinkError, complaint
+from common.errors import LinkError
 from common.support import terminal
 from common.support.terminal import console, table
 from server.cli import runs as cli_runs
@@ -40,7 +40,7 @@ def main() -> None:
             raise
         expected, got = "a database that can be used", type(ex).__name__
         remedy = "Is the disk full? Else restore link.db from a backup. A run can be resumed."
-        terminal.end(complaint("link.db", expected=expected, got=got, remedy=remedy))
+        terminal.end(LinkError("link.db", expected=expected, got=got, remedy=remedy))
 
 
 @app.command(epilog="Example: consilium-server init coordinator --host study.example.org")
@@ -122,7 +122,7 @@ def admit(
     opened, key = Project.open(project), keys.read_public(public)
     if not re.fullmatch(NAME, name):
         expected = "letters, digits, '.', '_' and '-', at most 64, a letter or digit first"
-        raise LinkError(complaint("--name", expected=expected, got=repr(name)))
+        raise LinkError("--name", expected=expected, got=repr(name))
     console.print(f"key of {name}: {keys.fingerprint(key)}")
     if not yes and not typer.confirm("Does the hospital read out the same?"):
         console.print("Nothing was changed.")

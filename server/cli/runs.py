@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from common.errors import RunError, complaint
+from common.errors import RunError
 from common.support.terminal import Changes, StoppedError, console, log_to
 
 Folder = Annotated[
@@ -69,11 +69,11 @@ def stop(
     from server.runs.run_folder import RunFolder
 
     if not RunFolder.resume(run).busy:
-        raise RunError(complaint(run, expected="a run that is going on", got="none"))
+        raise RunError(run, expected="a run that is going on", got="none")
     process = run / "process"
     if not process.is_file():
         expected, got = "a run of consilium-server", "one that another command is on"
-        raise RunError(complaint(run, expected=expected, got=got))
+        raise RunError(run, expected=expected, got=got)
     os.kill(int(process.read_text()), signal.SIGINT)
     console.print(f"Stopping. Go on with: consilium-server run --resume {run}")
 
@@ -90,6 +90,6 @@ def logs(
 
     path = run / "run.log" if run else Project.open(project).log
     if not path.is_file():
-        raise RunError(complaint(path, expected="a log", got="no such file"))
+        raise RunError(path, expected="a log", got="no such file")
     for line in path.read_text(encoding="utf-8").splitlines()[-lines:]:
         console.print(line)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from flwr.app import Message
 
-from common.errors import RunError, complaint
+from common.errors import RunError
 from common.flower.compat import (
     APP,
     RELEASE,
@@ -105,7 +105,7 @@ class LinkGrid(OneRunGrid):
         if self.run.status.status != Status.RUNNING:
             expected, got = "a run that is going on", "one that counts as ended"
             remedy = "It was paused for over a minute; go on with run --resume."
-            raise RunError(complaint("the link", expected=expected, got=got, remedy=remedy))
+            raise RunError("the link", expected=expected, got=got, remedy=remedy)
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         """Those of the replies to these messages that have arrived whole."""

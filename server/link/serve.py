@@ -10,7 +10,7 @@ from collections.abc import Callable
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from common.errors import LinkError, complaint
+from common.errors import LinkError
 from common.flower.compat import RELEASE, RELEASE_HEADER
 from common.support.terminal import log_to
 from server.link.fleet_api import fleet_app
@@ -95,7 +95,7 @@ def listen(host: str, port: int) -> socket.socket:
     except OSError as ex:
         got = str(ex.strerror).partition(" (")[0]
         remedy = "Another program has it, or this machine has no such address."
-    raise LinkError(complaint(where, expected=expected, got=got, remedy=remedy))
+    raise LinkError(where, expected=expected, got=got, remedy=remedy)
 
 
 class _Impatient(H11Protocol):

@@ -5,7 +5,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
-from common.errors import LinkError, complaint, did_you_mean
+from common.errors import LinkError, did_you_mean
 from common.flower.compat import NodeInfo
 from common.support import files, keys
 from server.link.fleet_api import NOOP_FLWR_AID, LinkState, NodeStatus, free_key, open_state
@@ -82,11 +82,11 @@ class Sites:
                 if known.fingerprint == keys.fingerprint(key):
                     remedy = f"consilium-server remove {known.name} lets it go."
                     got = f"one that is admitted as {known.name}"
-                    raise LinkError(complaint(name, expected="a new key", got=got, remedy=remedy))
+                    raise LinkError(name, expected="a new key", got=got, remedy=remedy)
                 if known.name.casefold() == name.casefold():
                     expected, got = "a name that is free", "another site's"
                     remedy = f"If this is its new key: consilium-server remove {known.name} first."
-                    raise LinkError(complaint(name, expected=expected, got=got, remedy=remedy))
+                    raise LinkError(name, expected=expected, got=got, remedy=remedy)
             free_key(self._state, keys.pem(key))
             self._state.create_node(NOOP_FLWR_AID, "", keys.pem(key), 0, name=name)
 
@@ -96,7 +96,7 @@ class Sites:
         if name not in numbers:
             remedy = did_you_mean(name, numbers) if numbers else "No site is admitted."
             got = repr(name)
-            raise LinkError(complaint("NAME", expected="an admitted site", got=got, remedy=remedy))
+            raise LinkError("NAME", expected="an admitted site", got=got, remedy=remedy)
         self._state.delete_node(NOOP_FLWR_AID, numbers[name])
 
     def _infos(self) -> list[NodeInfo]:

@@ -10,7 +10,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from common.errors import LinkError, complaint
+from common.errors import LinkError
 from common.support import files, keys
 
 AUTHORITY, SERVER = "ca", "server"
@@ -93,11 +93,11 @@ def _authority(folder: Path) -> tuple[x509.Certificate, keys.PrivateKey]:
     path = folder / f"{AUTHORITY}.key"
     if not path.is_file():
         remedy = "Put it back from where you keep it."
-        raise LinkError(complaint(path, expected="the authority's key", got="none", remedy=remedy))
+        raise LinkError(path, expected="the authority's key", got="none", remedy=remedy)
     key = keys.read_private(path)
     if key.public_key() != certificate.public_key():
         expected = f"the key of {authority_file(folder)}"
-        raise LinkError(complaint(path, expected=expected, got="another"))
+        raise LinkError(path, expected=expected, got="another")
     _refuse_expired_authority(folder, certificate)
     return certificate, key
 
@@ -127,7 +127,7 @@ def check(folder: Path, hosts: Sequence[str]) -> list[str]:
         got = f"one that expired on {until:%Y-%m-%d}"
     if got:
         expected = "a certificate by this project's authority"
-        raise LinkError(complaint(path, expected=expected, got=got, remedy=f"Run: {renew}"))
+        raise LinkError(path, expected=expected, got=got, remedy=f"Run: {renew}")
     warnings = []
     if until - now < _SOON:
         warnings.append(f"The certificate expires on {until:%Y-%m-%d}. Run: {renew}")
@@ -148,7 +148,7 @@ def _refuse_expired_authority(folder: Path, authority: x509.Certificate) -> None
         expected, got = "an authority that is valid", f"one that expired on {end:%Y-%m-%d}"
         remedy = "Make a new project by consilium-server init; hospitals need its ca.crt."
         where = authority_file(folder)
-        raise LinkError(complaint(where, expected=expected, got=got, remedy=remedy))
+        raise LinkError(where, expected=expected, got=got, remedy=remedy)
 
 
 def _begun(

@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from pydantic import AfterValidator, Field, StrictInt
 
 from common.config.yaml import YamlFile, dump
-from common.errors import ConsiliumError, LinkError, complaint
+from common.errors import ConsiliumError, LinkError
 from common.support import files
 from common.support.systemd import quoted
 from server.project import certificates
@@ -111,7 +111,7 @@ class Project:
         if any(folder.iterdir()):
             expected, got = "a new or empty folder", "a project or other files"
             remedy = "A second authority would lock every hospital out; renew makes certificates."
-            raise LinkError(complaint(folder, expected=expected, got=got, remedy=remedy))
+            raise LinkError(folder, expected=expected, got=got, remedy=remedy)
         folder.chmod(0o700)
         project = cls(folder, settings)
         certificates.write_authority(folder, settings.hosts[0])
@@ -128,12 +128,12 @@ class Project:
         if not (folder / _SETTINGS).is_file():
             remedy = "Name it by --project, or make one by consilium-server init."
             expected, got = "a coordinator's project", f"no {_SETTINGS} in it"
-            raise LinkError(complaint(folder, expected=expected, got=got, remedy=remedy))
+            raise LinkError(folder, expected=expected, got=got, remedy=remedy)
         rights = folder.stat().st_mode & 0o777
         if os.name == "posix" and rights & 0o077:
             expected, remedy = "a folder closed to other users", f"chmod 700 {folder}"
             got = f"mode {rights:03o}"
-            raise LinkError(complaint(folder, expected=expected, got=got, remedy=remedy))
+            raise LinkError(folder, expected=expected, got=got, remedy=remedy)
         return cls(folder, Settings.load(folder / _SETTINGS, LinkError))
 
     def renew(self, hosts: tuple[str, ...]) -> Self:
@@ -172,7 +172,7 @@ class Project:
             lock.acquire()
         except Timeout:
             expected, got = f"no other consilium-server {name}", "one at work"
-            raise LinkError(complaint(self.folder, expected=expected, got=got)) from None
+            raise LinkError(self.folder, expected=expected, got=got) from None
         try:
             yield
         finally:

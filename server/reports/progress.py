@@ -12,7 +12,7 @@ from safetensors.torch import save
 from torch import nn
 
 from common.config.study import Study
-from common.errors import RunError, complaint
+from common.errors import RunError
 from common.metrics.metrics import METRICS, Counts, sensitivity, value
 from common.metrics.statistics import calibration
 from common.support.terminal import console, size, table
@@ -159,9 +159,8 @@ def load_results(path: Path, classes: int) -> tuple[Results, dict[str, Any]]:
         report = json.loads((path / "report.json").read_text(encoding="utf-8"))
     except OSError:
         remedy = f"Finish it with --resume {path}."
-        raise RunError(
-            complaint(path, expected="a finished run", got="no report.json", remedy=remedy)
-        ) from None
+        expected, got = "a finished run", "no report.json"
+        raise RunError(path, expected=expected, got=got, remedy=remedy) from None
     told = report.pop("results")
     results = {
         way: {

@@ -14,7 +14,7 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import RecordWriter
 
-from common.errors import complaint
+from common.errors import RunError
 from common.metrics.metrics import METRICS
 from server.runs.run_folder import RunFolder
 
@@ -68,4 +68,4 @@ class Events:
             self._writable = False
             where, remedy = self._path.parent, "The run goes on without."
             expected, got = "a folder for TensorBoard's events", ex.strerror
-            log.warning(complaint(where, expected=expected, got=got, remedy=remedy))
+            log.warning("%s", RunError(where, expected=expected, got=got, remedy=remedy))

@@ -8,7 +8,6 @@ from typing import TypeVar
 from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
-from common import errors
 from common.config.study import Study
 from common.errors import ContractError, RunError
 from common.model.network import Network
@@ -115,7 +114,7 @@ class Federation:
         if len(self.training) < quorum:
             expected = f"{quorum} training sites (aggregate.quorum)"
             got = f"{len(self.training)} of {len(nodes)} sites{_because(self.refusals)}"
-            raise RunError(errors.complaint("join", expected=expected, got=got))
+            raise RunError("join", expected=expected, got=got)
 
     def _propose(
         self, content: RecordDict, nodes: Sequence[int]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from common.errors import RunError, complaint
+from common.errors import RunError
 from common.protocol.wire import LedgerHead
 from server.runs.run_folder import RunFolder
 
@@ -30,7 +30,7 @@ def known(folder: RunFolder) -> Ledgers:
     except ValidationError:
         got, remedy = "something else", "Restore it from a backup."
         expected = "how far each site's ledger went"
-        raise RunError(complaint(path, expected=expected, got=got, remedy=remedy)) from None
+        raise RunError(path, expected=expected, got=got, remedy=remedy) from None
 
 
 def keep(folder: RunFolder, ledgers: Mapping[str, LedgerHead]) -> None:

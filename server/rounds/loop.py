@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
-from common.errors import RunError, complaint
+from common.errors import RunError
 from common.metrics.metrics import METRICS, Counts, value
 from common.model.contract import Versions
 from common.model.network import assemble
@@ -169,7 +169,7 @@ class Run:
         reasons = "; ".join(f"{name}: {why}" for name, why in bad.items())
         expected, got = f"{quorum} good replies (aggregate.quorum)", f"{len(good)} ({reasons})"
         remedy = f"Mend the sites, then go on with --resume {self._folder.path}."
-        raise RunError(complaint(what, expected=expected, got=got, remedy=remedy))
+        raise RunError(what, expected=expected, got=got, remedy=remedy)
 
     def _finish(self) -> Outcome:
         """Evaluate the last model and release it, whatever its validation.

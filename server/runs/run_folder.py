@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from common.config.study import Study
-from common.errors import RunError, complaint
+from common.errors import RunError
 from common.protocol.wire import Tensors
 from common.support import files
 
@@ -51,11 +51,11 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
             taken = any(path.iterdir())
         except OSError as ex:
-            raise RunError(complaint(path, expected="a folder to write", got=ex.strerror)) from None
+            raise RunError(path, expected="a folder to write", got=ex.strerror) from None
         if taken:
             remedy = f"Go on with --resume {path}, or choose another folder."
             expected, got = "a new or empty folder", "a run or other files"
-            raise RunError(complaint(path, expected=expected, got=got, remedy=remedy))
+            raise RunError(path, expected=expected, got=got, remedy=remedy)
         return cls(path)
 
     def begin(self, study: Study) -> None:
@@ -66,7 +66,7 @@ class RunFolder:
     def resume(cls, path: Path, study: Study | None = None) -> Self:
         """A run to go on with; raises `RunError` if there is none or it is of another study."""
         if not (path / "study.yaml").is_file():
-            raise RunError(complaint(path, expected="a run folder", got="no study.yaml in it"))
+            raise RunError(path, expected="a run folder", got="no study.yaml in it")
         folder = cls(path)
         if study is not None:
             folder._same(study)
@@ -78,7 +78,7 @@ class RunFolder:
         if differ:
             expected, got = "the study this run began with", f"another {', '.join(differ)}"
             remedy = "Resume without a study file, or start a new run."
-            raise RunError(complaint(self.path, expected=expected, got=got, remedy=remedy))
+            raise RunError(self.path, expected=expected, got=got, remedy=remedy)
 
     @property
     def study(self) -> Study:
@@ -95,7 +95,7 @@ class RunFolder:
                 facts = json.loads(file.metadata()[_META])
                 loaded = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError, KeyError, ValueError) as ex:
-            raise RunError(complaint(path, expected="an intact checkpoint", got=ex)) from None
+            raise RunError(path, expected="an intact checkpoint", got=ex) from None
         tensors = {key: value for key, value in loaded.items() if not key.startswith(_STATE)}
         state = {k.removeprefix(_STATE): v for k, v in loaded.items() if k.startswith(_STATE)}
         return Checkpoint(round=facts["round"], tensors=tensors, state=state)
@@ -117,7 +117,7 @@ class RunFolder:
             lock.acquire()
         except Timeout:
             expected, got = "no other process on this run", "one that runs it now"
-            raise RunError(complaint(self.path, expected=expected, got=got)) from None
+            raise RunError(self.path, expected=expected, got=got) from None
         try:
             yield
         finally:
@@ -178,4 +178,4 @@ class RunFolder:
 
 def _unwritable(path: Path, ex: OSError) -> RunError:
     remedy = "Free some space, then resume the run."
-    return RunError(complaint(path, expected="a file to write", got=ex.strerror, remedy=remedy))
+    return RunError(path, expected="a file to write", got=ex.strerror, remedy=remedy)

@@ -24,7 +24,7 @@ from client.data.image_folder import ImageFolder
 from client.session import open_session
 from client.site import Site
 from common.config.study import Study
-from common.errors import RunError, complaint
+from common.errors import RunError
 from common.protocol import wire
 from common.support.terminal import console
 from server.app import app as server_app
@@ -109,7 +109,7 @@ class Contender:
             what = f"{self.task.study.model.backbone}, {self.task.way}"
             remedy = "Its last words are above; with none, it ran out of memory."
             got = "a process that ended"
-            raise RunError(complaint(what, expected="a step", got=got, remedy=remedy)) from None
+            raise RunError(what, expected="a step", got=got, remedy=remedy) from None
 
 
 def turns(contenders: Sequence[Contender]) -> int:

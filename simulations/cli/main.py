@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.progress import track
 
-from common.errors import DataError, RunError, complaint
+from common.errors import DataError, RunError
 from common.support import files, terminal
 from common.support.terminal import Changes, console, table
 from simulations.cli import series as cli_series
@@ -73,7 +73,7 @@ def deployment(
 
     if folder.exists() and any(folder.iterdir()):
         expected, got = "a new or empty folder", "one with files"
-        raise RunError(complaint(folder, expected=expected, got=got))
+        raise RunError(folder, expected=expected, got=got)
     with stoppable(folder, "the same command in a new folder"):
         deployment_demo.show(folder)
 
@@ -178,7 +178,7 @@ def predict(
     if out.is_dir() or not os.access(out.parent, os.W_OK):
         expected, got = "a file in a folder that can be written", "none"
         remedy = "Choose another place with --out."
-        raise RunError(complaint(out, expected=expected, got=got, remedy=remedy))
+        raise RunError(out, expected=expected, got=got, remedy=remedy)
     rows = []
     batches = [paths[i : i + _BATCH] for i in range(0, len(paths), _BATCH)]
     for batch in track(batches, "images", console=console, disable=not console.is_terminal):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from client.site import Site
 from common.config.study import Study
-from common.errors import RunError, complaint
+from common.errors import RunError
 from common.support.terminal import console
 from simulations.demo.loopback import Loopback, until
 from simulations.sites import phantom, virtual_sites
@@ -51,6 +51,6 @@ def show(folder: Path) -> None:
             remedy = "What everybody printed is there."
             got = "an error"
             where = folder / "logs"
-            raise RunError(complaint(where, expected="a finished run", got=got, remedy=remedy))
+            raise RunError(where, expected="a finished run", got=got, remedy=remedy)
         tell("The study is over")
     console.print(world.said("run"))

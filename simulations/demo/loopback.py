@@ -17,7 +17,7 @@ import yaml
 from client.site import Site
 from common.config.study import Study
 from common.config.yaml import dump
-from common.errors import RunError, complaint
+from common.errors import RunError
 from common.support import files, keys
 from server.link.sites import Sites
 from server.project.project import Project
@@ -127,7 +127,7 @@ def until(condition: Any, seconds: float) -> None:
     while not condition():
         if time.monotonic() > limit:
             expected, got = f"it within {seconds:g} s", "nothing"
-            raise RunError(complaint("deployment", expected=expected, got=got))
+            raise RunError("deployment", expected=expected, got=got)
         time.sleep(0.1)
 
 

@@ -17,7 +17,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from common.config.study import Study
-from common.errors import RunError, complaint
+from common.errors import RunError
 from common.flower.compat import ErrorCode, pinned
 from server.app import app as server_app
 from simulations.engines.base import InProcess
@@ -49,9 +49,7 @@ class Ray(InProcess):
         except PackageNotFoundError:
             where, expected = "--engine ray", "Ray, an optional extra"
             remedy = "In the checkout: .venv/bin/pip install -c constraints.txt -e '.[dev,ray]'"
-            raise RunError(
-                complaint(where, expected=expected, got="none installed", remedy=remedy)
-            ) from None
+            raise RunError(where, expected=expected, got="none installed", remedy=remedy) from None
         self._address = address
 
     def prepare(self, site_files: Sequence[Path], study: Study) -> None:
@@ -123,7 +121,7 @@ def _no_cluster(address: str | None, got: str) -> RunError:
     where = f"--ray-address {address}" if address else "--engine ray"
     remedy = f"This machine must be part of it: ray start --address={address}" if address else ""
     expected = "a Ray cluster that answers"
-    return RunError(complaint(where, expected=expected, got=got, remedy=remedy))
+    return RunError(where, expected=expected, got=got, remedy=remedy)
 
 
 def _inspect(site_files: tuple[str, ...]) -> None:
@@ -141,15 +139,15 @@ def _inspect(site_files: tuple[str, ...]) -> None:
             code, lacking = ray.get(reference)
         except ray.exceptions.RayError as ex:
             expected, got = "Consilium's own code", str(ex).strip().splitlines()[-1]
-            raise RunError(complaint(where, expected=expected, got=got)) from None
+            raise RunError(where, expected=expected, got=got) from None
         if code != fingerprint():
             expected, got = "Consilium's own code", "another common, client, server or simulations"
             remedy = "Start the command, and the cluster, in a folder without such packages."
-            raise RunError(complaint(where, expected=expected, got=got, remedy=remedy))
+            raise RunError(where, expected=expected, got=got, remedy=remedy)
         if lacking:
             expected, got = f"to read {lacking[0]}", "no such file"
             remedy = "Keep data, --out and --cache where every machine of the cluster finds them."
-            raise RunError(complaint(where, expected=expected, got=got, remedy=remedy))
+            raise RunError(where, expected=expected, got=got, remedy=remedy)
 
 
 def _simulate(hospitals: Hospitals, folder: Path) -> None:
@@ -183,7 +181,7 @@ def _share() -> dict[str, Any]:
     there = ray.cluster_resources()
     if there.get("CPU", 0) < 1:
         expected, remedy = "at least one core", "Start it with --num-cpus."
-        raise RunError(complaint("Ray", expected=expected, got="none", remedy=remedy))
+        raise RunError("Ray", expected=expected, got="none", remedy=remedy)
     return {"num_cpus": 1, "num_gpus": 1 if there.get("GPU", 0) >= 1 else 0}
 
 
@@ -214,6 +212,6 @@ class _Patient:
                 # Flower would give the dead actor message after message, and fail each.
                 expected, got = "actors that stay until the end", "one that was killed"
                 remedy = "Go on with --resume, and more memory if that ran out."
-                raise RunError(complaint("Ray", expected=expected, got=got, remedy=remedy))
+                raise RunError("Ray", expected=expected, got=got, remedy=remedy)
             waiting -= {reply.metadata.reply_to_message_id for reply in arrived}
         return replies

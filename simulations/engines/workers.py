@@ -22,7 +22,7 @@ import torch
 from client.app import app as client_app
 from client.session import close_sessions
 from common.config.study import Study
-from common.errors import RunError, complaint
+from common.errors import RunError
 from server.app import app as server_app
 from simulations.engines.grid import Letter, RemoteGrid, answer_bytes, serve
 from simulations.sites import virtual_sites
@@ -94,9 +94,7 @@ class Workers:
             self.close()
             expected, got = "workers that stay until the end", "one that was killed"
             remedy = f"{go_on}, with fewer --workers if memory ran out."
-            raise RunError(
-                complaint("--workers", expected=expected, got=got, remedy=remedy)
-            ) from None
+            raise RunError("--workers", expected=expected, got=got, remedy=remedy) from None
         except BaseException:
             self.close()
             raise

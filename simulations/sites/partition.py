@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from client.data.records import Record
-from common.errors import StudyError, complaint, did_you_mean
+from common.errors import StudyError, did_you_mean
 from common.support.seeds import derive
 
 Numbers = NDArray[np.int64]
@@ -41,12 +41,10 @@ def _label(labels: Numbers, sites: int, k: float, rng: np.random.Generator) -> N
     classes, chosen, k = np.unique(labels), np.empty_like(labels), int(k)
     if not len(classes) / sites <= k <= len(classes):
         raise StudyError(
-            complaint(
-                f"partition label:{k}",
-                expected=f"every one of {len(classes)} classes at one of {sites} sites",
-                got=f"{k} classes a site",
-                remedy=f"Take k from {math.ceil(len(classes) / sites)} to {len(classes)}.",
-            )
+            f"partition label:{k}",
+            expected=f"every one of {len(classes)} classes at one of {sites} sites",
+            got=f"{k} classes a site",
+            remedy=f"Take k from {math.ceil(len(classes) / sites)} to {len(classes)}.",
         )
     order = rng.permutation(classes)
     held = [{order[(site * k + i) % len(order)] for i in range(k)} for site in range(sites)]
@@ -86,7 +84,7 @@ def parse(spec: str) -> Partition:
     kind, _, number = spec.partition(":")
     if kind not in rules:
         remedy = did_you_mean(kind, rules)
-        raise StudyError(complaint("partition", expected=KINDS, got=repr(spec), remedy=remedy))
+        raise StudyError("partition", expected=KINDS, got=repr(spec), remedy=remedy)
     if spec == "iid":
         return Partition(_iid)
     try:
@@ -94,7 +92,7 @@ def parse(spec: str) -> Partition:
     except ValueError:
         amount = math.nan
     if kind == "iid" or not 0 < amount < math.inf:
-        raise StudyError(complaint("partition", expected=KINDS, got=repr(spec)))
+        raise StudyError("partition", expected=KINDS, got=repr(spec))
     return Partition(rules[kind], amount)
 
 
@@ -128,7 +126,7 @@ def partition(labels: Mapping[str, int], sites: int, spec: str, seed: int) -> li
     chosen = parse(spec)
     if not 1 <= sites <= len(labels):
         expected = f"1 to {len(labels)} sites, one patient at least in each"
-        raise StudyError(complaint("sites", expected=expected, got=sites))
+        raise StudyError("sites", expected=expected, got=sites)
     patients = sorted(labels)
     rng = np.random.default_rng(derive(seed, "partition"))
     array: Numbers = np.array([labels[patient] for patient in patients], dtype=np.int64)

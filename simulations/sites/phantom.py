@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from common.errors import RunError, complaint
+from common.errors import RunError
 from common.support.seeds import derive
 from simulations.sites.anatomy import (
     BODY,
@@ -118,7 +118,7 @@ def write(folder: Path, *, seed: int = 0, patients: int = 400) -> None:
       RunError: `folder` holds phantoms of another seed, size or edition.
     """
     if patients < 40:
-        raise RunError(complaint("phantoms", expected="at least 40 patients", got=patients))
+        raise RunError("phantoms", expected="at least 40 patients", got=patients)
     recipe = {"seed": seed, "patients": patients, "edition": EDITION}
     for hospital in HOSPITALS:
         done = folder / hospital.name
@@ -140,7 +140,7 @@ def _check(done: Path, recipe: Mapping[str, int]) -> None:
         found = "none"
     if found != recipe:
         remedy = "Remove the folder or name another one."
-        raise RunError(complaint(done, expected=f"phantoms {recipe}", got=found, remedy=remedy))
+        raise RunError(done, expected=f"phantoms {recipe}", got=found, remedy=remedy)
 
 
 def _fill(folder: Path, hospital: Hospital, patients: int, seed: int) -> None:

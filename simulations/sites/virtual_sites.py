@@ -22,7 +22,7 @@ from client.session import cut, open_session, patients, remember
 from client.site import Site
 from common.config.study import NAME, Study
 from common.config.yaml import dump
-from common.errors import DataError, RefusedError, RunError, SiteError, complaint
+from common.errors import DataError, RefusedError, RunError, SiteError
 from common.support import files
 from common.support.seeds import derive
 from server.rounds.strategies import least
@@ -66,7 +66,7 @@ def from_folder(path: Path, *, evaluates_only: bool = False) -> Hospital:
     if not re.fullmatch(NAME, name):
         expected = f"a folder whose name can name the site ({_RULE})"
         remedy = "Rename it, or put a site.yaml with a name into it."
-        raise SiteError(complaint(f"--site {path}", expected=expected, got=name, remedy=remedy))
+        raise SiteError(f"--site {path}", expected=expected, got=name, remedy=remedy)
     return Hospital(name=name, data=data, evaluates_only=evaluates_only)
 
 
@@ -104,12 +104,12 @@ def settle(hospitals: Sequence[Hospital], study: Study, run: Path, cache: Path) 
     for name, times in Counter(hospital.name for hospital in hospitals).items():
         if times > 1:
             remedy = "Rename one of the folders."
-            raise SiteError(complaint("--site", expected="distinct names", got=name, remedy=remedy))
+            raise SiteError("--site", expected="distinct names", got=name, remedy=remedy)
     ways = {(h.site.keep, h.site.threads) if h.site else ("auto", 1) for h in hospitals}
     if len(ways) > 1:  # local and pooled training put their prepared images together
         expected = "the same keep and threads in every site.yaml, as one machine runs them all"
         got = " and ".join(sorted(f"{keep}/{threads}" for keep, threads in ways))
-        raise SiteError(complaint("--site", expected=expected, got=got))
+        raise SiteError("--site", expected=expected, got=got)
     ordered = sorted(hospitals, key=lambda hospital: hospital.name)
     return [_write(hospital, study, run / "sites" / hospital.name, cache) for hospital in ordered]
 
@@ -118,7 +118,7 @@ def settled(run: Path) -> list[Path]:
     """The site files of a run that began before."""
     found = sorted(run.glob("sites/*/site.yaml"), key=lambda path: path.parent.name)
     if not found:
-        raise RunError(complaint(run, expected="a simulated run", got="no sites/ in it"))
+        raise RunError(run, expected="a simulated run", got="no sites/ in it")
     return found
 
 
@@ -205,7 +205,7 @@ def able(hospitals: Sequence[Hospital], told: Census, study: Study) -> list[Hosp
         else:
             expected, got = "at least one training patient", "none"
             remedy = "Add patients, lower holdout, or name it with --evaluate-site."
-            raise DataError(complaint(hospital.name, expected=expected, got=got, remedy=remedy))
+            raise DataError(hospital.name, expected=expected, got=got, remedy=remedy)
     training, quorum = sum(hospital.trains for hospital in kept), study.aggregate.quorum
     if training < quorum:
         expected = f"at most {training}, as many hospitals as train"

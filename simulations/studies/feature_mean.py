@@ -9,7 +9,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from common.config.study import Study
-from common.errors import DataError, complaint
+from common.errors import DataError
 from common.model import backbones
 from common.model.images import Preprocess, found_in
 from common.model.network import assemble
@@ -44,7 +44,7 @@ def write(study: Study, folder: Path, out: Path) -> int:
         count += len(images)
     hook.remove()
     if not count:
-        raise DataError(complaint(folder, expected="a folder with images", got="none"))
+        raise DataError(folder, expected="a folder with images", got="none")
     mean = [float(f"{number:.6g}") for number in (total / count).tolist()]
     files.write(out, json.dumps({"backbone": network.backbone, "images": count, "mean": mean}))
     return count

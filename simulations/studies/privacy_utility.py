@@ -10,7 +10,7 @@ from rich.table import Table
 
 from client.ledger.spending import MEANING
 from common.config.study import DpSgd, NoPrivacy, Study
-from common.errors import StudyError, complaint
+from common.errors import StudyError
 from common.metrics.metrics import METRICS, Counts, class_auroc, value
 from common.metrics.statistics import t_interval
 from common.support import files
@@ -73,7 +73,7 @@ def _figures(study: Study, of: str | None) -> dict[str, Figure]:
     if of is not None:
         if of not in study.classes:
             known = ", ".join(study.classes)
-            raise StudyError(complaint("--class", expected=f"one of {known}", got=of))
+            raise StudyError("--class", expected=f"one of {known}", got=of)
         k = study.classes.index(of)
         found[f"AUROC of {of}"] = partial(class_auroc, k=k)
     return found

@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import mean
 
 from common.config.study import Study
-from common.errors import RunError, StudyError, complaint, did_you_mean
+from common.errors import RunError, StudyError, did_you_mean
 from common.metrics.metrics import METRICS, value
 from common.metrics.statistics import Estimate
 from common.support import files
@@ -77,7 +77,7 @@ def _by(study: Study, strategy: str, liars: int) -> Study:
     if strategy not in REGISTRY:
         expected, remedy = "strategies", did_you_mean(strategy, REGISTRY)
         got = repr(strategy)
-        raise StudyError(complaint("--strategies", expected=expected, got=got, remedy=remedy))
+        raise StudyError("--strategies", expected=expected, got=got, remedy=remedy)
     quorum = study.aggregate.quorum
     if quorum < 2 * liars + 1:
         expected = f"at least {2 * liars + 1}: more honest replies than the {liars} of liars"
@@ -101,9 +101,9 @@ def _check(source: Source, study: Study, lies: Lies) -> None:
     for name in sorted(lies.liars):
         if name not in training:
             expected, remedy = "hospitals that train", did_you_mean(name, training)
-            raise StudyError(complaint(where, expected=expected, got=repr(name), remedy=remedy))
+            raise StudyError(where, expected=expected, got=repr(name), remedy=remedy)
     if len(lies.liars) == len(found):
-        raise StudyError(complaint(where, expected="an honest hospital besides", got="none"))
+        raise StudyError(where, expected="an honest hospital besides", got="none")
 
 
 def _same_lies(known: Path, lies: Lies) -> None:
@@ -112,7 +112,7 @@ def _same_lies(known: Path, lies: Lies) -> None:
     if way in told and known.read_text(encoding="utf-8") != told[way]:
         remedy = "Choose another folder with --out."
         got = known.read_text(encoding="utf-8")
-        raise RunError(complaint(known, expected=told[way], got=got, remedy=remedy))
+        raise RunError(known, expected=told[way], got=got, remedy=remedy)
 
 
 def _name(way: str) -> str:

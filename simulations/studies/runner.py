@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 
 from client.ledger.spending import MEANING
 from common.config.study import Study
-from common.errors import RunError, StudyError, complaint
+from common.errors import RunError, StudyError
 from common.support.terminal import console, table
 from server.reports.progress import load_results, save_results, show_results
 from server.rounds.start import inspect
@@ -45,7 +45,7 @@ class Source:
         """The hospitals; raises `StudyError` where the options name none."""
         if bool(self.folders) == (self.pool is not None):
             expected, got = "--site folders or one --pool", "both" if self.folders else "neither"
-            raise StudyError(complaint("hospitals", expected=expected, got=got))
+            raise StudyError("hospitals", expected=expected, got=got)
         found = [hospitals.from_folder(path) for path in self.folders]
         if self.pool is not None:
             found = hospitals.from_pool(self.pool, study, spec=self.partition, sites=self.sites)
@@ -145,7 +145,7 @@ def begun(study: Study, source: Source, path: Path) -> RunFolder:
     if differ := [f"{how} {', '.join(sorted(names))}" for how, names in told.items() if names]:
         expected, got = "the hospitals it began with", f"them {', '.join(differ)}"
         remedy = "Choose another folder with --out."
-        raise RunError(complaint(path, expected=expected, got=got, remedy=remedy))
+        raise RunError(path, expected=expected, got=got, remedy=remedy)
     return run
 
 
@@ -172,7 +172,7 @@ def _comparable(study: Study) -> None:
     if study.private:
         expected, got = "a study without privacy", study.privacy.mechanism
         remedy = "Its references would train without noise; see consilium-simulate utility."
-        raise StudyError(complaint("--compare", expected=expected, got=got, remedy=remedy))
+        raise StudyError("--compare", expected=expected, got=got, remedy=remedy)
 
 
 def resume(folder: Path, study: Study | None, engine: Engine, *, compare: bool) -> None:
@@ -188,7 +188,7 @@ def resume(folder: Path, study: Study | None, engine: Engine, *, compare: bool) 
     if (folder / LIES).exists():
         expected, got = "a run whose hospitals are honest", "one of consilium-simulate poison"
         remedy = "Go on with that command, and its --out."
-        raise RunError(complaint(folder, expected=expected, got=got, remedy=remedy))
+        raise RunError(folder, expected=expected, got=got, remedy=remedy)
     if compare:
         _comparable(run.study)
     _go_on(run, engine)

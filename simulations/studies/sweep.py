@@ -14,7 +14,7 @@ from rich.table import Table
 
 from common.config.study import Study
 from common.config.yaml import alternatives
-from common.errors import RunError, StudyError, complaint
+from common.errors import RunError, StudyError
 from common.metrics.metrics import METRICS, Counts, better, value
 from common.metrics.statistics import difference
 from common.support import files
@@ -105,7 +105,7 @@ def show(
         if joined != sites:
             expected, got = "the sites of the other settings", "a setting that some of them refuse"
             remedy = "Leave the setting out, or those sites."
-            raise RunError(complaint(title, expected=expected, got=got, remedy=remedy))
+            raise RunError(title, expected=expected, got=got, remedy=remedy)
         tried[setting] = _tried(setting.studies[0], runs)
     _report(tried, seeds, folder)
 
@@ -132,7 +132,7 @@ def plan(
     if len(found) < 2:
         expected, got = "a key with several values, such as train.lr=0.01,0.1", "one setting"
         remedy = "For one, use consilium-simulate run --seeds."
-        raise StudyError(complaint("--set", expected=expected, got=got, remedy=remedy))
+        raise StudyError("--set", expected=expected, got=got, remedy=remedy)
     settings = list(found.values())
     numbers = [_at(setting.studies[0], differ[0]) for setting in settings]
     if len(differ) == 1 and all(isinstance(number, int | float) for number in numbers):
@@ -142,13 +142,13 @@ def plan(
 
 def _comparable(key: str, values: int, keys: Sequence[str]) -> None:
     if keys.count(key) > 1:
-        raise StudyError(complaint(f"--set {key}", expected="it once", got="it several times"))
+        raise StudyError(f"--set {key}", expected="it once", got="it several times")
     if key == "seed":
-        raise StudyError(complaint("--set seed", expected="seeds with --seeds", got="one here"))
+        raise StudyError("--set seed", expected="seeds with --seeds", got="one here")
     if values > 1 and {key, key.split(".")[0]} & set(_ONE_VALUE):
         remedy = "Settings are compared by one figure on the same patients."
         got = f"{values} values"
-        raise StudyError(complaint(f"--set {key}", expected="one value", got=got, remedy=remedy))
+        raise StudyError(f"--set {key}", expected="one value", got=got, remedy=remedy)
 
 
 def _at(study: Study, key: str) -> Any:
