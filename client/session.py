@@ -26,7 +26,7 @@ from client.storage import usable
 from client.training import trainer
 from client.training.trainer import Examples
 from client.weights import find
-from common.config.study import Augment, DpSgd, Study
+from common.config.study import Augment, DpSgd, Dtype, Study
 from common.errors import (
     ContractError,
     DataError,
@@ -35,7 +35,7 @@ from common.errors import (
     StudyError,
 )
 from common.metrics.metrics import Counts
-from common.model.contract import Dtype, Versions
+from common.model.contract import Versions
 from common.model.network import Network, assemble
 from common.protocol import wire
 from common.protocol.wire import (

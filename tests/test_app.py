@@ -18,9 +18,10 @@ from client.consent import exclusions
 from client.data.records import FileImage
 from client.ledger import desk
 from client.ledger.desk import close_desks, open_desk
-from client.ledger.entries import Privacy, Release, Sent
+from client.ledger.entries import Release, Sent
 from client.ledger.ledger import Ledger, read
 from client.ledger.outbox import Reply, release
+from client.privacy.parameters import Privacy
 from client.session import close_sessions, open_session
 from client.site import Site
 from common.config.study import Study

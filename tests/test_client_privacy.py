@@ -17,10 +17,11 @@ from client.cli import main as cli
 from client.consent import exclusions
 from client.features.extract import namer
 from client.features.store import Store
-from client.ledger.entries import Contents, Privacy, Release
+from client.ledger.entries import Contents, Release
 from client.ledger.ledger import Ledger, adopt, read
 from client.ledger.outbox import Outbox, Reply, release
 from client.privacy.accountant import Segment, epsilon, filter_order, filtered_epsilon
+from client.privacy.parameters import Privacy
 from client.session import Session, cut
 from client.site import Site
 from common.config.study import Study

@@ -10,11 +10,11 @@ from torch import nn
 
 from client.features.extract import Prepared
 from client.features.store import Rows
-from client.ledger.entries import Privacy
 from client.privacy import dp_sgd
 from client.privacy.dp_sgd import Patients, empty_sum, row_gradient
 from client.privacy.noise import DEVIATION, Entropy
 from client.privacy.noised_sum import NoisedSum
+from client.privacy.parameters import Privacy
 from client.privacy.plan import Protection
 from client.training import trainer
 from client.training.trainer import Examples

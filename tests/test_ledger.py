@@ -9,10 +9,11 @@ from contextlib import suppress
 
 import pytest
 
-from client.ledger.entries import Contents, Privacy, Release, adopted, history
+from client.ledger.entries import Contents, Release, adopted, history
 from client.ledger.ledger import Head, Ledger, adopt, read
 from client.ledger.ledger import _link as link
 from client.privacy.accountant import Segment
+from client.privacy.parameters import Privacy
 from common.errors import SiteError
 from tests.kit import another, limited
 

@@ -16,9 +16,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from client.ledger.entries import Privacy, Release, adopted, history
+from client.ledger.entries import Release, adopted, history
 from client.ledger.ledger import Ledger, adopt, read
 from client.ledger.outbox import Outbox, Reply, release
+from client.privacy.parameters import Privacy
 from common.errors import RefusedError, SiteError
 
 STUDY, OTHER = "1" * 16, "2" * 16

@@ -8,10 +8,10 @@ from torch import nn
 
 from client.features.extract import Prepared
 from client.features.store import Rows
-from client.ledger.entries import Privacy
 from client.privacy import dp_sgd, self_check
 from client.privacy.noise import DEVIATION, Entropy
 from client.privacy.noised_sum import NoisedSum
+from client.privacy.parameters import Privacy
 from client.privacy.plan import Protection
 from client.privacy.self_check import check_noise, check_rows
 from client.training.trainer import Examples

@@ -14,7 +14,7 @@ from torch import nn
 
 from client.features.precision import autocast
 from client.features.prefix import BATCH, Prefix
-from common.model.contract import Dtype
+from common.config.study import Dtype
 from common.model.network import Network
 from common.model.split import train_mode
 

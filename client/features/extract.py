@@ -27,9 +27,9 @@ from client.features.precision import settled
 from client.features.prefix import BATCH, Prefix, Worth
 from client.features.store import Rows, Store, open_store
 from client.storage import secret
-from common.config.study import Augment
+from common.config.study import Augment, Dtype
 from common.errors import DataError
-from common.model.contract import Dtype, digest
+from common.model.contract import digest
 from common.model.images import Preprocess, view
 from common.model.network import Network
 

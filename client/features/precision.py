@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import torch
 
-from common.model.contract import Dtype
+from common.config.study import Dtype
 
 
 def chosen(wanted: str) -> torch.device:

@@ -9,7 +9,7 @@ from torch.fx import GraphModule
 from torch.fx.experimental.optimization import fuse
 from torch.utils.flop_counter import FlopCounterMode
 
-from common.model.contract import Dtype
+from common.config.study import Dtype
 from common.model.images import Preprocess
 from common.model.split import Split
 

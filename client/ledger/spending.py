@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from client.ledger.entries import Adopted, Entry, Privacy, Reserved, Sent, adopted, history
+from client.ledger.entries import Adopted, Entry, Reserved, Sent, adopted, history
 from client.privacy import accountant
 from client.privacy.accountant import Segment
+from client.privacy.parameters import Privacy
 from common.errors import BudgetError
 
 MEANING = (

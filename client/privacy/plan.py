@@ -3,8 +3,8 @@
 import math
 from functools import lru_cache
 
-from client.ledger.entries import Count, Privacy
 from client.privacy.accountant import Segment, noise_multiplier
+from client.privacy.parameters import Count, Privacy
 from client.site import Site
 from common.config.study import DpSgd, Study
 from common.config.yaml import Section

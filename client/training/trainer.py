@@ -11,9 +11,8 @@ from torch.nn import functional as F
 
 from client.features.extract import Prepared
 from client.features.precision import autocast
-from common.config.study import Train
+from common.config.study import Dtype, Train
 from common.metrics.metrics import Counts
-from common.model.contract import Dtype
 from common.model.split import train_mode
 from common.support.seeds import derive
 

@@ -18,7 +18,6 @@ from pydantic import (
 
 from common.config.yaml import Section, YamlFile, dump
 from common.errors import StudyError
-from common.model.contract import Dtype
 
 
 def _no_truth(value: object) -> object:
@@ -39,6 +38,9 @@ Moderate = Annotated[Number, Field(gt=0, le=1e4)]
 """Positive, and far from where float32 overflows."""
 Word = Annotated[str, Field(max_length=100)]
 Rounds = Annotated[StrictInt, Field(ge=1, le=100_000)]
+
+Dtype = Literal["float32", "bfloat16"]
+"""What a study may compute in."""
 
 
 def _unfreeze(text: str) -> str:

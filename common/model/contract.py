@@ -5,7 +5,7 @@ import json
 import platform
 from collections.abc import Mapping
 from importlib.metadata import version
-from typing import Annotated, Literal, Self
+from typing import Annotated, Self
 
 from pydantic import Field
 from torch import Tensor
@@ -15,9 +15,6 @@ from common.model.images import Preprocess
 
 PROTOCOL = "4"
 """Raised whenever a message between server and site changes."""
-
-Dtype = Literal["float32", "bfloat16"]
-"""What a study may compute in."""
 
 Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{1,64}$")]
 Version = Annotated[str, Field(pattern=r"^[0-9A-Za-z.+_-]{1,40}$")]

@@ -10,9 +10,9 @@ from torch import nn
 
 from client.features.extract import Prepared
 from client.features.store import Rows
-from client.ledger.entries import Privacy
 from client.privacy import dp_sgd, self_check
 from client.privacy.dp_sgd import Patients
+from client.privacy.parameters import Privacy
 from client.privacy.plan import Protection
 from client.training import trainer
 from client.training.trainer import Examples

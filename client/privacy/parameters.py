@@ -1,0 +1,30 @@
+"""The resolved parameters of a private release, as the ledger writes them down."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from client.privacy.accountant import Segment
+from common.config.study import Word
+from common.config.yaml import Section
+
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
+
+
+class Privacy(Section):
+    """The resolved parameters of one private release; what ε is computed from."""
+
+    mechanism: Word
+    noise_multiplier: Positive
+    """Standard deviation of the noise, in units of `clip_norm`."""
+    sample_rate: Annotated[float, Field(gt=0, le=1)]
+    """Probability that a training patient is sampled in a step."""
+    steps: Count
+    delta: Annotated[float, Field(gt=0, lt=1)]
+    clip_norm: Positive
+
+    @property
+    def segment(self) -> Segment:
+        """As the accountant takes it."""
+        return Segment(self.noise_multiplier, self.sample_rate, self.steps)
