@@ -10,10 +10,10 @@ from common.config.study import Study
 from common.errors import RunError
 from common.support.terminal import console, table
 from server.link.grid import connected
-from server.reports.progress import Reporter, load_results, show_results
-from server.rounds.federation import Federation
+from server.reports.progress import Joined, Reporter, show_results
 from server.rounds.loop import Run
 from server.rounds.start import inspect
+from server.runs.results import read_results
 from server.runs.run_folder import RunFolder
 
 _LOOK = 1.0
@@ -56,16 +56,15 @@ def go(run: RunFolder, database: Path, *, wait: float) -> None:
 class Announcer(Reporter):
     """Shows a run to a coordinator: also what every site agreed to."""
 
-    def joined(self, federation: Federation, *, resumed: int, sent: int, whole: int) -> None:
+    def joined(self, joined: Joined) -> None:
         """As a table, one row for each site."""
-        super().joined(federation, resumed=resumed, sent=sent, whole=whole)
+        super().joined(joined)
         columns = "site", "role", "tells", "ledger", "software", "contract"
         shown = table(*columns)
-        for member in federation.members:
-            reply = member.reply
+        for reply in joined.replies:
             tells = reply.disclosure
             shown.add_row(
-                member.name,
+                reply.name,
                 reply.role,
                 f"counts {tells.counts}, metrics {tells.metrics}",
                 f"{reply.ledger.count} lines",
@@ -77,7 +76,7 @@ class Announcer(Reporter):
 
 def show(run: RunFolder) -> None:
     """The tables of a finished run."""
-    results, facts = load_results(run.path, len(run.study.classes))
+    results, facts = read_results(run.path, len(run.study.classes))
     show_results(results, run.study.classes, facts.get("withheld", {}), run.path)
 
 

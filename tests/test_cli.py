@@ -20,7 +20,8 @@ from safetensors.torch import save_file
 from client import session
 from common.metrics.metrics import Counts
 from common.support.terminal import PlainConsole
-from server.reports.progress import left_out, note, overall
+from server.reports.progress import note
+from server.runs.results import left_out, overall
 from simulations.cli import main as cli
 
 ROOT = Path(__file__).parents[1]

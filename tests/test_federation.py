@@ -27,10 +27,10 @@ from common.protocol import wire
 from common.protocol.disclosure import Disclosure
 from common.protocol.wire import JoinReply, LedgerHead, LedgerReply, Parts
 from server.app import app as server_app
-from server.reports.progress import load_results
 from server.rounds import ledger_heads
 from server.rounds.federation import Federation
 from server.rounds.ledger_heads import ROLLED_BACK
+from server.runs.results import read_results
 from server.runs.run_folder import RunFolder
 from simulations.engines.base import InProcess
 from simulations.engines.grid import InProcessGrid, simulate
@@ -352,7 +352,7 @@ def test_a_run_with_sites_that_tell_less_is_whole(
         "south": "figures of single rounds",
         "west": "scores, losses, and numbers finer than multiples of 10",
     }
-    results, _ = load_results(mixed.path, 4)
+    results, _ = read_results(mixed.path, 4)
     assert (results["federated"]["west"].confusion % 10 == 0).all()
     assert results["federated"]["east"].positive.any()
     sites = mixed.facts()["sites"]
@@ -415,7 +415,7 @@ def test_without_any_figure_of_rounds_the_last_model_is_released(
 def test_a_comparison_tells_no_more_than_the_federation(mixed: RunFolder, tmp_path: Path) -> None:
     path = Path(shutil.copytree(mixed.path, tmp_path / "run"))
     runner.resume(path, None, InProcess(), compare=True)
-    results, facts = load_results(path, 4)
+    results, facts = read_results(path, 4)
     assert set(results) == {"local", "pooled", "federated"}
     for by_site in results.values():
         assert set(by_site) == {"east", "south", "west"}
@@ -490,7 +490,7 @@ def test_who_tells_more_than_it_said_is_left_out(
     if kind == "train":
         assert not [x for x in folder.history() if x["round"] == 1 and x["site"] == "south"]
     else:
-        results, _ = load_results(path, 4)
+        results, _ = read_results(path, 4)
         assert set(results["federated"]) == {"east", "north", "west"}
 
 

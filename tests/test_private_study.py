@@ -27,7 +27,7 @@ from common.config.yaml import dump
 from common.errors import RunError, StudyError
 from common.protocol import wire
 from server.app import app as server_app
-from server.reports.progress import load_results
+from server.runs.results import read_results
 from server.runs.run_folder import RunFolder
 from simulations.engines.base import InProcess
 from simulations.engines.grid import InProcessGrid, simulate
@@ -133,7 +133,7 @@ def test_a_private_study_spends_what_it_promised_and_tells_nothing_beside(phanto
         whole = tuple(Segment(s.noise_multiplier, s.sample_rate, 4) for s in spent[:1])
         assert 3.9 < by_google(whole) <= 4.0
     folder = RunFolder(tmp_path / "run")
-    results, facts = load_results(folder.path, len(wanted.classes))
+    results, facts = read_results(folder.path, len(wanted.classes))
     assert facts["released_round"] == 3
     last, model = (
         load_file(folder.path / "last.safetensors"),
@@ -187,7 +187,7 @@ def test_who_cannot_pay_stays_out_and_the_study_goes_on(phantoms, tmp_path):
     earlier.join()
     assert not earlier.round().has_error()
     simulate(server_app, client_app, files, tmp_path / "run")
-    results, _ = load_results(tmp_path / "run", len(wanted.classes))
+    results, _ = read_results(tmp_path / "run", len(wanted.classes))
     assert set(results["federated"]) == {"east", "south", "west"}
     told = (tmp_path / "run" / "run.yaml").read_text()
     assert "its privacy budget does not suffice" in told

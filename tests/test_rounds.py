@@ -27,8 +27,8 @@ from common.model.inference import load_model
 from common.model.network import assemble
 from common.protocol import wire
 from server.app import app as server_app
-from server.reports.progress import load_results, union
 from server.rounds.strategies import REGISTRY
+from server.runs.results import read_results, union
 from server.runs.run_folder import RunFolder
 from simulations.cli import main as cli
 from simulations.engines.grid import simulate
@@ -132,7 +132,7 @@ def test_the_last_is_released_whatever_its_validation(tmp_path: Path, phantoms: 
     released = load_file(folder.path / "model.safetensors")
     for name, tensor in last.tensors.items():
         assert torch.equal(released[name], tensor)
-    results, facts = load_results(folder.path, 4)
+    results, facts = read_results(folder.path, 4)
     assert facts["released_round"] == 5
     # All are tested by it: a head of zeros takes everyone for the first class.
     assert all(counts.confusion[:, 0].sum() == counts.n for counts in results["federated"].values())
@@ -302,7 +302,7 @@ def test_the_last_message_is_asked_again(tmp_path: Path, phantoms: Path) -> None
         return reply
 
     folder = run(make_study(), tmp_path / "run", phantoms, app)
-    results, _ = load_results(folder.path, 4)
+    results, _ = read_results(folder.path, 4)
     assert failed
     assert set(results["federated"]) == set(NAMES)
 
@@ -410,7 +410,7 @@ def test_an_evaluating_site_only_tests(tmp_path: Path, phantoms: Path) -> None:
     site_files = settle(study, folder, phantoms, evaluators=["west"])
     simulate(server_app, client_app, site_files, folder)
     assert not lines(RunFolder(folder), "west")
-    results, _ = load_results(folder, 4)
+    results, _ = read_results(folder, 4)
     everyone = (phantoms / "west/manifest.csv").read_text().count("\n") - 1
     assert results["federated"]["west"].n == everyone
 
@@ -519,7 +519,7 @@ def test_the_released_model_predicts_as_the_federation_did(tmp_path: Path, phant
     images = [record.image.path for record in tested]  # type: ignore[attr-defined]
     predicted = model.probabilities(images).argmax(1)
     truth = torch.tensor([record.label for record in tested])
-    results, _ = load_results(folder, 4)
+    results, _ = read_results(folder, 4)
     counts = results["federated"]["north"]
     assert counts.n == len(images)
     assert int((predicted == truth).sum()) == int(np.trace(counts.confusion))

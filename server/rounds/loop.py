@@ -16,11 +16,12 @@ from common.model.network import assemble
 from common.protocol import wire
 from common.protocol.wire import FinalCounts, FinalReply, FinalRequest, RoundReply
 from common.support.seeds import derive
-from server.reports.progress import Outcome, Reporter, union
+from server.reports.progress import Joined, Reporter
 from server.rounds import ledger_heads
 from server.rounds.federation import Federation, Member
 from server.rounds.start import first_tensors, weights
 from server.rounds.strategies import Aggregator
+from server.runs.results import Outcome, union
 from server.runs.run_folder import Checkpoint, RunFolder
 
 log = logging.getLogger(__name__)
@@ -62,9 +63,14 @@ class Run:
         ledger_heads.keep(self._folder, heads)
         self._folder.write_facts(self._facts())
         whole = sum(tensor.nbytes for tensor in self._network.model.state_dict().values())
-        self._report.joined(
-            self._federation, resumed=self._last.round, sent=self._bytes, whole=whole
+        joined = Joined(
+            replies=[member.reply for member in self._federation.members],
+            refusals=self._federation.refusals,
+            resumed=self._last.round,
+            sent=self._bytes,
+            whole=whole,
         )
+        self._report.joined(joined)
         while self._last.round < self._study.train.rounds and not self._stalled():
             self._round(self._last.round + 1)
         return self._finish()

@@ -21,7 +21,7 @@ from client.training import trainer
 from common.config.study import Study
 from common.errors import StudyError
 from common.support.terminal import console, size, table
-from server.reports.progress import Reporter
+from server.reports.progress import Joined, Reporter
 from server.rounds.loop import Run
 from server.runs.run_folder import RunFolder
 from simulations.engines.grid import InProcessGrid
@@ -95,8 +95,8 @@ class _Laps(Reporter):
         self.works: list[float] = [0.0]
         self.memory: list[int] = []
 
-    def joined(self, *given: Any, **named: Any) -> None:
-        super().joined(*given, **named)
+    def joined(self, joined: Joined) -> None:
+        super().joined(joined)
         self._spent[0] = 0.0
 
     def round(self, lines: Sequence[Mapping[str, Any]], seconds: float) -> None:

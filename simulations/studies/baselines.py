@@ -20,8 +20,8 @@ from common.errors import RefusedError
 from common.metrics.metrics import Counts
 from common.protocol.wire import Tensors
 from common.support.seeds import derive
-from server.reports.progress import Results
 from server.rounds.start import first_tensors
+from server.runs.results import Results
 
 log = logging.getLogger(__name__)
 

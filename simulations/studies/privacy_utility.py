@@ -16,7 +16,7 @@ from common.metrics.statistics import t_interval
 from common.support import files
 from common.support.terminal import console, table
 from server.reports import plots as figures
-from server.reports.progress import FEDERATED, Results, load_results, overall
+from server.runs.results import FEDERATED, Results, overall, read_results
 from simulations.engines.base import Engine
 from simulations.sites import virtual_sites
 from simulations.studies import runner, summary
@@ -86,7 +86,7 @@ def _report(
     folder: Path,
 ) -> None:
     results = {
-        epsilon: [load_results(run, len(study.classes))[0] for run in paths]
+        epsilon: [read_results(run, len(study.classes))[0] for run in paths]
         for epsilon, paths in runs.items()
     }
     together = {

@@ -12,9 +12,9 @@ from common.metrics.statistics import Estimate
 from common.support import files
 from common.support.terminal import console, table
 from server.reports import plots as figures
-from server.reports.progress import FEDERATED, load_results, union
 from server.rounds.start import inspect
 from server.rounds.strategies import REGISTRY
+from server.runs.results import FEDERATED, read_results, union
 from simulations.engines.attacks import LIES, Lies, Poisoned
 from simulations.studies import runner, summary
 from simulations.studies.runner import Source
@@ -132,7 +132,7 @@ def _ways(lies: Lies) -> dict[str, Lies]:
 
 
 def _worth(run: Path, study: Study, lies: Lies) -> float | None:
-    results, _ = load_results(run, len(study.classes))
+    results, _ = read_results(run, len(study.classes))
     honest = [c for site, c in results[FEDERATED].items() if site not in lies.liars]
     return value(union(honest, len(study.classes)), study.select)
 

@@ -11,8 +11,9 @@ from client.ledger.spending import MEANING
 from common.config.study import Study
 from common.errors import RunError, StudyError
 from common.support.terminal import console, table
-from server.reports.progress import load_results, save_results, show_results
+from server.reports.progress import show_results
 from server.rounds.start import inspect
+from server.runs.results import read_results, write_results
 from server.runs.run_folder import RunFolder
 from simulations.engines.attacks import LIES
 from simulations.engines.base import Engine
@@ -244,10 +245,10 @@ def _show_census(study: Study, told: Census) -> None:
 def _conclude(run: RunFolder, *, compare: bool) -> None:
     """Show, and where asked complete, the results of a finished run."""
     study, site_files = run.study, hospitals.settled(run.path)
-    results, facts = load_results(run.path, len(study.classes))
+    results, facts = read_results(run.path, len(study.classes))
     if compare and len(results) == 1:
         results = {**alone.references(study, site_files), **results}
-        save_results(run, results, **facts)
+        write_results(run, results, **facts)
     summary.picture(study, results, run.path / "comparison.png")
     show_results(results, study.classes, facts.get("withheld", {}), run.path)
     if study.private:

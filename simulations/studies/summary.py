@@ -11,7 +11,8 @@ from common.metrics.statistics import Estimate, difference, gap_closed, interval
 from common.support import files
 from common.support.terminal import console, table
 from server.reports import plots as figures
-from server.reports.progress import FEDERATED, Results, load_results, note, overall
+from server.reports.progress import note
+from server.runs.results import FEDERATED, Results, overall, read_results
 from server.runs.run_folder import RunFolder
 
 _MOST_SITES_DRAWN = 20
@@ -36,7 +37,7 @@ def over_seeds(folder: Path, seeds: Sequence[int]) -> None:
     """Mean ± sd over seeds of the overall figures, and what federating gained, paired by seed."""
     study = RunFolder(folder / f"seed-{seeds[0]}").study
     classes = len(study.classes)
-    loaded = [load_results(folder / f"seed-{seed}", classes) for seed in seeds]
+    loaded = [read_results(folder / f"seed-{seed}", classes) for seed in seeds]
     runs = [results for results, _ in loaded]
     together = [overall(run, classes) for run in runs]
     figures_of = {

@@ -20,8 +20,8 @@ from common.metrics.statistics import difference
 from common.support import files
 from common.support.terminal import console, table
 from server.reports import plots as figures
-from server.reports.progress import FEDERATED, load_results, union
 from server.rounds.start import inspect
+from server.runs.results import FEDERATED, read_results, union
 from server.runs.run_folder import RunFolder
 from simulations.engines.base import Engine
 from simulations.studies import runner, summary
@@ -192,7 +192,7 @@ def _check(setting: Setting, source: Source) -> None:
 def _tried(study: Study, runs: Sequence[Path]) -> Tried:
     scores, test = [], []
     for path in runs:
-        results, _ = load_results(path, len(study.classes))
+        results, _ = read_results(path, len(study.classes))
         overall = [line for line in RunFolder(path).history() if line["site"] is None]
         scores.append(overall[-1][study.select])  # the last line is about the released model
         test.append(union(results[FEDERATED].values(), len(study.classes)))
