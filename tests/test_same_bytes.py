@@ -35,7 +35,8 @@ from client.features.store import opened
 from common.model.network import assemble
 from common.config.study import Augment, Study
 from server.runs.run_folder import RunFolder
-from simulations.studies import baselines as compare, hospitals
+from simulations.sites import virtual_sites as hospitals
+from simulations.studies import baselines as compare
 from simulations.engines.base import InProcess
 from simulations.engines.workers import Workers
 
