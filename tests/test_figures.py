@@ -12,8 +12,10 @@ from PIL import Image
 
 from common.metrics.metrics import Counts
 from common.metrics.statistics import Estimate
-from server.reports import plots
-from server.reports.plots import comparison, confusion, curves, sweep
+from common.support import plot_style
+from server.reports.plots import confusion, curves
+from simulations.studies import plots
+from simulations.studies.plots import comparison, sweep
 
 
 def picture(path: Path) -> np.ndarray[Any, Any]:
@@ -108,7 +110,7 @@ def test_drawing_leaves_no_global_state(tmp_path: Path) -> None:
     before = dict(mpl.rcParams)
     curves(rows(2, 2), tmp_path / "curves.png")
     assert dict(mpl.rcParams) == before
-    assert "pyplot" not in vars(plots)
+    assert "pyplot" not in vars(plots) | vars(plot_style)
 
 
 def test_validation_is_drawn_at_the_model_that_was_validated(
@@ -116,7 +118,7 @@ def test_validation_is_drawn_at_the_model_that_was_validated(
 ) -> None:
     """The line after the last round has no training loss, but the last model's validation."""
     figure = Figure()
-    monkeypatch.setattr(plots, "Figure", lambda layout: figure)
+    monkeypatch.setattr(plot_style, "Figure", lambda layout: figure)
     last = {"round": 4, "model_round": 3, "site": None, "loss": None, "balanced_accuracy": 0.9}
     curves([*rows(0, 3), last], tmp_path / "curves.png")
     loss, validation = (axes.get_lines()[0].get_xydata() for axes in figure.axes)

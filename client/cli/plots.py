@@ -1,19 +1,16 @@
-"""A picture of what was spent: ε over time."""
+"""A plot of what was spent: ε over time."""
 
 from collections.abc import Sequence
 from datetime import datetime
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 from matplotlib.dates import AutoDateLocator, ConciseDateFormatter, date2num
 from matplotlib.figure import Figure
 
 from client.storage import usable
 from common.errors import SiteError
-from common.support import files
-from common.support.plot_style import COLOURS, INK, STYLE
+from common.support.plot_style import COLOURS, INK, write_plot
 
 
 def spending(
@@ -33,9 +30,9 @@ def spending(
       delta: The δ of ε.
       budget: The largest ε allowed; None for no limit.
     """
-    drawn = BytesIO()
-    with mpl.rc_context(STYLE):
-        figure = Figure(layout="constrained", figsize=(7, 3.6))
+
+    def draw(figure: Figure) -> None:
+        figure.set_size_inches(7, 3.6)
         axes = figure.subplots()
         if points:
             moments, values = zip(*points, strict=True)
@@ -59,6 +56,6 @@ def spending(
         axes.grid(axis="y")
         if axes.get_legend_handles_labels()[0]:
             figure.legend(loc="outside upper left", ncols=3)
-        figure.savefig(drawn, format="png")
+
     with usable(path, SiteError):
-        files.write(path, drawn.getvalue())
+        write_plot(draw, path)

@@ -100,7 +100,7 @@ def _total(spent: "Account", site: "Site") -> str:
 
 
 def _draw(spent: "Account", site: "Site", path: Path) -> None:
-    from client.cli import plots as picture
+    from client.cli import plots
     from client.ledger import spending
 
     unaccounted = [
@@ -108,7 +108,7 @@ def _draw(spent: "Account", site: "Site", path: Path) -> None:
         for entry in spending.sent(spent.entries)
         if entry.release.kind == "round" and entry.release.privacy is None
     ]
-    picture.spending(
+    plots.spending(
         spent.over_time(),
         unaccounted,
         path,

@@ -1,6 +1,14 @@
-"""How every picture looks."""
+"""How every plot looks, and how it is written."""
 
+from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
 from typing import Any
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+
+from common.support import files
 
 # Okabe and Ito (2008): told apart with any colour vision. Black is kept for the overall figure.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
@@ -27,3 +35,13 @@ STYLE: Any = {
     "savefig.dpi": 150,
     "text.parse_math": False,  # names of sites and classes are text, never formulas
 }
+
+
+def write_plot(draw: Callable[[Figure], None], path: Path) -> None:
+    """Draw on a fresh figure and put the PNG in place in one step."""
+    drawn = BytesIO()
+    with mpl.rc_context(STYLE):
+        figure = Figure(layout="constrained")
+        draw(figure)
+        figure.savefig(drawn, format="png")
+    files.write(path, drawn.getvalue())

@@ -14,7 +14,7 @@ from common.config.study import Study
 from common.metrics.metrics import METRICS, Counts, value
 from common.protocol.wire import JoinReply
 from common.support.terminal import console, size, table
-from server.reports import plots as figures
+from server.reports import plots
 from server.runs.results import (
     FEDERATED,
     Outcome,
@@ -118,9 +118,9 @@ class Reporter:
             | {key: x[key] for key in keys if key != "loss"}
             for x in history
         ]
-        figures.curves(rows, self._folder.path / "curves.png")
+        plots.curves(rows, self._folder.path / "curves.png")
         total = union(outcome.test.values(), len(self._study.classes))
-        figures.confusion(total, self._study.classes, self._folder.path / "confusion.png")
+        plots.confusion(total, self._study.classes, self._folder.path / "confusion.png")
 
 
 def show_results(

@@ -15,11 +15,10 @@ from common.metrics.metrics import METRICS, Counts, class_auroc, value
 from common.metrics.statistics import t_interval
 from common.support import files
 from common.support.terminal import console, table
-from server.reports import plots as figures
 from server.runs.results import FEDERATED, Results, overall, read_results
 from simulations.engines.base import Engine
 from simulations.sites import virtual_sites
-from simulations.studies import runner, summary
+from simulations.studies import plots, runner, summary
 from simulations.studies.runner import Source
 
 Figure = Callable[[Counts], float | None]
@@ -112,7 +111,7 @@ def _report(
     console.print(MEANING, style="dim")
     content = {"figures": told, "spent": spent}
     files.write(folder / "utility.json", json.dumps(content, indent=1))
-    figures.utility(estimates, folder / "utility.png")
+    plots.privacy_utility(estimates, folder / "utility.png")
     console.print(f"\nrun folder: {folder}, with utility.json and utility.png")
 
 

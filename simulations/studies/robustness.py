@@ -11,12 +11,11 @@ from common.metrics.metrics import METRICS, value
 from common.metrics.statistics import Estimate
 from common.support import files
 from common.support.terminal import console, table
-from server.reports import plots as figures
 from server.rounds.start import inspect
 from server.rounds.strategies import REGISTRY
 from server.runs.results import FEDERATED, read_results, union
 from simulations.engines.attacks import LIES, Lies, Poisoned
-from simulations.studies import runner, summary
+from simulations.studies import plots, runner, summary
 from simulations.studies.runner import Source
 
 HONEST = "no lies"
@@ -153,7 +152,7 @@ def _report(study: Study, found: Found, folder: Path) -> None:
     }
     files.write(folder / "poison.json", json.dumps({"metric": study.select, "found": found}))
     title, spread = f"{label} at honest hospitals", "lowest and highest seed"
-    figures.comparison(drawn, title, folder / "poison.png", spread=spread)
+    plots.comparison(drawn, title, folder / "poison.png", spread=spread)
     console.print(f"\nrun folder: {folder}, with poison.json and poison.png")
 
 

@@ -10,10 +10,10 @@ from common.metrics.metrics import METRICS, Counts, value
 from common.metrics.statistics import Estimate, difference, gap_closed, intervals, t_interval
 from common.support import files
 from common.support.terminal import console, table
-from server.reports import plots as figures
 from server.reports.progress import note
 from server.runs.results import FEDERATED, Results, overall, read_results
 from server.runs.run_folder import RunFolder
+from simulations.studies import plots
 
 _MOST_SITES_DRAWN = 20
 
@@ -30,7 +30,7 @@ def picture(study: Study, results: Results, path: Path) -> None:
             site: intervals(counts, [name], seed=study.seed, draws=300)[name] if counts.n else None
             for site, counts in shown.items()
         }
-    figures.comparison(estimates, name, path)
+    plots.comparison(estimates, name, path)
 
 
 def over_seeds(folder: Path, seeds: Sequence[int]) -> None:
@@ -95,7 +95,7 @@ def _picture_of_seeds(study: Study, runs: Sequence[Results], path: Path) -> None
             None: t_interval([value(overall(run, classes)[way], name) for run in runs])
         }
         estimates[way] |= {s: t_interval([value(r[way][s], name) for r in runs]) for s in shown}
-    figures.comparison(estimates, name, path)
+    plots.comparison(estimates, name, path)
 
 
 def mean_sd(values: Sequence[float | None]) -> str:

@@ -19,12 +19,11 @@ from common.metrics.metrics import METRICS, Counts, better, value
 from common.metrics.statistics import difference
 from common.support import files
 from common.support.terminal import console, table
-from server.reports import plots as figures
 from server.rounds.start import inspect
 from server.runs.results import FEDERATED, read_results, union
 from server.runs.run_folder import RunFolder
 from simulations.engines.base import Engine
-from simulations.studies import runner, summary
+from simulations.studies import plots, runner, summary
 from simulations.studies.runner import Source
 
 # With another value the validation patients, or the figure that compares, would be others.
@@ -224,7 +223,7 @@ def _report(tried: dict[Setting, Tried], seeds: Sequence[int], folder: Path) -> 
     name = chosen.folder.name if chosen else None
     content = {"select": select, "seeds": list(seeds), "chosen": name, "settings": told}
     files.write(folder / "sweep.json", json.dumps(content, indent=1))
-    figures.sweep(
+    plots.sweep(
         {setting.label: found.scores for setting, found in tried.items()},
         select,
         folder / "sweep.png",
