@@ -1,0 +1,73 @@
+"""Every registered backbone trains a round at every depth, through both apps."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from client.app import app as client_app
+from client.data.manifest import Manifest
+from common.config.study import Study
+from common.model import backbones
+from common.model.network import assemble
+from server.app import app as server_app
+from server.runs.run_folder import RunFolder
+from simulations.engines.grid import simulate
+from simulations.sites import virtual_sites
+
+pytestmark = pytest.mark.numbers
+
+ROOT = Path(__file__).parents[3]
+SIZES = {"inception_v3": 80, "vit_b_16": 224}
+QUICK = ("mobilenet_v3_small", "resnet18", "shufflenet_v2_x0_5", "squeezenet1_1")
+
+
+@pytest.mark.parametrize("unfreeze", ["head", "last:1", "all"])
+@pytest.mark.parametrize(
+    "backbone",
+    [
+        name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
+        for name in backbones.names()
+    ],
+)
+def test_it_trains_a_round(
+    backbone: str,
+    unfreeze: str,
+    tmp_path: Path,
+    phantoms: Path,
+    new_process: Callable[[], None],  # else the networks of all tests stay in memory
+) -> None:
+    changes = {
+        "model.backbone": backbone,
+        "model.weights": "none",
+        "model.unfreeze": unfreeze,
+        "images.size": SIZES.get(backbone, 64),
+        "train.rounds": 1,
+        "train.local_epochs": "",
+        "train.local_steps": 1,
+        "train.batch_size": 4,
+        "aggregate.quorum": 2,
+    }
+    changed = tuple(f"{key}={value}" for key, value in changes.items())
+    study = Study.read(ROOT / "configs/demo.yaml", changed)
+    few = tuple(f"p{i:03d}" for i in range(6))
+    two = [
+        virtual_sites.Hospital(name=name, data=Manifest(root=phantoms / name), patients=few)
+        for name in ("north", "south")
+    ]
+    folder = tmp_path / "run"
+    RunFolder.claim(folder).begin(study)
+    simulate(
+        server_app, client_app, virtual_sites.settle(two, study, folder, tmp_path / "c"), folder
+    )
+
+    history = RunFolder(folder).history()
+    assert {line["site"] for line in history if line["round"] == 1} == {"north", "south", None}
+    network = assemble(study, "none")
+    last = load_file(folder / "last.safetensors")
+    moved = [name for name in network.initial if not last[name].equal(network.initial[name])]
+    # The head starts at zero, so that nothing before it has a gradient in the very first step.
+    head = [name for name in network.initial if name.startswith(backbones.get(backbone).head)]
+    assert set(moved) >= set(head)
+    assert (unfreeze == "head") == (len(network.initial) == len(head))

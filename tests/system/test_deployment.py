@@ -1,0 +1,397 @@
+"""A coordinator and hospitals as processes over TLS: whatever is killed, the study ends well."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from dp_accounting import GaussianDpEvent, NeighboringRelation, PoissonSampledDpEvent
+from dp_accounting.pld import PLDAccountant
+from safetensors.torch import load_file
+
+from client.app import app as client_app
+from client.ledger.entries import Sealed, history
+from client.ledger.ledger import read
+from client.ledger.spending import Account
+from client.site import Site
+from common.config.study import Study
+from common.errors import StudyError
+from server.app import app as server_app
+from server.runs.run_folder import RunFolder
+from simulations.demo import loopback
+from simulations.demo.loopback import Loopback, until
+from simulations.engines.grid import simulate
+from simulations.sites import virtual_sites
+
+pytestmark = pytest.mark.numbers
+
+NAMES = ("east", "north", "south")
+PRIVATE = {"mechanism": "dp_sgd", "preset": "head", "epsilon": 4.0, "delta": 1e-5}
+
+
+def study(**changes: Any) -> Study:
+    content: dict[str, Any] = {
+        "name": "together",
+        "classes": ["clear", "nodule", "consolidation", "effusion"],
+        "model": {"backbone": "shufflenet_v2_x0_5", "weights": "none"},
+        "images": {"size": 32},
+        "train": {"rounds": 3, "local_epochs": 1, "batch_size": 8},
+        "holdout": {"validation": 0.2, "test": 0.2},
+        "aggregate": {"quorum": 2, "round_timeout": 120},
+    }
+    return Study.parse(content | changes, "study", StudyError)
+
+
+SKIN = ("rosendahl", "vidir_modern", "vidir_molemax", "vienna_dias")
+
+
+def deployed(folder: Path, wanted: Study, phantoms: Path) -> Loopback:
+    return Loopback(folder, wanted, [virtual_sites.from_folder(phantoms / name) for name in NAMES])
+
+
+def simulated(folder: Path, wanted: Study, phantoms: Path) -> dict[str, torch.Tensor]:
+    """The last tensors of the same study in this process."""
+    RunFolder.claim(folder).begin(wanted)
+    found = [virtual_sites.from_folder(phantoms / name) for name in NAMES]
+    files = virtual_sites.settle(found, wanted, folder, folder / "cache")
+    simulate(server_app, client_app, files, folder)
+    return load_file(folder / "last.safetensors")
+
+
+class Run:
+    """A run that a coordinator began in a deployment."""
+
+    def __init__(self, world: Loopback, path: Path | None = None) -> None:
+        self.world, self.path = world, path or world.folder / "the-run"
+        self.process = world.run(str(world.study), "--out", str(self.path))
+
+    def resume(self) -> None:
+        self.process = self.world.run("--resume", str(self.path))
+
+    def lines(self) -> list[dict[str, Any]]:
+        path = self.path / "metrics.jsonl"
+        text = path.read_text("utf-8") if path.exists() else ""
+        return [json.loads(line) for line in text.splitlines() if line.endswith("}")]
+
+    def rounds(self, site: str | None = None) -> set[int]:
+        """The rounds that trained, or those in which a site did."""
+        return {x["round"] for x in self.lines() if x["site"] == site and x["bytes"]}
+
+    def reached(self, number: int) -> None:
+        until(lambda: self.rounds() >= {number} or self.process.poll() is not None, 120)
+
+    def ended(self) -> None:
+        assert self.process.wait(180) == 0, self.world.said("run")
+
+    def last(self) -> dict[str, torch.Tensor]:
+        return load_file(self.path / "last.safetensors")
+
+
+def by_google(segments: Any) -> float:
+    either = NeighboringRelation.ADD_OR_REMOVE_ONE
+    accountant = PLDAccountant(either, value_discretization_interval=1e-4)
+    for s in segments:
+        step = PoissonSampledDpEvent(s.sample_rate, GaussianDpEvent(s.noise_multiplier))
+        accountant.compose(step, s.steps)
+    return float(accountant.get_epsilon(1e-5))
+
+
+def everybody(world: Loopback) -> None:
+    world.link()
+    for name in world.sites:
+        world.hospital(name)
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert set(one) == set(other)
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name]), name
+
+
+def noted(world: Loopback, name: str) -> bool:
+    """Whether a hospital is answering a message."""
+    return (Site.read(world.sites[name]).state / "link" / "letter").exists()
+
+
+def spent(world: Loopback, name: str) -> int:
+    """How many private rounds the ledger of a hospital holds."""
+    return len(history(read(Site.read(world.sites[name]).state)))
+
+
+def test_over_tls_comes_out_what_a_simulation_gives(phantoms, tmp_path):
+    wanted = study()
+    with deployed(tmp_path / "real", wanted, phantoms) as world:
+        everybody(world)
+        run = Run(world)
+        run.ended()
+        assert (run.path / "model.safetensors").exists()
+        assert "test images" in world.said("run")
+        same(run.last(), simulated(tmp_path / "simulation", wanted, phantoms))
+
+
+@pytest.mark.slow
+def test_a_hospital_killed_at_work_answers_when_it_is_back(phantoms, tmp_path):
+    wanted = study(train={"rounds": 4, "local_epochs": 40, "batch_size": 2})
+    with deployed(tmp_path / "real", wanted, phantoms) as world:
+        everybody(world)
+        run = Run(world)
+        run.reached(1)
+        until(lambda: noted(world, "north"), 60)
+        world.kill("north")
+        world.hospital("north")
+        run.ended()
+        assert all(run.rounds(name) == {1, 2, 3, 4} for name in NAMES)
+        same(run.last(), simulated(tmp_path / "simulation", wanted, phantoms))
+
+
+@pytest.mark.slow
+def test_a_hospital_killed_between_sealing_and_sending_spends_nothing_twice(phantoms, tmp_path):
+    wanted = study(train={"rounds": 3}, privacy=PRIVATE | {"spare_rounds": 0})
+    with deployed(tmp_path / "real", wanted, phantoms) as world:
+        everybody(world)
+        run = Run(world)
+        until(lambda: spent(world, "east") >= 1, 120)
+        link = world.running["link"]
+        state = Site.read(world.sites["north"]).state
+
+        def sealed() -> bool:
+            return any(isinstance(entry, Sealed) for entry in read(state))
+
+        until(sealed, 60)
+        os.killpg(link.pid, signal.SIGSTOP)  # nothing more leaves
+        world.kill("north")
+        before = spent(world, "north")
+        os.killpg(link.pid, signal.SIGCONT)
+        world.hospital("north")
+        run.ended()
+        assert before <= spent(world, "north") == 3
+        assert run.rounds("north") == {1, 2, 3}
+
+
+@pytest.mark.slow
+def test_a_link_killed_in_a_round_is_only_a_pause(phantoms, tmp_path):
+    wanted = study(train={"rounds": 4, "local_epochs": 20, "batch_size": 2})
+    with deployed(tmp_path / "real", wanted, phantoms) as world:
+        everybody(world)
+        run = Run(world)
+        run.reached(1)
+        until(lambda: noted(world, "south"), 60)
+        world.kill("link")
+        world.link()
+        run.ended()
+        same(run.last(), simulated(tmp_path / "simulation", wanted, phantoms))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("privacy", [{"mechanism": "none"}, PRIVATE | {"spare_rounds": 0}])
+def test_a_run_killed_in_a_round_goes_on_where_it_was(phantoms, tmp_path, privacy):
+    train = {"rounds": 4} if privacy["mechanism"] == "dp_sgd" else {"rounds": 4, "local_epochs": 9}
+    wanted = study(train=train, privacy=privacy)
+    with deployed(tmp_path / "real", wanted, phantoms) as world:
+        everybody(world)
+        run = Run(world)
+        run.reached(2)
+        until(lambda: noted(world, "east") or run.process.poll() is not None, 60)
+        world.kill("run")
+        run.resume()
+        run.ended()
+        if wanted.private:  # sealed replies, sent again for free
+            assert [spent(world, name) for name in NAMES] == [4, 4, 4]
+        else:
+            same(run.last(), simulated(tmp_path / "simulation", wanted, phantoms))
+
+
+@pytest.mark.slow
+def test_a_hospital_that_is_gone_for_three_rounds_is_missed_and_welcome_back(phantoms, tmp_path):
+    wanted = study(train={"rounds": 100, "local_epochs": 1, "batch_size": 8})
+    with deployed(tmp_path / "real", wanted, phantoms) as world:
+        everybody(world)
+        run = Run(world)
+        run.reached(1)
+        world.kill("north")
+        until(lambda: len(run.rounds() - run.rounds("north")) >= 3, 120)
+        world.hospital("north")
+        back = max(run.rounds())
+        until(lambda: max(run.rounds("north"), default=0) > back, 60)
+        assert run.process.poll() is None
+
+
+@pytest.mark.slow
+def test_a_straggler_is_not_waited_for_beyond_the_rounds_time(phantoms, tmp_path):
+    wanted = study(
+        train={"rounds": 100, "local_epochs": 1, "batch_size": 8},
+        aggregate={"quorum": 2, "round_timeout": 4},
+    )
+    with deployed(tmp_path / "real", wanted, phantoms) as world:
+        everybody(world)
+        run = Run(world)
+        run.reached(2)
+        slow = world.running["south"]
+        os.killpg(slow.pid, signal.SIGSTOP)
+        until(lambda: len(run.rounds() - run.rounds("south")) >= 2, 60)
+        os.killpg(slow.pid, signal.SIGCONT)
+        back = max(run.rounds())
+        until(lambda: max(run.rounds("south"), default=0) > back, 60)
+        assert "south is left out: it did not answer in time" in world.said("run")
+
+
+@pytest.mark.slow
+def test_a_coordinator_stops_a_run_reads_its_log_and_goes_on(phantoms, tmp_path):
+    wanted = study(train={"rounds": 12, "local_epochs": 3, "batch_size": 8})
+
+    def command(world: Loopback, *arguments: str) -> str:
+        return subprocess.run(
+            [sys.executable, "-c", loopback._SERVER, *arguments],
+            env={**os.environ, "CONSILIUM_PROJECT": str(world.project.folder)},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+
+    with deployed(tmp_path / "real", wanted, phantoms) as world:
+        everybody(world)
+        run = Run(world)
+        run.reached(1)
+        waited_for = world.running["south"]
+        os.killpg(waited_for.pid, signal.SIGSTOP)  # else all rounds may be over before a command
+        assert "east" in command(world, "sites")
+        assert "run --resume" in command(world, "stop", str(run.path))
+        assert run.process.wait(60) == 130
+        os.killpg(waited_for.pid, signal.SIGCONT)
+        assert f"Go on with: consilium-server run --resume {run.path}" in world.said("run")
+        done = len(run.rounds())
+        assert done < 12
+        run.resume()
+        run.ended()
+        assert run.rounds() == set(range(1, 13))
+        assert "run folder" in world.said("run")
+        assert "is left out" not in command(world, "logs", str(run.path))
+        assert "serving hospitals" in command(world, "logs")
+        assert "up" in command(world, "status")
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A disk of 100 kB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    small = ["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", str(disk)]
+    if subprocess.run(small, capture_output=True, check=False).returncode:
+        pytest.skip("a small disk cannot be mounted here")
+    yield disk
+    # Lazily: after a failure, which is what should be seen, tensors there are still mapped.
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_at_a_checkpoint_stops_the_run_which_goes_on_later(
+    phantoms, tmp_path, disk
+):
+    wanted = study(train={"rounds": 5, "local_epochs": 1, "batch_size": 8})
+    with deployed(tmp_path / "real", wanted, phantoms) as world:
+        everybody(world)
+        (disk / "other").write_bytes(bytes(60_000))
+        run = Run(world, disk / "the-run")
+        assert run.process.wait(120) == 1
+        said = " ".join(world.said("run").split())
+        assert "No space left on device. Free some space, then resume the run" in said
+        (disk / "other").unlink()
+        subprocess.run(["mount", "-o", "remount,size=20m", str(disk)], check=True)
+        run.resume()
+        run.ended()
+        assert all(run.rounds(name) == {1, 2, 3, 4, 5} for name in NAMES)
+        same(run.last(), simulated(tmp_path / "simulation", wanted, phantoms))
+
+
+EVIL = """
+import client.link.node as node, torch
+from flwr.app import ArrayRecord, Array, ConfigRecord
+honest, rounds = node.app, iter(("NaN", "shape", "huge", "extra", "text"))
+def evil(message, context):
+    reply = honest(message, context)
+    if message.metadata.message_type != "train" or reply.has_error(): return reply
+    way, content = next(rounds, None), reply.content
+    name = next(iter(content["arrays"]))
+    tensor = torch.from_numpy(content["arrays"][name].numpy().copy())
+    if way == "NaN": tensor.view(-1)[0] = float("nan")
+    if way == "shape": tensor = tensor[:1]
+    if way == "huge": tensor += 1e9
+    if way == "extra": content["more"] = ConfigRecord({"x": 1})
+    if way in ("NaN", "shape", "huge"): content["arrays"][name] = Array(tensor)
+    if way == "text": content["arrays"] = ArrayRecord({"DOE_JOHN": Array(tensor)})
+    return reply
+node.app = evil
+from client.cli.main import main; main()
+"""
+
+
+@pytest.mark.slow
+def test_a_hospital_that_sends_nonsense_is_left_out_and_nothing_else_happens(
+    phantoms, tmp_path, monkeypatch
+):
+    wanted = study(train={"rounds": 6, "local_epochs": 1, "batch_size": 8})
+    with deployed(tmp_path / "real", wanted, phantoms) as world:
+        world.link()
+        for name in ("east", "north"):
+            world.hospital(name)
+        monkeypatch.setattr(loopback, "_CLIENT", EVIL)
+        world.hospital("south")
+        run = Run(world)
+        run.ended()
+        assert run.rounds("south") == {6}
+        assert run.rounds("east") == {1, 2, 3, 4, 5, 6}
+        assert world.said("run").count("south is left out: it sent") == 5
+        assert "DOE_JOHN" not in world.said("run")
+        assert all(tensor.isfinite().all() for tensor in run.last().values())
+
+
+@pytest.mark.slow
+def test_a_hospital_without_the_backbone_is_sent_it_once(phantoms, tmp_path, shared):
+    weights = shared / "weights" / "squeezenet1_0.pth"
+    wanted = study(model={"backbone": "squeezenet1_0", "weights": str(weights)})
+    with deployed(tmp_path / "real", wanted, phantoms) as world:
+        for name in ("north", "south"):
+            loopback.change(world.sites[name], weights=None)
+        everybody(world)
+        run = Run(world)
+        run.ended()
+        assert "sending the backbone: 0 % of 5 MB to 2 sites" in " ".join(world.said("run").split())
+        assert all(run.rounds(name) == {1, 2, 3} for name in NAMES)
+        held = list((Site.read(world.sites["north"]).state / "weights").rglob("*.pth"))
+        assert [path.stat().st_size > 2e6 for path in held] == [True]
+        sent = world.said("run").count("sending the backbone")
+        second = world.run(str(world.study), "--set", "seed=9", "--out", str(tmp_path / "second"))
+        assert second.wait(120) == 0, world.said("run")
+        assert world.said("run").count("sending the backbone") == sent
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["skin", "skin_private"])
+def test_a_real_study_runs_here_as_it_is_in_a_simulation(shared, tmp_path, name):
+    """Four real sites, the study file unchanged but for its rounds and where the weights are."""
+    weights = shared / "weights" / "squeezenet1_0.pth"
+    changes = ("train.rounds=3", f"model.weights={weights}")
+    wanted = Study.read(Path(__file__).parents[2] / "configs" / f"{name}.yaml", changes)
+    found = [virtual_sites.from_folder(shared / "data" / "skin_sites" / site) for site in SKIN]
+    with Loopback(tmp_path / "real", wanted, found) as world:
+        everybody(world)
+        run = Run(world)
+        assert run.process.wait(550) == 0, world.said("run")
+        assert all(run.rounds(site) == {1, 2, 3} for site in SKIN)
+        if wanted.private:
+            assert [spent(world, site) for site in SKIN] == [3] * 4
+            for site in SKIN:
+                entries = read(Site.read(world.sites[site]).state)
+                ours, theirs = Account(entries, 1e-5).total(), by_google(history(entries))
+                assert 0 <= ours - theirs <= 0.02
+            return
+        folder = tmp_path / "simulation"
+        RunFolder.claim(folder).begin(wanted)
+        files = virtual_sites.settle(found, wanted, folder, tmp_path / "real" / "cache")
+        simulate(server_app, client_app, files, folder)
+        same(run.last(), load_file(folder / "last.safetensors"))
