@@ -1,0 +1,107 @@
+"""The results of a run as values: counts on test patients, and the report file that holds them."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.config.study import Study
+from common.errors import RunError
+from common.metrics.metrics import METRICS, Counts, sensitivity, value
+from common.metrics.statistics import calibration
+from server.runs.run_folder import RunFolder
+
+FEDERATED = "federated"
+
+Results = dict[str, dict[str, Counts]]
+"""Way of training (federated, local, pooled) → site → counts on its test patients."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The released model: after how many rounds, and its counts on each site's test patients."""
+
+    study: Study
+    round: int
+    test: dict[str, Counts]
+    withheld: dict[str, str]
+    """What sites do not tell, in words; only those that withhold something."""
+
+
+def union(counts: Iterable[Counts], classes: int) -> Counts:
+    """Counts of all sites together."""
+    return sum(counts, Counts.zero(classes))
+
+
+def overall(results: Results, classes: int) -> dict[str, Counts]:
+    """Of each way of training, the union of the sites that all ways have figures for."""
+    shared = sorted(sites_of(results) - set(left_out(results)))
+    return {way: union((sites[name] for name in shared), classes) for way, sites in results.items()}
+
+
+def left_out(results: Results) -> list[str]:
+    """The sites that `overall` leaves out, since not every way of training has figures for them."""
+    return sorted(n for n in sites_of(results) if any(n not in way for way in results.values()))
+
+
+def sites_of(results: Results) -> set[str]:
+    """Every site that any way of training has figures for."""
+    return {name for sites in results.values() for name in sites}
+
+
+def write_results(folder: RunFolder, results: Results, **facts: Any) -> None:
+    """Write `report.json`: every metric, and the counts behind it."""
+    together = overall(results, len(folder.study.classes))
+    told = {
+        way: {
+            "overall": {**_metrics(together[way]), "left_out": left_out(results)},
+            "sites": {
+                name: {**_metrics(counts), "counts": counts.sparse()}
+                for name, counts in sites.items()
+            },
+        }
+        for way, sites in results.items()
+    }
+    folder.write("report.json", json.dumps({**facts, "results": told}, indent=1))
+
+
+def read_results(path: Path, classes: int) -> tuple[Results, dict[str, Any]]:
+    """Read `report.json` of a finished run: its results, and the facts beside them."""
+    try:
+        report = json.loads((path / "report.json").read_text(encoding="utf-8"))
+    except OSError:
+        remedy = f"Finish it with --resume {path}."
+        expected, got = "a finished run", "no report.json"
+        raise RunError(path, expected=expected, got=got, remedy=remedy) from None
+    told = report.pop("results")
+    results = {
+        way: {
+            name: Counts.from_sparse(
+                site["counts"], classes, scored=bool(site["counts"]["positive"])
+            )
+            for name, site in result["sites"].items()
+        }
+        for way, result in told.items()
+    }
+    return results, report
+
+
+def _metrics(counts: Counts) -> dict[str, Any]:
+    return {
+        "images": counts.n,
+        **{name: value(counts, name) for name in METRICS},
+        "calibration_error": calibration_error(counts),
+        "sensitivity": sensitivities(counts),
+    }
+
+
+def calibration_error(counts: Counts) -> float | None:
+    """Expected calibration error; None where scores were not told."""
+    found = calibration(counts)
+    return found.error if found else None
+
+
+def sensitivities(counts: Counts) -> list[float | None]:
+    """Sensitivity of each class."""
+    return [sensitivity(counts, k) for k in range(counts.classes)]
