@@ -7,10 +7,11 @@ from pathlib import Path
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from client.consent.proposals import drop, proposed, remember
 from client.ledger.desk import Desk, open_desk
 from client.ledger.entries import Release
-from client.ledger.outbox import Reply, release
-from client.session import Session, drop, open_session, proposed, remember
+from client.ledger.release import Reply, release
+from client.session import Session, open_session
 from client.site import Site
 from client.weights import receive
 from common.errors import (

@@ -1,30 +1,30 @@
 """One site's part in one study: its images prepared, its network at hand."""
 
 import logging
-import re
 from collections.abc import Sequence
 from functools import cache, lru_cache
 from pathlib import Path
 
 import torch
 
-from client.consent.exclusions import remaining
-from client.consent.policy import Agreement, agree, identity, keep_holdout, same_holdout
+from client.consent.agreement import Agreement, identity, keep_holdout, same_holdout
+from client.consent.cohort import PARTS, cut, patients
+from client.consent.policy import agree
+from client.consent.proposals import proposed
 from client.data.records import Record
-from client.data.splits import Parts, split
 from client.features.cache import prune
 from client.features.extract import Keep, Recipe, prepare
 from client.features.precision import chosen, settled
 from client.ledger.budget import afford
 from client.ledger.entries import Entry
 from client.privacy import dp_sgd
-from client.privacy.dp_sgd import Patients
 from client.privacy.plan import Protection, protect
+from client.privacy.sampling import Patients
 from client.privacy.self_check import check_noise, check_rows
 from client.site import Site
 from client.storage import usable
 from client.training import trainer
-from client.training.trainer import Examples
+from client.training.dataset import Examples
 from client.weights import find
 from common.config.study import Augment, DpSgd, Dtype, Study
 from common.errors import (
@@ -32,7 +32,6 @@ from common.errors import (
     DataError,
     RefusedError,
     SiteError,
-    StudyError,
 )
 from common.metrics.metrics import Counts
 from common.model.contract import Versions
@@ -48,12 +47,9 @@ from common.protocol.wire import (
     RoundRequest,
     Tensors,
 )
-from common.support import files
 from common.support.seeds import derive
 
 log = logging.getLogger(__name__)
-
-PARTS = ("train", "validation", "test")
 
 
 class Session:
@@ -320,49 +316,9 @@ class Session:
             return trainer.evaluate(self.network.split.suffix, self.examples[part], self.classes)
 
 
-def cut(site: Site, study: Study) -> Parts:
-    """The site's records, cut by patient; at a site that only evaluates, all are test patients."""
-    records = remaining(site, site.data.records(study.classes))
-    if site.role == "evaluate":
-        return Parts(train=[], validation=[], test=records)
-    return split(records, study.holdout, site.secret())
-
-
-def patients(records: Sequence[Record]) -> int:
-    """How many patients these records belong to."""
-    return len({record.patient for record in records})
-
-
 @lru_cache(maxsize=8)
 def _recipe(network: Network, dtype: Dtype, private: bool, keep: Keep) -> Recipe:
     return Recipe.of(network, dtype, keep, private=private)
-
-
-def remember(site: Site, proposal: str) -> Study:
-    """Keep an agreed proposal in the state folder, so that rounds need to name only its id.
-
-    Raises:
-      ContractError: the proposal is not a valid study.
-    """
-    study = _parse(proposal)
-    folder = site.private("studies")
-    with usable(f"{site.source}: state", SiteError):
-        files.write(folder / f"{study.id}.json", proposal, mode=0o600)
-    return study
-
-
-def drop(site: Site, study: Study) -> None:
-    """Delete a proposal that was refused, unless the site agreed to it before."""
-    if Agreement.kept(site, study.id) is None:
-        (site.private("studies") / f"{study.id}.json").unlink(missing_ok=True)
-
-
-@lru_cache(maxsize=8)  # all virtual sites of a study share it
-def _parse(proposal: str) -> Study:
-    try:
-        return Study.model_validate_json(proposal)
-    except (ValueError, StudyError) as ex:
-        raise ContractError(f"the proposal is not a valid study: {ex}") from None
 
 
 def open_session(site_file: Path, study_id: str) -> Session:
@@ -386,12 +342,3 @@ def close_sessions(*, beyond: int = 0) -> None:
 def _session(site_file: Path, _: tuple[int, ...], study_id: str) -> Session:
     site = Site.read(site_file)
     return Session(site, proposed(site, study_id))
-
-
-def proposed(site: Site, study_id: str) -> Study:
-    """A study that this site was sent; raises `ContractError` if it was not."""
-    path = site.state / "studies" / f"{study_id}.json"
-    # The id is a name from the network: one spelling, no path, no second session.
-    if not re.fullmatch(r"[0-9a-f]{16}", study_id) or not path.is_file():
-        raise ContractError(f"this site has not joined study {study_id!r}")
-    return _parse(path.read_text(encoding="utf-8"))

@@ -3,12 +3,13 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from client.consent.policy import agree, same_holdout
+from client.consent.agreement import same_holdout
+from client.consent.cohort import cut, patients
+from client.consent.policy import agree
 from client.ledger.budget import afford
 from client.ledger.ledger import read
 from client.ledger.spending import Account
 from client.privacy.plan import Protection, protect
-from client.session import cut, patients
 from client.site import Site
 from common.config.study import DpSgd, Study
 from common.errors import BudgetError, DataError, RefusedError

@@ -1,105 +1,17 @@
 """The hospital's last word: a study is agreed to or refused, never quietly altered."""
 
-import hashlib
-import hmac
 import logging
 import math
 from collections.abc import Iterator
-from typing import Literal, NamedTuple, Self
+from typing import NamedTuple
 
-from client.data.records import Record
 from client.features.precision import chosen, computes
 from client.privacy.plan import Protection
 from client.site import Policy, Site
-from client.storage import usable
 from common.config.study import DpSgd, Study
-from common.config.yaml import Section
-from common.errors import RefusedError, SiteError
-from common.protocol.disclosure import Disclosure
-from common.protocol.wire import Parts
-from common.support import files
+from common.errors import RefusedError
 
 log = logging.getLogger(__name__)
-
-
-class Agreement(Section):
-    """What a site agreed to when it joined a study; everything after that obeys it."""
-
-    study: str
-    """Its id."""
-    role: Literal["train", "evaluate"]
-    disclosure: Disclosure
-    protection: Protection | None
-    """None: it does not train, or trains without differential privacy."""
-    patients: Parts[int]
-    """How many take part, exactly; never told unless `disclosure` says so."""
-    images: Parts[tuple[int, ...]]
-    """How many of each class take part, exactly."""
-    records: tuple[str, ...]
-    """Who may take part: `identity` of all that did when this site first joined, sorted."""
-
-    @classmethod
-    def kept(cls, site: Site, study: str) -> Self | None:
-        """What this site agreed to; None if it has not joined that study.
-
-        Raises:
-          SiteError: the file cannot be read, or is damaged.
-        """
-        path = site.state / "studies" / f"{study}.agreement.json"
-        with usable(path, SiteError):
-            text = path.read_bytes() if path.is_file() else None
-        try:
-            return None if text is None else cls.model_validate_json(text)
-        except ValueError:
-            remedy = "Restore it from a backup: it says who takes part in the study."
-            expected, got = "an agreement as written", "something else"
-            raise SiteError(path, expected=expected, got=got, remedy=remedy) from None
-
-    def keep(self, site: Site) -> None:
-        """Write it into the state folder; on disk before this returns."""
-        path = site.private("studies") / f"{self.study}.agreement.json"
-        with usable(path, SiteError):
-            files.write(path, self.model_dump_json(indent=1), mode=0o600)
-
-
-def same_holdout(site: Site, study: Study) -> None:
-    """Return if a private study holds out the shares that every private one here does.
-
-    With other shares, those told of validation and test would add up to who trains; and who trains
-    in one would be a test patient of another, whom no noise protects.
-
-    Raises:
-      RefusedError: an earlier one held out others.
-    """
-    path = site.state / "holdout.json"
-    with usable(path, SiteError):
-        text = path.read_bytes() if path.is_file() else None
-    if text is not None and study.private and text != _shares(study):
-        where, got = "holdout", _shares(study).decode()
-        expected = f"that of the private studies before, {text.decode()}"
-        raise RefusedError(where, expected=expected, got=got)
-
-
-def keep_holdout(site: Site, study: Study) -> None:
-    """From its first private study on, a site holds out the same patients in all of them."""
-    path = site.private() / "holdout.json"
-    with usable(path, SiteError):
-        if study.private and not path.exists():
-            files.write(path, _shares(study), mode=0o600)
-
-
-def _shares(study: Study) -> bytes:
-    return study.holdout.model_dump_json().encode()
-
-
-def identity(record: Record, part: str, site: Site, secret: bytes) -> str:
-    """Names an image of a patient in a part, with its label, to nobody without the secret.
-
-    Wherever the data is mounted; another label or part is another name.
-    """
-    name = record.image.name.removeprefix(str(site.data.root))
-    text = "\0".join((part, record.patient, name, str(record.label)))
-    return hmac.digest(secret, b"record:" + text.encode(), hashlib.sha256).hex()[:32]
 
 
 def agree(

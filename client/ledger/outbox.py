@@ -2,37 +2,14 @@
 
 import hashlib
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from client.ledger.entries import Contents, Release
-from client.ledger.ledger import Ledger
 from client.storage import usable
 from common.errors import SiteError
 from common.support import files
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Reply:
-    """What is about to leave: its exact bytes, and what they hold."""
-
-    data: bytes
-    tensors: Mapping[str, tuple[int, ...]]
-    """Name and shape of each."""
-    metrics: tuple[str, ...] = ()
-
-    @property
-    def contents(self) -> Contents:
-        """As the ledger records it."""
-        return Contents(
-            tensors=dict(self.tensors),
-            metrics=self.metrics,
-            bytes=len(self.data),
-            sha256=hashlib.sha256(self.data).hexdigest(),
-        )
 
 
 class Outbox:
@@ -71,41 +48,3 @@ class Outbox:
 
     def _path(self, release: Release) -> Path:
         return self._folder / f"{release.study}-{release.key}"
-
-
-def release(
-    ledger: Ledger,
-    outbox: Outbox,
-    what: Release,
-    work: Callable[[], Reply],
-    allow: Callable[[], None] = lambda: None,
-) -> bytes:
-    """The bytes that may leave for `what`, recorded; the only way out of the hospital.
-
-    Args:
-      ledger: Of the site.
-      outbox: Of the site.
-      what: The release.
-      work: Computes the reply. If `what` is private, its steps are spent as soon as this is called.
-      allow: Raises to refuse a private release before anything is spent; the place for the budget
-        and for every check that needs no draw. Not asked when a sealed reply is sent again.
-
-    Raises:
-      SiteError: the disk refuses; nothing may leave.
-    """
-    if what.privacy is None:
-        reply = work()
-        ledger.send(what, reply.contents)
-        return reply.data
-    contents = ledger.sealed(what)
-    data = outbox.read(what, contents) if contents else None
-    if contents is None or data is None:
-        allow()
-        ledger.reserve(what)
-        reply = work()
-        data, contents = reply.data, reply.contents
-        # A kill between these two leaves a file no line vouches for: never sent, but written over.
-        outbox.write(what, data)
-        ledger.seal(what, contents)
-    ledger.send(what, contents)
-    return data

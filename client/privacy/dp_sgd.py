@@ -13,9 +13,8 @@ difference large. The gradient whose norm is taken is the very one that is added
 norm.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -25,8 +24,9 @@ from client.features.precision import autocast
 from client.privacy.noise import Entropy
 from client.privacy.noised_sum import NoisedSum
 from client.privacy.plan import Protection
+from client.privacy.sampling import Patients
 from client.training import trainer
-from client.training.trainer import Examples
+from client.training.dataset import Examples
 from common.config.study import Train
 from common.errors import RefusedError
 from common.model.split import train_mode
@@ -39,33 +39,6 @@ Row = tuple[Tensor, Tensor, int]
 
 _READ = 64
 """Rows that are read at a time."""
-
-
-@dataclass(frozen=True)
-class Patients:
-    """Who trains: which images are whose.
-
-    Attributes:
-      images: Positions of all images, those of one patient side by side; int64 [images].
-      counts: How many each patient has; int64 [patients].
-    """
-
-    images: Tensor
-    counts: Tensor
-
-    @classmethod
-    def of(cls, ids: Sequence[str]) -> "Patients":
-        """From the patient of each image."""
-        number = {patient: k for k, patient in enumerate(dict.fromkeys(ids))}
-        owner = torch.tensor([number[patient] for patient in ids], dtype=torch.int64)
-        return cls(owner.argsort(stable=True), owner.bincount())
-
-    def draw(self, rate: float, views: int, entropy: Entropy) -> tuple[Tensor, Tensor]:
-        """The patients of a step, each with probability `rate`: an image of each, and its view."""
-        drawn = entropy.poisson(len(self.counts), rate)
-        first = self.counts.cumsum(0) - self.counts
-        chosen = first[drawn] + entropy.below(self.counts[drawn])
-        return self.images[chosen], entropy.below(torch.full_like(drawn, views))
 
 
 def train(

@@ -18,7 +18,7 @@ from torch.nn.functional import one_hot
 from client.privacy.dp_sgd import Row, empty_sum, exact, noised_gradient, row_gradient
 from client.privacy.noise import DEVIATION, Entropy
 from client.privacy.plan import Protection
-from client.training.trainer import Examples
+from client.training.dataset import Examples
 from common.errors import RefusedError
 from common.model.split import train_mode
 

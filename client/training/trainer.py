@@ -2,15 +2,14 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import chain, count, islice
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from client.features.extract import Prepared
 from client.features.precision import autocast
+from client.training.dataset import Examples
 from common.config.study import Dtype, Train
 from common.metrics.metrics import Counts
 from common.model.split import train_mode
@@ -18,30 +17,6 @@ from common.support.seeds import derive
 
 _FOCUS = 2.0
 _EVALUATION_BATCH = 128
-
-
-@dataclass(frozen=True)
-class Examples:
-    """Prepared images with their labels, int64 [n]."""
-
-    prepared: Prepared
-    labels: Tensor
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __add__(self, other: "Examples") -> "Examples":
-        """These examples and those, prepared in the same way."""
-        rows = self.prepared.rows + other.prepared.rows
-        prepared = Prepared(rows, self.prepared.views, self.prepared.front)
-        return Examples(prepared, torch.cat([self.labels, other.labels]))
-
-    def batch(self, indices: Tensor, views: Tensor | int, device: torch.device) -> Tensor:
-        """Inputs of the suffix for these examples, each in the view given for it."""
-        rows = self.prepared.rows[indices * self.prepared.views + views].to(device)
-        with torch.no_grad():
-            output: Tensor = self.prepared.front(rows)
-        return output.float()
 
 
 def learning_rate(plan: Train, round_number: int) -> float:

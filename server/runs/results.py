@@ -1,7 +1,7 @@
 """The results of a run as values: counts on test patients, and the report file that holds them."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

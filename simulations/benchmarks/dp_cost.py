@@ -11,11 +11,11 @@ from torch import nn
 from client.features.extract import Prepared
 from client.features.store import Rows
 from client.privacy import dp_sgd, self_check
-from client.privacy.dp_sgd import Patients
 from client.privacy.parameters import Privacy
 from client.privacy.plan import Protection
+from client.privacy.sampling import Patients
 from client.training import trainer
-from client.training.trainer import Examples
+from client.training.dataset import Examples
 from common.config.study import Study
 from common.errors import StudyError
 from common.model.network import assemble

@@ -15,10 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from client.consent.cohort import cut, patients
+from client.consent.proposals import remember
 from client.data.registry import Data, guess
 from client.ledger.ledger import read
 from client.ledger.spending import Account
-from client.session import cut, open_session, patients, remember
+from client.session import open_session
 from client.site import Site
 from common.config.study import NAME, Study
 from common.config.yaml import dump

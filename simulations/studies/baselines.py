@@ -14,7 +14,7 @@ from pathlib import Path
 from client.features.precision import settled
 from client.session import Session, open_session
 from client.training import trainer
-from client.training.trainer import Examples
+from client.training.dataset import Examples
 from common.config.study import Study
 from common.errors import RefusedError
 from common.metrics.metrics import Counts

@@ -20,7 +20,7 @@ from client.ledger import desk
 from client.ledger.desk import close_desks, open_desk
 from client.ledger.entries import Release, Sent
 from client.ledger.ledger import Ledger, read
-from client.ledger.outbox import Reply, release
+from client.ledger.release import Reply, release
 from client.privacy.parameters import Privacy
 from client.session import close_sessions, open_session
 from client.site import Site

@@ -19,9 +19,11 @@ from flwr.app import Context, Message, RecordDict
 from PIL import Image
 
 from client.app import app
+from client.consent.cohort import cut
+from client.consent.proposals import remember
 from client.data import npz
 from client.features.store import opened
-from client.session import Session, close_sessions, cut, open_session, remember
+from client.session import Session, close_sessions, open_session
 from client.site import Site
 from common.config.study import Study
 from common.config.yaml import dump

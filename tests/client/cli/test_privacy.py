@@ -15,14 +15,16 @@ from PIL import Image
 
 from client.cli import main as cli
 from client.consent import exclusions
+from client.consent.cohort import cut
 from client.features.extract import namer
 from client.features.store import Store
 from client.ledger.entries import Contents, Release
 from client.ledger.ledger import Ledger, adopt, read
-from client.ledger.outbox import Outbox, Reply, release
+from client.ledger.outbox import Outbox
+from client.ledger.release import Reply, release
 from client.privacy.accountant import Segment, epsilon, filter_order, filtered_epsilon
 from client.privacy.parameters import Privacy
-from client.session import Session, cut
+from client.session import Session
 from client.site import Site
 from common.config.study import Study
 from common.config.yaml import dump

@@ -14,7 +14,8 @@ import pytest
 import yaml
 from PIL import Image
 
-from client.consent.policy import Agreement, agree, keep_holdout, same_holdout
+from client.consent.agreement import Agreement, keep_holdout, same_holdout
+from client.consent.policy import agree
 from client.privacy.plan import protect
 from client.session import Session
 from client.site import Site

@@ -17,7 +17,7 @@ from client.data.records import ArrayImage, FileImage
 from client.features.extract import Prepared, Recipe, namer, prepare
 from client.features.store import opened
 from client.training import trainer
-from client.training.trainer import Examples
+from client.training.dataset import Examples
 from common.config.study import Augment, Study, Train
 from common.errors import DataError
 from common.model.images import Preprocess

@@ -18,7 +18,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from client.ledger.entries import Release, adopted, history
 from client.ledger.ledger import Ledger, adopt, read
-from client.ledger.outbox import Outbox, Reply, release
+from client.ledger.outbox import Outbox
+from client.ledger.release import Reply, release
 from client.privacy.parameters import Privacy
 from common.errors import RefusedError, SiteError
 

@@ -18,13 +18,14 @@ from client.features.extract import Prepared
 from client.features.store import Rows
 from client.privacy import dp_sgd
 from client.privacy.accountant import noise_multiplier
-from client.privacy.dp_sgd import Patients, empty_sum, row_gradient
+from client.privacy.dp_sgd import empty_sum, row_gradient
 from client.privacy.noise import DEVIATION, Entropy
 from client.privacy.noised_sum import NoisedSum
 from client.privacy.parameters import Privacy
 from client.privacy.plan import Protection
+from client.privacy.sampling import Patients
 from client.training import trainer
-from client.training.trainer import Examples
+from client.training.dataset import Examples
 from common.config.study import Study, Train
 from common.model.backbones import Head
 from common.model.network import assemble

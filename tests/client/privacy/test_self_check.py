@@ -14,7 +14,7 @@ from client.privacy.noised_sum import NoisedSum
 from client.privacy.parameters import Privacy
 from client.privacy.plan import Protection
 from client.privacy.self_check import check_noise, check_rows
-from client.training.trainer import Examples
+from client.training.dataset import Examples
 from common.config.study import Study
 from common.errors import RefusedError
 from common.model import backbones

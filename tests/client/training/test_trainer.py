@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from client.features.extract import Prepared
 from client.features.store import Rows
 from client.training import trainer
-from client.training.trainer import Examples
+from client.training.dataset import Examples
 from common.config.study import Study, Train
 from common.model.network import assemble
 from common.model.split import split

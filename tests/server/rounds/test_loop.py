@@ -18,7 +18,7 @@ from flwr.app import Array, Context, Message
 from safetensors.torch import load_file
 
 from client.app import app as client_app
-from client.session import cut
+from client.consent.cohort import cut
 from client.site import Site
 from common.config.study import Study
 from common.config.yaml import dump
