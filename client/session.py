@@ -13,7 +13,7 @@ from client.consent.policy import agree
 from client.consent.proposals import proposed
 from client.data.records import Record
 from client.features.cache import prune
-from client.features.extract import Keep, Recipe, prepare
+from client.features.extract import Recipe, prepare
 from client.features.precision import chosen, settled
 from client.ledger.budget import afford
 from client.ledger.entries import Entry
@@ -21,7 +21,7 @@ from client.privacy import dp_sgd
 from client.privacy.plan import Protection, protect
 from client.privacy.sampling import Patients
 from client.privacy.self_check import check_noise, check_rows
-from client.site import Site
+from client.site import Keep, Site
 from client.storage import usable
 from client.training import trainer
 from client.training.dataset import Examples

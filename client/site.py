@@ -8,13 +8,14 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, StrictInt, field_validator, model_validator
 
 from client.data.registry import Data
-from client.features.extract import Keep
 from client.storage import secret, usable
 from common.config.study import Name, Number, Positive, Unfreeze, Word
 from common.config.yaml import Section, YamlFile
 from common.errors import SiteError
 from common.protocol.disclosure import Disclosure
 
+Keep = Literal["auto", "activations", "images"]
+"""What a site may ask to be kept of an image; `auto` is what pays."""
 AtLeastOne = Annotated[StrictInt, Field(ge=1)]
 
 

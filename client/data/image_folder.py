@@ -9,7 +9,7 @@ from pydantic import field_validator
 
 from client.data.records import FileImage, Format, Row
 from common.errors import DataError
-from common.model.images import SUFFIXES
+from common.model.image_files import SUFFIXES
 
 
 class ImageFolder(Format):

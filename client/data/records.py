@@ -5,17 +5,19 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Literal, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from pydantic import Field, StrictInt
-from torch import Tensor
 
 from common.config.yaml import Section
 from common.errors import DataError
-from common.model.images import Preprocess
+
+if TYPE_CHECKING:  # reading a site file must not load torch
+    from torch import Tensor
+
+    from common.model.images import Preprocess
 
 Split = Literal["train", "validation", "test"]
 
@@ -30,7 +32,7 @@ class Image(Protocol):
     def digest(self) -> str:
         """SHA-256 of the content, hex: the same under any name."""
 
-    def square(self, preprocess: Preprocess) -> Tensor:
+    def square(self, preprocess: "Preprocess") -> "Tensor":
         """uint8 [3, crop, crop]; a `DataError` names the image if it cannot be read."""
 
 
@@ -49,7 +51,7 @@ class FileImage:
         """SHA-256 of the file's bytes."""
         return hashlib.sha256(self._read()).hexdigest()
 
-    def square(self, preprocess: Preprocess) -> Tensor:
+    def square(self, preprocess: "Preprocess") -> "Tensor":
         """uint8 [3, crop, crop]."""
         return preprocess.read(self._read(), self.name)
 
@@ -73,8 +75,10 @@ class ArrayImage:
         shape = repr(self.array.shape).encode()
         return hashlib.sha256(shape + self.array.tobytes()).hexdigest()
 
-    def square(self, preprocess: Preprocess) -> Tensor:
+    def square(self, preprocess: "Preprocess") -> "Tensor":
         """uint8 [3, crop, crop]."""
+        import torch
+
         array = self.array if self.array.ndim == 3 else self.array[..., None]
         rgb = np.broadcast_to(array, (*array.shape[:2], 3))
         return preprocess.pixels(torch.from_numpy(rgb.copy()).permute(2, 0, 1))

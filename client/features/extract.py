@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, groupby, islice
 from pathlib import Path
-from typing import Literal, Self, TypeVar
+from typing import Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from client.data.records import Image
 from client.features.precision import settled
 from client.features.prefix import BATCH, Prefix, Worth
 from client.features.store import Rows, Store, open_store
+from client.site import Keep
 from client.storage import secret
 from common.config.study import Augment, Dtype
 from common.errors import DataError
@@ -43,9 +44,6 @@ _SHARD = 512
 _SHARD_BYTES = 64_000_000
 _SHARD_SECONDS = 30.0
 _QUIET = 5.0
-
-Keep = Literal["auto", "activations", "images"]
-"""What a site may ask to be kept; `auto` is what pays."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,13 +2,15 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from common.errors import ContractError, RunError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -61,7 +63,7 @@ class Counts:
         return cls(confusion, positive, negative, 0.0)
 
     @classmethod
-    def of(cls, logits: torch.Tensor, labels: torch.Tensor) -> Self:
+    def of(cls, logits: "Tensor", labels: "Tensor") -> Self:
         """Count one batch: logits float [n, K], labels int [n] in 0..K-1.
 
         Raises:

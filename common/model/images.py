@@ -3,7 +3,6 @@
 import io
 import math
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Literal, Self
 
 import numpy as np
@@ -19,9 +18,6 @@ from common.errors import DataError
 
 # A closed list: some of Pillow's other formats start programs or hold no picture.
 FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "GIF", "WEBP", "JPEG2000", "PPM")
-SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".gif", ".webp", ".jp2", ".pgm", ".ppm"}
-)
 MAX_PIXELS = 80_000_000
 MAX_ELONGATION = 50
 DEEP_GREY = ("I;16", "I;16L", "I;16B", "I;16N")
@@ -85,14 +81,6 @@ def _rgb(image: Image.Image) -> NDArray[np.uint8]:
         black = Image.new("RGBA", image.size, (0, 0, 0, 255))
         image = Image.alpha_composite(black, image.convert("RGBA"))
     return np.array(image.convert("RGB"))
-
-
-def found_in(folder: Path) -> list[Path]:
-    """Every image in a folder and those below it, sorted; raises `DataError` if there is none."""
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
-    if not paths:
-        raise DataError(folder, expected="a folder with images", got="none")
-    return paths
 
 
 @dataclass(frozen=True)

@@ -170,7 +170,7 @@ def predict(
     out: Annotated[Path, typer.Option(help="The CSV file to write.")] = Path("predictions.csv"),
 ) -> None:
     """Write the released model's class probabilities for every image in a folder."""
-    from common.model.images import found_in
+    from common.model.image_files import found_in
     from common.model.inference import load_model
 
     model = load_model(run)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from common.config.study import Study
 from common.errors import DataError
 from common.model import backbones
-from common.model.images import Preprocess, found_in
+from common.model.image_files import found_in
+from common.model.images import Preprocess
 from common.model.network import assemble
 from common.support import files
 from common.support.terminal import console
