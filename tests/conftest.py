@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from client.ledger.desk import close_desks
-from client.session import close_sessions
 from simulations.sites import phantom
+from tests.kit import RUNTIME
 
 
 def pytest_configure() -> None:
@@ -49,8 +48,7 @@ def new_process() -> Iterator[Callable[[], None]]:
     """From each call on as in another process: no site is open, no session is loaded."""
 
     def begin() -> None:
-        close_desks()
-        close_sessions()
+        RUNTIME.close()
 
     yield begin
     begin()

@@ -10,8 +10,24 @@ from contextlib import contextmanager, suppress
 
 import uvicorn
 
+from client.app import make_app
+from client.preparation import Workspace, prepare_site
+from client.runtime import Runtime
+from client.session import Session
+from client.site import Site
+from common.config.study import Study
 from server.link.serve import listen, server
 from server.project.project import Project
+
+RUNTIME = Runtime()
+"""What the sites of this test process keep open, until `new_process`."""
+
+client_app = make_app(RUNTIME)
+
+
+def session_of(site: Site, study: Study) -> Session:
+    """A session of its own, that shares nothing with any other."""
+    return Session(prepare_site(site, study, Workspace()))
 
 
 @contextmanager

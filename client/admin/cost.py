@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from client.consent.agreement import same_holdout
-from client.consent.cohort import cut, patients
-from client.consent.policy import agree
+from client.consent.agreement import check_holdout
+from client.consent.cohort import count_patients, cut_records
+from client.consent.policy import check_policy
 from client.ledger.budget import afford
 from client.ledger.ledger import read
 from client.ledger.spending import Account
@@ -88,16 +88,16 @@ def plan(site: Site, study: Study) -> Plan:
     Raises:
       ConsiliumError: the site's data cannot be read, or its ledger is damaged.
     """
-    records = cut(site, study).train
-    training, refusal, noise = patients(records), None, None
+    records = cut_records(site, study).train
+    training, refusal, noise = count_patients(records), None, None
     if isinstance(study.privacy, DpSgd) and site.role == "train":
         if not training:
             where, expected = f"{site.source}: data", "at least one training patient"
             raise DataError(where, expected=expected, got=0)
         noise = _noise(site, study, study.privacy)
     try:
-        same_holdout(site, study)
-        agree(site, study, noise.protection if noise else None, training, len(records))
+        check_holdout(site, study)
+        check_policy(site, study, noise.protection if noise else None, training, len(records))
     except RefusedError as ex:
         refusal = str(ex)
     return Plan(training, len(records), refusal, noise)

@@ -10,7 +10,7 @@ from client.site import Site
 from client.storage import usable
 from common.config.study import Study
 from common.config.yaml import Section
-from common.errors import RefusedError, SiteError
+from common.errors import ContractError, DataError, RefusedError, SiteError
 from common.protocol.disclosure import Disclosure
 from common.protocol.wire import Parts
 from common.support import files
@@ -30,7 +30,7 @@ class Agreement(Section):
     images: Parts[tuple[int, ...]]
     """How many of each class take part, exactly."""
     records: tuple[str, ...]
-    """Who may take part: `identity` of all that did when this site first joined, sorted."""
+    """Who may take part: `identify` of all that did when this site first joined, sorted."""
 
     @classmethod
     def kept(cls, site: Site, study: str) -> Self | None:
@@ -56,7 +56,37 @@ class Agreement(Section):
             files.write(path, self.model_dump_json(indent=1), mode=0o600)
 
 
-def same_holdout(site: Site, study: Study) -> None:
+def check_agreement(
+    site: Site, study: Study, agreed: Agreement | None, offer: Agreement
+) -> Agreement:
+    """The agreement of a site, if it still holds.
+
+    Args:
+      site: As its file says now.
+      study: That a message asks about.
+      agreed: At join; None if the site has not joined.
+      offer: What the site would agree to now.
+
+    Raises:
+      ContractError: the site has not joined the study.
+      RefusedError: its policy now allows it to tell less than it agreed to.
+      DataError: other patients take part than it joined with.
+    """
+    if agreed and agreed.role == "train" and bool(agreed.protection) != study.private:
+        raise ContractError("an agreement about another kind of privacy than the study's")
+    if agreed is None:
+        raise ContractError(f"this site has not joined study {study.id!r}")
+    remedy = "It can take part again when the coordinator resumes the run."
+    if not agreed.disclosure.within(offer.disclosure):
+        where, expected = f"{site.source}: policy.disclose", "what was agreed at join"
+        raise RefusedError(where, expected=expected, got="less", remedy=remedy)
+    if (agreed.role, agreed.images, agreed.patients) != (offer.role, offer.images, offer.patients):
+        where, expected = f"{site.source}: data", "the patients that it joined with"
+        raise DataError(where, expected=expected, got="fewer, or another role", remedy=remedy)
+    return agreed
+
+
+def check_holdout(site: Site, study: Study) -> None:
     """Return if a private study holds out the shares that every private one here does.
 
     With other shares, those told of validation and test would add up to who trains; and who trains
@@ -86,7 +116,7 @@ def _shares(study: Study) -> bytes:
     return study.holdout.model_dump_json().encode()
 
 
-def identity(record: Record, part: str, site: Site, secret: bytes) -> str:
+def identify(record: Record, part: str, site: Site, secret: bytes) -> str:
     """Names an image of a patient in a part, with its label, to nobody without the secret.
 
     Wherever the data is mounted; another label or part is another name.

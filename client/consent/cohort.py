@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from client.consent.agreement import Agreement, identify
 from client.consent.exclusions import remaining
 from client.data.records import Record
 from client.data.splits import Parts, split
@@ -11,7 +12,7 @@ from common.config.study import Study
 PARTS = ("train", "validation", "test")
 
 
-def cut(site: Site, study: Study) -> Parts:
+def cut_records(site: Site, study: Study) -> Parts:
     """The site's records, cut by patient; at a site that only evaluates, all are test patients."""
     records = remaining(site, site.data.records(study.classes))
     if site.role == "evaluate":
@@ -19,6 +20,19 @@ def cut(site: Site, study: Study) -> Parts:
     return split(records, study.holdout, site.secret())
 
 
-def patients(records: Sequence[Record]) -> int:
+def list_cohort(site: Site, study: Study, agreed: Agreement | None) -> dict[str, list[Record]]:
+    """The records that take part, by part: those that the site joined with, if it has joined."""
+    cut = cut_records(site, study)
+    found = {part: list(getattr(cut, part)) for part in PARTS}
+    if agreed is None:
+        return found
+    joined, secret = set(agreed.records), site.secret()
+    return {
+        part: [r for r in records if identify(r, part, site, secret) in joined]
+        for part, records in found.items()
+    }
+
+
+def count_patients(records: Sequence[Record]) -> int:
     """How many patients these records belong to."""
     return len({record.patient for record in records})

@@ -14,7 +14,7 @@ from common.errors import RefusedError
 log = logging.getLogger(__name__)
 
 
-def agree(
+def check_policy(
     site: Site, study: Study, protection: Protection | None, patients: int, images: int
 ) -> None:
     """Return if this site takes part in a study; raise `RefusedError` otherwise.

@@ -15,7 +15,7 @@ from common.errors import (
 from common.support import files
 
 
-def remember(site: Site, proposal: str) -> Study:
+def keep_proposal(site: Site, proposal: str) -> Study:
     """Keep an agreed proposal in the state folder, so that rounds need to name only its id.
 
     Raises:
@@ -28,7 +28,7 @@ def remember(site: Site, proposal: str) -> Study:
     return study
 
 
-def drop(site: Site, study: Study) -> None:
+def drop_proposal(site: Site, study: Study) -> None:
     """Delete a proposal that was refused, unless the site agreed to it before."""
     if Agreement.kept(site, study.id) is None:
         (site.private("studies") / f"{study.id}.json").unlink(missing_ok=True)
@@ -42,7 +42,7 @@ def _parse(proposal: str) -> Study:
         raise ContractError(f"the proposal is not a valid study: {ex}") from None
 
 
-def proposed(site: Site, study_id: str) -> Study:
+def read_proposal(site: Site, study_id: str) -> Study:
     """A study that this site was sent; raises `ContractError` if it was not."""
     path = site.state / "studies" / f"{study_id}.json"
     # The id is a name from the network: one spelling, no path, no second session.

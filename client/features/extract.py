@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from client.data.records import Image
 from client.features.precision import settled
 from client.features.prefix import BATCH, Prefix, Worth
-from client.features.store import Rows, Store, open_store
+from client.features.store import Rows, Store, Stores
 from client.site import Keep
 from client.storage import secret
 from common.config.study import Augment, Dtype
@@ -147,9 +147,23 @@ class _Job:
 
 
 def prepare(
-    images: Sequence[Image], *, recipe: Recipe, augment: Augment, cache: Path, skip_unreadable: bool
+    images: Sequence[Image],
+    *,
+    recipe: Recipe,
+    augment: Augment,
+    cache: Path,
+    stores: Stores,
+    skip_unreadable: bool,
 ) -> tuple[Prepared, list[int]]:
     """Rows for `images`, computing those the cache does not have.
+
+    Args:
+      images: In any order; twice the same is one row.
+      recipe: How a row is made.
+      augment: Which views each image has beside itself.
+      cache: The folder of all stores.
+      stores: Those that this process has open.
+      skip_unreadable: Leave unreadable images out, with a warning.
 
     Returns:
       The rows, and the positions of the images that could be read.
@@ -157,7 +171,7 @@ def prepare(
     Raises:
       DataError: images that cannot be read, named and counted, unless they are to be skipped.
     """
-    store = open_store(cache / recipe.key, recipe.about)
+    store = stores.open(cache / recipe.key, recipe.about)
     bad: dict[int, str] = {}
     digests = list(_digests(images, bad))
     name = namer(cache)

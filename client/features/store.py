@@ -14,7 +14,6 @@ import os
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from datetime import date
-from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 
@@ -34,6 +33,7 @@ ABOUT = "about.json"
 
 _CPU = torch.device("cpu")
 _IN_MEMORY = 1 << 30
+_AT_ONCE = 8
 # Each fails only if others delete the store in that very moment.
 _TRIES = 100
 
@@ -240,19 +240,22 @@ def count(path: Path) -> int:
         return 0
 
 
-def open_store(folder: Path, about: Mapping[str, str] | None = None) -> Store:
-    """The store in `folder`, for a study that uses it now; one per process, so that sites share it.
+class Stores:
+    """The stores that one process has open, so that its sites share them; a few at most."""
 
-    Args:
-      folder: Made on demand.
-      about: What it holds, in words for a person; kept from the first time on.
-    """
-    store = opened(folder)
-    store.use(about or {})
-    return store
+    def __init__(self) -> None:
+        self._open: dict[Path, Store] = {}
 
+    def open(self, folder: Path, about: Mapping[str, str]) -> Store:
+        """The store in `folder`, for a study that uses it now.
 
-@lru_cache(maxsize=8)
-def opened(folder: Path) -> Store:
-    """The store in `folder`, as this process already has it."""
-    return Store(folder)
+        Args:
+          folder: Made on demand.
+          about: What it holds, in words for a person; kept from the first time on.
+        """
+        store = self._open.pop(folder, None) or Store(folder)
+        self._open[folder] = store
+        if len(self._open) > _AT_ONCE:
+            del self._open[next(iter(self._open))]
+        store.use(about)
+        return store

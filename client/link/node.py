@@ -14,10 +14,10 @@ from pathlib import Path
 
 from flwr.app import Context, Message, RecordDict
 
-from client.app import app
-from client.ledger.desk import open_desk
+from client.app import make_app
 from client.link.fleet_client import PULSE, Fleet, Letter, OverError
 from client.link.pending import Errand
+from client.runtime import Runtime
 from client.site import Site
 from common.config.study import Study
 from common.errors import ConsiliumError, ContractError, LinkError
@@ -60,7 +60,9 @@ class Node:
     def __init__(self, site_file: Path, stop: threading.Event) -> None:
         site = Site.read(site_file)
         self._fleet = Fleet.of(site)
-        open_desk(site)  # keeps every other process out as long as this one lives
+        runtime = Runtime()
+        runtime.open_site(site)  # keeps every other process out as long as this one lives
+        self._app = make_app(runtime)
         self._config = {"site": str(site_file.resolve())}
         self._folder, self._stop = site.private("link"), stop
         self._errand = Errand(self._folder)
@@ -199,7 +201,7 @@ class Node:
                 return None
             self._introduce(message)
             context = Context(letter.run, self._number or 0, dict(self._config), RecordDict(), {})
-            return app(message, context)
+            return self._app(message, context)
         except LinkError:
             raise
         except ContractError as ex:

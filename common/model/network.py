@@ -1,7 +1,6 @@
 """The study's network, built the same way by every party."""
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 from torch import Tensor, nn
 
@@ -53,19 +52,10 @@ class Network:
 def assemble(study: Study, weights: str) -> Network:
     """The network of `study` from `weights` (`DEFAULT`, `none` or a file on this machine).
 
-    Returns:
-      The one network of this process for these arguments: whoever uses it loads its tensors first.
-
     Raises:
       StudyError: unknown backbone or impossible `unfreeze`.
       BackboneError: the weights are missing or belong to another architecture.
     """
-    return _assemble(study.proposal(), weights)
-
-
-@lru_cache(maxsize=1)
-def _assemble(proposal: str, weights: str) -> Network:
-    study = Study.model_validate_json(proposal)
     backbone = backbones.get(study.model.backbone)
     if study.images.size:
         backbone.check_size(study.images.size)

@@ -19,9 +19,9 @@ from typing import Any, Literal
 import torch
 from torch.utils.data import TensorDataset
 
-from client.app import app as client_app
+from client.app import make_app
 from client.data.image_folder import ImageFolder
-from client.session import open_session
+from client.runtime import Runtime
 from client.site import Site
 from common.config.study import Study
 from common.errors import RunError
@@ -188,7 +188,7 @@ def _ours(task: Task, lap: Lap) -> dict[str, Any]:
     study, data = task.study, ImageFolder(root=task.images)
     one = data.records(study.classes)[0].patient
     with TemporaryDirectory(dir=task.images.parent) as scratch:
-        folder = Path(scratch) / "run"
+        folder, runtime = Path(scratch) / "run", Runtime()
         RunFolder.claim(folder).begin(study)
         # What a study costs before its first image is paid at a hospital with one image.
         # On all cores, as the tutorials are.
@@ -198,22 +198,23 @@ def _ours(task: Task, lap: Lap) -> dict[str, Any]:
             Hospital(name="b", data=data, site=site),
         ]
         first, hospital = virtual_sites.settle(found, study, folder, Path(scratch) / "cache")
-        virtual_sites.prepare([first], study)
+        virtual_sites.prepare([first], study, runtime)
         lap("open")
-        virtual_sites.prepare([hospital], study)
+        virtual_sites.prepare([hospital], study, runtime)
         lap("cache")
-        session = open_session(hospital, study.id)
-        watched = _Watched(lap, study.train.rounds)
+        session = runtime.open_session(hospital, study.id)
+        watched = _Watched(make_app(runtime), lap, study.train.rounds)
         simulate(server_app, watched.app, [hospital], folder)
         lap("finish")
-    recipe = session.recipe
+    recipe = session.prepared.recipe
     return {"bytes": watched.bytes, "activations": recipe.activations, "dtype": recipe.dtype}
 
 
 class _Watched:
     """The real ClientApp; a round ends where the next message arrives."""
 
-    def __init__(self, lap: Lap, rounds: int) -> None:
+    def __init__(self, client: Any, lap: Lap, rounds: int) -> None:
+        self._client = client
         self._lap, self._labels = lap, iter(["join", *["round"] * rounds])
         self.bytes = 0
         self.app: Any = self._answer  # called as Flower's own class is
@@ -222,7 +223,7 @@ class _Watched:
         kind = message.metadata.message_type
         if kind != "query":
             self._lap(next(self._labels))
-        reply = client_app(message, context)
+        reply = self._client(message, context)
         if kind == "train":
             self.bytes = _payload(message) + _payload(reply)
         return reply

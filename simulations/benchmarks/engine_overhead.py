@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from rich.progress import track
 
-from client.app import app as client_app
+from client.app import make_app
 from client.data.npz import Npz
-from client.session import close_sessions
+from client.runtime import Runtime
 from client.training import trainer
 from common.config.study import Study
 from common.errors import StudyError
@@ -74,12 +74,13 @@ def measure(sites: int, rounds: int) -> Cost:
         folder.begin(study)
         found = [Hospital(name=f"s{i}", data=_data(Path(scratch), i)) for i in range(sites)]
         files = virtual_sites.settle(found, study, folder.path, Path(scratch) / "cache")
-        virtual_sites.prepare(files, study)
+        runtime = Runtime()
+        virtual_sites.prepare(files, study, runtime)
         reporter = _Laps(folder, spent)
         began = time.perf_counter()
-        Run(InProcessGrid(client_app, files), folder, reporter).go()
+        Run(InProcessGrid(make_app(runtime), files), folder, reporter).go()
         whole = time.perf_counter() - began
-        close_sessions()
+        runtime.close()
     works = [after - before for before, after in pairwise(reporter.works)]
     each = 1000 / sites
     return Cost(each * median(reporter.rounds), each * median(works), whole, tuple(reporter.memory))

@@ -8,9 +8,8 @@ from pathlib import Path
 import torch
 from flwr.app import Context, Message
 
-from client.app import app as client_app
 from client.app import site_file
-from client.session import Session, open_session
+from client.session import Session
 from client.site import Site
 from common.config.study import Study
 from common.model.weights import LARGEST
@@ -53,6 +52,7 @@ class Poisoned(InProcess):
     """All in this process, with the real ClientApp; but some hospitals lie."""
 
     def __init__(self, lies: Lies) -> None:
+        super().__init__()
         self._lies = lies
 
     def run(self, site_files: Sequence[Path], folder: Path) -> None:
@@ -64,20 +64,23 @@ class Poisoned(InProcess):
         self.forget()  # none is mislabelled twice
         for path in site_files:
             if names[path] in self._lies.mislabels:
-                _mislabel(open_session(path, study.id), study)
+                _mislabel(self.runtime.open_session(path, study.id), study)
 
         def app(message: Message, context: Context) -> Message:
-            reply = client_app(message, context)
+            reply = self.app(message, context)
             trained = message.metadata.message_type == "train" and not reply.has_error()
             if trained and names[site_file(context)] in self._lies.scales:
                 _scale(message, reply, self._lies.factor)
             return reply
 
-        simulate(server_app, app, site_files, folder)
+        try:
+            simulate(server_app, app, site_files, folder)
+        finally:
+            self.runtime.close_sites()
 
 
 def _mislabel(session: Session, study: Study) -> None:
-    labels = session.examples["train"].labels
+    labels = session.prepared.examples["train"].labels
     labels.copy_((labels + 1) % len(study.classes))
 
 

@@ -50,6 +50,7 @@ class Ray(InProcess):
             where, expected = "--engine ray", "Ray, an optional extra"
             remedy = "In the checkout: .venv/bin/pip install -c constraints.txt -e '.[dev,ray]'"
             raise RunError(where, expected=expected, got="none installed", remedy=remedy) from None
+        super().__init__()
         self._address = address
 
     def prepare(self, site_files: Sequence[Path], study: Study) -> None:

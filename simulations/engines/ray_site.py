@@ -12,8 +12,14 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flwr.app import Context, Message
+
+if TYPE_CHECKING:
+    from flwr.clientapp import ClientApp
+
+    from client.runtime import Runtime
 
 PACKAGES = ("common", "client", "server", "simulations")
 """Those that a hospital's process imports."""
@@ -38,19 +44,27 @@ class Hospitals:
         """What the hospital replies; texts of errors go to its own log, in its state folder."""
         if fingerprint() != self.code:
             raise ImportError("this process has imported other code than the simulation's")
-        from client.app import app
-        from client.ledger.desk import close_desks
-        from client.session import close_sessions
         from simulations.engines.grid import answer
 
+        app, runtime = resident()
         site_file = self.site_files[int(context.node_config["partition-id"])]
         context.node_config["site"] = site_file
         try:
             with _log_of(Path(site_file)):
                 return answer(app, message, context)
         finally:
-            close_desks()
-            close_sessions(beyond=_KEPT)
+            runtime.close_sites()
+            runtime.close_sessions(beyond=_KEPT)
+
+
+@cache
+def resident() -> "tuple[ClientApp, Runtime]":
+    """The app of this process and what it keeps open: Flower's actors keep nothing for us."""
+    from client.app import make_app
+    from client.runtime import Runtime
+
+    runtime = Runtime()
+    return make_app(runtime), runtime
 
 
 @contextmanager

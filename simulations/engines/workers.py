@@ -19,16 +19,15 @@ from typing import Any
 
 import torch
 
-from client.app import app as client_app
-from client.session import close_sessions
+from client.runtime import Runtime
 from common.config.study import Study
 from common.errors import RunError
 from server.app import app as server_app
-from simulations.engines.grid import Letter, RemoteGrid, answer_bytes, serve
-from simulations.sites import virtual_sites
+from simulations.engines.base import InProcess
+from simulations.engines.grid import Letter, RemoteGrid, serve
 
 Job = tuple[Callable[..., Any], *tuple[Any, ...]]
-"""A function that a worker can import, and its arguments."""
+"""A method of the `InProcess` that a worker holds, and its arguments."""
 
 _SPAWN = get_context("spawn")  # a fork would copy locked locks, and a GPU in use
 
@@ -42,12 +41,13 @@ class Workers:
 
     def __init__(self, count: int) -> None:
         self._count = count
+        self.runtime = Runtime()
         self._workers: list[_Worker] = []
 
     def prepare(self, site_files: Sequence[Path], study: Study) -> None:
         """Every image decoded, and through the frozen layers; the first error ends it."""
         shared = self._shared(site_files)
-        jobs = [[(virtual_sites.prepare, [path], study) for path in own] for own in shared]
+        jobs = [[(InProcess.prepare, [path], study) for path in own] for own in shared]
         self._do(jobs, "Start again; prepared images are kept")
 
     def run(self, site_files: Sequence[Path], folder: Path) -> None:
@@ -62,7 +62,7 @@ class Workers:
 
     def forget(self) -> None:
         """Close the sessions of every worker."""
-        self._do([[(close_sessions,)]] * len(self._workers), "Start again")
+        self._do([[(InProcess.forget,)]] * len(self._workers), "Start again")
 
     def close(self) -> None:
         """End every worker now, whatever it does; others start when needed."""
@@ -184,13 +184,14 @@ def _work(line: Connection) -> None:
     """Do one job after the other; what is logged goes along the line."""
     Thread(target=_leave_with_parent, daemon=True).start()
     torch.set_num_threads(1)
+    engine = InProcess()
     logging.getLogger().addHandler(_Told(line))
     logging.getLogger().setLevel(logging.INFO)  # the process that shows it shows less
     with suppress(EOFError, ConnectionError):
         while True:
             work, *arguments = line.recv()
             try:
-                result = work(*arguments)
+                result = work(engine, *arguments)
             except Exception as ex:
                 ex.add_note(f"In a worker:\n{format_exc()}")
                 result = ex
@@ -221,8 +222,4 @@ def _leave_with_parent() -> None:
 
 
 def _answering(letter: Letter) -> Job:
-    return _answer, letter.site, letter.data()
-
-
-def _answer(site_file: Path, message: bytes) -> bytes:
-    return answer_bytes(client_app, site_file, message)
+    return InProcess.answer, letter.site, letter.data()

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from client.consent.cohort import cut, patients
-from client.consent.proposals import remember
+from client.consent.cohort import count_patients, cut_records
+from client.consent.proposals import keep_proposal
 from client.data.registry import Data, guess
 from client.ledger.ledger import read
 from client.ledger.spending import Account
-from client.session import open_session
+from client.runtime import Runtime
 from client.site import Site
 from common.config.study import NAME, Study
 from common.config.yaml import dump
@@ -158,22 +158,22 @@ def _write(hospital: Hospital, study: Study, folder: Path, cache: Path) -> Path:
     site = Site.read(path)
     files.write(site.private() / "secret", secret, 0o600)
     if study.private and site.data.enrolled_patients is None:  # a real hospital declares it
-        training = patients(cut(site, study).train)
+        training = count_patients(cut_records(site, study).train)
         files.write(path, dump(content | {"data": data | {"enrolled_patients": max(training, 1)}}))
     return path
 
 
-def prepare(site_files: Sequence[Path], study: Study) -> None:
+def prepare(site_files: Sequence[Path], study: Study, runtime: Runtime) -> None:
     """Open every hospital's session, so that what is wrong with its data is said here and now.
 
     A hospital whose policy refuses the study is left to refuse it at join.
     """
     for path in site_files:
         site = Site.read(path)
-        remember(site, study.proposal())
+        keep_proposal(site, study.proposal())
         log.info("%s", site.name)
         with suppress(RefusedError):
-            open_session(path, study.id)
+            runtime.open_session(path, study.id)
 
 
 def census(site_files: Sequence[Path], study: Study) -> Census:
@@ -181,7 +181,7 @@ def census(site_files: Sequence[Path], study: Study) -> Census:
     counts: Census = {}
     for path in site_files:
         site = Site.read(path)
-        parts = cut(site, study)
+        parts = cut_records(site, study)
         counts[site.name] = {
             part: [
                 sum(r.label == k for r in getattr(parts, part)) for k in range(len(study.classes))

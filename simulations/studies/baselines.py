@@ -12,7 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from client.features.precision import settled
-from client.session import Session, open_session
+from client.runtime import Runtime
+from client.session import Session
 from client.training import trainer
 from client.training.dataset import Examples
 from common.config.study import Study
@@ -26,7 +27,7 @@ from server.runs.results import Results
 log = logging.getLogger(__name__)
 
 
-def references(study: Study, site_files: Sequence[Path]) -> Results:
+def references(study: Study, site_files: Sequence[Path], runtime: Runtime) -> Results:
     """Test counts per site of local and pooled training, on the federation's own test patients.
 
     As coarse as the site discloses them; sites that disclose none are left out.
@@ -34,12 +35,12 @@ def references(study: Study, site_files: Sequence[Path]) -> Results:
     sessions = []
     for path in site_files:
         with suppress(RefusedError):  # it took no part in the federation either
-            sessions.append(open_session(path, study.id))
-    training = [session for session in sessions if session.site.role == "train"]
+            sessions.append(runtime.open_session(path, study.id))
+    training = [session for session in sessions if session.prepared.site.role == "train"]
     local: dict[str, Counts] = {}
     for session in training:
-        log.info("local: %s", session.site.name)
-        model = _alone(study, [session], session.site.name)
+        log.info("local: %s", session.prepared.site.name)
+        model = _alone(study, [session], session.prepared.site.name)
         local |= _tested([session], model)
     log.info("pooled: %d sites", len(training))
     model = _alone(study, training, "pooled")
@@ -48,22 +49,24 @@ def references(study: Study, site_files: Sequence[Path]) -> Results:
 
 def _tested(sessions: Sequence[Session], model: Tensors) -> dict[str, Counts]:
     return {
-        session.site.name: session.disclosure.coarse(session.evaluate(model, "test"))
+        session.prepared.site.name: session.prepared.offer.disclosure.coarse(
+            session.evaluate(model, "test")
+        )
         for session in sessions
-        if session.disclosure.metrics != "none"
+        if session.prepared.offer.disclosure.metrics != "none"
     }
 
 
 def _alone(study: Study, sessions: Sequence[Session], name: str) -> Tensors:
     """Train on the patients of `sessions` as one site; the tensors after the last round."""
-    network = sessions[0].network
+    network = sessions[0].prepared.network
     plan = study.train
     if plan.local_steps:  # as many steps as these sites take in a round of the federation
         plan = plan.model_copy(update={"local_steps": plan.local_steps * len(sessions)})
-    examples = _joined([session.examples["train"] for session in sessions])
+    examples = _joined([session.prepared.examples["train"] for session in sessions])
     network.load(first_tensors(study, network))
     for number in range(1, plan.rounds + 1):
-        with settled(sessions[0].site.threads):
+        with settled(sessions[0].prepared.site.threads):
             trainer.train(
                 network.split.suffix,
                 examples,

@@ -73,7 +73,7 @@ def start(
         _comparable(Study.read(study_file, changes))
     if not seeds:
         run = _new(Study.read(study_file, changes), source, folder, cache, engine)
-        _conclude(run, compare=compare)
+        _conclude(run, engine, compare=compare)
         return
     studies = [Study.read(study_file, (*changes, f"seed={seed}")) for seed in seeds]
     series(studies, source, folder, cache, engine, compare=compare)
@@ -117,7 +117,7 @@ def series(
         try:
             run = _complete(study, source, paths[-1], cache, engine)
             if results:
-                _conclude(run, compare=compare)
+                _conclude(run, engine, compare=compare)
         except RunError as ex:
             raise RunError(f"{name}: {ex}") from None
         engine.forget()
@@ -193,7 +193,7 @@ def resume(folder: Path, study: Study | None, engine: Engine, *, compare: bool) 
     if compare:
         _comparable(run.study)
     _go_on(run, engine)
-    _conclude(run, compare=compare)
+    _conclude(run, engine, compare=compare)
 
 
 def _go_on(run: RunFolder, engine: Engine) -> None:
@@ -242,12 +242,12 @@ def _show_census(study: Study, told: Census) -> None:
         console.print(f"and {more} more", style="dim")
 
 
-def _conclude(run: RunFolder, *, compare: bool) -> None:
+def _conclude(run: RunFolder, engine: Engine, *, compare: bool) -> None:
     """Show, and where asked complete, the results of a finished run."""
     study, site_files = run.study, hospitals.settled(run.path)
     results, facts = read_results(run.path, len(study.classes))
     if compare and len(results) == 1:
-        results = {**alone.references(study, site_files), **results}
+        results = {**alone.references(study, site_files, engine.runtime), **results}
         write_results(run, results, **facts)
     summary.picture(study, results, run.path / "comparison.png")
     show_results(results, study.classes, facts.get("withheld", {}), run.path)

@@ -13,16 +13,13 @@ import torch
 from flwr.app import ConfigRecord, MessageType, RecordDict
 from PIL import Image
 
-from client.app import app
+from client import runtime
 from client.consent import exclusions
 from client.data.records import FileImage
-from client.ledger import desk
-from client.ledger.desk import close_desks, open_desk
 from client.ledger.entries import Release, Sent
 from client.ledger.ledger import Ledger, read
 from client.ledger.release import Reply, release
 from client.privacy.parameters import Privacy
-from client.session import close_sessions, open_session
 from client.site import Site
 from common.config.study import Study
 from common.config.yaml import dump
@@ -30,7 +27,7 @@ from common.flower.compat import recorddict_to_proto
 from common.model.contract import digest
 from common.protocol import wire
 from simulations.engines.grid import InProcessGrid
-from tests.kit import another, limited
+from tests.kit import RUNTIME, another, client_app, limited
 
 CLASSES = ("dark", "bright")
 # Found nowhere by chance.
@@ -42,8 +39,8 @@ COARSE = {"disclose": {"counts": "rounded", "metrics": "final"}}
 def _own_desks():
     """Each test is a process of its own as far as open sites go."""
     yield
-    close_desks()
-    close_sessions()
+    RUNTIME.close_sites()
+    RUNTIME.close_sessions()
 
 
 @pytest.fixture
@@ -84,7 +81,7 @@ class Server:
 
     def __init__(self, site_file, wanted):
         self.file, self.study = site_file, wanted
-        self.grid = InProcessGrid(app, [site_file])
+        self.grid = InProcessGrid(client_app, [site_file])
         self.session = None
 
     def send(self, content, kind):
@@ -96,12 +93,12 @@ class Server:
     def join(self):
         reply = self.send(wire.JoinRequest(proposal=self.study.proposal()).record(), "query")
         if not reply.has_error():
-            self.session = open_session(self.file, self.study.id)
+            self.session = RUNTIME.open_session(self.file, self.study.id)
         return reply
 
     def model(self, seed=0):
         torch.manual_seed(seed)
-        shapes = self.session.network.shapes
+        shapes = self.session.prepared.network.shapes
         return {name: torch.randn(shape) * 0.01 for name, shape in shapes.items()}
 
     def round(self, number=1, seed=0, **changes):
@@ -161,7 +158,7 @@ def test_what_arrives_is_what_the_ledger_says_left_byte_for_byte(tmp_path):
         ("final", None),
     ]
     assert {line.release.study for line in lines} == {server.study.id}
-    shapes = server.session.network.shapes
+    shapes = server.session.prepared.network.shapes
     assert [line.contents.tensors for line in lines] == [{}, shapes, shapes, {}]
     received = [line.release.received for line in lines]
     assert received[:3] == [None, digest(server.model(0)), digest(server.model(1))]
@@ -237,7 +234,7 @@ def test_a_second_process_is_refused_and_told_no_more(tmp_path, caplog):
 
 @pytest.mark.usefixtures("quick")
 def test_many_sites_of_one_process_hold_few_files_and_forget_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(desk, "_AWAKE", 2)
+    monkeypatch.setattr(runtime, "_AWAKE", 2)
     servers = [Server(hospital(tmp_path / f"s{i}"), study()) for i in range(5)]
     for server in servers:
         server.join()
@@ -252,7 +249,7 @@ def test_many_sites_of_one_process_hold_few_files_and_forget_nothing(tmp_path, m
 
 @pytest.mark.usefixtures("quick")
 def test_who_writes_while_a_site_rests_is_noticed(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(desk, "_AWAKE", 1)
+    monkeypatch.setattr(runtime, "_AWAKE", 1)
     one, other = (Server(hospital(tmp_path / f"s{i}"), study()) for i in range(2))
     one.join(), other.join()
     with another(partial(Ledger, state(one))):
@@ -290,7 +287,7 @@ def test_a_thousand_questions_get_no_more_than_was_agreed(tmp_path):
             assert not counts["positive"]
             assert all(n % 10 == 0 for n in counts["confusion"][1::2])
     # The next process knows which end there was.
-    close_desks()
+    RUNTIME.close_sites()
     assert server.final(7).error.reason == "contract"
 
 
@@ -320,7 +317,7 @@ def test_sealed_replies_of_a_study_that_ended_go_at_the_next_join(server):
             clip_norm=1.0,
         )
         what = Release(study=of, name="x", kind="round", round=1, privacy=privacy)
-        open_site = open_desk(site)
+        open_site = RUNTIME.open_site(site)
         release(open_site.ledger, open_site.outbox, what, lambda: Reply(os.urandom(9), {}))
 
     seal(server.study.id)

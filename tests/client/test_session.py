@@ -18,12 +18,10 @@ import torch
 from flwr.app import Context, Message, RecordDict
 from PIL import Image
 
-from client.app import app
-from client.consent.cohort import cut
-from client.consent.proposals import remember
+from client.consent.cohort import cut_records
+from client.consent.proposals import keep_proposal
 from client.data import npz
-from client.features.store import opened
-from client.session import Session, close_sessions, open_session
+from client.preparation import Workspace
 from client.site import Site
 from common.config.study import Study
 from common.config.yaml import dump
@@ -37,6 +35,7 @@ from common.errors import (
 )
 from common.flower.compat import TaskIdentity
 from common.protocol.wire import JoinRequest, LedgerHead
+from tests.kit import RUNTIME, client_app, session_of
 
 pytestmark = pytest.mark.numbers
 
@@ -92,10 +91,10 @@ def break_images(folder):
 
 def run(session, number=1):
     """One whole round: evaluate, train, evaluate what came out."""
-    initial = session.network.initial
+    initial = session.prepared.network.initial
     before = session.evaluate(initial, "validation")
     loss = session.train(initial, number, 0.0)
-    tensors = {name: tensor.clone() for name, tensor in session.network.tensors.items()}
+    tensors = {name: tensor.clone() for name, tensor in session.prepared.network.tensors.items()}
     return before, loss, tensors, session.evaluate(tensors, "test")
 
 
@@ -115,8 +114,8 @@ def test_what_it_joins_with_is_what_the_folder_holds(tmp_path):
     ]
     augment = {"views": 3, "ops": ["flip", "rotate"]}
     wanted = study(images={"size": 64, "augment": augment})
-    session = Session(site(tmp_path, rows), wanted)
-    reply = session.joined(HEAD, [])
+    session = session_of(site(tmp_path, rows), wanted)
+    reply = session.join(HEAD, [])
     assert (reply.name, reply.role, reply.ledger) == ("ward", "train", HEAD)
     assert reply.patients.model_dump() == {"train": 2, "validation": 1, "test": 2}
     assert reply.images.model_dump() == {
@@ -124,15 +123,15 @@ def test_what_it_joins_with_is_what_the_folder_holds(tmp_path):
         "validation": (0, 1, 0),
         "test": (2, 0, 1),
     }
-    assert reply.contract == session.network.contract
+    assert reply.contract == session.prepared.network.contract
     assert set(reply.versions.model_dump()) == {"python", "flwr", "torch", "torchvision", "numpy"}
     # Views are not images, and only training has them.
-    assert {part: len(data) for part, data in session.examples.items()} == {
+    assert {part: len(data) for part, data in session.prepared.examples.items()} == {
         "train": 4,
         "validation": 1,
         "test": 3,
     }
-    assert [data.prepared.views for data in session.examples.values()] == [3, 1, 1]
+    assert [data.prepared.views for data in session.prepared.examples.values()] == [3, 1, 1]
     before, _, _, after = run(session)
     assert before.confusion.sum(1).tolist() == [0, 1, 0]
     assert after.confusion.sum(1).tolist() == [2, 0, 1]
@@ -151,19 +150,19 @@ def test_a_phantom_hospital_is_cut_by_patient_and_learns(phantoms, tmp_path):
         train={"rounds": 3, "local_epochs": 8, "lr": 3e-3},
         holdout={"validation": 0.2, "test": 0.3},
     )
-    session = Session(Site.read(tmp_path / "site.yaml"), wanted)
-    reply = session.joined(HEAD, [])
+    session = session_of(Site.read(tmp_path / "site.yaml"), wanted)
+    reply = session.join(HEAD, [])
     assert sum(reply.patients.model_dump().values()) == len({row["patient"] for row in table})
     total = Counter(row["label"] for row in table)
     summed = np.sum(list(reply.images.model_dump().values()), axis=0)
     assert dict(zip(wanted.classes, summed.tolist(), strict=True)) == total
-    parts = cut(session.site, wanted)
+    parts = cut_records(session.site, wanted)
     ids = [{r.patient for r in part} for part in (parts.train, parts.validation, parts.test)]
     assert len(ids[0] | ids[1] | ids[2]) == sum(map(len, ids))
-    assert list(map(len, ids)) == list(session.patients.values())
-    start = session.evaluate(session.network.initial, "train")
-    session.train(session.network.initial, 1, 0.0)
-    tensors = {name: tensor.clone() for name, tensor in session.network.tensors.items()}
+    assert tuple(map(len, ids)) == session.prepared.offer.patients.all
+    start = session.evaluate(session.prepared.network.initial, "train")
+    session.train(session.prepared.network.initial, 1, 0.0)
+    tensors = {name: tensor.clone() for name, tensor in session.prepared.network.tensors.items()}
     end = session.evaluate(tensors, "train")
     assert end.n == start.n == sum(reply.images.train)
     assert end.loss_sum < 0.85 * start.loss_sum
@@ -173,8 +172,8 @@ def test_a_phantom_hospital_is_cut_by_patient_and_learns(phantoms, tmp_path):
 
 
 def test_one_patient_is_enough(tmp_path):
-    session = Session(site(tmp_path, [("grey", "only", "")]), study())
-    assert session.joined(HEAD, []).patients.model_dump() == {
+    session = session_of(site(tmp_path, [("grey", "only", "")]), study())
+    assert session.join(HEAD, []).patients.model_dump() == {
         "train": 1,
         "validation": 0,
         "test": 0,
@@ -182,13 +181,13 @@ def test_one_patient_is_enough(tmp_path):
     before, loss, tensors, after = run(session)
     assert (before.n, after.n) == (0, 0)
     assert loss == pytest.approx(np.log(3), rel=1e-4)
-    assert any(not torch.equal(tensors[n], session.network.initial[n]) for n in tensors)
+    assert any(not torch.equal(tensors[n], session.prepared.network.initial[n]) for n in tensors)
 
 
 def test_a_part_without_patients_has_no_counts(tmp_path):
     rows = [("dark", "a", "train"), ("bright", "b", "train"), ("grey", "c", "test")]
-    session = Session(site(tmp_path, rows), study())
-    assert session.joined(HEAD, []).images.validation == (0, 0, 0)
+    session = session_of(site(tmp_path, rows), study())
+    assert session.join(HEAD, []).images.validation == (0, 0, 0)
     before, _, _, after = run(session)
     assert (before.n, after.n) == (0, 1)
 
@@ -196,18 +195,18 @@ def test_a_part_without_patients_has_no_counts(tmp_path):
 def test_nobody_to_train_on_is_refused_with_a_remedy(tmp_path):
     held_out = site(tmp_path, [("dark", "a", "test"), ("grey", "b", "validation")])
     with pytest.raises(DataError, match=r"training patient, got 0.*role: evaluate"):
-        Session(held_out, study())
+        session_of(held_out, study())
     all_broken = site(tmp_path / "broken", patients(3))
     break_images(tmp_path / "broken")
     with pytest.raises(DataError, match=r"training patient, got 0"):
-        Session(all_broken, study(images={"size": 64, "unreadable": "skip"}))
+        session_of(all_broken, study(images={"size": 64, "unreadable": "skip"}))
 
 
 def test_a_class_nobody_has_here_is_fine(tmp_path):
     rows = [("dark", "a", ""), ("bright", "b", ""), ("dark", "c", "")]
     how = {"rounds": 3, "imbalance": "weighted"}
-    session = Session(site(tmp_path, rows), study(train=how))
-    assert session.joined(HEAD, []).images.train == (2, 0, 1)
+    session = session_of(site(tmp_path, rows), study(train=how))
+    assert session.join(HEAD, []).images.train == (2, 0, 1)
     _, loss, tensors, _ = run(session)
     assert np.isfinite(loss)
     assert all(tensor.isfinite().all() for tensor in tensors.values())
@@ -217,17 +216,17 @@ def test_a_class_nobody_has_here_is_fine(tmp_path):
 def test_a_site_that_only_evaluates_holds_out_everyone(tmp_path, split):
     rows = [(label, patient, split) for label, patient, _ in patients(7)]
     policy = {"min_patients": 100}  # of training patients: there are none to protect
-    session = Session(site(tmp_path, rows, role="evaluate", policy=policy), study())
-    reply = session.joined(HEAD, [])
+    session = session_of(site(tmp_path, rows, role="evaluate", policy=policy), study())
+    reply = session.join(HEAD, [])
     assert (reply.role, reply.images.train) == ("evaluate", (0, 0, 0))
     assert reply.patients.model_dump() == {"train": 0, "validation": 0, "test": 7}
-    assert session.evaluate(session.network.initial, "test").n == 7
+    assert session.evaluate(session.prepared.network.initial, "test").n == 7
 
 
 def test_labels_outside_the_study_are_named_and_counted(tmp_path):
     rows = [("dark", "a", ""), ("blue", "b", ""), ("blue", "c", ""), ("red", "d", "")]
     with pytest.raises(DataError, match=r"dark, grey, bright.*'blue' \(2\), 'red' \(1\)"):
-        Session(site(tmp_path, rows), study())
+        session_of(site(tmp_path, rows), study())
 
 
 # --- refusals come before any image is opened or backbone loaded ---
@@ -247,15 +246,15 @@ def test_policy_refuses_before_it_looks(tmp_path, policy, why):
     # Neither could the images be read, nor the weights be found.
     model = {"backbone": "shufflenet_v2_x0_5", "weights": "lost.pth", "unfreeze": "last:1"}
     with pytest.raises(RefusedError, match=why):
-        Session(hospital, study(model=model))
+        session_of(hospital, study(model=model))
     assert not (hospital.state / "cache").exists()
 
 
 def test_policy_that_is_met_does_not_refuse(tmp_path):
     policy = {"unfreeze": ["head", "last:1"], "min_patients": 3}
     model = {"backbone": "shufflenet_v2_x0_5", "weights": "none", "unfreeze": "last:1"}
-    session = Session(site(tmp_path, patients(3), policy=policy), study(model=model))
-    assert session.joined(HEAD, []).images.train == (1, 1, 1)
+    session = session_of(site(tmp_path, patients(3), policy=policy), study(model=model))
+    assert session.join(HEAD, []).images.train == (1, 1, 1)
 
 
 @pytest.mark.parametrize("keys", [{}, {"weights": "empty"}])
@@ -265,7 +264,7 @@ def test_missing_weights_name_the_sites_own_key(tmp_path, keys):
     break_images(tmp_path)
     model = {"backbone": "shufflenet_v2_x0_5", "weights": "/coordinator/only/lost.pth"}
     with pytest.raises(BackboneError) as refused:
-        Session(hospital, study(model=model))
+        session_of(hospital, study(model=model))
     text = str(refused.value)
     assert text.startswith(f"{hospital.source}: weights: expected a folder with lost.pth, got ")
     assert "coordinator" not in text
@@ -275,7 +274,7 @@ def test_missing_weights_name_the_sites_own_key(tmp_path, keys):
 def test_an_impossible_depth_is_the_studys_mistake(tmp_path):
     model = {"backbone": "shufflenet_v2_x0_5", "weights": "none", "unfreeze": "last:9"}
     with pytest.raises(StudyError, match="last:5"):
-        Session(site(tmp_path, patients(3)), study(model=model))
+        session_of(site(tmp_path, patients(3)), study(model=model))
 
 
 # --- unreadable images ---
@@ -287,7 +286,7 @@ def test_unreadable_images_are_refused_unless_the_study_skips_them(tmp_path):
     hospital = site(tmp_path, rows)
     (tmp_path / "1.png").write_bytes(b"not an image")
     with pytest.raises(DataError, match=r"1 of 3 images.*1\.png"):
-        Session(hospital, study())
+        session_of(hospital, study())
 
 
 def test_skipping_keeps_each_row_beside_its_label(tmp_path, caplog):
@@ -298,15 +297,15 @@ def test_skipping_keeps_each_row_beside_its_label(tmp_path, caplog):
     # With everything unfrozen rows are pixels: their brightness tells their label.
     model = {"backbone": "shufflenet_v2_x0_5", "weights": "none", "unfreeze": "all"}
     with caplog.at_level(logging.WARNING):
-        session = Session(hospital, study(images=images, model=model))
+        session = session_of(hospital, study(images=images, model=model))
     assert "5 of 14 images" in caplog.text
-    data = session.examples["train"]
+    data = session.prepared.examples["train"]
     assert len(data) == 9
     for i, label in enumerate(data.labels.tolist()):
         for view in range(3):
             light = data.prepared.rows[torch.tensor([3 * i + view])].float().mean()
             assert abs(light - LIGHT[CLASSES[label]]) < 20
-    reply = session.joined(HEAD, [])
+    reply = session.join(HEAD, [])
     assert reply.patients.train == 9
     assert reply.images.train == (3, 2, 4)
 
@@ -315,10 +314,10 @@ def test_skipped_images_do_not_count_towards_the_policys_least(tmp_path):
     hospital = site(tmp_path, patients(5), policy={"min_patients": 4})
     skip = study(images={"size": 64, "unreadable": "skip"})
     (tmp_path / "0.png").write_bytes(b"not an image")
-    assert Session(hospital, skip).joined(HEAD, []).patients.train == 4
+    assert session_of(hospital, skip).join(HEAD, []).patients.train == 4
     (tmp_path / "1.png").write_bytes(b"not an image")
     with pytest.raises(RefusedError, match=r"min_patients.*got 3"):
-        Session(hospital, skip)
+        session_of(hospital, skip)
 
 
 # --- rounds ---
@@ -326,7 +325,7 @@ def test_skipped_images_do_not_count_towards_the_policys_least(tmp_path):
 
 def test_a_round_is_repeatable_and_starts_from_what_was_sent(tmp_path):
     holdout = {"validation": 0.2, "test": 0.2}
-    session = Session(site(tmp_path, patients(20)), study(holdout=holdout))
+    session = session_of(site(tmp_path, patients(20)), study(holdout=holdout))
     _, loss, tensors, _ = run(session)
     session.train(tensors, 2, 0.0)  # must not matter
     _, again, same, _ = run(session)
@@ -339,17 +338,17 @@ def test_a_round_is_repeatable_and_starts_from_what_was_sent(tmp_path):
 def test_sites_draw_their_own_order(tmp_path):
     rows = patients(9)
     (tmp_path / "one").mkdir()
-    one = Session(site(tmp_path / "one", rows), study())
-    other = Session(site(tmp_path / "other", rows, name="clinic"), study())
+    one = session_of(site(tmp_path / "one", rows), study())
+    other = session_of(site(tmp_path / "other", rows, name="clinic"), study())
     first, second = run(one)[2], run(other)[2]
     assert any(not torch.equal(first[name], second[name]) for name in first)
 
 
 def test_the_learning_rate_follows_the_schedule(tmp_path):
     how = {"rounds": 2, "optimizer": "sgd", "momentum": 0.0, "lr": 0.1, "schedule": "cosine"}
-    session = Session(site(tmp_path, patients(4)), study(train=how))
-    bias = next(name for name in session.network.initial if name.endswith("bias"))
-    start = session.network.initial[bias]
+    session = session_of(site(tmp_path, patients(4)), study(train=how))
+    bias = next(name for name in session.prepared.network.initial if name.endswith("bias"))
+    start = session.prepared.network.initial[bias]
     moves = [(run(session, number)[2][bias] - start).norm().item() for number in (1, 2)]
     assert moves[1] == pytest.approx(moves[0] / 2, rel=1e-3)
 
@@ -358,8 +357,8 @@ def test_what_is_kept_may_be_the_hospitals_choice(tmp_path):
     results = {}
     for keep, dtype in (("activations", torch.float32), ("images", torch.uint8)):
         hospital = site(tmp_path / keep, patients(8), keep=keep)
-        session = Session(hospital, study(model={"backbone": "resnet18", "weights": "none"}))
-        assert session.examples["train"].prepared.rows[torch.tensor([0])].dtype == dtype
+        session = session_of(hospital, study(model={"backbone": "resnet18", "weights": "none"}))
+        assert session.prepared.examples["train"].prepared.rows[torch.tensor([0])].dtype == dtype
         results[keep] = run(session)
     (_, loss, cached, _), (_, other, computed, _) = results["activations"], results["images"]
     assert loss == other
@@ -372,9 +371,9 @@ def test_what_it_computes_in_is_the_studys_choice(tmp_path):
     contracts, trained = {}, {}
     for dtype in ("float32", "bfloat16"):
         hospital = site(tmp_path / dtype, patients(8), weights=str(PHANTOM.parent))
-        session = Session(hospital, study(model=model | {"precision": dtype}))
-        contracts[dtype] = session.joined(HEAD, []).contract
-        row = session.examples["train"].prepared.rows[torch.tensor([0])]
+        session = session_of(hospital, study(model=model | {"precision": dtype}))
+        contracts[dtype] = session.join(HEAD, []).contract
+        row = session.prepared.examples["train"].prepared.rows[torch.tensor([0])]
         assert row.dtype == getattr(torch, dtype)
         trained[dtype] = run(session)[2]
     moved = 0.0
@@ -389,17 +388,16 @@ def test_a_device_that_cannot_compute_in_the_studys_precision_refuses(tmp_path):
     hospital = site(tmp_path, patients(3), device="mps")
     model = {"backbone": "shufflenet_v2_x0_5", "weights": "none", "precision": "bfloat16"}
     with pytest.raises(RefusedError) as refused:
-        Session(hospital, study(model=model))
+        session_of(hospital, study(model=model))
     expected = f"{hospital.source}: device: expected one that computes in bfloat16, got mps. Write"
     assert str(refused.value).startswith(expected)
 
 
 def test_a_second_opening_computes_nothing(tmp_path):
     hospital = site(tmp_path, patients(6))
-    first = Session(hospital, study())
+    first = session_of(hospital, study())
     shards = {p: p.stat().st_mtime_ns for p in hospital.cache_folder.rglob("*.safetensors")}
-    opened.cache_clear()
-    again = Session(hospital, study())
+    again = session_of(hospital, study())
     assert {p: p.stat().st_mtime_ns for p in hospital.cache_folder.rglob("*.safetensors")} == shards
     indices = torch.arange(6)
     rows = [s.examples["train"].prepared.rows[indices] for s in (first, again)]
@@ -411,11 +409,11 @@ def test_a_second_opening_computes_nothing(tmp_path):
 
 def test_an_agreed_study_is_remembered_across_processes(tmp_path):
     hospital, wanted = site(tmp_path, patients(3)), study()
-    remember(hospital, wanted.proposal())
-    close_sessions()
-    session = open_session(tmp_path / "site.yaml", wanted.id)
-    assert session.study.id == wanted.id
-    assert open_session(tmp_path / "site.yaml", wanted.id) is session
+    keep_proposal(hospital, wanted.proposal())
+    RUNTIME.close_sessions()
+    session = RUNTIME.open_session(tmp_path / "site.yaml", wanted.id)
+    assert session.prepared.study.id == wanted.id
+    assert RUNTIME.open_session(tmp_path / "site.yaml", wanted.id) is session
     (kept,) = (tmp_path / "state" / "studies").iterdir()
     assert kept.stat().st_mode & 0o777 == 0o600
 
@@ -423,11 +421,11 @@ def test_an_agreed_study_is_remembered_across_processes(tmp_path):
 @pytest.mark.parametrize("spelling", ["zz/{}", "./{}", "../studies/{}", "{}\n", " {}", "{}.json/"])
 def test_a_study_has_one_spelling(tmp_path, spelling):
     hospital, wanted = site(tmp_path, patients(3)), study()
-    remember(hospital, wanted.proposal())
+    keep_proposal(hospital, wanted.proposal())
     (tmp_path / "state" / "studies" / "zz").mkdir()
     with pytest.raises(ContractError, match="not joined"):
-        open_session(tmp_path / "site.yaml", spelling.format(wanted.id))
-    open_session(tmp_path / "site.yaml", wanted.id)
+        RUNTIME.open_session(tmp_path / "site.yaml", spelling.format(wanted.id))
+    RUNTIME.open_session(tmp_path / "site.yaml", wanted.id)
 
 
 def test_a_session_keeps_no_image(tmp_path):
@@ -440,26 +438,26 @@ def test_a_session_keeps_no_image(tmp_path):
     np.savez(tmp_path / "pool.npz", **arrays)
     hospital = site(tmp_path, patients(3), data={"format": "npz", "root": "pool.npz"})
     pool = weakref.ref(hospital.data.records(CLASSES)[0].image.array.base)
-    session = Session(hospital, study())
+    session = session_of(hospital, study())
     assert pool() is not None
     npz._arrays.cache_clear()
     gc.collect()
     assert pool() is None
-    assert session.joined(HEAD, []).patients.train == 6
+    assert session.join(HEAD, []).patients.train == 6
 
 
 @pytest.mark.parametrize("name", ["0123456789abcdef", "", "../../site", "../secret"])
 def test_a_study_never_joined_is_not_opened(tmp_path, name):
     site(tmp_path, patients(3))
     with pytest.raises(ContractError, match="not joined"):
-        open_session(tmp_path / "site.yaml", name)
+        RUNTIME.open_session(tmp_path / "site.yaml", name)
 
 
 @pytest.mark.parametrize("proposal", ["", "{}", "[1]", '{"name": "x", "extra": 1}'])
 def test_a_proposal_that_is_no_study_is_refused_and_not_kept(tmp_path, proposal):
     hospital = site(tmp_path, patients(1))
     with pytest.raises(ContractError, match="not a valid study"):
-        remember(hospital, proposal)
+        keep_proposal(hospital, proposal)
     assert not hospital.state.exists()
 
 
@@ -467,7 +465,7 @@ def test_a_state_folder_that_cannot_be_made_is_the_sites_mistake(tmp_path):
     (tmp_path / "file").touch()
     hospital = site(tmp_path, patients(3), state="file/state")
     with pytest.raises(SiteError, match=r"site\.yaml: state"):
-        Session(hospital, study())
+        session_of(hospital, study())
 
 
 def test_a_full_disk_is_the_sites_mistake(tmp_path):
@@ -477,7 +475,7 @@ def test_a_full_disk_is_the_sites_mistake(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (16, hard))
     try:
         with pytest.raises(SiteError, match=r"site\.yaml: state: .*Free space"):
-            remember(hospital, study().proposal())
+            keep_proposal(hospital, study().proposal())
         with pytest.raises(SiteError, match=r"secret: .*Free space"):
             hospital.secret()
     finally:
@@ -493,7 +491,7 @@ def test_only_a_code_leaves_a_node_without_a_site_file(node):
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
     message = Message(JoinRequest(proposal=study().proposal()).record(), 1, "query")
     message.metadata.__dict__["_message_id"] = "m"
-    reply = app(message, Context(1, 1, node, RecordDict(), {}))
+    reply = client_app(message, Context(1, 1, node, RecordDict(), {}))
     assert reply.has_error()
     assert reply.error.reason == "site"
 
@@ -518,3 +516,10 @@ def test_an_unfit_flwr_is_refused_in_fixed_words(got):
     ).stdout.strip()
     remedy = "pip install 'flwr>=1.41,<1.42'"
     assert told == f"ImportError({f'flwr: expected >=1.41,<1.42, got {got}. {remedy}'!r})"
+
+
+def test_the_sites_of_a_process_share_one_network():
+    workspace, wanted = Workspace(), study()
+    first = workspace.network(wanted, "none")
+    assert workspace.network(study(), "none") is first
+    assert workspace.network(study(seed=1), "none") is not first

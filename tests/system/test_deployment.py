@@ -14,7 +14,6 @@ from dp_accounting import GaussianDpEvent, NeighboringRelation, PoissonSampledDp
 from dp_accounting.pld import PLDAccountant
 from safetensors.torch import load_file
 
-from client.app import app as client_app
 from client.ledger.entries import Sealed, history
 from client.ledger.ledger import read
 from client.ledger.spending import Account
@@ -27,6 +26,7 @@ from simulations.demo import loopback
 from simulations.demo.loopback import Loopback, until
 from simulations.engines.grid import simulate
 from simulations.sites import virtual_sites
+from tests.kit import client_app
 
 pytestmark = pytest.mark.numbers
 

@@ -14,13 +14,11 @@ from flwr.app import ConfigRecord, MessageType, RecordDict
 from PIL import Image
 from safetensors.torch import load_file
 
-from client.app import app as client_app
 from client.ledger.entries import Reserved, Sealed, Sent, history
 from client.ledger.ledger import adopt, read
 from client.privacy import dp_sgd
 from client.privacy.accountant import Segment
 from client.privacy.noise import Entropy
-from client.session import close_sessions, open_session
 from client.site import Site
 from common.config.study import Study
 from common.config.yaml import dump
@@ -33,6 +31,7 @@ from simulations.engines.base import InProcess
 from simulations.engines.grid import InProcessGrid, simulate
 from simulations.sites import virtual_sites
 from simulations.studies import runner
+from tests.kit import RUNTIME, client_app
 
 pytestmark = pytest.mark.numbers
 
@@ -104,7 +103,7 @@ class Coordinator:
         return self.send(wire.JoinRequest(proposal=self.study.proposal()).record(), "query")
 
     def round(self, number: int = 1, scale: float = 0.0) -> Any:
-        network = open_session(self.site_file, self.study.id).network
+        network = RUNTIME.open_session(self.site_file, self.study.id).prepared.network
         tensors = {name: torch.full(shape, scale) for name, shape in network.shapes.items()}
         config = {**wire.round_config(self.study.id), "server-round": number}
         record = RecordDict({"arrays": wire.to_arrays(tensors), "config": ConfigRecord(config)})
@@ -234,7 +233,7 @@ def test_patients_that_come_or_go_change_no_constant_of_the_mechanism(phantoms, 
     shutil.copytree(phantoms, copy)
     wanted = study(train={"rounds": 3, "local_steps": 2, "batch_size": 3})
     files = settle(wanted, copy, tmp_path / "run")
-    first = open_session(files[0], _sent(files[0], wanted)).protection
+    first = RUNTIME.open_session(files[0], _sent(files[0], wanted)).prepared.protection
     content = Site.read(files[0]).model_dump(mode="json", exclude_none=True)
     (tmp_path / "other").mkdir()
     manifest = copy / "east" / "manifest.csv"
@@ -242,7 +241,7 @@ def test_patients_that_come_or_go_change_no_constant_of_the_mechanism(phantoms, 
     manifest.write_text("\n".join([head, *rows[::2]]) + "\n")
     other = tmp_path / "other" / "site.yaml"
     other.write_text(dump(content | {"state": str(tmp_path / "other" / "state")}))
-    assert open_session(other, _sent(other, wanted)).protection == first
+    assert RUNTIME.open_session(other, _sent(other, wanted)).prepared.protection == first
 
 
 def _sent(site_file: Path, wanted: Study) -> str:
@@ -288,11 +287,13 @@ def test_the_unit_is_the_patient_however_many_images(phantoms, tmp_path, monkeyp
             content = Site.read(file).model_dump(mode="json", exclude_none=True)
             content["data"]["enrolled_patients"] = 100
             file.write_text(dump(content))
-            session = open_session(file, _sent(file, wanted))
-            session.train_privately(session.network.initial, 1, 0.0, session.protection)
-            tensors = session.network.tensors.values()
+            session = RUNTIME.open_session(file, _sent(file, wanted))
+            session.train_privately(
+                session.prepared.network.initial, 1, 0.0, session.prepared.protection
+            )
+            tensors = session.prepared.network.tensors.values()
             moved.append(torch.cat([tensor.flatten() for tensor in tensors]))
-            protection = session.protection
+            protection = session.prepared.protection
             new_process()
         bound = wanted.train.lr * protection.round.clip_norm / protection.batch * (1 + 1e-4)
         with_it, without, copies = moved
@@ -354,7 +355,7 @@ def test_a_private_study_never_trains_by_an_agreement_without_protection(phantom
     path = Site.read(files[0]).state / "studies" / f"{study().id}.agreement.json"
     bare = json.loads(path.read_text()) | {"protection": None}
     path.write_text(json.dumps(bare))
-    close_sessions()
+    RUNTIME.close_sessions()
     assert coordinator.round().has_error()
     assert not [e for e in entries(files[0]) if isinstance(e, Sent) and e.release.kind == "round"]
 

@@ -31,7 +31,7 @@ import torch
 from client.features import extract as features
 from client.features.extract import Recipe
 from client.site import Site
-from client.features.store import opened
+from client.features.store import Stores
 from common.model.network import assemble
 from common.config.study import Augment, Study
 from server.runs.run_folder import RunFolder
@@ -83,7 +83,7 @@ def main(folder, places, backbone, unfreeze, how, same):
     if how["workers"]:
         engine.close()
     told = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in same}
-    results = compare.references(study, site_files)
+    results = compare.references(study, site_files, engine.runtime)
     for way, sites in results.items():
         told |= {f"{way} {site}": str(counts.sparse()) for site, counts in sites.items()}
     print(json.dumps(told))
@@ -94,9 +94,8 @@ def half_fill(study, site_files):
     recipe, whole = Recipe.of(assemble(study, "none"), "float32"), Augment()
     for site in map(Site.read, site_files):
         images = [record.image for record in site.data.records(study.classes)][::-3]
-        options = {"recipe": recipe, "augment": whole, "cache": site.cache_folder}
-        features.prepare(images, **options, skip_unreadable=False)
-    opened.cache_clear()
+        options = {"recipe": recipe, "augment": whole, "stores": Stores()}
+        features.prepare(images, **options, cache=site.cache_folder, skip_unreadable=False)
 
 
 if __name__ == "__main__":

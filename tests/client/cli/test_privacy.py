@@ -15,7 +15,7 @@ from PIL import Image
 
 from client.cli import main as cli
 from client.consent import exclusions
-from client.consent.cohort import cut
+from client.consent.cohort import cut_records
 from client.features.extract import namer
 from client.features.store import Store
 from client.ledger.entries import Contents, Release
@@ -24,10 +24,10 @@ from client.ledger.outbox import Outbox
 from client.ledger.release import Reply, release
 from client.privacy.accountant import Segment, epsilon, filter_order, filtered_epsilon
 from client.privacy.parameters import Privacy
-from client.session import Session
 from client.site import Site
 from common.config.study import Study
 from common.config.yaml import dump
+from tests.kit import session_of
 
 SKIN, CHEST = "1" * 16, "2" * 16
 SITE = {"name": "east", "data": {"format": "manifest", "root": "."}, "state": "state"}
@@ -322,9 +322,9 @@ def test_a_forgotten_patient_is_gone_from_the_cache_and_from_every_study(
     path = site(tmp_path, patients=4)
     wanted = Study(**{**STUDY, "images": {"size": 32, "augment": {"views": 3, "ops": ["flip"]}}})
     hospital = Site.read(path)
-    Session(hospital, wanted)
-    images = {r.patient: [] for r in cut(hospital, wanted).train}
-    for record in cut(hospital, wanted).train:
+    session_of(hospital, wanted)
+    images = {r.patient: [] for r in cut_records(hospital, wanted).train}
+    for record in cut_records(hospital, wanted).train:
         images[record.patient].append(record.image.digest())
     name = namer(hospital.cache_folder)
     gone, kept = ([name(d) for d in images[p]] for p in ("p1", "p2"))
@@ -334,13 +334,13 @@ def test_a_forgotten_patient_is_gone_from_the_cache_and_from_every_study(
     assert held.missing([*gone, *kept]) == []
     code, text = command("forget", path, "p1", typed="n\n")
     assert code == 1
-    assert {r.patient for r in cut(hospital, wanted).train} == {"p0", "p1", "p2", "p3"}
+    assert {r.patient for r in cut_records(hospital, wanted).train} == {"p0", "p1", "p2", "p3"}
     code, text = command("forget", path, "p1", typed="y\n")
     assert code == 0, text
     assert "not unlearned" in text
     assert "Deleted 6 prepared images" in text
-    assert {r.patient for r in cut(hospital, wanted).train} == {"p0", "p2", "p3"}
-    assert Session(hospital, wanted).patients["train"] == 3
+    assert {r.patient for r in cut_records(hospital, wanted).train} == {"p0", "p2", "p3"}
+    assert session_of(hospital, wanted).prepared.offer.patients.train == 3
     held = Store(store)
     held.refresh()
     assert held.missing(gone) == [0, 1]

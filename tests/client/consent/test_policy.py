@@ -14,16 +14,16 @@ import pytest
 import yaml
 from PIL import Image
 
-from client.consent.agreement import Agreement, keep_holdout, same_holdout
-from client.consent.policy import agree
+from client.consent.agreement import Agreement, check_holdout, keep_holdout
+from client.consent.policy import check_policy
 from client.privacy.plan import protect
-from client.session import Session
 from client.site import Site
 from common.config.study import Study
 from common.config.yaml import dump
 from common.errors import ContractError, DataError, RefusedError, SiteError
 from common.protocol import wire
 from common.protocol.wire import LedgerHead, RoundRequest
+from tests.kit import session_of
 
 CLASSES = ("dark", "bright")
 HEAD = LedgerHead(count=1, hash="0" * 64)
@@ -67,7 +67,7 @@ def write(folder, **keys):
 
 def refused(site, wanted, patients=100, images=None):
     with pytest.raises(RefusedError) as caught:
-        agree(site, wanted, None, patients, patients if images is None else images)
+        check_policy(site, wanted, None, patients, patients if images is None else images)
     told = str(caught.value)
     assert told.startswith(f"{site.source}: policy: expected ")
     assert ", got " in told
@@ -168,7 +168,7 @@ def test_what_the_policy_forbids_is_refused_by_its_key(case, tmp_path):
 @pytest.mark.parametrize("case", AGREED)
 def test_what_the_policy_allows_is_agreed_to(case, tmp_path):
     policy, (wanted, patients) = AGREED[case]
-    agree(write(tmp_path, policy=policy), wanted, None, patients, patients)
+    check_policy(write(tmp_path, policy=policy), wanted, None, patients, patients)
 
 
 def test_every_rule_of_a_policy_is_tried_here(tmp_path):
@@ -178,7 +178,7 @@ def test_every_rule_of_a_policy_is_tried_here(tmp_path):
 
 def test_images_not_patients_make_an_epoch(tmp_path):
     site = write(tmp_path, policy={"max_local_steps": 4})
-    agree(site, train(local_epochs=1), None, 5, 128)
+    check_policy(site, train(local_epochs=1), None, 5, 128)
     assert "got 5 steps, 1 epochs" in refused(site, train(local_epochs=1), 5, 129)
 
 
@@ -187,27 +187,27 @@ def test_yes_and_no_tell_nothing_finer_than_is_told(tmp_path, policy):
     """Who may ask for any batch size and watch the policy say no would count patients that way."""
     site = write(tmp_path, policy=policy | {"disclose": {"counts": "rounded"}})
     assert "min_patients), got 10" in refused(site, study(), 19)
-    agree(site, study(), None, 20, 20)
+    check_policy(site, study(), None, 20, 20)
     caps = {"max_local_steps": 3, "disclose": {"counts": "rounded"}}
     capped = write(tmp_path, policy=caps)
     for images in range(1, 60):
         tens, wanted = -(-images // 10), study(train={"rounds": 1, "batch_size": 10})
         if tens <= 3:
-            agree(capped, wanted, None, images, images)
+            check_policy(capped, wanted, None, images, images)
         else:
             assert f"got {tens} steps" in refused(capped, wanted, images, images)
 
 
 def test_one_patient_is_enough_where_no_least_is_set(tmp_path):
     for patients in (1, 9, 11):
-        agree(
+        check_policy(
             write(tmp_path, policy={"disclose": {"counts": "rounded"}}), study(), None, patients, 20
         )
 
 
 def test_a_site_that_only_evaluates_keeps_the_rules_that_are_not_of_training(tmp_path):
     caps = {"min_patients": 20, "max_local_steps": 1, "max_local_epochs": 1, "max_batch_size": 1}
-    agree(write(tmp_path, policy=caps, role="evaluate"), train(local_epochs=9), None, 0, 0)
+    check_policy(write(tmp_path, policy=caps, role="evaluate"), train(local_epochs=9), None, 0, 0)
     for policy, wanted in (
         ({"require_privacy": True, "max_epsilon": 1.0, "delta": 0.1}, study()),
         ({"backbones": ["resnet18"]}, study()),
@@ -229,27 +229,27 @@ def test_the_length_of_private_rounds_is_what_will_run_whoever_trains(tmp_path):
         protection = protect(site, wanted, wanted.privacy)
         for images in (1, 100_000):
             with pytest.raises(RefusedError, match=re.escape(said)):
-                agree(site, wanted, protection, 1, images)
+                check_policy(site, wanted, protection, 1, images)
     site = write(tmp_path, data=data, policy={"max_local_steps": 32, "max_batch_size": 64})
-    agree(site, wanted, protect(site, wanted, wanted.privacy), 1, 100_000)
+    check_policy(site, wanted, protect(site, wanted, wanted.privacy), 1, 100_000)
     whole = private(train={"rounds": 3, "local_steps": 1, "batch_size": 65_536})
     site = write(tmp_path, data=data, policy={"max_batch_size": 1000})
-    agree(site, whole, protect(site, whole, whole.privacy), 1, 100_000)
+    check_policy(site, whole, protect(site, whole, whole.privacy), 1, 100_000)
 
 
 def test_private_studies_of_one_site_hold_out_the_same_patients(tmp_path):
     """With other shares, what is told of test patients would add up to how many train."""
     site, first = write(tmp_path), private(name="first")
     keep_holdout(site, study(holdout={"test": 0.1}))  # without privacy: nothing to keep
-    same_holdout(site, first)
+    check_holdout(site, first)
     keep_holdout(site, first)
-    same_holdout(site, private(epsilon=1.0))
-    same_holdout(site, study(holdout={"test": 0.5}))
+    check_holdout(site, private(epsilon=1.0))
+    check_holdout(site, study(holdout={"test": 0.5}))
     for shares in ({"test": 0.5}, {"validation": 0.0}, {"test": 0.2000001}):
         with pytest.raises(RefusedError, match="expected that of the private studies before"):
-            same_holdout(site, private(holdout=shares))
+            check_holdout(site, private(holdout=shares))
     keep_holdout(site, private(holdout={"test": 0.5}))
-    same_holdout(site, first)
+    check_holdout(site, first)
 
 
 @pytest.mark.parametrize(
@@ -264,7 +264,7 @@ def test_private_studies_of_one_site_hold_out_the_same_patients(tmp_path):
 )
 def test_a_delta_that_protects_few_is_warned_of(tmp_path, caplog, wanted, patients, warned):
     with caplog.at_level(logging.WARNING), suppress(RefusedError):
-        agree(write(tmp_path), wanted, None, patients, patients)
+        check_policy(write(tmp_path), wanted, None, patients, patients)
     assert ("δ = " in caplog.text and f"{patients} training patients" in caplog.text) == warned
 
 
@@ -302,21 +302,21 @@ def rows(site, change):
 
 def join(site, wanted=None):
     """Joins, as a process of its own would; what was told."""
-    return Session(site, wanted or study()).joined(HEAD, [])
+    return session_of(site, wanted or study()).join(HEAD, [])
 
 
 def work(site, number=1):
     """A round, as a process of its own would."""
-    session = Session(site, study())
-    initial = session.network.initial
+    session = session_of(site, study())
+    initial = session.prepared.network.initial
     arrays = wire.to_arrays(initial)
     request = RoundRequest(study=study().id, round=number, proximal_mu=0.0, arrays=arrays)
     return session.work(request, initial, HEAD)
 
 
 def finish(site):
-    session = Session(site, study())
-    return session.finish(session.network.initial)
+    session = session_of(site, study())
+    return session.finish(session.prepared.network.initial)
 
 
 def on_disk(site):
@@ -387,7 +387,11 @@ def test_a_site_that_gained_patients_goes_on_with_those_it_joined_with(tmp_path)
     before = join(site)
     first = work(site)
     hospital(tmp_path, patients=30)  # the same twelve, and others
-    assert Session(site, study()).patients == {"train": 4, "validation": 4, "test": 4}
+    assert session_of(site, study()).prepared.offer.patients.model_dump() == {
+        "train": 4,
+        "validation": 4,
+        "test": 4,
+    }
     again = work(site)
     assert again.figures.train_loss == first.figures.train_loss
     assert again.figures.counts.sparse() == first.figures.counts.sparse()

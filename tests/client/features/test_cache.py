@@ -43,12 +43,12 @@ WRITER = """
 import sys
 from pathlib import Path
 import torch
-from client.features.store import open_store
+from client.features.store import Stores
 
 cache, key = Path(sys.argv[1]), sys.argv[2]
 print("open", flush=True)
 for i in range(int(sys.argv[3])):
-    store = open_store(cache / key, {"kind": "writer"})
+    store = Stores().open(cache / key, {"kind": "writer"})
     store.refresh()
     store.add([f"{i}"], torch.full((1, 10), float(i)))
     assert store.missing([f"{j}" for j in range(i + 1)]) == []

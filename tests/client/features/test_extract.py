@@ -15,7 +15,7 @@ from torch import nn
 
 from client.data.records import ArrayImage, FileImage
 from client.features.extract import Prepared, Recipe, namer, prepare
-from client.features.store import opened
+from client.features.store import Stores
 from client.training import trainer
 from client.training.dataset import Examples
 from common.config.study import Augment, Study, Train
@@ -71,7 +71,8 @@ def images(count, start=0, side=20):
 
 def ready(cache, some, recipe, *, views=1, skip=False):
     augment = Augment(views=views, ops=OPS) if views > 1 else Augment()
-    return prepare(some, recipe=recipe, augment=augment, cache=cache, skip_unreadable=skip)
+    options = {"recipe": recipe, "augment": augment, "skip_unreadable": skip}
+    return prepare(some, cache=cache, stores=process[0], **options)
 
 
 def rows(cache, some, recipe, **options):
@@ -79,9 +80,12 @@ def rows(cache, some, recipe, **options):
     return prepared.rows[torch.arange(len(prepared.rows))]
 
 
+process = [Stores()]
+
+
 def restart():
     """As if in a new process."""
-    opened.cache_clear()
+    process[0] = Stores()
 
 
 def network(backbone, unfreeze, size=64, weights="none", seed=0):
@@ -386,6 +390,7 @@ def test_other_ops_are_other_views_of_the_same_image(tmp_path):
             recipe=recipe,
             augment=Augment(views=2, ops=ops),
             cache=tmp_path,
+            stores=Stores(),
             skip_unreadable=False,
         )
     assert recipe.prefix.images == 6 + 3

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from client.features import store as shelf
-from client.features.store import Rows, Store, open_store
+from client.features.store import Rows, Store, Stores
 from common.errors import DataError
 from tests.kit import limited
 
@@ -230,8 +230,9 @@ def test_only_this_user_can_read_it(tmp_path):
 
 
 def test_virtual_sites_of_one_process_share_a_store(tmp_path):
-    assert open_store(tmp_path) is open_store(tmp_path)
-    assert open_store(tmp_path) is not open_store(tmp_path / "other")
+    stores = Stores()
+    assert stores.open(tmp_path, {}) is stores.open(tmp_path, {})
+    assert stores.open(tmp_path, {}) is not stores.open(tmp_path / "other", {})
 
 
 def test_a_shard_that_cannot_be_opened_now_is_kept(tmp_path):
@@ -275,20 +276,21 @@ def test_a_full_disk_is_said_in_a_line_and_keeps_what_is_finished(tmp_path):
 
 def test_it_says_once_what_it_holds_and_always_when_it_was_used(tmp_path):
     folder = tmp_path / "cache" / "s"
-    open_store(folder, {"backbone": "squeezenet1_0", "rows": "pixels"})
+    stores = Stores()
+    stores.open(folder, {"backbone": "squeezenet1_0", "rows": "pixels"})
     about = folder / "about.json"
     told = json.loads(about.read_text())
     assert told == {"backbone": "squeezenet1_0", "rows": "pixels", "created": told["created"]}
     assert date.fromisoformat(told["created"]) <= date.today()
     os.utime(about, (1e9, 1e9))
-    open_store(folder, {"backbone": "another"})  # the same object, and used again
+    stores.open(folder, {"backbone": "another"})  # the same object, and used again
     assert time.time() - about.stat().st_mtime < 60
     assert json.loads(about.read_text()) == told
 
 
 def test_a_store_deleted_under_a_process_is_made_anew_by_it(tmp_path, monkeypatch):
     monkeypatch.setattr(shelf, "_IN_MEMORY", 0)  # so that rows are read from the deleted files
-    store = open_store(tmp_path / "s", {"backbone": "squeezenet1_0"})
+    store = Stores().open(tmp_path / "s", {"backbone": "squeezenet1_0"})
     store.add(names(), table())
     rows = store.rows(names())
     shutil.rmtree(tmp_path / "s")

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from client.app import app as client_app
 from client.data.manifest import Manifest
 from common.config.study import Study
 from common.model import backbones
@@ -15,6 +14,7 @@ from server.app import app as server_app
 from server.runs.run_folder import RunFolder
 from simulations.engines.grid import simulate
 from simulations.sites import virtual_sites
+from tests.kit import client_app
 
 pytestmark = pytest.mark.numbers
 

@@ -13,7 +13,7 @@ from common.errors import ContractError, StudyError
 from common.model import backbones
 from common.model.contract import digest
 from common.model.images import Preprocess
-from common.model.network import Network, _assemble, assemble
+from common.model.network import Network, assemble
 
 pytestmark = pytest.mark.numbers
 
@@ -34,7 +34,6 @@ def study(**changes: Any) -> Study:
 
 def build(weights: str = "none", **changes: Any) -> Network:
     """A network of its own, not the one this process keeps."""
-    _assemble.cache_clear()
     return assemble(study(**changes), weights)
 
 
@@ -68,12 +67,6 @@ def test_equal_studies_make_equal_contracts(plain: Network) -> None:
     assert again.contract == plain.contract
     assert differing(again, plain) == set()
     assert len(plain.contract.fingerprint) == 16
-
-
-def test_a_process_builds_a_network_once() -> None:
-    _assemble.cache_clear()
-    assert assemble(study(), "none") is assemble(study(), "none")
-    assert assemble(study(), "none") is not assemble(study(seed=1), "none")
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ import yaml
 from flwr.app import Context, Message
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from client.app import app as client_app
 from common.config.study import Study
 from common.config.yaml import dump
 from server.app import app as server_app
@@ -18,6 +17,7 @@ from server.reports.tensorboard import Events
 from server.runs.run_folder import RunFolder
 from simulations.engines.grid import simulate
 from simulations.sites import virtual_sites
+from tests.kit import client_app
 
 ROOT = Path(__file__).parents[3]
 NAMES = ("east", "north", "south", "west")

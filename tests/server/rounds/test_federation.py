@@ -14,7 +14,6 @@ import yaml
 from flwr.app import Context, Message, MetricRecord, RecordDict
 from safetensors.torch import load_file
 
-from client.app import app as client_app
 from client.ledger import ledger
 from common.config.study import Study
 from common.config.yaml import dump
@@ -36,6 +35,7 @@ from simulations.engines.base import InProcess
 from simulations.engines.grid import InProcessGrid, simulate
 from simulations.sites import virtual_sites
 from simulations.studies import runner
+from tests.kit import client_app
 
 pytestmark = pytest.mark.numbers
 

@@ -17,8 +17,7 @@ import yaml
 from flwr.app import Array, Context, Message
 from safetensors.torch import load_file
 
-from client.app import app as client_app
-from client.consent.cohort import cut
+from client.consent.cohort import cut_records
 from client.site import Site
 from common.config.study import Study
 from common.config.yaml import dump
@@ -33,6 +32,7 @@ from server.runs.run_folder import RunFolder
 from simulations.cli import main as cli
 from simulations.engines.grid import simulate
 from simulations.sites import virtual_sites
+from tests.kit import client_app
 
 pytestmark = pytest.mark.numbers
 
@@ -515,7 +515,7 @@ def test_the_released_model_predicts_as_the_federation_did(tmp_path: Path, phant
     site_files = settle(study, folder, phantoms)
     simulate(server_app, client_app, site_files, folder)
     model = load_model(folder)
-    tested = cut(Site.read(site_files[1]), study).test
+    tested = cut_records(Site.read(site_files[1]), study).test
     images = [record.image.path for record in tested]  # type: ignore[attr-defined]
     predicted = model.probabilities(images).argmax(1)
     truth = torch.tensor([record.label for record in tested])

@@ -1,6 +1,7 @@
 """The command line as a person uses it: good input works, bad input ends in one clear line."""
 
 import csv
+import gc
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ from PIL import Image
 from rich.table import Table
 from safetensors.torch import save_file
 
-from client import session
+from client.session import Session
 from common.metrics.metrics import Counts
 from common.support.terminal import PlainConsole
 from server.reports.progress import note
@@ -382,7 +383,8 @@ def test_a_folder_names_its_site(command: Command, hospital: Path, tmp_path: Pat
 
 def test_sessions_end_with_their_seed(command: Command, site_options: list[str]) -> None:
     assert command("run", DEMO, *site_options, *SHORT, "--seeds", "0", "--out", "runs")[0] == 0
-    assert session._session.cache_info().currsize == 0
+    gc.collect()
+    assert not [kept for kept in gc.get_objects() if isinstance(kept, Session)]
 
 
 def test_overall_names_the_sites_it_leaves_out() -> None:

@@ -7,7 +7,6 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from client.app import app as client_app
 from common.config.study import Study
 from common.config.yaml import dump
 from common.errors import DataError, StudyError
@@ -19,6 +18,7 @@ from simulations.cli.main import app
 from simulations.engines.grid import simulate
 from simulations.sites import virtual_sites
 from simulations.studies import feature_mean
+from tests.kit import client_app
 
 pytestmark = pytest.mark.numbers
 

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-from client.session import open_session
 from common.config.study import Study
 from common.errors import RunError, StudyError
 from common.model.network import assemble
@@ -18,6 +17,7 @@ from simulations.engines.base import InProcess
 from simulations.sites import virtual_sites
 from simulations.studies import robustness, runner
 from simulations.studies.runner import Source
+from tests.kit import RUNTIME
 
 pytestmark = pytest.mark.numbers
 
@@ -64,7 +64,7 @@ def test_a_mislabelling_hospital_teaches_the_next_class_for_each(phantoms, tmp_p
     engine = Poisoned(Lies(mislabels=frozenset({"site-1"})))
     lies = run(engine, phantoms, tmp_path / "lies", "train.local_epochs=20")
     # Its validation is honest, so the last model is not the one that is released.
-    session = open_session(lies.path / "sites/site-1/site.yaml", lies.study.id)
+    session = RUNTIME.open_session(lies.path / "sites/site-1/site.yaml", lies.study.id)
     table = session.evaluate(lies.last().tensors, "train").confusion
     right, next_ = (np.roll(table, -by, axis=1).trace() for by in (0, 1))
     assert next_ > 3 * right

@@ -1,0 +1,200 @@
+"""A site made ready for one study: who takes part, and their images as the suffix reads them."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from client.consent.agreement import Agreement, check_holdout, identify
+from client.consent.cohort import PARTS, count_patients, list_cohort
+from client.consent.policy import check_policy
+from client.data.records import Record
+from client.features.cache import prune
+from client.features.extract import Recipe, prepare
+from client.features.precision import chosen
+from client.features.store import Stores
+from client.privacy.plan import Protection, protect
+from client.privacy.sampling import Patients
+from client.site import Keep, Site
+from client.training.dataset import Examples
+from client.weights import find
+from common.config.study import Augment, DpSgd, Study
+from common.errors import DataError
+from common.model.network import Network, assemble
+from common.protocol.disclosure import Disclosure
+from common.protocol.wire import Parts
+
+log = logging.getLogger(__name__)
+
+
+class Workspace:
+    """What the sites of one process share while they prepare: one network, recipes, stores.
+
+    The network is the one last asked for. Whoever uses it loads its own tensors first.
+    """
+
+    def __init__(self) -> None:
+        self.stores = Stores()
+        self._networks: dict[tuple[str, str], Network] = {}
+        self._recipes: dict[tuple[bool, Keep], Recipe] = {}
+
+    def network(self, study: Study, weights: str) -> Network:
+        """The network of a study, assembled once as long as no other is asked for."""
+        key = study.proposal(), weights
+        if key not in self._networks:
+            self._recipes.clear()
+            self._networks = {key: assemble(study, weights)}
+        return self._networks[key]
+
+    def recipe(self, network: Network, study: Study, keep: Keep) -> Recipe:
+        """How rows are made for this network, the last that was asked for."""
+        key = study.private, keep
+        if key not in self._recipes:
+            precision = study.model.precision
+            self._recipes[key] = Recipe.of(network, precision, keep, private=study.private)
+        return self._recipes[key]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PreparedSite:
+    """A site with all that rounds of one study need; nothing of it changes, but the network.
+
+    Attributes:
+      site: As its file said when it was opened.
+      study: The one it is prepared for.
+      network: Shared with others: load tensors before each use.
+      recipe: How rows were made from images.
+      examples: Prepared images with their labels, by part.
+      owners: Which training images are whose.
+      agreed: What the site agreed to when it joined before; None if it has not joined.
+      offer: What the site would agree to as it is now, if nobody new is let in.
+    """
+
+    site: Site
+    study: Study
+    network: Network
+    recipe: Recipe
+    examples: Mapping[str, Examples]
+    owners: Patients
+    agreed: Agreement | None
+    offer: Agreement
+
+    @property
+    def protection(self) -> Protection | None:
+        """How training patients are protected; None without privacy, or where none train."""
+        return self.offer.protection
+
+    @property
+    def disclosure(self) -> Disclosure:
+        """What the site tells, as its policy says now."""
+        return self.offer.disclosure
+
+
+def prepare_site(site: Site, study: Study, workspace: Workspace) -> PreparedSite:
+    """Read the data, cut it by patient, ask the policy, and prepare what the cache lacks.
+
+    A site that joined the study before goes on with the patients it joined with: others that came
+    later are left out.
+
+    Args:
+      site: The hospital.
+      study: As it was proposed.
+      workspace: Of this process.
+
+    Raises:
+      ConsiliumError: whatever keeps this site from taking part, with its remedy.
+    """
+    agreed = Agreement.kept(site, study.id)
+    protection = agreed.protection if agreed else _protection(site, study)
+    check_holdout(site, study)
+    cohort = list_cohort(site, study, agreed)
+    _check(site, study, protection, cohort["train"])
+    network = workspace.network(study, find(site, study))
+    if network.held:
+        log.info("not trained with privacy: %s", ", ".join(network.held))
+    network.model.to(chosen(site.device))
+    recipe = workspace.recipe(network, study, site.keep)
+    _make_room(site, recipe)
+    prepared = {
+        part: _prepare(part, cohort[part], site, study, recipe, workspace.stores) for part in PARTS
+    }
+    _make_room(site, recipe)
+    examples = {part: found for part, (found, _) in prepared.items()}
+    kept = {part: records for part, (_, records) in prepared.items()}
+    _check(site, study, protection, kept["train"])  # again: unreadable images may be left out
+    return PreparedSite(
+        site=site,
+        study=study,
+        network=network,
+        recipe=recipe,
+        examples=examples,
+        owners=Patients.of([record.patient for record in kept["train"]]),
+        agreed=agreed,
+        offer=_offer(site, study, protection, kept, agreed),
+    )
+
+
+def _protection(site: Site, study: Study) -> Protection | None:
+    if not isinstance(study.privacy, DpSgd) or site.role != "train":
+        return None
+    return protect(site, study, study.privacy)
+
+
+def _check(
+    site: Site, study: Study, protection: Protection | None, training: Sequence[Record]
+) -> None:
+    """Return if the site takes part with these training records; raise otherwise."""
+    patients = count_patients(training)
+    if site.role == "train" and not patients:
+        where, expected = f"{site.source}: data", "at least one training patient"
+        remedy = "Add patients, lower holdout, or set role: evaluate."
+        raise DataError(where, expected=expected, got=patients, remedy=remedy)
+    check_policy(site, study, protection, patients, len(training))
+
+
+def _make_room(site: Site, recipe: Recipe) -> None:
+    """Delete prepared images of other studies, as far as the site asks for it."""
+    folder: Path = site.cache_folder
+    prune(folder, limit=site.cache.limit, days=site.cache.days, keep={folder / recipe.key})
+
+
+def _prepare(
+    part: str, records: Sequence[Record], site: Site, study: Study, recipe: Recipe, stores: Stores
+) -> tuple[Examples, list[Record]]:
+    """The examples of one part, and the records that they come from; the images may go."""
+    prepared, kept = prepare(
+        [record.image for record in records],
+        recipe=recipe,
+        augment=study.images.augment if part == "train" else Augment(),
+        cache=site.cache_folder,
+        stores=stores,
+        skip_unreadable=study.images.unreadable == "skip",
+    )
+    labels = torch.tensor([records[i].label for i in kept], dtype=torch.int64)
+    return Examples(prepared, labels), [records[i] for i in kept]
+
+
+def _offer(
+    site: Site,
+    study: Study,
+    protection: Protection | None,
+    kept: Mapping[str, Sequence[Record]],
+    agreed: Agreement | None,
+) -> Agreement:
+    secret, classes = site.secret(), range(len(study.classes))
+    names = [identify(r, part, site, secret) for part, found in kept.items() for r in found]
+    images = {
+        part: tuple(sum(r.label == k for r in records) for k in classes)
+        for part, records in kept.items()
+    }
+    return Agreement(
+        study=study.id,
+        role=site.role,
+        disclosure=site.policy.disclose.resolved(private=study.private),
+        protection=protection,
+        patients=Parts(**{part: count_patients(records) for part, records in kept.items()}),
+        images=Parts(**images),
+        records=agreed.records if agreed else tuple(sorted(names)),
+    )
