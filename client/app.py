@@ -24,11 +24,16 @@ from common.errors import (
 )
 from common.flower.compat import ClientAppCallable, error_reply, from_bytes, to_bytes
 from common.model.contract import digest
-from common.protocol import wire
+from common.protocol.backbone import BackboneHeld, BackbonePart
+from common.protocol.final import FinalReply, FinalRequest
+from common.protocol.join import JoinReply, JoinRequest, lack_backbone
+from common.protocol.ledger import LedgerHead, LedgerReply, LedgerRequest
+from common.protocol.round import RoundReply, RoundRequest
+from common.protocol.tensors import from_arrays
 
 log = logging.getLogger(__name__)
 
-Answer = wire.JoinReply | wire.RoundReply | wire.FinalReply
+Answer = JoinReply | RoundReply | FinalReply
 
 
 def make_app(runtime: Runtime) -> ClientApp:
@@ -62,7 +67,7 @@ class Hospital:
 
     def join(self, message: Message, context: Context) -> Message:
         """Read the proposal, agree or refuse, prepare every image."""
-        request = wire.JoinRequest.read(message.content)
+        request = JoinRequest.read(message.content)
         site = Site.read(site_file(context))
         opened = self._runtime.open_site(site)
         study = keep_proposal(site, request.proposal)
@@ -73,7 +78,7 @@ class Hospital:
             session = self._runtime.open_session(site_file(context), study.id)
         except MissingWeightsError as ex:
             log.info("%s", ex)
-            return Message(wire.lacking(), reply_to=message)
+            return Message(lack_backbone(), reply_to=message)
         except (RefusedError, DataError) as ex:  # a bit about the patients, where they decided
             opened.ledger.send(what, Reply(ex.code.encode(), {}, (ex.code,)).contents)
             drop_proposal(site, study)
@@ -87,26 +92,26 @@ class Hospital:
 
     def take_backbone(self, message: Message, context: Context) -> Message:
         """A piece of the backbone, for a site without a copy; nothing of a patient leaves."""
-        part = wire.BackbonePart.read(message.content)
+        part = BackbonePart.read(message.content)
         site = Site.read(site_file(context))
         held = receive(site, read_proposal(site, part.study), part)
-        return Message(wire.BackboneHeld(held).record(), reply_to=message)
+        return Message(BackboneHeld(held).record(), reply_to=message)
 
     def tell_ledger(self, message: Message, context: Context) -> Message:
         """The hash of one line of this site's ledger; of no patient, and so not a line itself."""
-        request = wire.LedgerRequest.read(message.content)
+        request = LedgerRequest.read(message.content)
         opened = self._runtime.open_site(Site.read(site_file(context)))
-        reply = wire.LedgerReply(opened.ledger.hash_at(request.count))
+        reply = LedgerReply(opened.ledger.hash_at(request.count))
         return Message(reply.record(), reply_to=message)
 
     def work_round(self, message: Message, context: Context) -> Message:
         """One round: evaluate what came on validation patients, then train it and send it back."""
-        request = wire.RoundRequest.read(message.content)
+        request = RoundRequest.read(message.content)
         session = self._runtime.open_session(site_file(context), request.study)
         study = session.prepared.study
         if request.round > study.train.rounds:
             raise ContractError(f"round {request.round} of a study of {study.train.rounds}")
-        tensors = wire.from_arrays(request.arrays, session.prepared.network.shapes)
+        tensors = from_arrays(request.arrays, session.prepared.network.shapes)
         protection = session.agreed().protection
         what = Release(
             study=study.id,
@@ -127,9 +132,9 @@ class Hospital:
 
     def finish(self, message: Message, context: Context) -> Message:
         """The final message: counts of the released model."""
-        request = wire.FinalRequest.read(message.content)
+        request = FinalRequest.read(message.content)
         session = self._runtime.open_session(site_file(context), request.study)
-        released = wire.from_arrays(request.arrays, session.prepared.network.shapes)
+        released = from_arrays(request.arrays, session.prepared.network.shapes)
         study, received = session.prepared.study, digest(released)
         self._check_end(session, received)
         what = Release(study=study.id, name=study.name, kind="final", received=received)
@@ -160,8 +165,8 @@ class Hospital:
         return Message(from_bytes(data), reply_to=message)
 
 
-def _head(opened: SiteRuntime) -> wire.LedgerHead:
-    return wire.LedgerHead(count=opened.ledger.head.count, hash=opened.ledger.head.hash)
+def _head(opened: SiteRuntime) -> LedgerHead:
+    return LedgerHead(count=opened.ledger.head.count, hash=opened.ledger.head.hash)
 
 
 def _reply(answer: Answer) -> Reply:
@@ -173,7 +178,7 @@ def _reply(answer: Answer) -> Reply:
 
 def _figures(answer: Answer, record: RecordDict) -> Iterator[str]:
     """Names of all that leaves beside tensors."""
-    if isinstance(answer, wire.JoinReply):
+    if isinstance(answer, JoinReply):
         for name, value in answer.model_dump(exclude_none=True).items():
             yield from (f"{name}.{part}" for part in value) if isinstance(value, dict) else [name]
     for part, metrics in record.metric_records.items():

@@ -24,7 +24,7 @@ from common.config.study import Augment, DpSgd, Study
 from common.errors import DataError
 from common.model.network import Network, assemble
 from common.protocol.disclosure import Disclosure
-from common.protocol.wire import Parts
+from common.protocol.fields import ByPart
 
 log = logging.getLogger(__name__)
 
@@ -194,7 +194,7 @@ def _offer(
         role=site.role,
         disclosure=site.policy.disclose.resolved(private=study.private),
         protection=protection,
-        patients=Parts(**{part: count_patients(records) for part, records in kept.items()}),
-        images=Parts(**images),
+        patients=ByPart(**{part: count_patients(records) for part, records in kept.items()}),
+        images=ByPart(**images),
         records=agreed.records if agreed else tuple(sorted(names)),
     )

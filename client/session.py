@@ -14,17 +14,12 @@ from client.training import trainer
 from common.config.study import DpSgd
 from common.metrics.metrics import Counts
 from common.model.contract import Versions
-from common.protocol import wire
-from common.protocol.wire import (
-    Figures,
-    FinalCounts,
-    FinalReply,
-    JoinReply,
-    LedgerHead,
-    RoundReply,
-    RoundRequest,
-    Tensors,
-)
+from common.protocol.fields import ByPart
+from common.protocol.final import FinalCounts, FinalReply
+from common.protocol.join import JoinReply
+from common.protocol.ledger import LedgerHead
+from common.protocol.round import Figures, RoundReply, RoundRequest
+from common.protocol.tensors import Tensors, to_arrays
 from common.support.seeds import derive
 
 
@@ -72,8 +67,8 @@ class Session:
             role=site.role,
             contract=prepared.network.contract,
             disclosure=disclosure,
-            patients=wire.Parts(**patients),
-            images=wire.Parts(**images),
+            patients=ByPart(**patients),
+            images=ByPart(**images),
             enrolled=declared if disclosure.tells else None,
             ledger=ledger,
             versions=Versions.here(),
@@ -137,7 +132,7 @@ class Session:
             loss = self.train(tensors, request.round, request.proximal_mu)
             loss_told = loss if disclosure.tells_scores else None
             figures = Figures(train_loss=loss_told, counts=counts) if counts else None
-        arrays = wire.to_arrays(self.prepared.network.tensors)
+        arrays = to_arrays(self.prepared.network.tensors)
         return RoundReply(arrays=arrays, figures=figures, ledger=ledger)
 
     def finish(self, released: Tensors) -> FinalReply:

@@ -10,7 +10,7 @@ from client.storage import usable
 from common.config.study import Study
 from common.errors import ContractError, MissingWeightsError, SiteError
 from common.model import backbones
-from common.protocol.wire import BackbonePart
+from common.protocol.backbone import BackbonePart
 from common.support import files
 
 log = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from common.config.study import Study
 from common.config.yaml import Section
 from common.errors import ContractError, DataError, RefusedError, SiteError
 from common.protocol.disclosure import Disclosure
-from common.protocol.wire import Parts
+from common.protocol.fields import ByPart
 from common.support import files
 
 
@@ -25,9 +25,9 @@ class Agreement(Section):
     disclosure: Disclosure
     protection: Protection | None
     """None: it does not train, or trains without differential privacy."""
-    patients: Parts[int]
+    patients: ByPart[int]
     """How many take part, exactly; never told unless `disclosure` says so."""
-    images: Parts[tuple[int, ...]]
+    images: ByPart[tuple[int, ...]]
     """How many of each class take part, exactly."""
     records: tuple[str, ...]
     """Who may take part: `identify` of all that did when this site first joined, sorted."""

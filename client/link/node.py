@@ -22,7 +22,10 @@ from client.site import Site
 from common.config.study import Study
 from common.errors import ConsiliumError, ContractError, LinkError
 from common.flower.compat import RELEASE, error_reply, same_release
-from common.protocol import wire
+from common.protocol.backbone import BACKBONE
+from common.protocol.join import JoinRequest
+from common.protocol.ledger import LEDGER
+from common.protocol.round import RoundRequest
 from common.support import files
 
 log = logging.getLogger(__name__)
@@ -39,8 +42,8 @@ _OFTEN = 0.6
 _NAMES = {
     "query": "the proposal",
     "evaluate": "the final models",
-    wire.LEDGER: "a line of the ledger",
-    wire.BACKBONE: "a piece of the backbone",
+    LEDGER: "a line of the ledger",
+    BACKBONE: "a piece of the backbone",
 }
 _KEPT = "what was answered before"
 
@@ -217,9 +220,9 @@ class Node:
         what = _NAMES.get(kind, kind)
         with suppress(ConsiliumError, ValueError):  # the app says what is wrong with it
             if kind == "query":
-                study = Study.model_validate_json(wire.JoinRequest.read(content).proposal)
+                study = Study.model_validate_json(JoinRequest.read(content).proposal)
                 log.info("study %s (%s) asks this site to join", study.name, study.id)
                 self._study = f"study {study.name}: "
             elif kind == "train":
-                what = f"round {wire.RoundRequest.read(content).round}"
+                what = f"round {RoundRequest.read(content).round}"
         self._doing = f"{self._study}{what}"

@@ -1,4 +1,5 @@
-"""The messages between server and sites, and how coarse their numbers are.
+"""The messages between server and sites, one file each, and how coarse their numbers are.
 
-The way in is `wire`. Nothing that is not spelled here is sent or read.
+The way in is the message: `join`, `round`, `final`, `ledger`, `backbone`. Whatever is not spelled
+in `fields` is neither sent nor read.
 """

@@ -12,7 +12,7 @@ from torch import nn
 
 from common.config.study import Study
 from common.metrics.metrics import METRICS, Counts, value
-from common.protocol.wire import JoinReply
+from common.protocol.join import JoinReply
 from common.support.terminal import console, size, table
 from server.reports import plots
 from server.runs.results import (

@@ -11,8 +11,9 @@ from flwr.serverapp import Grid
 from common.config.study import Study
 from common.errors import ContractError, RunError
 from common.model.network import Network
-from common.protocol import wire
-from common.protocol.wire import BackboneHeld, JoinReply, LedgerHead, LedgerReply, LedgerRequest
+from common.protocol.backbone import BACKBONE, BackboneHeld
+from common.protocol.join import JoinReply, JoinRequest, read_join
+from common.protocol.ledger import LEDGER, LedgerHead, LedgerReply, LedgerRequest
 from server.rounds.ledger_heads import ROLLED_BACK
 from server.rounds.weights import Backbone
 
@@ -102,7 +103,7 @@ class Federation:
         Raises:
           RunError: fewer training sites joined than the study's quorum.
         """
-        content = wire.JoinRequest(proposal=self._study.proposal()).record()
+        content = JoinRequest(proposal=self._study.proposal()).record()
         self._names = {info.node_id: info.name for info in self._grid.get_nodes()}
         nodes = sorted(self._names)
         replies, failures = self._propose(content, nodes)
@@ -121,7 +122,7 @@ class Federation:
     ) -> tuple[dict[int, JoinReply], dict[int, str]]:
         """Ask to join; sites without a copy of the backbone get one, and are asked again."""
         messages = [Message(content, node, MessageType.QUERY) for node in nodes]
-        told, failures = self._exchange(messages, lambda _, record: wire.read_join(record))
+        told, failures = self._exchange(messages, lambda _, record: read_join(record))
         replies = {node: reply for node, reply in told.items() if reply is not None}
         if lacking := [node for node in told if node not in replies]:
             served, unserved = self._send_backbone(lacking)
@@ -138,7 +139,7 @@ class Federation:
         failures: dict[int, str] = {}
         said = ""
         while pieces:
-            messages = [Message(p.record(), node, wire.BACKBONE) for node, p in pieces.items()]
+            messages = [Message(p.record(), node, BACKBONE) for node, p in pieces.items()]
             held, bad = self._exchange(messages, lambda _, record: BackboneHeld.read(record))
             stuck = [
                 node
@@ -191,8 +192,7 @@ class Federation:
         }
         asked = [member for member in again if member.name not in shorter]
         messages = [
-            Message(LedgerRequest(before[m.name].count).record(), m.node, wire.LEDGER)
-            for m in asked
+            Message(LedgerRequest(before[m.name].count).record(), m.node, LEDGER) for m in asked
         ]
         replies, failures = self.ask(asked, messages, lambda _, record: LedgerReply.read(record))
         changed = {n: ROLLED_BACK for n, told in replies.items() if told.hash != before[n].hash}

@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from common.errors import RunError
-from common.protocol.wire import LedgerHead
+from common.protocol.ledger import LedgerHead
 from server.runs.run_folder import RunFolder
 
 Ledgers = dict[str, LedgerHead]

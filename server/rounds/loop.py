@@ -13,8 +13,9 @@ from common.errors import RunError
 from common.metrics.metrics import METRICS, Counts, value
 from common.model.contract import Versions
 from common.model.network import assemble
-from common.protocol import wire
-from common.protocol.wire import FinalCounts, FinalReply, FinalRequest, RoundReply
+from common.protocol.final import FinalCounts, FinalReply, FinalRequest
+from common.protocol.round import RoundReply, make_round_config
+from common.protocol.tensors import count_bytes, to_arrays
 from common.support.seeds import derive
 from server.reports.progress import Joined, Reporter
 from server.rounds import ledger_heads
@@ -44,7 +45,7 @@ class Run:
         self._last = self._restore()
         overall = (line for line in folder.history() if line["site"] is None)
         self._scores: list[float | None] = [line[study.select] for line in overall]
-        self._bytes = wire.payload(wire.to_arrays(network.tensors))
+        self._bytes = count_bytes(to_arrays(network.tensors))
 
     def _restore(self) -> Checkpoint:
         """The last finished round, or the beginning."""
@@ -137,7 +138,7 @@ class Run:
         size = max(round(len(training) * aggregate.fraction), aggregate.quorum)
 
         def messages(members: Sequence[Member]) -> list[Message]:
-            config, nodes = wire.round_config(self._study.id), [member.node for member in members]
+            config, nodes = make_round_config(self._study.id), [member.node for member in members]
             return self._aggregator.requests(number, self._last.tensors, config, nodes)
 
         def read(member: Member, record: RecordDict) -> RoundReply:
@@ -182,7 +183,7 @@ class Run:
 
         A few dozen images cannot tell one late round from another: the best of them is a lottery.
         """
-        arrays = wire.to_arrays(self._last.tensors)
+        arrays = to_arrays(self._last.tensors)
         request = FinalRequest(study=self._study.id, arrays=arrays).record()
 
         def messages(members: Sequence[Member]) -> list[Message]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from common.config.study import Study
 from common.model.network import Network, assemble
-from common.protocol.wire import Tensors
+from common.protocol.tensors import Tensors
 from server.rounds.strategies import Aggregator
 from server.runs.run_folder import RunFolder
 

@@ -24,8 +24,9 @@ from flwr.serverapp.strategy import (
 from common.config.study import Study
 from common.errors import did_you_mean
 from common.flower.compat import SUPERLINK_NODE_ID
-from common.protocol import wire
-from common.protocol.wire import Tensors
+from common.protocol.fields import ARRAYS, CONFIG
+from common.protocol.round import WEIGHT, make_strategy_record
+from common.protocol.tensors import Tensors, to_arrays
 
 Options = Mapping[str, float]
 
@@ -135,9 +136,9 @@ class Aggregator:
             min_train_nodes=1,
             min_evaluate_nodes=1,
             min_available_nodes=1,
-            weighted_by_key=wire.WEIGHT,
-            arrayrecord_key=wire.ARRAYS,
-            configrecord_key=wire.CONFIG,
+            weighted_by_key=WEIGHT,
+            arrayrecord_key=ARRAYS,
+            configrecord_key=CONFIG,
             **options,  # type: ignore[arg-type]
         )
 
@@ -147,7 +148,7 @@ class Aggregator:
         """One message for each of `nodes`."""
         # FedAvgM tells arrays apart by their position alone.
         self._sent = {name: tensors[name] for name in self._names}
-        arrays = wire.to_arrays(self._sent)
+        arrays = to_arrays(self._sent)
         cohort = cast(Grid, _Cohort(nodes))
         return list(self._strategy.configure_train(round_number, arrays, config, cohort))
 
@@ -158,7 +159,7 @@ class Aggregator:
           round_number: From 1.
           updates: Each site's tensors and weight; some strategies take no weights.
         """
-        records = [wire.strategy_record(self._seen(arrays), weight) for arrays, weight in updates]
+        records = [make_strategy_record(self._seen(arrays), weight) for arrays, weight in updates]
         # Strategies read a reply's content alone, so the address does not matter.
         messages = [Message(record, SUPERLINK_NODE_ID, MessageType.TRAIN) for record in records]
         arrays, _ = self._strategy.aggregate_train(round_number, messages)
@@ -174,7 +175,7 @@ class Aggregator:
         if not self._entry.differences:
             return arrays
         tensors = {name: torch.from_numpy(arrays[name].numpy()) for name in self._names}
-        return wire.to_arrays({name: tensors[name] - self._sent[name] for name in self._names})
+        return to_arrays({name: tensors[name] - self._sent[name] for name in self._names})
 
     def state(self) -> Tensors:
         """What the strategy carries from round to round."""

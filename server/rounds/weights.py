@@ -7,7 +7,7 @@ from safetensors.torch import save
 
 from common.config.study import Study
 from common.model import backbones
-from common.protocol.wire import BackboneHeld, BackbonePart
+from common.protocol.backbone import BackboneHeld, BackbonePart
 
 _PIECE = 2 * 2**20
 """Bytes; small enough for a slow line."""

@@ -19,7 +19,7 @@ from safetensors.torch import save
 
 from common.config.study import Study
 from common.errors import RunError
-from common.protocol.wire import Tensors
+from common.protocol.tensors import Tensors
 from common.support import files
 
 _STATE = "strategy-state/"

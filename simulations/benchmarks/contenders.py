@@ -25,7 +25,7 @@ from client.runtime import Runtime
 from client.site import Site
 from common.config.study import Study
 from common.errors import RunError
-from common.protocol import wire
+from common.protocol.tensors import count_bytes
 from common.support.terminal import console
 from server.app import app as server_app
 from server.runs.run_folder import RunFolder
@@ -230,7 +230,7 @@ class _Watched:
 
 
 def _payload(message: Any) -> int:
-    return sum(wire.payload(arrays) for arrays in message.content.array_records.values())
+    return sum(count_bytes(arrays) for arrays in message.content.array_records.values())
 
 
 def _peak_memory() -> int | None:

@@ -18,7 +18,9 @@ from common.config.study import Study
 from common.flower.compat import recorddict_from_proto, recorddict_to_proto
 from common.model import backbones
 from common.model.split import train_mode
-from common.protocol import wire
+from common.protocol.fields import ARRAYS
+from common.protocol.round import make_strategy_record
+from common.protocol.tensors import count_bytes, to_arrays
 
 
 class Tutorial:
@@ -68,8 +70,8 @@ class Tutorial:
     def exchange(self) -> int:
         """Send the model through one Flower message and load what arrives; returns its bytes."""
         state = self.model.state_dict()
-        arrays = wire.to_arrays({name: state[name] for name in self._travels})
-        message = recorddict_to_proto(wire.strategy_record(arrays, weight=1.0))
-        arrived = recorddict_from_proto(message).array_records[wire.ARRAYS]
+        arrays = to_arrays({name: state[name] for name in self._travels})
+        message = recorddict_to_proto(make_strategy_record(arrays, weight=1.0))
+        arrived = recorddict_from_proto(message).array_records[ARRAYS]
         self.model.load_state_dict(arrived.to_torch_state_dict(), strict=False)
-        return wire.payload(arrays)
+        return count_bytes(arrays)

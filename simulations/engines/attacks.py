@@ -13,7 +13,7 @@ from client.session import Session
 from client.site import Site
 from common.config.study import Study
 from common.model.weights import LARGEST
-from common.protocol import wire
+from common.protocol.tensors import to_arrays
 from server.app import app as server_app
 from server.runs.run_folder import RunFolder
 from simulations.engines.base import InProcess
@@ -95,4 +95,4 @@ def _scale(request: Message, reply: Message, factor: float) -> None:
     for name, tensor in after.items():
         told = before[name] + factor * (tensor - before[name])
         after[name] = told.clamp(-LARGEST, LARGEST)
-    trained.update(wire.to_arrays(after))
+    trained.update(to_arrays(after))

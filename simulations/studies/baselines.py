@@ -19,7 +19,7 @@ from client.training.dataset import Examples
 from common.config.study import Study
 from common.errors import RefusedError
 from common.metrics.metrics import Counts
-from common.protocol.wire import Tensors
+from common.protocol.tensors import Tensors
 from common.support.seeds import derive
 from server.rounds.start import first_tensors
 from server.runs.results import Results

@@ -25,7 +25,11 @@ from common.config.study import Study
 from common.config.yaml import dump
 from common.flower.compat import recorddict_to_proto
 from common.model.contract import digest
-from common.protocol import wire
+from common.protocol.final import FinalRequest
+from common.protocol.join import JoinReply, JoinRequest
+from common.protocol.ledger import LEDGER, LedgerReply, LedgerRequest
+from common.protocol.round import make_round_config
+from common.protocol.tensors import to_arrays
 from simulations.engines.grid import InProcessGrid
 from tests.kit import RUNTIME, another, client_app, limited
 
@@ -91,7 +95,7 @@ class Server:
         return reply
 
     def join(self):
-        reply = self.send(wire.JoinRequest(proposal=self.study.proposal()).record(), "query")
+        reply = self.send(JoinRequest(proposal=self.study.proposal()).record(), "query")
         if not reply.has_error():
             self.session = RUNTIME.open_session(self.file, self.study.id)
         return reply
@@ -102,14 +106,14 @@ class Server:
         return {name: torch.randn(shape) * 0.01 for name, shape in shapes.items()}
 
     def round(self, number=1, seed=0, **changes):
-        config = {**wire.round_config(self.study.id), "server-round": number} | changes
-        arrays = wire.to_arrays(self.model(seed))
+        config = {**make_round_config(self.study.id), "server-round": number} | changes
+        arrays = to_arrays(self.model(seed))
         record = RecordDict({"arrays": arrays, "config": ConfigRecord(config)})
         return self.send(record, MessageType.TRAIN)
 
     def final(self, seed=0):
-        arrays = wire.to_arrays(self.model(seed))
-        request = wire.FinalRequest(study=self.study.id, arrays=arrays)
+        arrays = to_arrays(self.model(seed))
+        request = FinalRequest(study=self.study.id, arrays=arrays)
         return self.send(request.record(), MessageType.EVALUATE)
 
 
@@ -183,14 +187,14 @@ def test_a_line_names_all_that_left(tmp_path):
 
 
 def test_the_join_tells_how_far_the_ledger_went_before_it(server):
-    reply = wire.JoinReply.read(server.join().content)
+    reply = JoinReply.read(server.join().content)
     lines = read(state(server))
     assert reply.ledger.count == len(lines) - 1
-    asked = server.send(wire.LedgerRequest(reply.ledger.count).record(), wire.LEDGER)
-    assert wire.LedgerReply.read(asked.content).hash == reply.ledger.hash
-    beyond = server.send(wire.LedgerRequest(len(lines) + 1).record(), wire.LEDGER)
-    assert wire.LedgerReply.read(beyond.content).hash is None
-    assert server.send(wire.LedgerRequest(0).record(), wire.LEDGER).error.reason == "contract"
+    asked = server.send(LedgerRequest(reply.ledger.count).record(), LEDGER)
+    assert LedgerReply.read(asked.content).hash == reply.ledger.hash
+    beyond = server.send(LedgerRequest(len(lines) + 1).record(), LEDGER)
+    assert LedgerReply.read(beyond.content).hash is None
+    assert server.send(LedgerRequest(0).record(), LEDGER).error.reason == "contract"
     assert len(read(state(server))) == len(lines)
 
 
@@ -294,9 +298,9 @@ def test_a_thousand_questions_get_no_more_than_was_agreed(tmp_path):
 @pytest.mark.usefixtures("quick")
 def test_rejoining_does_not_make_it_tell_more(tmp_path):
     server = Server(hospital(tmp_path / "ward", policy=COARSE), study())
-    first = wire.JoinReply.read(server.join().content).model_dump(exclude={"ledger"})
+    first = JoinReply.read(server.join().content).model_dump(exclude={"ledger"})
     for _ in range(20):
-        again = wire.JoinReply.read(server.join().content).model_dump(exclude={"ledger"})
+        again = JoinReply.read(server.join().content).model_dump(exclude={"ledger"})
         assert again == first
 
 

@@ -34,7 +34,8 @@ from common.errors import (
     StudyError,
 )
 from common.flower.compat import TaskIdentity
-from common.protocol.wire import JoinRequest, LedgerHead
+from common.protocol.join import JoinRequest
+from common.protocol.ledger import LedgerHead
 from tests.kit import RUNTIME, client_app, session_of
 
 pytestmark = pytest.mark.numbers

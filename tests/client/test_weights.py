@@ -20,7 +20,7 @@ from common.errors import (
 )
 from common.model import backbones
 from common.model.network import assemble
-from common.protocol.wire import BackboneHeld, BackbonePart
+from common.protocol.backbone import BackboneHeld, BackbonePart
 from server.rounds import weights as sending
 from server.rounds.weights import Backbone
 

@@ -23,7 +23,9 @@ from client.site import Site
 from common.config.study import Study
 from common.config.yaml import dump
 from common.errors import RunError, StudyError
-from common.protocol import wire
+from common.protocol.join import JoinRequest
+from common.protocol.round import make_round_config
+from common.protocol.tensors import to_arrays
 from server.app import app as server_app
 from server.runs.results import read_results
 from server.runs.run_folder import RunFolder
@@ -100,13 +102,13 @@ class Coordinator:
         return reply
 
     def join(self) -> Any:
-        return self.send(wire.JoinRequest(proposal=self.study.proposal()).record(), "query")
+        return self.send(JoinRequest(proposal=self.study.proposal()).record(), "query")
 
     def round(self, number: int = 1, scale: float = 0.0) -> Any:
         network = RUNTIME.open_session(self.site_file, self.study.id).prepared.network
         tensors = {name: torch.full(shape, scale) for name, shape in network.shapes.items()}
-        config = {**wire.round_config(self.study.id), "server-round": number}
-        record = RecordDict({"arrays": wire.to_arrays(tensors), "config": ConfigRecord(config)})
+        config = {**make_round_config(self.study.id), "server-round": number}
+        record = RecordDict({"arrays": to_arrays(tensors), "config": ConfigRecord(config)})
         return self.send(record, MessageType.TRAIN)
 
 

@@ -21,8 +21,9 @@ from client.site import Site
 from common.config.study import Study
 from common.config.yaml import dump
 from common.errors import ContractError, DataError, RefusedError, SiteError
-from common.protocol import wire
-from common.protocol.wire import LedgerHead, RoundRequest
+from common.protocol.ledger import LedgerHead
+from common.protocol.round import RoundRequest
+from common.protocol.tensors import to_arrays
 from tests.kit import session_of
 
 CLASSES = ("dark", "bright")
@@ -309,7 +310,7 @@ def work(site, number=1):
     """A round, as a process of its own would."""
     session = session_of(site, study())
     initial = session.prepared.network.initial
-    arrays = wire.to_arrays(initial)
+    arrays = to_arrays(initial)
     request = RoundRequest(study=study().id, round=number, proximal_mu=0.0, arrays=arrays)
     return session.work(request, initial, HEAD)
 

@@ -28,7 +28,10 @@ from common.config.yaml import dump
 from common.errors import RunError, StudyError
 from common.flower.compat import APP, RELEASE, TaskIdentity, to_bytes
 from common.model.network import assemble
-from common.protocol import wire
+from common.protocol.fields import ARRAYS, CONFIG
+from common.protocol.join import JoinReply, JoinRequest
+from common.protocol.round import make_round_config
+from common.protocol.tensors import to_arrays
 from common.support import keys
 from server.link import fleet_api as link_module
 from server.link import grid as grid_module
@@ -138,8 +141,8 @@ def study(**changes: Any) -> Study:
 def request(wanted: Study, number: int) -> RecordDict:
     """Of a round, as a strategy makes it."""
     tensors = assemble(wanted, "none").tensors
-    config = ConfigRecord({**wire.round_config(wanted.id), "server-round": number})
-    return RecordDict({wire.ARRAYS: wire.to_arrays(tensors), wire.CONFIG: config})
+    config = ConfigRecord({**make_round_config(wanted.id), "server-round": number})
+    return RecordDict({ARRAYS: to_arrays(tensors), CONFIG: config})
 
 
 def ask(grid: LinkGrid, kind: str, content: RecordDict) -> str:
@@ -160,7 +163,7 @@ def exchange(grid: LinkGrid, kind: str, content: RecordDict) -> Message:
 
 
 def join(wanted: Study) -> RecordDict:
-    return wire.JoinRequest(proposal=wanted.proposal()).record()
+    return JoinRequest(proposal=wanted.proposal()).record()
 
 
 def test_it_answers_with_its_own_app_and_says_so(
@@ -169,13 +172,11 @@ def test_it_answers_with_its_own_app_and_says_so(
     caplog.set_level(logging.INFO, "client")
     wanted = study()
     with world.up(), world.node(), connected(world.project.database) as grid:
-        joined = wire.JoinReply.read(exchange(grid, "query", join(wanted)).content)
+        joined = JoinReply.read(exchange(grid, "query", join(wanted)).content)
         assert joined.name == "north"
         for number in (1, 2):
             reply = exchange(grid, "train", request(wanted, number))
-            assert set(reply.content.array_records[wire.ARRAYS]) == set(
-                assemble(wanted, "none").shapes
-            )
+            assert set(reply.content.array_records[ARRAYS]) == set(assemble(wanted, "none").shapes)
         assert world.connected
         assert not list(world.link.glob("letter"))
     assert not world.connected

@@ -22,9 +22,11 @@ from common.flower.compat import error_reply
 from common.metrics.metrics import Counts
 from common.model.contract import Contract, Versions
 from common.model.network import assemble
-from common.protocol import wire
 from common.protocol.disclosure import Disclosure
-from common.protocol.wire import JoinReply, LedgerHead, LedgerReply, Parts
+from common.protocol.fields import ByPart
+from common.protocol.join import JoinReply
+from common.protocol.ledger import LedgerHead, LedgerReply, LedgerRequest
+from common.protocol.tensors import Tensors
 from server.app import app as server_app
 from server.rounds import ledger_heads
 from server.rounds.federation import Federation
@@ -97,7 +99,7 @@ class Sites:
         told = self.replies[int(Path(str(context.node_config["site"])).name)]
         if message.metadata.message_type == "query":
             return Message(told.record(), reply_to=message)
-        self.asked[told.name] = wire.LedgerRequest.read(message.content).count
+        self.asked[told.name] = LedgerRequest.read(message.content).count
         answer = self.hashes[told.name]
         if isinstance(answer, RecordDict):
             return Message(answer, reply_to=message)
@@ -121,7 +123,7 @@ def names(federation: Federation) -> list[str]:
 
 
 def test_sites_that_all_tell_exactly_weigh_by_their_training_images() -> None:
-    small = Parts(train=(2, 0), validation=(3, 4), test=(9, 9))
+    small = ByPart(train=(2, 0), validation=(3, 4), test=(9, 9))
     silent = Disclosure(counts="exact", metrics="none")  # of figures alone
     sites = Sites(
         [
@@ -187,8 +189,8 @@ def test_who_keeps_back_what_it_says_it_tells_is_left_out() -> None:
 
 
 def test_who_counts_other_classes_or_trains_on_nothing_is_left_out() -> None:
-    three = Parts(train=(1, 1, 1), validation=(1, 1, 1), test=(1, 1, 1))
-    nobody = Parts(train=(0, 0), validation=(3, 4), test=(9, 9))
+    three = ByPart(train=(1, 1, 1), validation=(1, 1, 1), test=(1, 1, 1))
+    nobody = ByPart(train=(0, 0), validation=(3, 4), test=(9, 9))
     sites = Sites([reply("a"), reply("b", images=three), reply("c", images=nobody)])
     federation = sites.join()
     assert names(federation) == ["a"]
@@ -236,7 +238,7 @@ def test_a_ledger_that_goes_no_further_was_rolled_back(now: LedgerHead) -> None:
         (None, ROLLED_BACK),
         ("error", "its site file is wrong"),
         (RecordDict(), "it sent a message with other parts than agreed"),
-        (wire.LedgerRequest(5).record(), "it sent no usable 'hash' in the message"),
+        (LedgerRequest(5).record(), "it sent no usable 'hash' in the message"),
     ],
 )
 def test_a_wrong_answer_about_the_ledger_is_refused(answer: object, why: str) -> None:
@@ -374,7 +376,7 @@ def test_unknown_numbers_weigh_the_same(tmp_path: Path, phantoms: Path) -> None:
     """The model after a round is the plain mean as soon as one site does not tell exactly."""
     means: dict[str, bool] = {}
     for case, disclose in (("exact", {}), ("coarse", {"west": {"counts": "rounded"}})):
-        seen: list[wire.Tensors] = []
+        seen: list[Tensors] = []
 
         def watched(message: Message, context: Context, seen: Any = seen) -> Message:
             answer = client_app(message, context)

@@ -24,7 +24,8 @@ from common.config.yaml import dump
 from common.errors import RunError, StudyError
 from common.model.inference import load_model
 from common.model.network import assemble
-from common.protocol import wire
+from common.protocol.fields import ARRAYS, METRICS
+from common.protocol.round import WEIGHT
 from server.app import app as server_app
 from server.rounds.strategies import REGISTRY
 from server.runs.results import read_results, union
@@ -157,32 +158,32 @@ def test_only_float32_tensors_of_the_suffix_travel(tmp_path: Path, phantoms: Pat
 
 
 def _zero(reply: Message) -> None:
-    arrays = reply.content.array_records[wire.ARRAYS]
+    arrays = reply.content.array_records[ARRAYS]
     for name, array in list(arrays.items()):
         arrays[name] = Array(np.zeros_like(array.numpy()))
 
 
 def _nan(reply: Message) -> None:
-    arrays = reply.content.array_records[wire.ARRAYS]
+    arrays = reply.content.array_records[ARRAYS]
     name = next(iter(arrays))
     arrays[name] = Array(np.full_like(arrays[name].numpy(), np.nan))
 
 
 def _shape(reply: Message) -> None:
-    arrays = reply.content.array_records[wire.ARRAYS]
+    arrays = reply.content.array_records[ARRAYS]
     arrays[next(iter(arrays))] = Array(np.zeros((3, 3), np.float32))
 
 
 def _extra(reply: Message) -> None:
-    reply.content.array_records[wire.ARRAYS]["more"] = Array(np.zeros(3, np.float32))
+    reply.content.array_records[ARRAYS]["more"] = Array(np.zeros(3, np.float32))
 
 
 def _weight(reply: Message) -> None:
-    reply.content.metric_records[wire.METRICS][wire.WEIGHT] = 1_000_000_000
+    reply.content.metric_records[METRICS][WEIGHT] = 1_000_000_000
 
 
 def _vast(reply: Message) -> None:
-    arrays = reply.content.array_records[wire.ARRAYS]
+    arrays = reply.content.array_records[ARRAYS]
     name = next(iter(arrays))
     arrays[name] = Array(np.full_like(arrays[name].numpy(), 3e38))
 
@@ -196,7 +197,7 @@ def _crowd(reply: Message) -> None:
 
 
 def _metric(reply: Message) -> None:
-    reply.content.metric_records[wire.METRICS]["more"] = 1.0
+    reply.content.metric_records[METRICS]["more"] = 1.0
 
 
 def _counts(reply: Message) -> None:

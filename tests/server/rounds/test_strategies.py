@@ -7,8 +7,7 @@ from flwr.app import ConfigRecord
 from common.config.study import Study
 from common.errors import StudyError
 from common.flower.compat import SUPERLINK_NODE_ID, TaskIdentity
-from common.protocol import wire
-from common.protocol.wire import Tensors
+from common.protocol.tensors import Tensors, to_arrays
 from server.rounds.strategies import REGISTRY, Aggregator
 
 pytestmark = pytest.mark.numbers
@@ -47,7 +46,7 @@ def step(
 ) -> Tensors:
     messages = aggregator.requests(number, start, ConfigRecord({"study": "s"}), [1, 2, 3])
     assert sorted(message.metadata.dst_node_id for message in messages) == [1, 2, 3]
-    sent = [(wire.to_arrays(update), weight) for update, weight in updates]
+    sent = [(to_arrays(update), weight) for update, weight in updates]
     return aggregator.merge(number, sent)
 
 

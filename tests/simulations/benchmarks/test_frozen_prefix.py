@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from common.config.study import Study
 from common.errors import RunError, StudyError
 from common.model import backbones
-from common.protocol import wire
+from common.protocol.tensors import count_bytes, to_arrays
 from simulations.benchmarks.contenders import Contender, Task
 from simulations.benchmarks.flops import operations
 from simulations.benchmarks.frozen_prefix import Plan
@@ -97,7 +97,7 @@ def test_naive_trains_and_sends_everything() -> None:
     _train(tutorial)
     state = tutorial.model.state_dict()
     assert not [name for name in state if torch.equal(state[name], before[name])]
-    assert tutorial.exchange() == wire.payload(wire.to_arrays(state))
+    assert tutorial.exchange() == count_bytes(to_arrays(state))
 
 
 @pytest.mark.parametrize("unfreeze", ["head", "last:1"])
@@ -108,8 +108,8 @@ def test_frozen_leaves_the_frozen_part_as_it_was(unfreeze: str) -> None:
     _train(tutorial)
     state = tutorial.model.state_dict()
     assert {name for name in state if not torch.equal(state[name], before[name])} == set(trained)
-    arrays = wire.to_arrays({name: state[name] for name in trained})
-    assert tutorial.exchange() == wire.payload(arrays)
+    arrays = to_arrays({name: state[name] for name in trained})
+    assert tutorial.exchange() == count_bytes(arrays)
 
 
 def test_a_message_brings_back_what_was_sent() -> None:

@@ -17,7 +17,7 @@ from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 from client.ledger.ledger import Ledger
 from common.config.study import Study
 from common.flower.compat import TaskIdentity
-from common.protocol import wire
+from common.protocol.join import JoinReply, JoinRequest
 from simulations.cli import main as cli
 from simulations.engines import ray as ray_engine
 from simulations.engines.ray_site import Hospitals, fingerprint, look
@@ -51,8 +51,8 @@ def east(phantoms: Path, tmp_path: Path, new_process: Callable[[], None]) -> Pat
 
 def test_an_actor_lets_go_of_the_ledger_after_each_message(east: Path) -> None:
     nodes = Hospitals((str(east),), fingerprint())
-    joined = _ask(nodes, wire.JoinRequest(proposal=_demo().proposal()).record())
-    assert wire.JoinReply.read(joined.content).name == "east"
+    joined = _ask(nodes, JoinRequest(proposal=_demo().proposal()).record())
+    assert JoinReply.read(joined.content).name == "east"
     with Ledger(east.parent / "state") as ledger:  # as another actor would
         assert ledger.head.count == 2
 

@@ -16,31 +16,42 @@ from common.errors import ContractError
 from common.flower.compat import recorddict_from_proto, recorddict_to_proto
 from common.metrics.metrics import Counts
 from common.model.contract import Contract, Versions
-from common.protocol import wire
 from common.protocol.disclosure import Disclosure
+from common.protocol.fields import ByPart
+from common.protocol.final import FinalCounts, FinalReply, FinalRequest
+from common.protocol.join import JoinReply, JoinRequest
+from common.protocol.ledger import LedgerHead, LedgerReply, LedgerRequest
+from common.protocol.round import (
+    Figures,
+    RoundReply,
+    RoundRequest,
+    make_round_config,
+    make_strategy_record,
+)
+from common.protocol.tensors import Tensors, count_bytes, from_arrays, to_arrays
 
 SHAPES = {"head.weight": (3, 4), "head.bias": (3,), "scale": ()}
 WEIGHT, CLASSES = 40, 3
-IMAGES = wire.Parts(train=(30, 10, 0), validation=(4, 3, 3), test=(8, 6, 6))
+IMAGES = ByPart(train=(30, 10, 0), validation=(4, 3, 3), test=(8, 6, 6))
 GENERATOR = torch.Generator().manual_seed(0)
 TENSORS = {name: torch.randn(shape, generator=GENERATOR) for name, shape in SHAPES.items()}
 LOGITS = torch.randn(10, CLASSES, generator=GENERATOR)
 COUNTS = Counts.of(LOGITS, torch.arange(10) % CLASSES)
-JOINED = wire.JoinReply(
+JOINED = JoinReply(
     name="east",
     role="train",
     contract=Contract(study="01", backbone="ab", suffix="cd", preprocessing="ef", protocol="1"),
     disclosure=Disclosure(counts="exact"),
-    patients=wire.Parts(train=20, validation=3, test=5),
+    patients=ByPart(train=20, validation=3, test=5),
     images=IMAGES,
     enrolled=None,
-    ledger=wire.LedgerHead(count=3, hash="ab" * 32),
+    ledger=LedgerHead(count=3, hash="ab" * 32),
     versions=Versions.here(),
 )
-NOTHING = wire.Parts(train=None, validation=None, test=None)
+NOTHING = ByPart(train=None, validation=None, test=None)
 
 
-def joined(disclosure: Disclosure) -> wire.JoinReply:
+def joined(disclosure: Disclosure) -> JoinReply:
     """What the same site says at join if it discloses less."""
     silent = disclosure.counts == "none"
     numbers = {part: disclosure.number(n) for part, n in JOINED.patients.model_dump().items()}
@@ -48,8 +59,8 @@ def joined(disclosure: Disclosure) -> wire.JoinReply:
     return JOINED.model_copy(
         update={
             "disclosure": disclosure,
-            "patients": NOTHING if silent else wire.Parts(**numbers),
-            "images": NOTHING if silent else wire.Parts(**images),
+            "patients": NOTHING if silent else ByPart(**numbers),
+            "images": NOTHING if silent else ByPart(**images),
         }
     )
 
@@ -73,7 +84,7 @@ def same(a: Counts, b: Counts) -> bool:
 
 
 def join_request() -> RecordDict:
-    return wire.JoinRequest(proposal='{"name": "µ"}').record()
+    return JoinRequest(proposal='{"name": "µ"}').record()
 
 
 def join_reply() -> RecordDict:
@@ -81,19 +92,19 @@ def join_reply() -> RecordDict:
 
 
 def round_request() -> RecordDict:
-    config = wire.round_config("0123")
+    config = make_round_config("0123")
     config["server-round"], config["proximal-mu"] = 3, 0.5  # as Flower's strategies do
-    return RecordDict({"arrays": wire.to_arrays(TENSORS), "config": config})
+    return RecordDict({"arrays": to_arrays(TENSORS), "config": config})
 
 
 def round_reply(loss: float | None = 0.5, counts: Counts | None = COUNTS) -> RecordDict:
-    figures = wire.Figures(train_loss=loss, counts=counts) if counts else None
-    arrays = wire.to_arrays(TENSORS)
-    return wire.RoundReply(arrays=arrays, figures=figures, ledger=JOINED.ledger).record()
+    figures = Figures(train_loss=loss, counts=counts) if counts else None
+    arrays = to_arrays(TENSORS)
+    return RoundReply(arrays=arrays, figures=figures, ledger=JOINED.ledger).record()
 
 
 def final_request() -> RecordDict:
-    return wire.FinalRequest(study="0123", arrays=wire.to_arrays(TENSORS)).record()
+    return FinalRequest(study="0123", arrays=to_arrays(TENSORS)).record()
 
 
 def final_reply() -> RecordDict:
@@ -101,44 +112,44 @@ def final_reply() -> RecordDict:
 
 
 def final(validation: Counts, test: Counts) -> RecordDict:
-    return wire.FinalReply(counts=wire.FinalCounts(validation=validation, test=test)).record()
+    return FinalReply(counts=FinalCounts(validation=validation, test=test)).record()
 
 
 def ledger_request() -> RecordDict:
-    return wire.LedgerRequest(7).record()
+    return LedgerRequest(7).record()
 
 
 def ledger_reply() -> RecordDict:
-    return wire.LedgerReply("0f" * 32).record()
+    return LedgerReply("0f" * 32).record()
 
 
-def read_round_request(record: RecordDict) -> wire.Tensors:
+def read_round_request(record: RecordDict) -> Tensors:
     """As the client reads it, arrays and all."""
-    return wire.from_arrays(wire.RoundRequest.read(record).arrays, SHAPES)
+    return from_arrays(RoundRequest.read(record).arrays, SHAPES)
 
 
-def read_round_reply(record: RecordDict) -> wire.RoundReply:
-    return wire.RoundReply.read(record, SHAPES, JOINED)
+def read_round_reply(record: RecordDict) -> RoundReply:
+    return RoundReply.read(record, SHAPES, JOINED)
 
 
-def read_final_request(record: RecordDict) -> wire.Tensors:
-    return wire.from_arrays(wire.FinalRequest.read(record).arrays, SHAPES)
+def read_final_request(record: RecordDict) -> Tensors:
+    return from_arrays(FinalRequest.read(record).arrays, SHAPES)
 
 
-def read_final_reply(record: RecordDict) -> wire.FinalReply:
-    return wire.FinalReply.read(record, JOINED)
+def read_final_reply(record: RecordDict) -> FinalReply:
+    return FinalReply.read(record, JOINED)
 
 
 # Every message: how a good one is made, and how the other side reads it.
 MESSAGES: dict[str, tuple[Callable[[], RecordDict], Callable[[RecordDict], Any]]] = {
-    "join request": (join_request, wire.JoinRequest.read),
-    "join reply": (join_reply, wire.JoinReply.read),
+    "join request": (join_request, JoinRequest.read),
+    "join reply": (join_reply, JoinReply.read),
     "round request": (round_request, read_round_request),
     "round reply": (round_reply, read_round_reply),
     "final request": (final_request, read_final_request),
     "final reply": (final_reply, read_final_reply),
-    "ledger request": (ledger_request, wire.LedgerRequest.read),
-    "ledger reply": (ledger_reply, wire.LedgerReply.read),
+    "ledger request": (ledger_request, LedgerRequest.read),
+    "ledger reply": (ledger_reply, LedgerReply.read),
 }
 
 
@@ -146,14 +157,14 @@ MESSAGES: dict[str, tuple[Callable[[], RecordDict], Callable[[RecordDict], Any]]
 
 
 def test_a_join_request_arrives() -> None:
-    assert wire.JoinRequest.read(sent(join_request())).proposal == '{"name": "µ"}'
+    assert JoinRequest.read(sent(join_request())).proposal == '{"name": "µ"}'
 
 
 def test_a_join_reply_arrives() -> None:
-    assert wire.JoinReply.read(sent(join_reply())) == JOINED
+    assert JoinReply.read(sent(join_reply())) == JOINED
 
 
-def equal(a: wire.Tensors, b: wire.Tensors) -> bool:
+def equal(a: Tensors, b: Tensors) -> bool:
     return a.keys() == b.keys() and all(
         a[name].dtype == torch.float32
         and a[name].shape == b[name].shape
@@ -163,20 +174,20 @@ def equal(a: wire.Tensors, b: wire.Tensors) -> bool:
 
 
 def test_a_round_request_arrives() -> None:
-    request = wire.RoundRequest.read(sent(round_request()))
+    request = RoundRequest.read(sent(round_request()))
     assert (request.study, request.round, request.proximal_mu) == ("0123", 3, 0.5)
-    assert equal(wire.from_arrays(request.arrays, SHAPES), TENSORS)
+    assert equal(from_arrays(request.arrays, SHAPES), TENSORS)
 
 
 def test_a_round_request_needs_no_proximal_term() -> None:
     record = round_request()
     del record["config"]["proximal-mu"]
-    assert wire.RoundRequest.read(sent(record)).proximal_mu == 0.0
+    assert RoundRequest.read(sent(record)).proximal_mu == 0.0
 
 
 def test_a_round_reply_arrives() -> None:
     reply = read_round_reply(sent(round_reply()))
-    assert equal(wire.from_arrays(reply.arrays, SHAPES), TENSORS)
+    assert equal(from_arrays(reply.arrays, SHAPES), TENSORS)
     assert list(reply.arrays) == list(SHAPES)
     assert reply.figures is not None
     assert reply.figures.train_loss == 0.5
@@ -185,7 +196,7 @@ def test_a_round_reply_arrives() -> None:
 
 
 def test_a_final_request_arrives() -> None:
-    assert wire.FinalRequest.read(sent(final_request())).study == "0123"
+    assert FinalRequest.read(sent(final_request())).study == "0123"
     assert equal(read_final_request(sent(final_request())), TENSORS)
 
 
@@ -200,16 +211,16 @@ def test_a_site_without_validation_images_answers() -> None:
     images = IMAGES.model_copy(update={"validation": (0, 0, 0)})
     nobody = JOINED.model_copy(update={"images": images})
     record = sent(round_reply(counts=Counts.zero(CLASSES)))
-    figures = wire.RoundReply.read(record, SHAPES, nobody).figures
+    figures = RoundReply.read(record, SHAPES, nobody).figures
     assert figures is not None
     assert same(figures.counts, Counts.zero(CLASSES))
 
 
 def test_a_question_about_the_ledger_and_its_answers_arrive() -> None:
-    assert wire.LedgerRequest.read(sent(ledger_request())).count == 7
-    assert wire.LedgerReply.read(sent(ledger_reply())).hash == "0f" * 32
-    beyond = wire.LedgerReply(None).record()
-    assert wire.LedgerReply.read(sent(beyond)).hash is None
+    assert LedgerRequest.read(sent(ledger_request())).count == 7
+    assert LedgerReply.read(sent(ledger_reply())).hash == "0f" * 32
+    beyond = LedgerReply(None).record()
+    assert LedgerReply.read(sent(beyond)).hash is None
 
 
 # --- a site tells just as much as it said at join ---
@@ -218,45 +229,45 @@ def test_a_question_about_the_ledger_and_its_answers_arrive() -> None:
 def test_what_is_told_coarsely_arrives() -> None:
     tells = ROUNDED.disclosure
     once, twice = tells.coarse(COUNTS), tells.coarse(COUNTS + COUNTS)
-    figures = wire.RoundReply.read(sent(round_reply(None, once)), SHAPES, ROUNDED).figures
+    figures = RoundReply.read(sent(round_reply(None, once)), SHAPES, ROUNDED).figures
     assert figures is not None
     assert same(figures.counts, once)
     assert figures.train_loss is None
-    counts = wire.FinalReply.read(sent(final(once, twice)), ROUNDED).counts
+    counts = FinalReply.read(sent(final(once, twice)), ROUNDED).counts
     assert counts is not None
     assert same(counts.test, twice)
 
 
 def test_who_withholds_figures_still_answers() -> None:
     for told in (FINAL, SILENT):
-        reply = wire.RoundReply.read(sent(round_reply(None, None)), SHAPES, told)
+        reply = RoundReply.read(sent(round_reply(None, None)), SHAPES, told)
         assert reply.figures is None
-        assert equal(wire.from_arrays(reply.arrays, SHAPES), TENSORS)
-    assert wire.FinalReply.read(sent(final_reply()), FINAL).counts is not None
-    nothing = wire.FinalReply(counts=None).record()
-    assert wire.FinalReply.read(sent(nothing), SILENT).counts is None
+        assert equal(from_arrays(reply.arrays, SHAPES), TENSORS)
+    assert FinalReply.read(sent(final_reply()), FINAL).counts is not None
+    nothing = FinalReply(counts=None).record()
+    assert FinalReply.read(sent(nothing), SILENT).counts is None
 
 
 @pytest.mark.parametrize("told", [FINAL, SILENT])
-def test_a_round_that_tells_more_than_was_said_is_refused(told: wire.JoinReply) -> None:
+def test_a_round_that_tells_more_than_was_said_is_refused(told: JoinReply) -> None:
     for spoil in (lambda r: None, dropping("metrics", "train-loss"), lambda r: r.pop("validation")):
         record = round_reply()
         spoil(record)
         with pytest.raises(ContractError, match="other parts than agreed"):
-            wire.RoundReply.read(sent(record), SHAPES, told)
+            RoundReply.read(sent(record), SHAPES, told)
 
 
 def test_an_end_that_tells_more_than_was_said_is_refused() -> None:
     with pytest.raises(ContractError, match="other parts than agreed"):
-        wire.FinalReply.read(sent(final_reply()), SILENT)
+        FinalReply.read(sent(final_reply()), SILENT)
 
 
 @pytest.mark.parametrize("told", [JOINED, ROUNDED])
-def test_who_said_it_tells_and_does_not_is_refused(told: wire.JoinReply) -> None:
+def test_who_said_it_tells_and_does_not_is_refused(told: JoinReply) -> None:
     with pytest.raises(ContractError, match="other parts than agreed"):
-        wire.RoundReply.read(sent(round_reply(None, None)), SHAPES, told)
+        RoundReply.read(sent(round_reply(None, None)), SHAPES, told)
     with pytest.raises(ContractError, match="other parts than agreed"):
-        wire.FinalReply.read(sent(wire.FinalReply(counts=None).record()), told)
+        FinalReply.read(sent(FinalReply(counts=None).record()), told)
 
 
 def test_a_loss_said_to_be_told_is_not_left_out() -> None:
@@ -275,15 +286,15 @@ def test_a_round_that_tells_finer_than_was_said_is_refused() -> None:
     cells[0, cells[0].argmin()] += 1  # the row's sum stays
     finer = coarse.unscored(cells)
     with pytest.raises(ContractError, match="counts finer than it disclosed"):
-        wire.RoundReply.read(sent(round_reply(None, finer)), SHAPES, ROUNDED)
+        RoundReply.read(sent(round_reply(None, finer)), SHAPES, ROUNDED)
     for counts in (COUNTS, unrounded, scored, with_loss, shifted, finer):
         with pytest.raises(ContractError):
-            wire.RoundReply.read(sent(round_reply(None, counts)), SHAPES, ROUNDED)
+            RoundReply.read(sent(round_reply(None, counts)), SHAPES, ROUNDED)
         with pytest.raises(ContractError):
-            wire.FinalReply.read(sent(final(counts, counts)), ROUNDED)
-    wire.RoundReply.read(sent(round_reply(None, coarse)), SHAPES, ROUNDED)
+            FinalReply.read(sent(final(counts, counts)), ROUNDED)
+    RoundReply.read(sent(round_reply(None, coarse)), SHAPES, ROUNDED)
     with pytest.raises(ContractError, match="other parts than agreed"):
-        wire.RoundReply.read(sent(round_reply(0.5, coarse)), SHAPES, ROUNDED)
+        RoundReply.read(sent(round_reply(0.5, coarse)), SHAPES, ROUNDED)
 
 
 def test_scores_said_to_be_told_are_not_left_out() -> None:
@@ -301,7 +312,7 @@ def test_scores_said_to_be_told_are_not_left_out() -> None:
         {"disclosure": Disclosure(counts="exact"), "patients": NOTHING, "images": NOTHING},
         {"patients": NOTHING},
         {"images": NOTHING},
-        {"images": wire.Parts(train=(30, 10, 0), validation=None, test=(8, 6, 6))},
+        {"images": ByPart(train=(30, 10, 0), validation=None, test=(8, 6, 6))},
         {
             "disclosure": Disclosure(counts="none", metrics="every_round"),
             "patients": NOTHING,
@@ -312,30 +323,30 @@ def test_scores_said_to_be_told_are_not_left_out() -> None:
 )
 def test_a_join_reply_that_contradicts_itself_is_refused(change: dict[str, Any]) -> None:
     with pytest.raises(ContractError):
-        wire.JoinReply.read(sent(JOINED.model_copy(update=change).record()))
+        JoinReply.read(sent(JOINED.model_copy(update=change).record()))
 
 
 @pytest.mark.parametrize("told", [JOINED, ROUNDED, FINAL, SILENT])
-def test_a_join_reply_tells_as_much_as_it_says(told: wire.JoinReply) -> None:
-    assert wire.JoinReply.read(sent(told.record())) == told
+def test_a_join_reply_tells_as_much_as_it_says(told: JoinReply) -> None:
+    assert JoinReply.read(sent(told.record())) == told
     # Under privacy it keeps its training patients to itself, whatever else it tells.
     hidden = {
         name: getattr(told, name).model_copy(update={"train": None})
         for name in ("patients", "images")
     }
-    assert wire.JoinReply.read(sent(told.model_copy(update=hidden).record())).images.train is None
+    assert JoinReply.read(sent(told.model_copy(update=hidden).record())).images.train is None
 
 
 def test_tensors_that_arrive_are_our_own_to_change() -> None:
     arrays = sent(round_reply())["arrays"]
-    wire.from_arrays(arrays, SHAPES)["head.bias"].zero_()
-    assert equal(wire.from_arrays(arrays, SHAPES), TENSORS)
+    from_arrays(arrays, SHAPES)["head.bias"].zero_()
+    assert equal(from_arrays(arrays, SHAPES), TENSORS)
 
 
 def test_a_tensor_in_another_memory_order_arrives() -> None:
     turned = {**TENSORS, "head.weight": torch.randn(4, 3, generator=GENERATOR).T}
-    record = RecordDict({"arrays": wire.to_arrays(turned)})
-    assert equal(wire.from_arrays(sent(record)["arrays"], SHAPES), turned)
+    record = RecordDict({"arrays": to_arrays(turned)})
+    assert equal(from_arrays(sent(record)["arrays"], SHAPES), turned)
 
 
 def test_a_round_reply_holds_the_float32_tensors_of_the_suffix_and_no_other_array() -> None:
@@ -347,7 +358,7 @@ def test_a_round_reply_holds_the_float32_tensors_of_the_suffix_and_no_other_arra
     assert {array.dtype for _, array in arrays} == {"float32"}
     assert all(array.numpy().dtype == np.float32 for _, array in arrays)
     size = sum(4 * tensor.numel() for tensor in TENSORS.values())
-    assert size <= wire.payload(record["arrays"]) <= size + 128 * len(SHAPES)
+    assert size <= count_bytes(record["arrays"]) <= size + 128 * len(SHAPES)
     # Beside the tensors: how far the ledger goes, the training loss, and counts of images without
     # an image's own scores.
     assert {part: set(config) for part, config in record.config_records.items()} == {
@@ -360,8 +371,8 @@ def test_a_round_reply_holds_the_float32_tensors_of_the_suffix_and_no_other_arra
 
 
 def test_what_strategies_get_is_one_weight_and_the_tensors() -> None:
-    record = wire.strategy_record(wire.to_arrays(TENSORS), WEIGHT)
-    assert equal(wire.from_arrays(record["arrays"], SHAPES), TENSORS)
+    record = make_strategy_record(to_arrays(TENSORS), WEIGHT)
+    assert equal(from_arrays(record["arrays"], SHAPES), TENSORS)
     assert dict(record["metrics"]) == {"weight": float(WEIGHT)}
     assert set(record) == {"arrays", "metrics"}
 

@@ -1,0 +1,67 @@
+"""The fields that messages are made of, and the only way to read one.
+
+The only file that spells a record key. Both sides treat what they read as hostile: anything that
+is not exactly what the protocol says raises `ContractError`.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Generic, TypeVar
+
+from flwr.app import RecordDict
+from pydantic import Field
+
+from common.config.yaml import Section
+from common.errors import ContractError
+from common.metrics.metrics import MOST
+
+ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
+
+VALIDATION, TEST, LEDGER_HEAD = "validation", "test", "ledger"
+
+JSON, STUDY, ROUND, PROXIMAL = "json", "study", "server-round", "proximal-mu"
+
+LOSS, COUNT, HASH = "train-loss", "count", "hash"
+
+LACKS, SIZE, OFFSET, DATA = "lacks", "size", "offset", "data"
+
+_LONGEST_JSON = 1_000_000
+
+Count = Annotated[int, Field(ge=0, le=MOST)]
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+T = TypeVar("T")
+
+
+class ByPart(Section, Generic[T]):
+    """Something of each part of a site's patients."""
+
+    train: T
+    validation: T
+    test: T
+
+    @property
+    def all(self) -> tuple[T, T, T]:
+        """Of training, validation and test patients."""
+        return self.train, self.validation, self.test
+
+
+def check_parts(record: RecordDict, *keys: str) -> None:
+    """Return if a message has exactly these parts; raise `ContractError` otherwise."""
+    if set(record) != set(keys):
+        raise ContractError("a message with other parts than agreed")
+
+
+def get_part(records: Mapping[str, Any], key: str) -> Any:
+    """A part of a message; raises `ContractError` if it is not of this kind."""
+    if key not in records:
+        raise ContractError(f"no {key!r} in the message")
+    return records[key]
+
+
+def get_value(record: RecordDict, section: str, key: str, kind: type[Any]) -> Any:
+    """A value of exactly this type in a section; raises `ContractError` otherwise."""
+    value = get_part(record.config_records, section).get(key)
+    if type(value) is not kind or (kind is str and len(value) > _LONGEST_JSON):
+        raise ContractError(f"no usable {key!r} in the message")
+    return value

@@ -1,0 +1,74 @@
+"""The last message: the released model, and its counts."""
+
+from dataclasses import dataclass
+
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+
+from common.metrics.metrics import Counts
+from common.protocol.counts import read_counts
+from common.protocol.fields import (
+    ARRAYS,
+    CONFIG,
+    STUDY,
+    TEST,
+    VALIDATION,
+    check_parts,
+    get_part,
+    get_value,
+)
+from common.protocol.join import JoinReply
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinalRequest:
+    """Evaluate the released model on your validation and test patients."""
+
+    study: str
+    arrays: ArrayRecord
+
+    def record(self) -> RecordDict:
+        """As Flower sends it."""
+        config = ConfigRecord({STUDY: self.study})
+        return RecordDict({ARRAYS: self.arrays, CONFIG: config})
+
+    @classmethod
+    def read(cls, record: RecordDict) -> "FinalRequest":
+        """Back from Flower; the arrays are still unchecked. Raises `ContractError`."""
+        check_parts(record, ARRAYS, CONFIG)
+        arrays = get_part(record.array_records, ARRAYS)
+        return cls(study=get_value(record, CONFIG, STUDY, str), arrays=arrays)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinalCounts:
+    """Of the released model."""
+
+    validation: Counts
+    test: Counts
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinalReply:
+    """What a site sends at the end."""
+
+    counts: FinalCounts | None
+    """If the site tells them."""
+
+    def record(self) -> RecordDict:
+        """As Flower sends it."""
+        if self.counts is None:
+            return RecordDict()
+        parts = {VALIDATION: self.counts.validation, TEST: self.counts.test}
+        return RecordDict({part: MetricRecord(told.sparse()) for part, told in parts.items()})
+
+    @classmethod
+    def read(cls, record: RecordDict, joined: JoinReply) -> "FinalReply":
+        """Back from Flower; raises `ContractError` unless it is exactly as told at join."""
+        if joined.disclosure.metrics == "none":
+            check_parts(record)
+            return cls(counts=None)
+        check_parts(record, VALIDATION, TEST)
+        told, disclosure = joined.images, joined.disclosure
+        validation = read_counts(record, VALIDATION, told.validation, disclosure)
+        test = read_counts(record, TEST, told.test, disclosure)
+        return cls(counts=FinalCounts(validation=validation, test=test))
