@@ -5,8 +5,9 @@ import resource
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import uvicorn
 
@@ -18,6 +19,8 @@ from client.site import Site
 from common.config.study import Study
 from server.link.serve import listen, server
 from server.project.project import Project
+from simulations.sites import virtual_sites
+from simulations.sites.virtual_sites import Hospital
 
 RUNTIME = Runtime()
 """What the sites of this test process keep open, until `new_process`."""
@@ -28,6 +31,11 @@ client_app = make_app(RUNTIME)
 def session_of(site: Site, study: Study) -> Session:
     """A session of its own, that shares nothing with any other."""
     return Session(prepare_site(site, study, Workspace()))
+
+
+def write_sites(found: Sequence[Hospital], study: Study, run: Path, cache: Path) -> list[Path]:
+    """The site files of virtual hospitals, written into a run folder."""
+    return virtual_sites.write_sites(virtual_sites.plan_sites(found, study), study, run, cache)
 
 
 @contextmanager

@@ -197,10 +197,11 @@ def _ours(task: Task, lap: Lap) -> dict[str, Any]:
             Hospital(name="a", data=data, patients=(one,), site=site),
             Hospital(name="b", data=data, site=site),
         ]
-        first, hospital = virtual_sites.settle(found, study, folder, Path(scratch) / "cache")
-        virtual_sites.prepare([first], study, runtime)
+        planned = virtual_sites.plan_sites(found, study)
+        first, hospital = virtual_sites.write_sites(planned, study, folder, Path(scratch) / "cache")
+        virtual_sites.prepare_sites([first], study, runtime)
         lap("open")
-        virtual_sites.prepare([hospital], study, runtime)
+        virtual_sites.prepare_sites([hospital], study, runtime)
         lap("cache")
         session = runtime.open_session(hospital, study.id)
         watched = _Watched(make_app(runtime), lap, study.train.rounds)

@@ -73,9 +73,10 @@ def measure(sites: int, rounds: int) -> Cost:
         folder = RunFolder.claim(Path(scratch) / "run")
         folder.begin(study)
         found = [Hospital(name=f"s{i}", data=_data(Path(scratch), i)) for i in range(sites)]
-        files = virtual_sites.settle(found, study, folder.path, Path(scratch) / "cache")
+        planned = virtual_sites.plan_sites(found, study)
+        files = virtual_sites.write_sites(planned, study, folder.path, Path(scratch) / "cache")
         runtime = Runtime()
-        virtual_sites.prepare(files, study, runtime)
+        virtual_sites.prepare_sites(files, study, runtime)
         reporter = _Laps(folder, spent)
         began = time.perf_counter()
         Run(InProcessGrid(make_app(runtime), files), folder, reporter).go()

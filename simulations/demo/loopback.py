@@ -45,7 +45,8 @@ class Loopback:
         self.project = Project.create(folder / "coordinator", (_HOST,), free_port())
         self.study = folder / "study.yaml"
         files.write(self.study, study.yaml())
-        written = virtual_sites.settle(found, study, folder, folder / "cache")
+        planned = virtual_sites.plan_sites(found, study)
+        written = virtual_sites.write_sites(planned, study, folder, folder / "cache")
         self.sites = {path.parent.name: path for path in written}
         for name, path in self.sites.items():
             self._enrol(name, path)

@@ -38,7 +38,7 @@ class InProcess:
 
     def prepare(self, site_files: Sequence[Path], study: Study) -> None:
         """Every image decoded, and through the frozen layers."""
-        virtual_sites.prepare(site_files, study, self.runtime)
+        virtual_sites.prepare_sites(site_files, study, self.runtime)
 
     def run(self, site_files: Sequence[Path], folder: Path) -> None:
         """From the last finished round on; ledgers are open as long as it takes."""

@@ -9,15 +9,17 @@ import hashlib
 import logging
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from client.consent.cohort import count_patients, cut_records
+from client.consent.cohort import PARTS, count_patients
 from client.consent.proposals import keep_proposal
+from client.data.records import Record
 from client.data.registry import Data, guess
+from client.data.splits import Parts, split
 from client.ledger.ledger import read
 from client.ledger.spending import Account
 from client.runtime import Runtime
@@ -31,9 +33,6 @@ from server.rounds.strategies import least
 from simulations.sites import partition
 
 log = logging.getLogger(__name__)
-
-Census = dict[str, dict[str, list[int]]]
-"""Images per site, part and class."""
 
 _RULE = "letters, digits, . _ -, starting with a letter or digit, at most 64"
 
@@ -54,6 +53,23 @@ class Hospital:
     def trains(self) -> bool:
         """Whether it takes part in rounds."""
         return not self.evaluates_only and (self.site is None or self.site.role == "train")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedSite:
+    """A virtual hospital whose patients have their parts.
+
+    Attributes:
+      hospital: Which one.
+      secret: What keys its holdout, from the study's seed.
+      images: How many of each class, by part.
+      training: How many patients train.
+    """
+
+    hospital: Hospital
+    secret: bytes
+    images: Mapping[str, list[int]]
+    training: int
 
 
 def from_folder(path: Path, *, evaluates_only: bool = False) -> Hospital:
@@ -85,7 +101,7 @@ def from_pool(path: Path, study: Study, *, spec: str, sites: int) -> list[Hospit
     ]
 
 
-def roster(hospitals: Sequence[Hospital]) -> dict[str, Any]:
+def describe_sites(hospitals: Sequence[Hospital]) -> dict[str, Any]:
     """Who takes part, by name, as far as it decides what a run gives: data, patients, role."""
     return {
         hospital.name: {
@@ -97,12 +113,29 @@ def roster(hospitals: Sequence[Hospital]) -> dict[str, Any]:
     }
 
 
-def settle(hospitals: Sequence[Hospital], study: Study, run: Path, cache: Path) -> list[Path]:
-    """Write the hospitals' files into the run folder; returns their site files, sorted by name.
+def plan_sites(hospitals: Sequence[Hospital], study: Study) -> list[PlannedSite]:
+    """Who trains, validates and tests at each hospital, before any file is written.
+
+    The records of each data set are listed once, also where it is cut into many hospitals.
+
+    Returns:
+      The plans, sorted by name.
 
     Raises:
       SiteError: two hospitals of one name, or that are to compute in different ways.
+      DataError: the data of a hospital cannot be used.
     """
+    _check_alike(hospitals)
+    listed: dict[int, list[Record]] = {}
+    planned = []
+    for hospital in sorted(hospitals, key=lambda hospital: hospital.name):
+        if id(hospital.data) not in listed:
+            listed[id(hospital.data)] = hospital.data.records(study.classes)
+        planned.append(_plan(hospital, listed[id(hospital.data)], study))
+    return planned
+
+
+def _check_alike(hospitals: Sequence[Hospital]) -> None:
     for name, times in Counter(hospital.name for hospital in hospitals).items():
         if times > 1:
             remedy = "Rename one of the folders."
@@ -112,11 +145,33 @@ def settle(hospitals: Sequence[Hospital], study: Study, run: Path, cache: Path) 
         expected = "the same keep and threads in every site.yaml, as one machine runs them all"
         got = " and ".join(sorted(f"{keep}/{threads}" for keep, threads in ways))
         raise SiteError("--site", expected=expected, got=got)
-    ordered = sorted(hospitals, key=lambda hospital: hospital.name)
-    return [_write(hospital, study, run / "sites" / hospital.name, cache) for hospital in ordered]
 
 
-def settled(run: Path) -> list[Path]:
+def _plan(hospital: Hospital, records: Sequence[Record], study: Study) -> PlannedSite:
+    """The hospital's own records in their parts, as its client will cut them."""
+    if hospital.patients is not None:
+        used = set(hospital.patients)
+        records = [record for record in records if record.patient in used]
+    secret = hashlib.sha256(f"{derive(study.seed, hospital.name, 'secret')}".encode()).digest()
+    parts = Parts(train=[], validation=[], test=list(records))
+    if hospital.trains:
+        parts = split(records, study.holdout, secret)
+    images = {
+        part: [sum(r.label == k for r in getattr(parts, part)) for k in range(len(study.classes))]
+        for part in PARTS
+    }
+    return PlannedSite(
+        hospital=hospital, secret=secret, images=images, training=count_patients(parts.train)
+    )
+
+
+def write_sites(planned: Sequence[PlannedSite], study: Study, run: Path, cache: Path) -> list[Path]:
+    """Write the hospitals' files into the run folder; returns their site files, sorted by name."""
+    ordered = sorted(planned, key=lambda plan: plan.hospital.name)
+    return [_write(plan, study, run / "sites" / plan.hospital.name, cache) for plan in ordered]
+
+
+def find_site_files(run: Path) -> list[Path]:
     """The site files of a run that began before."""
     found = sorted(run.glob("sites/*/site.yaml"), key=lambda path: path.parent.name)
     if not found:
@@ -124,13 +179,14 @@ def settled(run: Path) -> list[Path]:
     return found
 
 
-def spent(site_files: Sequence[Path]) -> dict[str, float]:
+def read_spending(site_files: Sequence[Path]) -> dict[str, float]:
     """ε that the ledger of each site adds up to, by name."""
     sites = [Site.read(path) for path in site_files]
     return {site.name: Account.of(read(site.state)).total() for site in sites}
 
 
-def _write(hospital: Hospital, study: Study, folder: Path, cache: Path) -> Path:
+def _write(plan: PlannedSite, study: Study, folder: Path, cache: Path) -> Path:
+    hospital = plan.hospital
     folder.mkdir(parents=True, exist_ok=True)
     data = hospital.data.model_dump(mode="json", exclude_none=True)
     if hospital.patients is not None:
@@ -152,18 +208,15 @@ def _write(hospital: Hospital, study: Study, folder: Path, cache: Path) -> Path:
         content["policy"] = {"disclose": {"counts": "exact"}}
     if hospital.evaluates_only:
         content["role"] = "evaluate"
+    if study.private and hospital.data.enrolled_patients is None:  # a real hospital declares it
+        data["enrolled_patients"] = max(plan.training, 1)
     path = folder / "site.yaml"
     files.write(path, dump(content))
-    secret = hashlib.sha256(f"{derive(study.seed, hospital.name, 'secret')}".encode()).digest()
-    site = Site.read(path)
-    files.write(site.private() / "secret", secret, 0o600)
-    if study.private and site.data.enrolled_patients is None:  # a real hospital declares it
-        training = count_patients(cut_records(site, study).train)
-        files.write(path, dump(content | {"data": data | {"enrolled_patients": max(training, 1)}}))
+    files.write(Site.read(path).private() / "secret", plan.secret, 0o600)
     return path
 
 
-def prepare(site_files: Sequence[Path], study: Study, runtime: Runtime) -> None:
+def prepare_sites(site_files: Sequence[Path], study: Study, runtime: Runtime) -> None:
     """Open every hospital's session, so that what is wrong with its data is said here and now.
 
     A hospital whose policy refuses the study is left to refuse it at join.
@@ -176,39 +229,26 @@ def prepare(site_files: Sequence[Path], study: Study, runtime: Runtime) -> None:
             runtime.open_session(path, study.id)
 
 
-def census(site_files: Sequence[Path], study: Study) -> Census:
-    """Images per site, part and class, before anything is decoded."""
-    counts: Census = {}
-    for path in site_files:
-        site = Site.read(path)
-        parts = cut_records(site, study)
-        counts[site.name] = {
-            part: [
-                sum(r.label == k for r in getattr(parts, part)) for k in range(len(study.classes))
-            ]
-            for part in ("train", "validation", "test")
-        }
-    return counts
-
-
-def able(hospitals: Sequence[Hospital], told: Census, study: Study) -> list[Hospital]:
+def choose_sites(planned: Sequence[PlannedSite], study: Study) -> list[PlannedSite]:
     """The hospitals that can take part; one cut from a pool with nothing to train on is left out.
 
     Raises:
       DataError: another hospital has nothing to train on.
       StudyError: fewer hospitals train than the study's quorum.
     """
-    kept: list[Hospital] = []
-    for hospital in hospitals:
-        if not hospital.trains or any(told[hospital.name]["train"]):
-            kept.append(hospital)
+    kept: list[PlannedSite] = []
+    for plan in planned:
+        hospital = plan.hospital
+        if not hospital.trains or any(plan.images["train"]):
+            kept.append(plan)
         elif hospital.patients is not None:
             log.warning("%s is left out: none of its patients trains", hospital.name)
         else:
             expected, got = "at least one training patient", "none"
             remedy = "Add patients, lower holdout, or name it with --evaluate-site."
             raise DataError(hospital.name, expected=expected, got=got, remedy=remedy)
-    training, quorum = sum(hospital.trains for hospital in kept), study.aggregate.quorum
+    training = sum(plan.hospital.trains for plan in kept)
+    quorum = study.aggregate.quorum
     if training < quorum:
         expected = f"at most {training}, as many hospitals as train"
         other = f"--set aggregate.quorum={max(training, 1)}."

@@ -141,7 +141,8 @@ def _spent(runs: Sequence[Path]) -> dict[str, float]:
     """ε that each site's ledger adds up to: the most of all runs."""
     spent: dict[str, float] = {}
     for run in runs:
-        for name, epsilon in virtual_sites.spent(virtual_sites.settled(run)).items():
+        site_files = virtual_sites.find_site_files(run)
+        for name, epsilon in virtual_sites.read_spending(site_files).items():
             spent[name] = max(epsilon, spent.get(name, 0.0))
     return spent
 

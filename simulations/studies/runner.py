@@ -5,7 +5,6 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from client.ledger.spending import MEANING
 from common.config.study import Study
@@ -17,13 +16,13 @@ from server.runs.results import read_results, write_results
 from server.runs.run_folder import RunFolder
 from simulations.engines.attacks import LIES
 from simulations.engines.base import Engine
-from simulations.sites import virtual_sites as hospitals
-from simulations.sites.virtual_sites import Census, Hospital
+from simulations.sites import virtual_sites
+from simulations.sites.virtual_sites import Hospital, PlannedSite
 from simulations.studies import baselines as alone
 from simulations.studies import summary
 
 _MOST_SITES_SHOWN = 40
-_ROSTER = "sites/hospitals.json"
+_ROSTER = "sites/virtual_sites.json"
 """In a run: the hospitals it began with, so that none is taken for another's."""
 
 
@@ -47,10 +46,10 @@ class Source:
         if bool(self.folders) == (self.pool is not None):
             expected, got = "--site folders or one --pool", "both" if self.folders else "neither"
             raise StudyError("hospitals", expected=expected, got=got)
-        found = [hospitals.from_folder(path) for path in self.folders]
+        found = [virtual_sites.from_folder(path) for path in self.folders]
         if self.pool is not None:
-            found = hospitals.from_pool(self.pool, study, spec=self.partition, sites=self.sites)
-        extra = [hospitals.from_folder(path, evaluates_only=True) for path in self.evaluators]
+            found = virtual_sites.from_pool(self.pool, study, spec=self.partition, sites=self.sites)
+        extra = [virtual_sites.from_folder(path, evaluates_only=True) for path in self.evaluators]
         return [*found, *extra]
 
 
@@ -95,7 +94,7 @@ def series(
 
     Args:
       studies: Alike but for their seeds.
-      source: Of the hospitals.
+      source: Of the virtual_sites.
       folder: One folder in it for each seed.
       cache: Of prepared images.
       engine: Where the hospitals compute.
@@ -134,9 +133,9 @@ def _complete(study: Study, source: Source, path: Path, cache: Path, engine: Eng
 
 
 def begun(study: Study, source: Source, path: Path) -> RunFolder:
-    """A run that is there already; raises `RunError` if it is of another study or hospitals."""
+    """A run that is there already; raises `RunError` if it is of another study or virtual_sites."""
     run = RunFolder.resume(path, study)
-    named, there = hospitals.roster(source.hospitals(study)), path / _ROSTER
+    named, there = virtual_sites.describe_sites(source.hospitals(study)), path / _ROSTER
     known = json.loads(there.read_text(encoding="utf-8")) if there.exists() else {}
     told = {
         "without": known.keys() - named.keys(),
@@ -153,14 +152,14 @@ def begun(study: Study, source: Source, path: Path) -> RunFolder:
 def _new(study: Study, source: Source, folder: Path, cache: Path, engine: Engine) -> RunFolder:
     inspect(study)
     named = source.hospitals(study)
-    found = able(study, named)
+    found = plan(study, named)
     if folder.is_dir() and {path.name for path in folder.iterdir()} == {"sites"}:
         shutil.rmtree(folder)  # a run that was killed before it began
     run = RunFolder.claim(folder)
     try:
-        site_files = hospitals.settle(found, study, folder, cache)
+        site_files = virtual_sites.write_sites(found, study, folder, cache)
         engine.prepare(site_files, study)
-        run.write(_ROSTER, json.dumps(hospitals.roster(named)))
+        run.write(_ROSTER, json.dumps(virtual_sites.describe_sites(named)))
         run.begin(study)
     except BaseException:
         shutil.rmtree(folder)  # nothing half-written; prepared images stay in the cache
@@ -197,7 +196,7 @@ def resume(folder: Path, study: Study | None, engine: Engine, *, compare: bool) 
 
 
 def _go_on(run: RunFolder, engine: Engine) -> None:
-    site_files = hospitals.settled(run.path)
+    site_files = virtual_sites.find_site_files(run.path)
     if not (run.path / "report.json").exists():
         engine.run(site_files, run.path)
 
@@ -207,44 +206,40 @@ def check(study_file: Path, source: Source, changes: tuple[str, ...]) -> None:
     study = Study.read(study_file, changes)
     inspect(study)
     if source.named:
-        able(study, source.hospitals(study))
+        plan(study, source.hospitals(study))
     console.print(f"{study_file}: a valid study", style="green")
 
 
-def able(study: Study, found: Sequence[Hospital], *, show: bool = True) -> list[Hospital]:
+def plan(study: Study, found: Sequence[Hospital]) -> list[PlannedSite]:
     """The hospitals that can take part, after everything is checked that needs no image decoded.
 
     Args:
       study: To take part in; see `inspect`.
-      found: All that were named.
-      show: Whether to print how many images each has.
+      found: All that were named; how many images each has is printed.
 
     Raises:
       ConsiliumError: the hospitals' data cannot be used as they are.
     """
-    with TemporaryDirectory() as scratch:
-        site_files = hospitals.settle(found, study, Path(scratch), Path(scratch))
-        told = hospitals.census(site_files, study)
-    if show:
-        _show_census(study, told)
-    return hospitals.able(found, told, study)
+    planned = virtual_sites.plan_sites(found, study)
+    _show_census(study, planned)
+    return virtual_sites.choose_sites(planned, study)
 
 
-def _show_census(study: Study, told: Census) -> None:
+def _show_census(study: Study, planned: Sequence[PlannedSite]) -> None:
     shown = table("site", "images", *study.classes, left=("site",))
-    for name, parts in list(told.items())[:_MOST_SITES_SHOWN]:
-        columns = list(zip(*parts.values(), strict=True))
+    for one in planned[:_MOST_SITES_SHOWN]:
+        columns = list(zip(*one.images.values(), strict=True))
         cells = ["/".join(map(str, column)) for column in columns]
-        shown.add_row(name, str(sum(map(sum, columns))), *cells)
+        shown.add_row(one.hospital.name, str(sum(map(sum, columns))), *cells)
     console.print("images per class: training/validation/test", style="dim")
     console.print(shown)
-    if (more := len(told) - _MOST_SITES_SHOWN) > 0:
+    if (more := len(planned) - _MOST_SITES_SHOWN) > 0:
         console.print(f"and {more} more", style="dim")
 
 
 def _conclude(run: RunFolder, engine: Engine, *, compare: bool) -> None:
     """Show, and where asked complete, the results of a finished run."""
-    study, site_files = run.study, hospitals.settled(run.path)
+    study, site_files = run.study, virtual_sites.find_site_files(run.path)
     results, facts = read_results(run.path, len(study.classes))
     if compare and len(results) == 1:
         results = {**alone.references(study, site_files, engine.runtime), **results}
@@ -252,7 +247,7 @@ def _conclude(run: RunFolder, engine: Engine, *, compare: bool) -> None:
     summary.picture(study, results, run.path / "comparison.png")
     show_results(results, study.classes, facts.get("withheld", {}), run.path)
     if study.private:
-        epsilons = list(hospitals.spent(site_files).items())[:_MOST_SITES_SHOWN]
+        epsilons = list(virtual_sites.read_spending(site_files).items())[:_MOST_SITES_SHOWN]
         told = ", ".join(f"{name} {epsilon:.2f}" for name, epsilon in epsilons)
         console.print(f"\nε spent, by each site's ledger: {told}")
         console.print(MEANING, style="dim")

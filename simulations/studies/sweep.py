@@ -23,6 +23,7 @@ from server.rounds.start import inspect
 from server.runs.results import FEDERATED, read_results, union
 from server.runs.run_folder import RunFolder
 from simulations.engines.base import Engine
+from simulations.sites import virtual_sites
 from simulations.studies import plots, runner, summary
 from simulations.studies.runner import Source
 
@@ -181,7 +182,8 @@ def _check(setting: Setting, source: Source) -> None:
     """Find now what would stop the sweep later, of all that needs no image decoded."""
     study = setting.studies[0]
     inspect(study)
-    runner.able(study, source.hospitals(study), show=False)
+    planned = virtual_sites.plan_sites(source.hospitals(study), study)
+    virtual_sites.choose_sites(planned, study)
     for study in setting.studies:
         path = setting.folder / f"seed-{study.seed}"
         if (path / "study.yaml").exists():

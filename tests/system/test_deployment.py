@@ -26,7 +26,7 @@ from simulations.demo import loopback
 from simulations.demo.loopback import Loopback, until
 from simulations.engines.grid import simulate
 from simulations.sites import virtual_sites
-from tests.kit import client_app
+from tests.kit import client_app, write_sites
 
 pytestmark = pytest.mark.numbers
 
@@ -58,7 +58,7 @@ def simulated(folder: Path, wanted: Study, phantoms: Path) -> dict[str, torch.Te
     """The last tensors of the same study in this process."""
     RunFolder.claim(folder).begin(wanted)
     found = [virtual_sites.from_folder(phantoms / name) for name in NAMES]
-    files = virtual_sites.settle(found, wanted, folder, folder / "cache")
+    files = write_sites(found, wanted, folder, folder / "cache")
     simulate(server_app, client_app, files, folder)
     return load_file(folder / "last.safetensors")
 
@@ -392,6 +392,6 @@ def test_a_real_study_runs_here_as_it_is_in_a_simulation(shared, tmp_path, name)
             return
         folder = tmp_path / "simulation"
         RunFolder.claim(folder).begin(wanted)
-        files = virtual_sites.settle(found, wanted, folder, tmp_path / "real" / "cache")
+        files = write_sites(found, wanted, folder, tmp_path / "real" / "cache")
         simulate(server_app, client_app, files, folder)
         same(run.last(), load_file(folder / "last.safetensors"))

@@ -14,6 +14,7 @@ from flwr.app import ConfigRecord, MessageType, RecordDict
 from PIL import Image
 from safetensors.torch import load_file
 
+from client.consent.proposals import keep_proposal
 from client.ledger.entries import Reserved, Sealed, Sent, history
 from client.ledger.ledger import adopt, read
 from client.privacy import dp_sgd
@@ -33,7 +34,7 @@ from simulations.engines.base import InProcess
 from simulations.engines.grid import InProcessGrid, simulate
 from simulations.sites import virtual_sites
 from simulations.studies import runner
-from tests.kit import RUNTIME, client_app
+from tests.kit import RUNTIME, client_app, write_sites
 
 pytestmark = pytest.mark.numbers
 
@@ -68,7 +69,7 @@ def settle(wanted: Study, phantoms: Path, folder: Path, **policies: dict[str, An
     """Site files of the four phantoms in a run folder; some with a policy of their own."""
     RunFolder.claim(folder).begin(wanted)
     found = [virtual_sites.from_folder(phantoms / name) for name in NAMES]
-    files = virtual_sites.settle(found, wanted, folder, folder.parent / "cache")
+    files = write_sites(found, wanted, folder, folder.parent / "cache")
     for path in files:
         if policy := policies.get(path.parent.name):
             content = Site.read(path).model_dump(mode="json", exclude_none=True)
@@ -247,7 +248,7 @@ def test_patients_that_come_or_go_change_no_constant_of_the_mechanism(phantoms, 
 
 
 def _sent(site_file: Path, wanted: Study) -> str:
-    virtual_sites.remember(Site.read(site_file), wanted.proposal())
+    keep_proposal(Site.read(site_file), wanted.proposal())
     return wanted.id
 
 
@@ -283,7 +284,7 @@ def test_the_unit_is_the_patient_however_many_images(phantoms, tmp_path, monkeyp
             # Last in the file: those before are then drawn with the same words of the key.
             (folder / "manifest.csv").write_text("\n".join([head, *others, *_files(folder, some)]))
             wanted = study(holdout={"validation": 0, "test": 0})
-            (file,) = virtual_sites.settle(
+            (file,) = write_sites(
                 [virtual_sites.from_folder(folder)], wanted, folder.parent, tmp_path / "cache"
             )
             content = Site.read(file).model_dump(mode="json", exclude_none=True)

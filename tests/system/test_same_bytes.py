@@ -74,7 +74,8 @@ def main(folder, places, backbone, unfreeze, how, same):
     run = RunFolder.claim(folder)
     run.begin(study)
     found = [hospitals.from_folder(place) for place in places]
-    site_files = hospitals.settle(found, study, folder, folder / "cache")
+    planned = hospitals.plan_sites(found, study)
+    site_files = hospitals.write_sites(planned, study, folder, folder / "cache")
     if how["half"]:
         half_fill(study, site_files)
     engine = Workers(how["workers"]) if how["workers"] else InProcess()

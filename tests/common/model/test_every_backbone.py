@@ -14,7 +14,7 @@ from server.app import app as server_app
 from server.runs.run_folder import RunFolder
 from simulations.engines.grid import simulate
 from simulations.sites import virtual_sites
-from tests.kit import client_app
+from tests.kit import client_app, write_sites
 
 pytestmark = pytest.mark.numbers
 
@@ -58,9 +58,7 @@ def test_it_trains_a_round(
     ]
     folder = tmp_path / "run"
     RunFolder.claim(folder).begin(study)
-    simulate(
-        server_app, client_app, virtual_sites.settle(two, study, folder, tmp_path / "c"), folder
-    )
+    simulate(server_app, client_app, write_sites(two, study, folder, tmp_path / "c"), folder)
 
     history = RunFolder(folder).history()
     assert {line["site"] for line in history if line["round"] == 1} == {"north", "south", None}

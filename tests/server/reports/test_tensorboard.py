@@ -17,7 +17,7 @@ from server.reports.tensorboard import Events
 from server.runs.run_folder import RunFolder
 from simulations.engines.grid import simulate
 from simulations.sites import virtual_sites
-from tests.kit import client_app
+from tests.kit import client_app, write_sites
 
 ROOT = Path(__file__).parents[3]
 NAMES = ("east", "north", "south", "west")
@@ -33,13 +33,13 @@ def begin(folder: Path, sites: Sequence[Path], *changes: str) -> RunFolder:
     study = Study.read(ROOT / "configs/demo.yaml", ("train.local_epochs=1", *changes))
     run = RunFolder.claim(folder)
     found = [virtual_sites.from_folder(site) for site in sites]
-    virtual_sites.settle(found, study, folder, sites[0].parent / "cache")
+    write_sites(found, study, folder, sites[0].parent / "cache")
     run.begin(study)
     return run
 
 
 def go(run: RunFolder, app: ClientApp = client_app) -> None:
-    simulate(server_app, app, virtual_sites.settled(run.path), run.path)  # type: ignore[arg-type]
+    simulate(server_app, app, virtual_sites.find_site_files(run.path), run.path)  # type: ignore[arg-type]
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ from simulations.engines.base import InProcess
 from simulations.engines.grid import InProcessGrid, simulate
 from simulations.sites import virtual_sites
 from simulations.studies import runner
-from tests.kit import client_app
+from tests.kit import client_app, write_sites
 
 pytestmark = pytest.mark.numbers
 
@@ -295,7 +295,7 @@ def settle(
     study = make_study(*changes)
     found = [virtual_sites.from_folder(phantoms / name) for name in NAMES]
     RunFolder.claim(folder).begin(study)
-    site_files = virtual_sites.settle(found, study, folder, phantoms / "cache")
+    site_files = write_sites(found, study, folder, phantoms / "cache")
     for path in site_files:
         if path.parent.name in disclose:
             tells = {"policy": {"disclose": disclose[path.parent.name]}}

@@ -33,7 +33,7 @@ from server.runs.run_folder import RunFolder
 from simulations.cli import main as cli
 from simulations.engines.grid import simulate
 from simulations.sites import virtual_sites
-from tests.kit import client_app
+from tests.kit import client_app, write_sites
 
 pytestmark = pytest.mark.numbers
 
@@ -56,7 +56,7 @@ def settle(
         for name in NAMES
     ]
     RunFolder.claim(folder).begin(study)
-    return virtual_sites.settle(found, study, folder, phantoms / "cache")
+    return write_sites(found, study, folder, phantoms / "cache")
 
 
 def run(study: Study, folder: Path, phantoms: Path, app: ClientApp = client_app) -> RunFolder:
@@ -260,7 +260,7 @@ def test_too_few_good_replies_stop_the_run_and_it_can_go_on(tmp_path: Path, phan
     with pytest.raises(RunError, match=r"round 2: expected 4 good replies.*south: it sent.*resume"):
         run(study, folder, phantoms, meddling("south", _nan, rounds=[2]))
     assert not (folder / "report.json").exists()
-    simulate(server_app, client_app, virtual_sites.settled(folder), folder)
+    simulate(server_app, client_app, virtual_sites.find_site_files(folder), folder)
     whole = run(study, tmp_path / "whole", phantoms)
     assert_same_end(RunFolder(folder), whole)
 
@@ -329,7 +329,7 @@ def test_three_and_three_resumed_rounds_are_six(
     def begin(folder: Path) -> list[Path]:
         RunFolder.claim(folder).begin(study)
         five = virtual_sites.from_pool(phantoms / "north", study, spec="iid", sites=5)
-        return virtual_sites.settle(five, study, folder, phantoms / "cache")
+        return write_sites(five, study, folder, phantoms / "cache")
 
     def stops(message: Message, context: Context) -> Message:
         if round_of(message) == 4 and site_of(context) == "site-4":
@@ -342,7 +342,7 @@ def test_three_and_three_resumed_rounds_are_six(
     last = RunFolder(cut).last()
     assert last is not None
     assert last.round == 3
-    simulate(server_app, client_app, virtual_sites.settled(cut), cut)
+    simulate(server_app, client_app, virtual_sites.find_site_files(cut), cut)
     simulate(server_app, client_app, begin(whole), whole)
     assert_same_end(RunFolder(cut), RunFolder(whole))
 
@@ -387,7 +387,7 @@ def test_a_torn_log_line_is_dropped_on_resume(tmp_path: Path, phantoms: Path) ->
         run(study, folder, phantoms, meddling("south", _nan, rounds=[3]))
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"round": 3, "site": "east"}\n{"round": 3, "si')
-    simulate(server_app, client_app, virtual_sites.settled(folder), folder)
+    simulate(server_app, client_app, virtual_sites.find_site_files(folder), folder)
     assert_same_end(RunFolder(folder), run(study, tmp_path / "whole", phantoms))
 
 
@@ -460,7 +460,7 @@ def test_early_stopping(tmp_path: Path, phantoms: Path) -> None:
     cut = tmp_path / "cut"
     with pytest.raises(Interrupted):
         run(study, cut, phantoms, stops)
-    simulate(server_app, client_app, virtual_sites.settled(cut), cut)
+    simulate(server_app, client_app, virtual_sites.find_site_files(cut), cut)
     assert_same_end(RunFolder(cut), whole)
 
 

@@ -22,6 +22,7 @@ from simulations.cli import main as cli
 from simulations.engines import ray as ray_engine
 from simulations.engines.ray_site import Hospitals, fingerprint, look
 from simulations.sites import virtual_sites
+from tests.kit import write_sites
 
 pytestmark = pytest.mark.numbers
 
@@ -45,7 +46,7 @@ def _ask(nodes: Hospitals, content: RecordDict, kind: str = MessageType.QUERY) -
 def east(phantoms: Path, tmp_path: Path, new_process: Callable[[], None]) -> Path:
     """The site file of one virtual hospital."""
     found = [virtual_sites.from_folder(phantoms / "east")]
-    (file,) = virtual_sites.settle(found, _demo(), tmp_path, tmp_path / "cache")
+    (file,) = write_sites(found, _demo(), tmp_path, tmp_path / "cache")
     return file
 
 

@@ -24,6 +24,7 @@ from simulations.cli import main as cli
 from simulations.engines.base import Engine, InProcess
 from simulations.engines.workers import Workers
 from simulations.sites import virtual_sites
+from tests.kit import write_sites
 
 pytestmark = pytest.mark.numbers
 
@@ -45,7 +46,7 @@ def begun(folder: Path, places: list[Path], rounds: int = 3) -> tuple[Study, lis
     study = Study.read(ROOT / "configs/demo.yaml", (f"train.rounds={rounds}",))
     RunFolder.claim(folder).begin(study)
     found = [virtual_sites.from_folder(place) for place in places]
-    return study, virtual_sites.settle(found, study, folder, folder / "cache")
+    return study, write_sites(found, study, folder, folder / "cache")
 
 
 def run(engine: Engine, folder: Path, phantoms: Path, rounds: int = 3) -> dict[str, bytes]:
@@ -102,7 +103,7 @@ def test_a_killed_worker_ends_the_run_and_loses_nothing(
     assert not active_children()
     assert not (folder / "report.json").exists()
     crew._count = 1
-    crew.run(virtual_sites.settled(folder), folder)
+    crew.run(virtual_sites.find_site_files(folder), folder)
     assert end(folder) == alone
 
 

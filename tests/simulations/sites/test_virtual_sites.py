@@ -6,6 +6,7 @@ import yaml
 from common.config.study import Study
 from common.errors import SiteError
 from simulations.sites import virtual_sites
+from tests.kit import write_sites
 
 CONTENT = {
     "name": "two",
@@ -26,6 +27,6 @@ def test_hospitals_of_one_machine_compute_alike(phantoms, tmp_path):
         found.append(virtual_sites.from_folder(path))
     study = Study.parse(CONTENT, "two", SiteError)
     with pytest.raises(SiteError, match=r"same keep and threads.*auto/1 and images/1"):
-        virtual_sites.settle(found, study, tmp_path / "run", tmp_path / "cache")
+        write_sites(found, study, tmp_path / "run", tmp_path / "cache")
     assert not (tmp_path / "run").exists()
-    virtual_sites.settle(found[:1], study, tmp_path / "run", tmp_path / "cache")
+    write_sites(found[:1], study, tmp_path / "run", tmp_path / "cache")

@@ -18,7 +18,7 @@ from simulations.cli.main import app
 from simulations.engines.grid import simulate
 from simulations.sites import virtual_sites
 from simulations.studies import feature_mean
-from tests.kit import client_app
+from tests.kit import client_app, write_sites
 
 pytestmark = pytest.mark.numbers
 
@@ -136,7 +136,7 @@ def test_the_released_model_subtracts_it_too(phantoms, tmp_path, new_process):
     wanted = study(feature_mean=[0.1] * WIDTH)
     RunFolder.claim(tmp_path / "run").begin(wanted)
     found = [virtual_sites.from_folder(phantoms / name) for name in ("east", "north")]
-    files = virtual_sites.settle(found, wanted, tmp_path / "run", tmp_path / "cache")
+    files = write_sites(found, wanted, tmp_path / "run", tmp_path / "cache")
     new_process()
     simulate(server_app, client_app, files, tmp_path / "run")
     model = load_model(tmp_path / "run")

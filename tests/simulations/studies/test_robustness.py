@@ -17,7 +17,7 @@ from simulations.engines.base import InProcess
 from simulations.sites import virtual_sites
 from simulations.studies import robustness, runner
 from simulations.studies.runner import Source
-from tests.kit import RUNTIME
+from tests.kit import RUNTIME, write_sites
 
 pytestmark = pytest.mark.numbers
 
@@ -38,7 +38,7 @@ def run(engine, phantoms, folder, *changes, sites=1):
     study = make_study("train.rounds=1", f"aggregate.quorum={sites}", *changes)
     RunFolder.claim(folder).begin(study)
     found = virtual_sites.from_pool(phantoms / "north", study, spec="iid", sites=sites)
-    files = virtual_sites.settle(found, study, folder, phantoms / "cache")
+    files = write_sites(found, study, folder, phantoms / "cache")
     engine.prepare(files, study)
     engine.run(files, folder)
     engine.forget()
