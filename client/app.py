@@ -22,7 +22,12 @@ from common.errors import (
     RefusedError,
     SiteError,
 )
-from common.flower.compat import ClientAppCallable, error_reply, from_bytes, to_bytes
+from common.flower.messages import (
+    ClientAppCallable,
+    error_reply,
+    record_from_bytes,
+    record_to_bytes,
+)
 from common.model.contract import digest
 from common.protocol.backbone import BackboneHeld, BackbonePart
 from common.protocol.final import FinalReply, FinalRequest
@@ -162,7 +167,7 @@ class Hospital:
         """The only way out: what leaves is parsed from the very bytes that were recorded."""
         opened = self._runtime.open_site(session.prepared.site)
         data = release(opened.ledger, opened.outbox, what, lambda: _reply(work()), allow)
-        return Message(from_bytes(data), reply_to=message)
+        return Message(record_from_bytes(data), reply_to=message)
 
 
 def _head(opened: SiteRuntime) -> LedgerHead:
@@ -173,7 +178,7 @@ def _reply(answer: Answer) -> Reply:
     record = answer.record()
     arrays = [item for found in record.array_records.values() for item in found.items()]
     tensors = {name: tuple(array.shape) for name, array in arrays}
-    return Reply(to_bytes(record), tensors, tuple(_figures(answer, record)))
+    return Reply(record_to_bytes(record), tensors, tuple(_figures(answer, record)))
 
 
 def _figures(answer: Answer, record: RecordDict) -> Iterator[str]:

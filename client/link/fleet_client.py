@@ -16,35 +16,32 @@ from flwr.app import Message
 from client.link import tls
 from client.site import Site
 from common.errors import ContractError, LinkError, SiteError
-from common.flower.compat import (
-    APP,
-    RELEASE,
-    RELEASE_HEADER,
+from common.flower.compat import APP, RELEASE, RELEASE_HEADER
+from common.flower.messages import (
     ObjectTree,
     ProtoMessage,
+    list_objects,
     message_from_proto,
-    names_in,
-    pack,
-    pinned,
-    unpack,
+    pack_message,
+    unpack_message,
+)
+from common.flower.supernode import (
+    ActivateNodeRequest,
+    ApiErrorCode,
+    DeactivateNodeRequest,
+    FleetHttpClient,
+    FlowerError,
+    GetRunRequest,
+    Node,
+    NodeAuthHttpInterceptor,
+    PullMessagesRequest,
+    PullMessagesResponse,
+    PullObjectRequest,
+    PushMessagesRequest,
+    PushObjectRequest,
+    SendNodeHeartbeatRequest,
 )
 from common.support import keys
-
-with pinned():
-    from flwr.proto.fleet_pb2 import (
-        ActivateNodeRequest,
-        DeactivateNodeRequest,
-        PullMessagesRequest,
-        PullMessagesResponse,
-        PushMessagesRequest,
-    )
-    from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
-    from flwr.proto.message_pb2 import PullObjectRequest, PushObjectRequest
-    from flwr.proto.node_pb2 import Node
-    from flwr.proto.run_pb2 import GetRunRequest
-    from flwr.supercore.error import ApiErrorCode, FlowerError
-    from flwr.supernode.fleet_http_client import FleetHttpClient
-    from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 T = TypeVar("T")
 
@@ -254,7 +251,7 @@ class Fleet:
           ContractError: it cannot be read.
         """
         objects: dict[str, bytes] = {}
-        names = names_in(letter.tree)
+        names = list_objects(letter.tree)
         for name, part in zip(
             names, self._pool.map(partial(self._fetch, letter), names), strict=True
         ):
@@ -262,7 +259,7 @@ class Fleet:
                 return None
             objects[name] = part
         try:
-            return unpack(letter.identity, objects)
+            return unpack_message(letter.identity, objects)
         except Exception:  # whatever a coordinator sent that is no message
             raise ContractError(f"{self.server}: a message that cannot be read") from None
 
@@ -285,10 +282,10 @@ class Fleet:
         # How long the answer took is nobody's business: it may depend on who was drawn.
         asked = letter.envelope.metadata
         reply.metadata.created_at, reply.metadata.ttl = asked.created_at, asked.ttl
-        parcel = pack(reply)
+        parcel = pack_message(reply)
         request = PushMessagesRequest(
             node=self._node,
-            messages_list=[parcel.letter],
+            messages_list=[parcel.envelope],
             message_object_trees=[parcel.tree],
             clientapp_runtime_list=[0.0],
         )

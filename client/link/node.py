@@ -21,7 +21,8 @@ from client.runtime import Runtime
 from client.site import Site
 from common.config.study import Study
 from common.errors import ConsiliumError, ContractError, LinkError
-from common.flower.compat import RELEASE, error_reply, same_release
+from common.flower.compat import RELEASE, same_release
+from common.flower.messages import error_reply
 from common.protocol.backbone import BACKBONE
 from common.protocol.join import JoinRequest
 from common.protocol.ledger import LEDGER

@@ -9,7 +9,7 @@ from flwr.app import Message
 from google.protobuf.message import DecodeError
 
 from client.link.fleet_client import Letter
-from common.flower.compat import ProtoMessage, message_from_proto, message_to_proto
+from common.flower.messages import ProtoMessage, message_from_proto, message_to_proto
 from common.support import files
 
 log = logging.getLogger(__name__)

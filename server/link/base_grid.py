@@ -3,7 +3,7 @@
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
-from common.flower.compat import Run
+from common.flower.messages import Run
 
 
 class OneRunGrid(Grid):

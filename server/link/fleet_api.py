@@ -15,56 +15,36 @@ from typing import cast
 from cryptography.exceptions import UnsupportedAlgorithm
 from fastapi import FastAPI, HTTPException, Request, Response
 from filelock import FileLock
-from sqlalchemy import select, update
 from starlette.concurrency import run_in_threadpool
 from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from common.flower.compat import RELEASE_HEADER, ObjectTree, pinned
+from common.flower.compat import RELEASE_HEADER
+from common.flower.messages import ObjectTree
+from common.flower.superlink import (
+    FLEET_HTTP_PUBLIC_KEY_HEADER,
+    TRANSPORT_TYPE_GRPC_RERE,
+    ActivateNodeRequest,
+    LinkState,
+    LinkStateFactory,
+    NodeAuthMiddleware,
+    NoOpFederationManager,
+    ProtobufTranslationMiddleware,
+    PullMessagesRequest,
+    PushMessagesRequest,
+    SqlLinkState,
+    authenticate_node,
+    bytes_to_public_key,
+    fleet,
+    get_objectstore_linkstate_factories,
+    http_error_translator,
+    offer_again,
+    uint64_to_int64,
+)
 from common.support import keys
 
-with pinned():
-    from flwr.common.constant import NOOP_FLWR_AID, TRANSPORT_TYPE_GRPC_RERE
-    from flwr.proto.fleet_pb2 import (
-        ActivateNodeRequest,
-        PullMessagesRequest,
-        PushMessagesRequest,
-    )
-    from flwr.server.superlink.linkstate import LinkState, LinkStateFactory, SqlLinkState
-    from flwr.supercore import sql_mixin
-    from flwr.supercore.constant import (
-        FLEET_HTTP_PUBLIC_KEY_HEADER,
-        NOOP_FEDERATION_ID,
-        SQLITE_PRAGMAS,
-        NodeStatus,
-        TaskType,
-    )
-    from flwr.supercore.error import http_error_translator
-    from flwr.supercore.primitives.asymmetric import bytes_to_public_key
-    from flwr.supercore.protobuf.translation import ProtobufTranslationMiddleware
-    from flwr.supercore.state.schema.linkstate_models import MessageIns, MessageRes, Node
-    from flwr.supercore.utils import uint64_to_int64
-    from flwr.superlink.config_loader import get_objectstore_linkstate_factories
-    from flwr.superlink.federation.noop_federation_manager import NoOpFederationManager
-    from flwr.superlink.routers.fleet.node_auth import NodeAuthMiddleware, authenticate_node
-    from flwr.superlink.routers.fleet.router import router as fleet
-
-# Flower waits five seconds for another's write; the replies of many hospitals at once take longer.
-setattr(sql_mixin, "SQLITE_PRAGMAS", (*SQLITE_PRAGMAS, ("busy_timeout", "60000")))  # noqa: B010
-
 log = logging.getLogger(__name__)
-
-__all__ = [
-    "NOOP_FEDERATION_ID",
-    "NOOP_FLWR_AID",
-    "LinkState",
-    "NodeStatus",
-    "TaskType",
-    "fleet_app",
-    "free_key",
-    "open_state",
-]
 
 _LARGEST = 16 * 2**20
 """Bytes of a request: an object travels in parts of 5 MiB."""
@@ -100,13 +80,6 @@ def _factory(database: Path) -> LinkStateFactory:
     with FileLock(database.with_name(f".{database.name}.lock"), mode=0o600):
         factory.state()
     return factory
-
-
-def free_key(state: LinkState, public: bytes) -> None:
-    """Let the key of a removed site be admitted again, which Flower would refuse for good."""
-    removed = Node.public_key == public, Node.status == NodeStatus.UNREGISTERED
-    with cast(SqlLinkState, state).session() as session:
-        session.execute(update(Node).where(*removed).values(public_key=None))
 
 
 def fleet_app(database: Path, note: Callable[[str, str], None] = lambda _, __: None) -> FastAPI:
@@ -196,20 +169,8 @@ async def _offer_again(request: Request, call_next: RequestResponseEndpoint) -> 
     asked = getattr(request.state, "protobuf_request", None)
     if isinstance(asked, PullMessagesRequest):
         state = cast(SqlLinkState, request.app.state.linkstate_factory.state())
-        await run_in_threadpool(_take_back, state, uint64_to_int64(asked.node.node_id))
+        await run_in_threadpool(offer_again, state, uint64_to_int64(asked.node.node_id))
     return await call_next(request)
-
-
-def _take_back(state: SqlLinkState, node: int) -> None:
-    answered = select(MessageRes.reply_to_message_id)
-    lost = (
-        MessageIns.dst_node_id == node,
-        MessageIns.delivered_at != "",
-        MessageIns.message_id.not_in(answered),
-    )
-    with state.session() as session:
-        if session.scalar(select(MessageIns.message_id).where(*lost)) is not None:
-            session.execute(update(MessageIns).where(*lost).values(delivered_at=""))
 
 
 def _parts(tree: ObjectTree) -> int:

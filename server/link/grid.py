@@ -12,22 +12,21 @@ from pathlib import Path
 from flwr.app import Message
 
 from common.errors import RunError
-from common.flower.compat import (
-    APP,
-    RELEASE,
-    SUPERLINK_NODE_ID,
+from common.flower.compat import APP, RELEASE
+from common.flower.messages import (
     NodeInfo,
     Run,
     Status,
-    TaskIdentity,
+    identify_task,
+    list_objects,
+    mark_lost,
     message_from_proto,
-    names_in,
-    pack,
-    spoiled,
-    unpack,
+    pack_message,
+    unpack_message,
 )
+from common.flower.superlink import NOOP_FEDERATION_ID, NOOP_FLWR_AID, LinkState, TaskType
 from server.link.base_grid import OneRunGrid
-from server.link.fleet_api import NOOP_FEDERATION_ID, NOOP_FLWR_AID, LinkState, TaskType, open_state
+from server.link.fleet_api import open_state
 
 log = logging.getLogger(__name__)
 
@@ -86,8 +85,8 @@ class LinkGrid(OneRunGrid):
         wanted: dict[str, bytes] = {}
         ids = []
         for message in messages:
-            parcel = pack(message)
-            letter = message_from_proto(parcel.letter)
+            parcel = pack_message(message)
+            letter = message_from_proto(parcel.envelope)
             stored, missing = self._state.store_message_and_object_tree(
                 letter, parcel.tree, session
             )
@@ -124,19 +123,19 @@ class LinkGrid(OneRunGrid):
         identity = letter.metadata.message_id
         try:
             if reply.wanted is None:
-                reply.wanted = names_in(store.get_object_tree(identity))
+                reply.wanted = list_objects(store.get_object_tree(identity))
             while reply.wanted:
                 part = self._state.get_object(self._run_id, reply.wanted[-1])
                 if not part:
-                    return spoiled(letter, "run") if part is None else None
+                    return mark_lost(letter, "run") if part is None else None
                 reply.parts[reply.wanted.pop()] = part
                 reply.size += len(part)
                 if reply.size > self._most:
                     raise ValueError
-            return unpack(identity, reply.parts)
+            return unpack_message(identity, reply.parts)
         except Exception:  # whatever a site sent that is no message, or too large for one
             log.warning("a reply that cannot be read is left out")
-            return spoiled(letter, "run")
+            return mark_lost(letter, "run")
 
     def _withdraw(self, message_ids: Iterable[str]) -> None:
         """Forget messages with their replies: a site that still works on one learns so."""
@@ -177,8 +176,7 @@ def connected(database: Path) -> Iterator[LinkGrid]:
     (task,) = state.get_tasks(run_ids=[run_id])
     state.claim_task(task.task_id)
     state.activate_task(task.task_id)
-    TaskIdentity.task_id, TaskIdentity.run_id = task.task_id, run_id
-    TaskIdentity.node_id = SUPERLINK_NODE_ID
+    identify_task(task.task_id, run_id)
     done = threading.Event()
 
     def beat() -> None:

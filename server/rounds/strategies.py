@@ -23,7 +23,8 @@ from flwr.serverapp.strategy import (
 
 from common.config.study import Study
 from common.errors import did_you_mean
-from common.flower.compat import SUPERLINK_NODE_ID
+from common.flower.messages import SUPERLINK_NODE_ID
+from common.flower.strategies import read_carried, write_carried
 from common.protocol.fields import ARRAYS, CONFIG
 from common.protocol.round import WEIGHT, make_strategy_record
 from common.protocol.tensors import Tensors, to_arrays
@@ -181,10 +182,7 @@ class Aggregator:
         """What the strategy carries from round to round."""
         tensors: Tensors = {}
         for attribute in self._entry.state:
-            value = getattr(self._strategy, attribute)
-            # FedAvgM keeps a list in the order of the arrays, FedOpt a dict.
-            named = zip(self._names, value, strict=True) if isinstance(value, list) else value
-            for name, array in dict(named or {}).items():
+            for name, array in read_carried(self._strategy, attribute, self._names).items():
                 tensors[f"{attribute}/{name}"] = torch.from_numpy(array)
         return tensors
 
@@ -193,10 +191,7 @@ class Aggregator:
         for attribute in self._entry.state:
             names = [name for name in self._names if f"{attribute}/{name}" in tensors]
             arrays = {name: tensors[f"{attribute}/{name}"].numpy() for name in names}
-            as_list = self._entry.make is FedAvgM
-            setattr(
-                self._strategy, attribute, (list(arrays.values()) if as_list else arrays) or None
-            )
+            write_carried(self._strategy, attribute, arrays)
 
 
 def _entry(study: Study) -> Entry:

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from client.data.records import Record
 from common.config.study import Study
-from common.flower.compat import recorddict_from_proto, recorddict_to_proto
+from common.flower.messages import recorddict_from_proto, recorddict_to_proto
 from common.model import backbones
 from common.model.split import train_mode
 from common.protocol.fields import ARRAYS

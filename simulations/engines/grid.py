@@ -1,6 +1,5 @@
 """Flower `Grid`s of virtual sites: the real ClientApp in this process, or wherever bytes go."""
 
-import copy
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -11,17 +10,16 @@ from flwr.app import Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
 from common.errors import ConsiliumError
-from common.flower.compat import (
+from common.flower.messages import (
     SUPERLINK_NODE_ID,
     ClientAppCallable,
-    ProtoMessage,
     Run,
-    TaskIdentity,
+    copy_as_sent,
     error_reply,
-    message_from_proto,
-    message_to_proto,
-    recorddict_from_proto,
-    recorddict_to_proto,
+    identify_task,
+    message_from_bytes,
+    message_to_bytes,
+    name_message,
 )
 from server.link.base_grid import OneRunGrid
 
@@ -35,7 +33,7 @@ class _SitesGrid(OneRunGrid):
     """One node for each site file."""
 
     def __init__(self, site_files: Sequence[Path]) -> None:
-        _identify()
+        identify_task(1, _RUN_ID)
         self._sites = dict(enumerate(site_files, start=_FIRST_NODE))
         self._waiting: dict[str, Message] = {}
 
@@ -52,7 +50,7 @@ class _SitesGrid(OneRunGrid):
         """Keep messages until their replies are asked for."""
         sent = list(messages)
         for message in sent:
-            message.metadata.__dict__["_message_id"] = uuid4().hex
+            name_message(message, uuid4().hex)
         self._waiting.update({message.metadata.message_id: message for message in sent})
         return [message.metadata.message_id for message in sent]
 
@@ -85,7 +83,7 @@ class InProcessGrid(_SitesGrid):
 
     def _answers(self, letters: Sequence[tuple[Path, Message]]) -> list[Message]:
         return [
-            _wired(answer(self._app, _wired(message), _context(site, message)))
+            copy_as_sent(answer(self._app, copy_as_sent(message), _context(site, message)))
             for site, message in letters
         ]
 
@@ -99,7 +97,7 @@ class Letter:
 
     def data(self) -> bytes:
         """As it travels; what `answer_bytes` takes."""
-        return _to_bytes(self.message)
+        return message_to_bytes(self.message)
 
 
 class RemoteGrid(_SitesGrid):
@@ -117,14 +115,16 @@ class RemoteGrid(_SitesGrid):
         self._carry = carry
 
     def _answers(self, letters: Sequence[tuple[Path, Message]]) -> list[Message]:
-        return [_from_bytes(reply) for reply in self._carry([Letter(*one) for one in letters])]
+        return [
+            message_from_bytes(reply) for reply in self._carry([Letter(*one) for one in letters])
+        ]
 
 
 def answer_bytes(app: ClientAppCallable, site_file: Path, data: bytes) -> bytes:
     """The reply of a site to a message of a `RemoteGrid`."""
-    _identify()
-    message = _from_bytes(data)
-    return _to_bytes(answer(app, message, _context(site_file, message)))
+    identify_task(1, _RUN_ID)
+    message = message_from_bytes(data)
+    return message_to_bytes(answer(app, message, _context(site_file, message)))
 
 
 def answer(app: ClientAppCallable, message: Message, context: Context) -> Message:
@@ -139,29 +139,6 @@ def answer(app: ClientAppCallable, message: Message, context: Context) -> Messag
 def _context(site_file: Path, message: Message) -> Context:
     node = message.metadata.dst_node_id
     return Context(_RUN_ID, node, {"site": str(site_file)}, RecordDict(), {})
-
-
-def _identify() -> None:
-    TaskIdentity.task_id, TaskIdentity.run_id = 1, _RUN_ID
-    TaskIdentity.node_id = SUPERLINK_NODE_ID
-
-
-def _to_bytes(message: Message) -> bytes:
-    data: bytes = message_to_proto(message).SerializeToString()
-    return data
-
-
-def _from_bytes(data: bytes) -> Message:
-    return message_from_proto(ProtoMessage.FromString(data))
-
-
-def _wired(message: Message) -> Message:
-    """The message as it would arrive over a network."""
-    if message.has_error():
-        return message
-    arrived = copy.copy(message)
-    arrived.__dict__["_content"] = recorddict_from_proto(recorddict_to_proto(message.content))
-    return arrived
 
 
 def simulate(

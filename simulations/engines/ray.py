@@ -18,7 +18,8 @@ from flwr.serverapp import Grid, ServerApp
 
 from common.config.study import Study
 from common.errors import RunError
-from common.flower.compat import ErrorCode, pinned
+from common.flower.compat import pinned
+from common.flower.messages import ErrorCode
 from server.app import app as server_app
 from simulations.engines.base import InProcess
 from simulations.engines.ray_site import PACKAGES, Hospitals, fingerprint, look, place

@@ -23,7 +23,7 @@ from client.privacy.parameters import Privacy
 from client.site import Site
 from common.config.study import Study
 from common.config.yaml import dump
-from common.flower.compat import recorddict_to_proto
+from common.flower.messages import recorddict_to_proto
 from common.model.contract import digest
 from common.protocol.final import FinalRequest
 from common.protocol.join import JoinReply, JoinRequest

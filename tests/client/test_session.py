@@ -33,7 +33,7 @@ from common.errors import (
     SiteError,
     StudyError,
 )
-from common.flower.compat import TaskIdentity
+from common.flower.messages import TaskIdentity
 from common.protocol.join import JoinRequest
 from common.protocol.ledger import LedgerHead
 from tests.kit import RUNTIME, client_app, session_of

@@ -22,7 +22,8 @@ from client.link.pending import Errand
 from client.site import Site
 from common.config.yaml import dump
 from common.errors import ContractError, LinkError, SiteError
-from common.flower.compat import RELEASE, message_from_proto, pack
+from common.flower.compat import RELEASE
+from common.flower.messages import message_from_proto, pack_message
 from common.support import keys
 from server.link.grid import LinkGrid, connected
 from server.link.sites import Releases, Sites
@@ -193,7 +194,7 @@ def test_a_message_that_was_lost_on_its_way_comes_again(coordinator: Coordinator
 def test_a_message_that_is_still_being_laid_out_is_waited_for(coordinator: Coordinator) -> None:
     with coordinator.fleet() as fleet, connected(coordinator.project.database) as grid:
         (node,) = grid.get_node_ids()
-        parcel = pack(grid.create_message(content(), "query", node, ""))
+        parcel = pack_message(grid.create_message(content(), "query", node, ""))
         state, run = grid._state, grid.run.run_id
         session = state.start_session(run)
         asked = message_from_proto(parcel.letter)
@@ -216,7 +217,7 @@ def test_a_message_that_is_still_being_laid_out_is_waited_for(coordinator: Coord
 def test_what_is_no_message_is_said_to_be_none(coordinator: Coordinator) -> None:
     with coordinator.fleet() as fleet, connected(coordinator.project.database) as grid:
         (node,) = grid.get_node_ids()
-        parcel = pack(grid.create_message(content(), "query", node, ""))
+        parcel = pack_message(grid.create_message(content(), "query", node, ""))
         part = parcel.tree.children[0]
         parcel.letter.metadata.message_id = part.object_id  # its content stands for the whole
         state, run = grid._state, grid.run.run_id
@@ -242,7 +243,9 @@ def test_an_errand_survives_its_process(coordinator: Coordinator, tmp_path: Path
         again.finish(reply)
         kept = Errand(tmp_path)
         assert kept.reply is not None
-        assert pack(kept.reply).letter == pack(reply).letter  # the very same, by its SHA-256
+        assert (
+            pack_message(kept.reply).letter == pack_message(reply).letter
+        )  # the very same, by its SHA-256
         assert not any(path.stat().st_mode & 0o077 for path in tmp_path.iterdir())
         fleet.answer(letter, kept.reply)
         assert numbers(hear(grid, asked[0])) == [*range(7)]

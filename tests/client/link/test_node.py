@@ -26,7 +26,9 @@ from client.link.node import Node
 from common.config.study import Study
 from common.config.yaml import dump
 from common.errors import RunError, StudyError
-from common.flower.compat import APP, RELEASE, TaskIdentity, to_bytes
+from common.flower.compat import APP, RELEASE
+from common.flower.messages import TaskIdentity, record_to_bytes
+from common.flower.superlink import NOOP_FEDERATION_ID, NOOP_FLWR_AID, TaskType
 from common.model.network import assemble
 from common.protocol.fields import ARRAYS, CONFIG
 from common.protocol.join import JoinReply, JoinRequest
@@ -35,7 +37,7 @@ from common.protocol.tensors import to_arrays
 from common.support import keys
 from server.link import fleet_api as link_module
 from server.link import grid as grid_module
-from server.link.fleet_api import NOOP_FEDERATION_ID, NOOP_FLWR_AID, TaskType, open_state
+from server.link.fleet_api import open_state
 from server.link.grid import LinkGrid, connected
 from server.link.sites import Sites
 from server.project import certificates
@@ -181,7 +183,10 @@ def test_it_answers_with_its_own_app_and_says_so(
         assert not list(world.link.glob("letter"))
     assert not world.connected
     assert [one.release.kind for one in world.left()] == ["join", "round", "round"]
-    assert world.left()[-1].contents.sha256 == hashlib.sha256(to_bytes(reply.content)).hexdigest()
+    assert (
+        world.left()[-1].contents.sha256
+        == hashlib.sha256(record_to_bytes(reply.content)).hexdigest()
+    )
     for said in (
         f"connected to localhost:{world.project.settings.port}",
         f"study together ({wanted.id}) asks this site to join",
@@ -319,7 +324,7 @@ def test_killed_at_any_moment_it_answers_once(
         with world.up():
             process = world.start(monkeypatch)
             reply = hear(grid, second)
-            sent = hashlib.sha256(to_bytes(reply.content)).hexdigest()
+            sent = hashlib.sha256(record_to_bytes(reply.content)).hexdigest()
             assert [one.contents.sha256 for one in world.left()][2:] == [sent]  # not made again
             ask(grid, "train", request(wanted, 3))
             begun(world, "letter")

@@ -13,7 +13,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from numpy.typing import NDArray
 
 from common.errors import ContractError
-from common.flower.compat import recorddict_from_proto, recorddict_to_proto
+from common.flower.messages import recorddict_from_proto, recorddict_to_proto
 from common.metrics.metrics import Counts
 from common.model.contract import Contract, Versions
 from common.protocol.disclosure import Disclosure

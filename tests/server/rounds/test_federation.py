@@ -18,7 +18,7 @@ from client.ledger import ledger
 from common.config.study import Study
 from common.config.yaml import dump
 from common.errors import RunError
-from common.flower.compat import error_reply
+from common.flower.messages import error_reply
 from common.metrics.metrics import Counts
 from common.model.contract import Contract, Versions
 from common.model.network import assemble

@@ -6,7 +6,7 @@ from flwr.app import ConfigRecord
 
 from common.config.study import Study
 from common.errors import StudyError
-from common.flower.compat import SUPERLINK_NODE_ID, TaskIdentity
+from common.flower.messages import SUPERLINK_NODE_ID, TaskIdentity
 from common.protocol.tensors import Tensors, to_arrays
 from server.rounds.strategies import REGISTRY, Aggregator
 

@@ -16,7 +16,7 @@ from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 
 from client.ledger.ledger import Ledger
 from common.config.study import Study
-from common.flower.compat import TaskIdentity
+from common.flower.messages import TaskIdentity
 from common.protocol.join import JoinReply, JoinRequest
 from simulations.cli import main as cli
 from simulations.engines import ray as ray_engine
