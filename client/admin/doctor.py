@@ -204,7 +204,7 @@ def _connection(site: Site) -> Iterator[Finding]:
         return
     trouble = None
     try:
-        fleet.knock()
+        fleet.check_admitted()
     except LinkError as ex:
         trouble = ex
     finally:

@@ -68,49 +68,47 @@ class _KnownError(LinkError):
     """What was asked is nonsense, but the key that asked is admitted."""
 
 
-class Letter(NamedTuple):
+class Envelope(NamedTuple):
     """A message that waits at the coordinator: its content is still to be fetched."""
 
-    envelope: ProtoMessage
+    head: ProtoMessage
     tree: ObjectTree
 
     @property
     def run(self) -> int:
         """Flower's number of the run it is of."""
-        return int(self.envelope.metadata.run_id)
+        return int(self.head.metadata.run_id)
 
     @property
     def identity(self) -> str:
         """The SHA-256 of the message."""
-        return str(self.envelope.metadata.message_id)
+        return str(self.head.metadata.message_id)
 
     @property
     def empty(self) -> Message:
         """The message without its content, to reply to."""
-        return message_from_proto(self.envelope)
+        return message_from_proto(self.head)
 
     @property
     def addressee(self) -> int:
         """The number of the site that it is for."""
-        return int(self.envelope.metadata.dst_node_id)
+        return int(self.head.metadata.dst_node_id)
 
     def to_bytes(self) -> bytes:
         """To be kept on disk."""
-        whole = PullMessagesResponse(
-            messages_list=[self.envelope], message_object_trees=[self.tree]
-        )
+        whole = PullMessagesResponse(messages_list=[self.head], message_object_trees=[self.tree])
         return bytes(whole.SerializeToString())
 
     @classmethod
-    def of(cls, data: bytes) -> "Letter":
+    def of(cls, data: bytes) -> "Envelope":
         """From what was kept; raises `ValueError` if it is damaged."""
         try:
             whole = PullMessagesResponse.FromString(data)
-            letter = cls(whole.messages_list[0], whole.message_object_trees[0])
-            message_from_proto(letter.envelope)
-        except Exception:  # whatever is no letter, from a disk or a coordinator
-            raise ValueError("no letter") from None
-        return letter
+            envelope = cls(whole.messages_list[0], whole.message_object_trees[0])
+            message_from_proto(envelope.head)
+        except Exception:  # whatever is no envelope, from a disk or a coordinator
+            raise ValueError("no envelope") from None
+        return envelope
 
 
 class Heard(NamedTuple):
@@ -173,7 +171,7 @@ class Fleet:
         self._pool.shutdown(wait=False, cancel_futures=True)
         self._client.close()
 
-    def knock(self) -> None:
+    def check_admitted(self) -> None:
         """Return if the coordinator admitted this site's key, which then still counts as away.
 
         Raises:
@@ -182,7 +180,7 @@ class Fleet:
         with suppress(_KnownError):
             self._activate(0)
 
-    def arrive(self, known: int | None) -> int:
+    def activate(self, known: int | None) -> int:
         """Say that this site is here; returns the number that it has at the coordinator.
 
         Args:
@@ -195,12 +193,12 @@ class Fleet:
         if known is not None:
             self._node = Node(node_id=known)
             with suppress(NotAdmittedError):  # removed, or admitted anew under another number
-                if self.beat():
+                if self.send_heartbeat():
                     return known
         try:
             self._node = Node(node_id=self._activate(PULSE))
         except NotAdmittedError:
-            self.knock()
+            self.check_admitted()
             expected, got = "this site to be away", "one that counts as connected"
             remedy = "Stop the other with this key; one that was killed is gone in half a minute."
             raise LinkError(self.server, expected=expected, got=got, remedy=remedy) from None
@@ -210,33 +208,33 @@ class Fleet:
         request = ActivateNodeRequest(public_key=self._public, heartbeat_interval=pulse)
         return int(self._ask(self._client.ActivateNode, request).node_id)
 
-    def beat(self) -> bool:
+    def send_heartbeat(self) -> bool:
         """Give a sign of life."""
         request = SendNodeHeartbeatRequest(node=self._node, heartbeat_interval=PULSE)
         return bool(self._ask(self._client.SendNodeHeartbeat, request).success)
 
-    def leave(self) -> None:
+    def deactivate(self) -> None:
         """Say that this site goes."""
         self._ask(self._client.DeactivateNode, DeactivateNodeRequest(node_id=self._node.node_id))
 
-    def waiting(self) -> Letter | None:
+    def pull_envelope(self) -> Envelope | None:
         """The next message for this site, if there is one; the same again until it is answered."""
         answer = self._ask(self._client.PullMessages, PullMessagesRequest(node=self._node))
         if not answer.messages_list:
             return None
         try:
-            return Letter.of(answer.SerializeToString())
+            return Envelope.of(answer.SerializeToString())
         except ValueError:
             raise LinkError(f"{self.server}: a message that cannot be read") from None
 
-    def release(self, letter: Letter) -> str:
+    def read_release(self, envelope: Envelope) -> str:
         """The release of Consilium that sent a message.
 
         Raises:
           ContractError: it comes with code of its own, or is of another application.
           OverError: nobody waits for an answer.
         """
-        request = GetRunRequest(node=self._node, run_id=letter.run)
+        request = GetRunRequest(node=self._node, run_id=envelope.run)
         run = self._ask(self._client.GetRun, request).run
         if run.fab_id != APP or run.fab_hash:
             expected = "a run of Consilium without code of its own"
@@ -244,28 +242,28 @@ class Fleet:
             raise ContractError(self.server, expected=expected, got=got)
         return str(run.fab_version)
 
-    def open(self, letter: Letter) -> Message | None:
+    def pull_message(self, envelope: Envelope) -> Message | None:
         """The whole message; None if nobody waits for an answer any more.
 
         Raises:
           ContractError: it cannot be read.
         """
         objects: dict[str, bytes] = {}
-        names = list_objects(letter.tree)
+        names = list_objects(envelope.tree)
         for name, part in zip(
-            names, self._pool.map(partial(self._fetch, letter), names), strict=True
+            names, self._pool.map(partial(self._fetch, envelope), names), strict=True
         ):
             if part is None:
                 return None
             objects[name] = part
         try:
-            return unpack_message(letter.identity, objects)
+            return unpack_message(envelope.identity, objects)
         except Exception:  # whatever a coordinator sent that is no message
             raise ContractError(f"{self.server}: a message that cannot be read") from None
 
-    def _fetch(self, letter: Letter, name: str) -> bytes | None:
+    def _fetch(self, envelope: Envelope, name: str) -> bytes | None:
         """A part of a message, as soon as it is there; None if the message was withdrawn."""
-        request = PullObjectRequest(node=self._node, run_id=letter.run, object_id=name)
+        request = PullObjectRequest(node=self._node, run_id=envelope.run, object_id=name)
         while True:  # ends: what its sender does not lay out in three minutes is withdrawn
             answer = self._ask(self._client.PullObject, request)
             if not answer.object_found:
@@ -274,19 +272,19 @@ class Fleet:
                 return bytes(answer.object_content)
             time.sleep(_SOON)
 
-    def answer(self, letter: Letter, reply: Message) -> None:
+    def push_reply(self, envelope: Envelope, reply: Message) -> None:
         """Send a reply; who takes it deletes it there, with the message.
 
         If it fails, the same again is safe: what has arrived is not sent, nor counted, twice.
         """
         # How long the answer took is nobody's business: it may depend on who was drawn.
-        asked = letter.envelope.metadata
+        asked = envelope.head.metadata
         reply.metadata.created_at, reply.metadata.ttl = asked.created_at, asked.ttl
-        parcel = pack_message(reply)
+        packed = pack_message(reply)
         request = PushMessagesRequest(
             node=self._node,
-            messages_list=[parcel.envelope],
-            message_object_trees=[parcel.tree],
+            messages_list=[packed.envelope],
+            message_object_trees=[packed.tree],
             clientapp_runtime_list=[0.0],
         )
         answer = self._ask(self._client.PushMessages, request)
@@ -294,22 +292,22 @@ class Fleet:
         def push(name: str) -> None:
             part = PushObjectRequest(
                 node=self._node,
-                run_id=letter.run,
+                run_id=envelope.run,
                 session_id=answer.session_id,
                 object_id=name,
-                object_content=parcel.objects.get(name, b""),
+                object_content=packed.objects.get(name, b""),
             )
             stored = self._ask(self._client.PushObject, part).stored
-            if not stored and not self.taken(letter):  # a refusal is taken before all of it is here
+            if not stored and not self.is_taken(envelope):
                 raise LinkError(f"{self.server}: a part of a reply came too late")
 
         for _ in self._pool.map(push, answer.objects_to_push):
             pass
 
-    def taken(self, letter: Letter) -> bool:
+    def is_taken(self, envelope: Envelope) -> bool:
         """Whether the reply to a message has been taken, or nobody waits for it."""
-        name = letter.identity
-        request = PullObjectRequest(node=self._node, run_id=letter.run, object_id=name)
+        name = envelope.identity
+        request = PullObjectRequest(node=self._node, run_id=envelope.run, object_id=name)
         try:
             return not self._ask(self._client.PullObject, request).object_found
         except OverError:

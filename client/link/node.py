@@ -15,8 +15,8 @@ from pathlib import Path
 from flwr.app import Context, Message, RecordDict
 
 from client.app import make_app
-from client.link.fleet_client import PULSE, Fleet, Letter, OverError
-from client.link.pending import Errand
+from client.link.fleet_client import PULSE, Envelope, Fleet, OverError
+from client.link.pending import PendingMessage
 from client.runtime import Runtime
 from client.site import Site
 from common.config.study import Study
@@ -69,10 +69,10 @@ class Node:
         self._app = make_app(runtime)
         self._config = {"site": str(site_file.resolve())}
         self._folder, self._stop = site.private("link"), stop
-        self._errand = Errand(self._folder)
+        self._pending = PendingMessage(self._folder)
         self._number: int | None = self._remembered()
         self._trouble: str | None = "not connected yet"
-        self._last: Letter | None = None
+        self._last: Envelope | None = None
         self._study, self._doing = "", _KEPT
 
     def _remembered(self) -> int | None:
@@ -85,48 +85,48 @@ class Node:
         with self._alive():
             while not self._stop.is_set():
                 try:
-                    self._arrive()
+                    self._activate()
                     self._attend()
                 except LinkError as ex:
                     self._say(str(ex))
                     self._stop.wait(_AGAIN)
             if self._trouble is None:
                 with suppress(LinkError):
-                    self._leave()
+                    self._deactivate()
         self._fleet.close()
 
-    def _leave(self) -> None:
+    def _deactivate(self) -> None:
         """Go, once the last reply is taken: one of a site that is gone is no longer asked for."""
         until = time.monotonic() + _AGAIN
-        while self._last and time.monotonic() < until and not self._fleet.taken(self._last):
+        while self._last and time.monotonic() < until and not self._fleet.is_taken(self._last):
             time.sleep(_BUSY)
-        self._fleet.leave()
+        self._fleet.deactivate()
 
     @contextmanager
     def _alive(self) -> Iterator[None]:
         """Give signs of life, also while the last message is being answered."""
         done = threading.Event()
 
-        def beat() -> None:
+        def send_heartbeats() -> None:
             while not done.wait(PULSE * _OFTEN):
                 try:
                     if self._number is not None:
-                        self._fleet.beat()
+                        self._fleet.send_heartbeat()
                 except LinkError:
                     pass  # whoever asks next says so
                 except Exception:  # without a pulse this site would count as gone
                     log.exception("no sign of life could be given")
 
-        pulse = threading.Thread(target=beat, daemon=True)
+        pulse = threading.Thread(target=send_heartbeats, daemon=True)
         pulse.start()
         try:
             yield
         finally:
             done.set()
 
-    def _arrive(self) -> None:
+    def _activate(self) -> None:
         """Come back under the number that this site had, which a killed node needs."""
-        number = self._fleet.arrive(self._number)
+        number = self._fleet.activate(self._number)
         if number != self._number:
             self._number = number
             with suppress(OSError):  # without it, a node that is killed waits half a minute
@@ -142,15 +142,15 @@ class Node:
         """Answer one message after the other; raises `LinkError` when the connection breaks."""
         heard = -_RUNS
         while not self._stop.is_set():
-            if (old := self._errand.letter) and old.addressee != self._number:
-                self._errand.drop()  # of a time before this site was admitted anew
-            letter = self._errand.letter or self._fleet.waiting()
-            if letter is None:
+            if (old := self._pending.envelope) and old.addressee != self._number:
+                self._pending.drop()  # of a time before this site was admitted anew
+            envelope = self._pending.envelope or self._fleet.pull_envelope()
+            if envelope is None:
                 self._connected()
                 busy = time.monotonic() - heard < _RUNS
                 self._stop.wait(_BUSY if busy else _IDLE)
                 continue
-            self._answer(letter)
+            self._answer(envelope)
             self._connected()
             heard = time.monotonic()
 
@@ -159,34 +159,34 @@ class Node:
             log.info("connected to %s", self._fleet.server)
             self._trouble = None
 
-    def _answer(self, letter: Letter) -> None:
+    def _answer(self, envelope: Envelope) -> None:
         """Answer one message, unless nobody waits for the answer any more."""
-        began, errand = time.monotonic(), self._errand
-        if errand.letter is None:
-            errand.begin(letter)
+        began, pending = time.monotonic(), self._pending
+        if pending.envelope is None:
+            pending.begin(envelope)
         try:
-            refusal = self._refusal(letter)
+            refusal = self._refusal(envelope)
             started = time.monotonic()
-            reply = errand.reply or refusal or self._work(letter)
+            reply = pending.reply or refusal or self._work(envelope)
             worked = time.monotonic() - started
             if reply is None:
                 raise OverError("nobody waits for an answer")
-            if errand.reply is None:
-                errand.finish(reply)
-            self._fleet.answer(letter, reply)
-            self._last = letter
+            if pending.reply is None:
+                pending.finish(reply)
+            self._fleet.push_reply(envelope, reply)
+            self._last = envelope
         except OverError:
             log.info("nobody waits for an answer any more")
         else:
             whole = time.monotonic() - began
             log.info("%s answered in %.1f s, %.1f of it work", self._doing, whole, worked)
         self._doing = _KEPT
-        errand.drop()
+        pending.drop()
 
-    def _refusal(self, letter: Letter) -> Message | None:
+    def _refusal(self, envelope: Envelope) -> Message | None:
         """No to whatever another release asks for, before anything of it is fetched."""
         try:
-            theirs = self._fleet.release(letter)
+            theirs = self._fleet.read_release(envelope)
             if not same_release(theirs):
                 expected, got = f"release {RELEASE}, as here", theirs or "none"
                 remedy = "Both sides must install the same release."
@@ -194,26 +194,26 @@ class Node:
                 raise ContractError(where, expected=expected, got=got, remedy=remedy)
         except ContractError as ex:
             log.error("refused: %s", ex)
-            return error_reply(letter.empty, ex.code)
+            return error_reply(envelope.empty, ex.code)
         return None
 
-    def _work(self, letter: Letter) -> Message | None:
+    def _work(self, envelope: Envelope) -> Message | None:
         """What this installation's own app answers; None if the message was withdrawn."""
         try:
-            message = self._fleet.open(letter)
+            message = self._fleet.pull_message(envelope)
             if message is None:
                 return None
             self._introduce(message)
-            context = Context(letter.run, self._number or 0, dict(self._config), RecordDict(), {})
+            context = Context(envelope.run, self._number or 0, dict(self._config), RecordDict(), {})
             return self._app(message, context)
         except LinkError:
             raise
         except ContractError as ex:
             log.error("%s", ex)
-            return error_reply(letter.empty, ex.code)
+            return error_reply(envelope.empty, ex.code)
         except Exception:  # the app answers every failure itself; this is what it cannot
             log.exception("the app failed")
-            return error_reply(letter.empty, ConsiliumError.code)
+            return error_reply(envelope.empty, ConsiliumError.code)
 
     def _introduce(self, message: Message) -> None:
         """Know what is asked, for the log."""

@@ -8,7 +8,7 @@ from typing import TypeVar
 from flwr.app import Message
 from google.protobuf.message import DecodeError
 
-from client.link.fleet_client import Letter
+from client.link.fleet_client import Envelope
 from common.flower.messages import ProtoMessage, message_from_proto, message_to_proto
 from common.support import files
 
@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-class Errand:
+class PendingMessage:
     """A message and, once there is one, the reply to it: in memory, with a copy on disk.
 
     A reply is kept until it is with the coordinator, and no second one is made: who waits for it
@@ -28,19 +28,19 @@ class Errand:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._letter, self._reply = folder / "letter", folder / "reply"
+        self._envelope, self._reply = folder / "letter", folder / "reply"
         for torn in folder.glob(".*.part"):  # of a node that was killed while it wrote
             torn.unlink()
-        self.letter = _read(self._letter, Letter.of)
+        self.envelope = _read(self._envelope, Envelope.of)
         self.reply = _read(self._reply, _message)
         asked = self.reply.metadata.reply_to_message_id if self.reply else ""
-        if self.letter is None or asked != self.letter.identity:
+        if self.envelope is None or asked != self.envelope.identity:
             self.reply = None
 
-    def begin(self, letter: Letter) -> None:
+    def begin(self, envelope: Envelope) -> None:
         """A message has come."""
-        self.letter, self.reply = letter, None
-        _write(self._letter, letter.to_bytes())
+        self.envelope, self.reply = envelope, None
+        _write(self._envelope, envelope.to_bytes())
 
     def finish(self, reply: Message) -> None:
         """It has been answered."""
@@ -49,8 +49,8 @@ class Errand:
 
     def drop(self) -> None:
         """Its answer is with the coordinator, or nobody waits for one."""
-        self.letter = self.reply = None
-        self._letter.unlink(missing_ok=True)
+        self.envelope = self.reply = None
+        self._envelope.unlink(missing_ok=True)
         self._reply.unlink(missing_ok=True)
 
 

@@ -16,7 +16,7 @@ from server.cli import runs as cli_runs
 from server.cli.runs import HERE, Folder
 
 if TYPE_CHECKING:
-    from server.link.sites import Hospital
+    from server.link.sites import AdmittedSite
     from server.project.project import RunState
 
 app = typer.Typer(
@@ -228,7 +228,7 @@ def _when(time: datetime) -> str:
     return f"{time.astimezone():%Y-%m-%d %H:%M}"
 
 
-def _seen(site: "Hospital") -> str:
+def _seen(site: "AdmittedSite") -> str:
     if site.connected:
         return "now"
     return f"last {_when(site.seen)}" if site.seen else "never"

@@ -42,7 +42,7 @@ _PULSE = 10.0
 class _Arriving:
     """A reply, those of its parts that are there, and the names of the others once known."""
 
-    letter: Message
+    envelope: Message
     parts: dict[str, bytes] = field(default_factory=dict)
     wanted: list[str] | None = None
     size: int = 0
@@ -85,15 +85,15 @@ class LinkGrid(OneRunGrid):
         wanted: dict[str, bytes] = {}
         ids = []
         for message in messages:
-            parcel = pack_message(message)
-            letter = message_from_proto(parcel.envelope)
+            packed = pack_message(message)
+            envelope = message_from_proto(packed.envelope)
             stored, missing = self._state.store_message_and_object_tree(
-                letter, parcel.tree, session
+                envelope, packed.tree, session
             )
-            wanted |= {name: parcel.objects[name] for name in missing}
-            self._most = max(self._most, 2 * sum(map(len, parcel.objects.values())) + _MARGIN)
+            wanted |= {name: packed.objects[name] for name in missing}
+            self._most = max(self._most, 2 * sum(map(len, packed.objects.values())) + _MARGIN)
             if stored:
-                ids.append(letter.metadata.message_id)
+                ids.append(envelope.metadata.message_id)
             else:
                 self._still_on()
         for name, content in wanted.items():
@@ -108,8 +108,8 @@ class LinkGrid(OneRunGrid):
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         """Those of the replies to these messages that have arrived whole."""
-        for letter in self._state.get_message_res(set(message_ids), self._run_id):
-            self._arriving[letter.metadata.reply_to_message_id] = _Arriving(letter)
+        for envelope in self._state.get_message_res(set(message_ids), self._run_id):
+            self._arriving[envelope.metadata.reply_to_message_id] = _Arriving(envelope)
         whole = {asked: self._open(reply) for asked, reply in self._arriving.items()}
         replies = {asked: reply for asked, reply in whole.items() if reply is not None}
         self._withdraw(replies)
@@ -117,17 +117,17 @@ class LinkGrid(OneRunGrid):
 
     def _open(self, reply: _Arriving) -> Message | None:
         """The whole reply; None while parts of it are still on their way."""
-        letter, store = reply.letter, self._state.object_store
-        if letter.has_error():
-            return letter
-        identity = letter.metadata.message_id
+        envelope, store = reply.envelope, self._state.object_store
+        if envelope.has_error():
+            return envelope
+        identity = envelope.metadata.message_id
         try:
             if reply.wanted is None:
                 reply.wanted = list_objects(store.get_object_tree(identity))
             while reply.wanted:
                 part = self._state.get_object(self._run_id, reply.wanted[-1])
                 if not part:
-                    return mark_lost(letter, "run") if part is None else None
+                    return mark_lost(envelope, "run") if part is None else None
                 reply.parts[reply.wanted.pop()] = part
                 reply.size += len(part)
                 if reply.size > self._most:
@@ -135,13 +135,13 @@ class LinkGrid(OneRunGrid):
             return unpack_message(identity, reply.parts)
         except Exception:  # whatever a site sent that is no message, or too large for one
             log.warning("a reply that cannot be read is left out")
-            return mark_lost(letter, "run")
+            return mark_lost(envelope, "run")
 
     def _withdraw(self, message_ids: Iterable[str]) -> None:
         """Forget messages with their replies: a site that still works on one learns so."""
         for asked in message_ids:
             if reply := self._arriving.pop(asked, None):
-                self._state.object_store.delete(reply.letter.metadata.message_id)
+                self._state.object_store.delete(reply.envelope.metadata.message_id)
             self._state.object_store.delete(asked)
         self._state.delete_messages(set(message_ids))
 

@@ -13,7 +13,7 @@ from server.link.fleet_api import open_state
 from server.project.project import Project
 
 
-class Hospital(NamedTuple):
+class AdmittedSite(NamedTuple):
     """One admitted site."""
 
     name: str
@@ -67,10 +67,10 @@ class Sites:
         self._project = project
         self._state: LinkState = open_state(project.database)
 
-    def all(self) -> list[Hospital]:
+    def all(self) -> list[AdmittedSite]:
         """By name."""
         releases = Releases.read(self._project.releases)
-        return sorted(_hospital(info, releases) for info in self._infos())
+        return sorted(_admitted(info, releases) for info in self._infos())
 
     def admit(self, key: keys.PublicKey, name: str) -> None:
         """Let a site connect; a key that was removed may be admitted again, under any name.
@@ -105,11 +105,11 @@ class Sites:
         return list(self._state.get_node_info(statuses=admitted))
 
 
-def _hospital(info: NodeInfo, releases: dict[str, str]) -> Hospital:
+def _admitted(info: NodeInfo, releases: dict[str, str]) -> AdmittedSite:
     fingerprint = keys.fingerprint(keys.parse_public(info.public_key))
     connected = info.status == NodeStatus.ONLINE
     left = info.last_deactivated_at
-    return Hospital(
+    return AdmittedSite(
         name=info.name,
         number=info.node_id,
         fingerprint=fingerprint,

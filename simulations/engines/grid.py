@@ -65,7 +65,7 @@ class _SitesGrid(OneRunGrid):
         """Replies of all nodes; nothing here takes longer for being waited for."""
         return self.pull_messages(self.push_messages(messages))
 
-    def _answers(self, letters: Sequence[tuple[Path, Message]]) -> list[Message]:
+    def _answers(self, messages: Sequence[tuple[Path, Message]]) -> list[Message]:
         """The replies to messages to these sites, in any order."""
         raise NotImplementedError
 
@@ -81,15 +81,15 @@ class InProcessGrid(_SitesGrid):
         super().__init__(site_files)
         self._app = app
 
-    def _answers(self, letters: Sequence[tuple[Path, Message]]) -> list[Message]:
+    def _answers(self, messages: Sequence[tuple[Path, Message]]) -> list[Message]:
         return [
             copy_as_sent(answer(self._app, copy_as_sent(message), _context(site, message)))
-            for site, message in letters
+            for site, message in messages
         ]
 
 
 @dataclass(frozen=True)
-class Letter:
+class SiteMessage:
     """A message to a site, made bytes only when it is about to leave."""
 
     site: Path
@@ -104,19 +104,20 @@ class RemoteGrid(_SitesGrid):
     """Nodes in other processes, one for each site file; messages and replies travel as bytes.
 
     Args:
-      carry: Takes letters to their sites and yields the replies that `answer_bytes` gives there.
+      carry: Takes messages to their sites and yields the replies that `answer_bytes` gives there.
       site_files: Of the sites.
     """
 
     def __init__(
-        self, carry: Callable[[Sequence[Letter]], Iterable[bytes]], site_files: Sequence[Path]
+        self, carry: Callable[[Sequence[SiteMessage]], Iterable[bytes]], site_files: Sequence[Path]
     ) -> None:
         super().__init__(site_files)
         self._carry = carry
 
-    def _answers(self, letters: Sequence[tuple[Path, Message]]) -> list[Message]:
+    def _answers(self, messages: Sequence[tuple[Path, Message]]) -> list[Message]:
         return [
-            message_from_bytes(reply) for reply in self._carry([Letter(*one) for one in letters])
+            message_from_bytes(reply)
+            for reply in self._carry([SiteMessage(*one) for one in messages])
         ]
 
 

@@ -24,7 +24,7 @@ from common.config.study import Study
 from common.errors import RunError
 from server.app import app as server_app
 from simulations.engines.base import InProcess
-from simulations.engines.grid import Letter, RemoteGrid, serve
+from simulations.engines.grid import RemoteGrid, SiteMessage, serve
 
 Job = tuple[Callable[..., Any], *tuple[Any, ...]]
 """A method of the `InProcess` that a worker holds, and its arguments."""
@@ -54,8 +54,8 @@ class Workers:
         """From the last finished round on; the server works in this process."""
         shared = [frozenset(own) for own in self._shared(site_files)]
 
-        def carry(letters: Sequence[Letter]) -> Iterator[bytes]:
-            each = [[letter for letter in letters if letter.site in own] for own in shared]
+        def carry(messages: Sequence[SiteMessage]) -> Iterator[bytes]:
+            each = [[message for message in messages if message.site in own] for own in shared]
             return self._results([map(_answering, own) for own in each], f"--resume {folder}")
 
         serve(server_app, RemoteGrid(carry, site_files), folder)
@@ -221,5 +221,5 @@ def _leave_with_parent() -> None:
         os._exit(1)
 
 
-def _answering(letter: Letter) -> Job:
-    return InProcess.answer, letter.site, letter.data()
+def _answering(message: SiteMessage) -> Job:
+    return InProcess.answer, message.site, message.data()

@@ -157,7 +157,7 @@ def test_a_phantom_hospital_is_cut_by_patient_and_learns(phantoms, tmp_path):
     total = Counter(row["label"] for row in table)
     summed = np.sum(list(reply.images.model_dump().values()), axis=0)
     assert dict(zip(wanted.classes, summed.tolist(), strict=True)) == total
-    parts = cut_records(session.site, wanted)
+    parts = cut_records(session.prepared.site, wanted)
     ids = [{r.patient for r in part} for part in (parts.train, parts.validation, parts.test)]
     assert len(ids[0] | ids[1] | ids[2]) == sum(map(len, ids))
     assert tuple(map(len, ids)) == session.prepared.offer.patients.all
@@ -401,7 +401,7 @@ def test_a_second_opening_computes_nothing(tmp_path):
     again = session_of(hospital, study())
     assert {p: p.stat().st_mtime_ns for p in hospital.cache_folder.rglob("*.safetensors")} == shards
     indices = torch.arange(6)
-    rows = [s.examples["train"].prepared.rows[indices] for s in (first, again)]
+    rows = [s.prepared.examples["train"].prepared.rows[indices] for s in (first, again)]
     assert torch.equal(*rows)
 
 

@@ -47,8 +47,9 @@ from client.features.store import Stores
 
 cache, key = Path(sys.argv[1]), sys.argv[2]
 print("open", flush=True)
+stores = Stores()
 for i in range(int(sys.argv[3])):
-    store = Stores().open(cache / key, {"kind": "writer"})
+    store = stores.open(cache / key, {"kind": "writer"})
     store.refresh()
     store.add([f"{i}"], torch.full((1, 10), float(i)))
     assert store.missing([f"{j}" for j in range(i + 1)]) == []

@@ -17,8 +17,8 @@ import pytest
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 
 from client.link import fleet_client as fleets
-from client.link.fleet_client import Fleet, Letter, NotAdmittedError, OverError
-from client.link.pending import Errand
+from client.link.fleet_client import Envelope, Fleet, NotAdmittedError, OverError
+from client.link.pending import PendingMessage
 from client.site import Site
 from common.config.yaml import dump
 from common.errors import ContractError, LinkError, SiteError
@@ -50,12 +50,12 @@ class Coordinator:
     def fleet(self, key: keys.PrivateKey | None = None, address: str = "") -> Iterator[Fleet]:
         """Of a site that has arrived; by default a new one."""
         fleet = Fleet(address or self.address, self.ca, key or self.admitted()[0])
-        fleet.arrive(None)
+        fleet.activate(None)
         try:
             yield fleet
         finally:
             with suppress(LinkError):
-                fleet.leave()
+                fleet.deactivate()
             fleet.close()
 
 
@@ -121,30 +121,30 @@ def numbers(message: Message) -> list[float]:
     return [float(x) for x in array]
 
 
-def pulled(fleet: Fleet) -> Letter:
-    letter = fleet.waiting()
-    assert letter is not None
-    return letter
+def pulled(fleet: Fleet) -> Envelope:
+    envelope = fleet.pull_envelope()
+    assert envelope is not None
+    return envelope
 
 
 def test_a_message_comes_whole_and_its_reply_arrives(coordinator: Coordinator) -> None:
     with coordinator.fleet() as fleet, connected(coordinator.project.database) as grid:
-        assert fleet.waiting() is None
+        assert fleet.pull_envelope() is None
         (node,) = grid.get_node_ids()
         identity = ask(grid, node, content(3_000_000))  # in parts of 5 MiB
-        letter = pulled(fleet)
-        assert fleet.waiting() == letter
-        assert fleet.release(letter) == RELEASE
-        message = fleet.open(letter)
+        envelope = pulled(fleet)
+        assert fleet.pull_envelope() == envelope
+        assert fleet.read_release(envelope) == RELEASE
+        message = fleet.pull_message(envelope)
         assert message is not None
         assert len(numbers(message)) == 3_000_000
-        fleet.answer(letter, Message(content(5), reply_to=message))
+        fleet.push_reply(envelope, Message(content(5), reply_to=message))
         reply = hear(grid, identity)
         assert numbers(reply) == [0, 1, 2, 3, 4]
         assert reply.metadata.created_at == message.metadata.created_at  # tells no time of work
-        assert fleet.open(letter) is None
+        assert fleet.pull_message(envelope) is None
     with coordinator.fleet() as fleet, pytest.raises(OverError):
-        fleet.release(letter)
+        fleet.read_release(envelope)
     told = Releases.read(coordinator.project.releases)
     assert set(told.values()) == {RELEASE}
 
@@ -159,21 +159,21 @@ def test_a_reply_whose_answers_are_lost_is_sent_again_and_counts_once(
     ):
         (node,) = grid.get_node_ids()
         losses = 0
-        for answer in (1, 2, 3, 5):  # of the letter, and of its parts
+        for answer in (1, 2, 3, 5):  # of the envelope, and of its parts
             identity = ask(grid, node, content())
-            letter = pulled(fleet)
-            reply = Message(content(answer + 2), reply_to=fleet.open(letter))
+            envelope = pulled(fleet)
+            reply = Message(content(answer + 2), reply_to=fleet.pull_message(envelope))
             wire.lose = answer
             try:
-                fleet.answer(letter, reply)
+                fleet.push_reply(envelope, reply)
             except LinkError:
                 losses += 1
-                fleet.answer(letter, reply)
+                fleet.push_reply(envelope, reply)
             wire.lose = 0
             assert numbers(hear(grid, identity)) == [*range(answer + 2)]
             assert grid.pull_messages([identity])[0].has_error()  # it is gone, and came once
-            fleet.answer(letter, reply)  # nobody waits: nothing happens
-            assert fleet.open(letter) is None
+            fleet.push_reply(envelope, reply)  # nobody waits: nothing happens
+            assert fleet.pull_message(envelope) is None
         assert losses >= 3
 
 
@@ -187,28 +187,28 @@ def test_a_message_that_was_lost_on_its_way_comes_again(coordinator: Coordinator
         identity = ask(grid, node, content())
         wire.lose = 1
         with pytest.raises(LinkError, match="expected an answer, got none"):
-            fleet.waiting()
+            fleet.pull_envelope()
         assert pulled(fleet).identity == identity
 
 
 def test_a_message_that_is_still_being_laid_out_is_waited_for(coordinator: Coordinator) -> None:
     with coordinator.fleet() as fleet, connected(coordinator.project.database) as grid:
         (node,) = grid.get_node_ids()
-        parcel = pack_message(grid.create_message(content(), "query", node, ""))
+        packed = pack_message(grid.create_message(content(), "query", node, ""))
         state, run = grid._state, grid.run.run_id
         session = state.start_session(run)
-        asked = message_from_proto(parcel.letter)
-        _, missing = state.store_message_and_object_tree(asked, parcel.tree, session)
-        letter = pulled(fleet)
+        asked = message_from_proto(packed.envelope)
+        _, missing = state.store_message_and_object_tree(asked, packed.tree, session)
+        envelope = pulled(fleet)
 
         def slowly() -> None:
             for name in missing:
                 time.sleep(0.1)
-                state.store_object(run, session, name, parcel.objects[name])
+                state.store_object(run, session, name, packed.objects[name])
 
         thread = threading.Thread(target=slowly)
         thread.start()
-        message = fleet.open(letter)
+        message = fleet.pull_message(envelope)
         thread.join()
         assert message is not None
         assert numbers(message) == [0, 1, 2, 3]
@@ -217,60 +217,60 @@ def test_a_message_that_is_still_being_laid_out_is_waited_for(coordinator: Coord
 def test_what_is_no_message_is_said_to_be_none(coordinator: Coordinator) -> None:
     with coordinator.fleet() as fleet, connected(coordinator.project.database) as grid:
         (node,) = grid.get_node_ids()
-        parcel = pack_message(grid.create_message(content(), "query", node, ""))
-        part = parcel.tree.children[0]
-        parcel.letter.metadata.message_id = part.object_id  # its content stands for the whole
+        packed = pack_message(grid.create_message(content(), "query", node, ""))
+        part = packed.tree.children[0]
+        packed.envelope.metadata.message_id = part.object_id  # its content stands for the whole
         state, run = grid._state, grid.run.run_id
         session = state.start_session(run)
-        letter = message_from_proto(parcel.letter)
-        _, missing = state.store_message_and_object_tree(letter, part, session)
+        envelope = message_from_proto(packed.envelope)
+        _, missing = state.store_message_and_object_tree(envelope, part, session)
         for name in missing:
-            state.store_object(run, session, name, parcel.objects[name])
+            state.store_object(run, session, name, packed.objects[name])
         with pytest.raises(ContractError, match="cannot be read"):
-            fleet.open(pulled(fleet))
+            fleet.pull_message(pulled(fleet))
 
 
 def test_an_errand_survives_its_process(coordinator: Coordinator, tmp_path: Path) -> None:
     with coordinator.fleet() as fleet, connected(coordinator.project.database) as grid:
         (node,) = grid.get_node_ids()
         asked = [ask(grid, node, content(n)) for n in (1, 2)]
-        letter = pulled(fleet)
-        assert Errand(tmp_path).letter is None
-        Errand(tmp_path).begin(letter)
-        again = Errand(tmp_path)
-        assert (again.letter, again.reply) == (letter, None)
-        reply = Message(content(7), reply_to=fleet.open(letter))
+        envelope = pulled(fleet)
+        assert PendingMessage(tmp_path).envelope is None
+        PendingMessage(tmp_path).begin(envelope)
+        again = PendingMessage(tmp_path)
+        assert (again.envelope, again.reply) == (envelope, None)
+        reply = Message(content(7), reply_to=fleet.pull_message(envelope))
         again.finish(reply)
-        kept = Errand(tmp_path)
+        kept = PendingMessage(tmp_path)
         assert kept.reply is not None
         assert (
-            pack_message(kept.reply).letter == pack_message(reply).letter
+            pack_message(kept.reply).envelope == pack_message(reply).envelope
         )  # the very same, by its SHA-256
         assert not any(path.stat().st_mode & 0o077 for path in tmp_path.iterdir())
-        fleet.answer(letter, kept.reply)
+        fleet.push_reply(envelope, kept.reply)
         assert numbers(hear(grid, asked[0])) == [*range(7)]
-        Errand(tmp_path).begin(pulled(fleet))  # a kill before the reply: the old one is of no use
-        assert Errand(tmp_path).reply is None
+        PendingMessage(tmp_path).begin(pulled(fleet))
+        assert PendingMessage(tmp_path).reply is None
         (tmp_path / "letter").write_bytes(b"\xff" * 9)
-        assert Errand(tmp_path).letter is None
-        Errand(tmp_path).drop()
+        assert PendingMessage(tmp_path).envelope is None
+        PendingMessage(tmp_path).drop()
         assert not list(tmp_path.iterdir())
 
 
 def test_only_its_number_lets_a_killed_site_in_at_once(coordinator: Coordinator) -> None:
     key, name = coordinator.admitted()
     fleet = Fleet(coordinator.address, coordinator.ca, key)
-    number = fleet.arrive(None)
+    number = fleet.activate(None)
     killed = Fleet(coordinator.address, coordinator.ca, key)
     with pytest.raises(LinkError, match="expected this site to be away"):
-        killed.arrive(None)
-    assert killed.arrive(number) == number
+        killed.activate(None)
+    assert killed.activate(number) == number
     coordinator.sites.remove(name)
     with pytest.raises(NotAdmittedError, match="expected a key that the coordinator admitted"):
-        killed.arrive(number)
+        killed.activate(number)
     coordinator.sites.admit(key.public_key(), name)
-    assert killed.arrive(number) != number
-    killed.leave()
+    assert killed.activate(number) != number
+    killed.deactivate()
     fleet.close()
     killed.close()
 
@@ -279,7 +279,7 @@ def test_a_knock_tells_and_changes_nothing(coordinator: Coordinator) -> None:
     key, name = coordinator.admitted()
     fleet = Fleet(coordinator.address, coordinator.ca, key)
     assert fleet.heard is None
-    fleet.knock()
+    fleet.check_admitted()
     assert not next(site for site in coordinator.sites.all() if site.name == name).connected
     assert fleet.heard is not None
     assert fleet.heard.release == RELEASE
@@ -287,7 +287,7 @@ def test_a_knock_tells_and_changes_nothing(coordinator: Coordinator) -> None:
     assert fleet.heard.until == certificates.until(coordinator.project.folder)
     stranger = Fleet(coordinator.address, coordinator.ca, keys.new())
     with pytest.raises(NotAdmittedError):
-        stranger.knock()
+        stranger.check_admitted()
     assert stranger.heard is not None
     fleet.close()
     stranger.close()
@@ -295,7 +295,7 @@ def test_a_knock_tells_and_changes_nothing(coordinator: Coordinator) -> None:
 
 def refusal(fleet: Fleet) -> str:
     with pytest.raises(LinkError) as caught:
-        fleet.arrive(None)
+        fleet.activate(None)
     fleet.close()
     assert "\n" not in str(caught.value)
     return str(caught.value)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.supercore.fab import Fab
 
 from client.cli import main as cli
@@ -392,12 +392,21 @@ def test_a_run_that_was_paused_too_long_says_how_to_go_on(world: World) -> None:
             ask(grid, "query", join(study()))
 
 
+def _answer_all(monkeypatch: pytest.MonkeyPatch, content: RecordDict) -> None:
+    """Have nodes that start from now on answer every message with this."""
+
+    def answer(message: Message, _: Context) -> Message:
+        return Message(content, reply_to=message)
+
+    monkeypatch.setattr(node_module, "make_app", lambda _: answer)
+
+
 def test_a_reply_beyond_all_measure_is_left_out(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(grid_module, "_MARGIN", 1_000)
     huge = RecordDict({"config": ConfigRecord({"json": "x" * 1_000_000})})
-    monkeypatch.setattr(node_module, "app", lambda message, _: Message(huge, reply_to=message))
+    _answer_all(monkeypatch, huge)
     with world.up(), connected(world.project.database) as grid, world.node():
         until(lambda: world.connected)
         assert exchange(grid, "query", join(study())).has_error()
@@ -406,12 +415,9 @@ def test_a_reply_beyond_all_measure_is_left_out(
 def test_many_parts_are_refused_at_the_door(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(link_module, "_MOST_PARTS", 3)
     monkeypatch.setattr(node_module, "_AGAIN", 0.2)
+    _answer_all(monkeypatch, RecordDict({f"c{i}": ConfigRecord({"x": i}) for i in range(9)}))
     with world.up(), connected(world.project.database) as grid, world.node():
         until(lambda: world.connected)
-        many = {f"c{i}": ConfigRecord({"x": i}) for i in range(9)}
-        monkeypatch.setattr(
-            node_module, "app", lambda message, _: Message(RecordDict(many), reply_to=message)
-        )
         asked = ask(grid, "query", join(study()))
         time.sleep(1)
         assert grid.pull_messages([asked]) == []

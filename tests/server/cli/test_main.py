@@ -283,12 +283,12 @@ def test_a_signature_that_does_not_fit_is_refused(up: Up, damage: dict[str, str]
 def test_an_admitted_key_connects_and_is_listed(up: Up, said: Command) -> None:
     key, number = up.admitted("north")
     fleet = up.fleet(key)
-    assert fleet.arrive(None) == number
+    assert fleet.activate(None) == number
     _, out = said(up.project.folder, "sites")
     assert re.search(r"north .* now", out), out
     _, out = said(up.project.folder, "status")
     assert re.search(r"link +up", out), out
-    fleet.leave()
+    fleet.deactivate()
     _, out = said(up.project.folder, "sites")
     assert re.search(r"north .* last \d{4}-", out), out
     fleet.close()
@@ -299,7 +299,7 @@ def test_a_key_that_is_not_admitted_is_named_in_the_log(up: Up) -> None:
     fleet = up.fleet(key)
     for _ in range(2):
         with pytest.raises(NotAdmittedError, match=r"\.pub"):
-            fleet.arrive(None)
+            fleet.activate(None)
     fleet.close()
     log = up.project.log.read_text()
     assert log.count(keys.fingerprint(key.public_key())) == 1
@@ -308,15 +308,15 @@ def test_a_key_that_is_not_admitted_is_named_in_the_log(up: Up) -> None:
 def test_a_removed_key_is_out_at_once_and_may_come_back(up: Up) -> None:
     key, number = up.admitted("south")
     fleet = up.fleet(key)
-    fleet.arrive(None)
+    fleet.activate(None)
     sites = Sites(up.project)
     sites.remove("south")
-    for attempt in (fleet.beat, fleet.waiting, lambda: fleet.arrive(number)):
+    for attempt in (fleet.send_heartbeat, fleet.pull_envelope, lambda: fleet.activate(number)):
         with pytest.raises(NotAdmittedError):
             attempt()
     sites.admit(key.public_key(), "south")
-    assert fleet.arrive(number) != number
-    assert fleet.waiting() is None
+    assert fleet.activate(number) != number
+    assert fleet.pull_envelope() is None
     fleet.close()
 
 
@@ -377,14 +377,14 @@ def test_another_authority_and_an_expired_certificate_are_explained(up: Up, tmp_
     key, _ = up.admitted("coast")
     fleet = Fleet(f"localhost:{up.port}", other.folder / "ca.crt", key)
     with pytest.raises(LinkError, match="by telephone"):
-        fleet.arrive(None)
+        fleet.activate(None)
     fleet.close()
     long_ago = datetime.now(UTC) - timedelta(days=800)
     certificates.write_server(other.folder, ("localhost",), long_ago)
     with link_up(other, 0) as port:
         fleet = Fleet(f"localhost:{port}", other.folder / "ca.crt", key)
         with pytest.raises(LinkError, match=r"expired.*consilium-server renew"):
-            fleet.arrive(None)
+            fleet.activate(None)
         fleet.close()
 
 
@@ -409,7 +409,7 @@ def test_start_ends_cleanly_and_sites_see_it_gone(tmp_path: Path, number: signal
     up = Up(tmp_path / "project", days_ago=710)
     key, _ = up.admitted("east")
     fleet = up.fleet(key)
-    fleet.arrive(None)
+    fleet.activate(None)
     up.process.send_signal(number)
     out, _ = up.process.communicate(timeout=30)
     assert up.process.returncode == 0, out
@@ -417,7 +417,7 @@ def test_start_ends_cleanly_and_sites_see_it_gone(tmp_path: Path, number: signal
     assert "consilium-server renew" in out, "the certificate has 20 days left"
     assert not up.project.is_up()
     with pytest.raises(LinkError, match="expected an answer, got none"):
-        fleet.beat()
+        fleet.send_heartbeat()
     fleet.close()
 
 
