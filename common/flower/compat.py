@@ -3,7 +3,6 @@
 Flower sends the text of a failed import to the server, and Python's own names paths.
 """
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -18,9 +17,6 @@ RELEASE = "0.1.0"
 """As in pyproject.toml; both sides must have the same major and minor number."""
 RELEASE_HEADER = "consilium-release"
 """In which either side says what it runs."""
-
-# What matters of it we say ourselves; its lines may quote statements, keys and tensors.
-logging.getLogger("flwr").setLevel(logging.CRITICAL)
 
 
 @contextmanager

@@ -13,6 +13,7 @@
 """
 
 import copy
+import logging
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -42,6 +43,9 @@ with pinned():
     from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
     from flwr.supercore.run import Run
     from flwr.supercore.task_identity import TaskIdentity
+
+# What matters of it we say ourselves; its lines may quote statements, keys and tensors.
+logging.getLogger("flwr").setLevel(logging.CRITICAL)
 
 __all__ = [
     "SUPERLINK_NODE_ID",

@@ -498,7 +498,7 @@ def test_only_a_code_leaves_a_node_without_a_site_file(node):
 
 
 UNFIT = {
-    "1.42.0": "import importlib.metadata as m; m.version = lambda name: '1.42.0'",
+    "1.43.0": "import importlib.metadata as m; m.version = lambda name: '1.43.0'",
     f"{version('flwr')} without flwr.supercore.run": "import flwr.supercore.run as m; del m.Run",
     f"{version('flwr')} without flwr.app": "import flwr.app as m; del m.Context, m.Error",
 }
@@ -515,8 +515,8 @@ def test_an_unfit_flwr_is_refused_in_fixed_words(got):
         text=True,
         check=True,
     ).stdout.strip()
-    remedy = "pip install 'flwr>=1.41,<1.42'"
-    assert told == f"ImportError({f'flwr: expected >=1.41,<1.42, got {got}. {remedy}'!r})"
+    remedy = "pip install 'flwr>=1.41,<1.43'"
+    assert told == f"ImportError({f'flwr: expected >=1.41,<1.43, got {got}. {remedy}'!r})"
 
 
 def test_the_sites_of_a_process_share_one_network():

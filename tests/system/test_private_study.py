@@ -291,12 +291,10 @@ def test_the_unit_is_the_patient_however_many_images(phantoms, tmp_path, monkeyp
             content["data"]["enrolled_patients"] = 100
             file.write_text(dump(content))
             session = RUNTIME.open_session(file, _sent(file, wanted))
-            session.train_privately(
-                session.prepared.network.initial, 1, 0.0, session.prepared.protection
-            )
+            protection, initial = session.prepared.protection, session.prepared.network.initial
+            session._train_privately(initial, 1, 0.0, protection)
             tensors = session.prepared.network.tensors.values()
             moved.append(torch.cat([tensor.flatten() for tensor in tensors]))
-            protection = session.prepared.protection
             new_process()
         bound = wanted.train.lr * protection.round.clip_norm / protection.batch * (1 + 1e-4)
         with_it, without, copies = moved

@@ -10,7 +10,7 @@ from tests.kit import write_sites
 
 CONTENT = {
     "name": "two",
-    "classes": ["clear", "lesion"],
+    "classes": ["clear", "nodule", "consolidation", "effusion"],
     "model": {"backbone": "squeezenet1_0", "weights": "none"},
     "train": {"rounds": 1},
 }
@@ -21,7 +21,7 @@ def test_hospitals_of_one_machine_compute_alike(phantoms, tmp_path):
     found = []
     for name, keep in (("north", "images"), ("south", "auto")):
         path = tmp_path / f"{name}.yaml"
-        data = {"format": "image_folder", "root": str(phantoms / name)}
+        data = {"format": "manifest", "root": str(phantoms / name)}
         content = {"name": name, "data": data, "state": "state", "keep": keep}
         path.write_text(yaml.safe_dump(content), encoding="utf-8")
         found.append(virtual_sites.from_folder(path))
