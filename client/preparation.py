@@ -12,7 +12,7 @@ from client.consent.cohort import PARTS, count_patients, list_cohort
 from client.consent.policy import check_policy
 from client.data.records import Record
 from client.features.cache import prune
-from client.features.extract import Recipe, prepare
+from client.features.extract import FeatureSpec, prepare
 from client.features.precision import chosen
 from client.features.store import Stores
 from client.privacy.plan import Protection, protect
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 class Workspace:
-    """What the sites of one process share while they prepare: one network, recipes, stores.
+    """What the sites of one process share while they prepare: one network, specs, stores.
 
     The network is the one last asked for. Whoever uses it loads its own tensors first.
     """
@@ -38,23 +38,23 @@ class Workspace:
     def __init__(self) -> None:
         self.stores = Stores()
         self._networks: dict[tuple[str, str], Network] = {}
-        self._recipes: dict[tuple[bool, Keep], Recipe] = {}
+        self._specs: dict[tuple[bool, Keep], FeatureSpec] = {}
 
     def network(self, study: Study, weights: str) -> Network:
         """The network of a study, assembled once as long as no other is asked for."""
         key = study.proposal(), weights
         if key not in self._networks:
-            self._recipes.clear()
+            self._specs.clear()
             self._networks = {key: assemble(study, weights)}
         return self._networks[key]
 
-    def recipe(self, network: Network, study: Study, keep: Keep) -> Recipe:
+    def spec(self, network: Network, study: Study, keep: Keep) -> FeatureSpec:
         """How rows are made for this network, the last that was asked for."""
         key = study.private, keep
-        if key not in self._recipes:
+        if key not in self._specs:
             precision = study.model.precision
-            self._recipes[key] = Recipe.of(network, precision, keep, private=study.private)
-        return self._recipes[key]
+            self._specs[key] = FeatureSpec.of(network, precision, keep, private=study.private)
+        return self._specs[key]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -65,7 +65,7 @@ class PreparedSite:
       site: As its file said when it was opened.
       study: The one it is prepared for.
       network: Shared with others: load tensors before each use.
-      recipe: How rows were made from images.
+      spec: How rows were made from images.
       examples: Prepared images with their labels, by part.
       owners: Which training images are whose.
       agreed: What the site agreed to when it joined before; None if it has not joined.
@@ -75,7 +75,7 @@ class PreparedSite:
     site: Site
     study: Study
     network: Network
-    recipe: Recipe
+    spec: FeatureSpec
     examples: Mapping[str, Examples]
     owners: Patients
     agreed: Agreement | None
@@ -115,12 +115,12 @@ def prepare_site(site: Site, study: Study, workspace: Workspace) -> PreparedSite
     if network.held:
         log.info("not trained with privacy: %s", ", ".join(network.held))
     network.model.to(chosen(site.device))
-    recipe = workspace.recipe(network, study, site.keep)
-    _make_room(site, recipe)
+    spec = workspace.spec(network, study, site.keep)
+    _make_room(site, spec)
     prepared = {
-        part: _prepare(part, cohort[part], site, study, recipe, workspace.stores) for part in PARTS
+        part: _prepare(part, cohort[part], site, study, spec, workspace.stores) for part in PARTS
     }
-    _make_room(site, recipe)
+    _make_room(site, spec)
     examples = {part: found for part, (found, _) in prepared.items()}
     kept = {part: records for part, (_, records) in prepared.items()}
     _check(site, study, protection, kept["train"])  # again: unreadable images may be left out
@@ -128,7 +128,7 @@ def prepare_site(site: Site, study: Study, workspace: Workspace) -> PreparedSite
         site=site,
         study=study,
         network=network,
-        recipe=recipe,
+        spec=spec,
         examples=examples,
         owners=Patients.of([record.patient for record in kept["train"]]),
         agreed=agreed,
@@ -154,19 +154,24 @@ def _check(
     check_policy(site, study, protection, patients, len(training))
 
 
-def _make_room(site: Site, recipe: Recipe) -> None:
+def _make_room(site: Site, spec: FeatureSpec) -> None:
     """Delete prepared images of other studies, as far as the site asks for it."""
     folder: Path = site.cache_folder
-    prune(folder, limit=site.cache.limit, days=site.cache.days, keep={folder / recipe.key})
+    prune(folder, limit=site.cache.limit, days=site.cache.days, keep={folder / spec.key})
 
 
 def _prepare(
-    part: str, records: Sequence[Record], site: Site, study: Study, recipe: Recipe, stores: Stores
+    part: str,
+    records: Sequence[Record],
+    site: Site,
+    study: Study,
+    spec: FeatureSpec,
+    stores: Stores,
 ) -> tuple[Examples, list[Record]]:
     """The examples of one part, and the records that they come from; the images may go."""
     prepared, kept = prepare(
         [record.image for record in records],
-        recipe=recipe,
+        spec=spec,
         augment=study.images.augment if part == "train" else Augment(),
         cache=site.cache_folder,
         stores=stores,

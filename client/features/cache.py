@@ -34,7 +34,7 @@ class Kept:
     """One store as it was found.
 
     Attributes:
-      folder: Named by the store's recipe.
+      folder: Named by the store's spec.
       about: What it holds, in words for a person, and the day it was created.
       bytes: Of all files in it that are ours.
       used: When a study last used it.

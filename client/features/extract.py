@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from client.data.records import Image
 from client.features.precision import settled
-from client.features.prefix import BATCH, Prefix, Worth
+from client.features.prefix import BATCH, CacheDecision, Prefix
 from client.features.store import Rows, Store, Stores
 from client.site import Keep
 from client.storage import secret
@@ -47,7 +47,7 @@ _QUIET = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class FeatureSpec:
     """How a row is made from an image.
 
     Attributes:
@@ -72,14 +72,14 @@ class Recipe:
     def of(
         cls, network: Network, dtype: Dtype, keep: Keep = "auto", *, private: bool = False
     ) -> Self:
-        """The recipe for a study's network; says what is kept, and why."""
-        worth = Worth.of(network.split, network.preprocess, dtype)
+        """The spec for a study's network; says what is kept, and why."""
+        decision = CacheDecision.of(network.split, network.preprocess, dtype)
         frozen = not isinstance(network.split.prefix, nn.Identity)
-        activations = frozen and (worth.pays if keep == "auto" else keep == "activations")
+        activations = frozen and (decision.pays if keep == "auto" else keep == "activations")
         at = f"activations of {network.backbone} at {network.split.at}"
         kept = at if activations else "pixels"
         if frozen:
-            log.info("keeping %s. Activations: %s", kept, worth)
+            log.info("keeping %s. Activations: %s", kept, decision)
         return cls(
             prefix=network.split.prefix,
             preprocess=network.preprocess,
@@ -149,7 +149,7 @@ class _Job:
 def prepare(
     images: Sequence[Image],
     *,
-    recipe: Recipe,
+    spec: FeatureSpec,
     augment: Augment,
     cache: Path,
     stores: Stores,
@@ -159,7 +159,7 @@ def prepare(
 
     Args:
       images: In any order; twice the same is one row.
-      recipe: How a row is made.
+      spec: How a row is made.
       augment: Which views each image has beside itself.
       cache: The folder of all stores.
       stores: Those that this process has open.
@@ -171,7 +171,7 @@ def prepare(
     Raises:
       DataError: images that cannot be read, named and counted, unless they are to be skipped.
     """
-    store = stores.open(cache / recipe.key, recipe.about)
+    store = stores.open(cache / spec.key, spec.about)
     bad: dict[int, str] = {}
     digests = list(_digests(images, bad))
     name = namer(cache)
@@ -185,15 +185,15 @@ def prepare(
     if store.missing([job.name for job in jobs]):
         store.refresh()
     todo = {jobs[j].name: jobs[j] for j in store.missing([job.name for job in jobs])}
-    _fill(store, images, list(todo.values()), recipe, augment.ops, bad)
+    _fill(store, images, list(todo.values()), spec, augment.ops, bad)
     for j in store.missing([job.name for job in jobs]):  # one that failed fails wherever it is
         where, got = images[jobs[j].image].name, "the bytes of another that is not"
         failed = DataError(where, expected="a readable image", got=got)
         bad.setdefault(jobs[j].image, str(failed))
     _complain(images, bad, skip_unreadable)
-    rows = store.rows([job.name for job in jobs if job.image not in bad], recipe.device)
+    rows = store.rows([job.name for job in jobs if job.image not in bad], spec.device)
     kept = [i for i in range(len(images)) if i not in bad]
-    return Prepared(rows, augment.views, recipe.front()), kept
+    return Prepared(rows, augment.views, spec.front()), kept
 
 
 def _row(name: str, ops: tuple[str, ...], view: int) -> str:
@@ -226,7 +226,7 @@ def _fill(
     store: Store,
     images: Sequence[Image],
     todo: Sequence[_Job],
-    recipe: Recipe,
+    spec: FeatureSpec,
     ops: tuple[str, ...],
     bad: dict[int, str],
 ) -> None:
@@ -241,14 +241,14 @@ def _fill(
         """One image, decoded once, in every view that is missing."""
         image = jobs[0].image
         try:
-            square = images[image].square(recipe.preprocess)
+            square = images[image].square(spec.preprocess)
         except DataError as ex:
             bad[image] = str(ex)
             return []
         return [(job.name, _viewed(square, job, ops)) for job in jobs]
 
     def made(batch: Sequence[tuple[str, Tensor]]) -> tuple[list[str], Tensor]:
-        return [name for name, _ in batch], recipe.rows([pixels for _, pixels in batch])
+        return [name for name, _ in batch], spec.rows([pixels for _, pixels in batch])
 
     by_image = [list(jobs) for _, jobs in groupby(todo, lambda job: job.image)]
     if todo:
@@ -259,7 +259,7 @@ def _fill(
     done, told, kept = 0, time.monotonic(), time.monotonic()
     with settled(threads=1):
         pixels = chain.from_iterable(_ahead(squares, by_image, cores, 2 * BATCH))
-        at_once = cores if recipe.device.type == "cpu" else 1
+        at_once = cores if spec.device.type == "cpu" else 1
         for new, part in _ahead(made, _batched(pixels, BATCH), at_once, at_once):
             names, rows = [*names, *new], [*rows, part]
             done, now = done + len(new), time.monotonic()

@@ -60,7 +60,7 @@ class Prefix(nn.Module):
         return output[: len(pixels)].contiguous()
 
 
-class Worth(NamedTuple):
+class CacheDecision(NamedTuple):
     """What keeping activations costs and saves, per image."""
 
     room: int
@@ -71,7 +71,7 @@ class Worth(NamedTuple):
     """Of the operations of a training step, those of the prefix; in [0, 1]."""
 
     @classmethod
-    def of(cls, split: Split, preprocess: Preprocess, dtype: Dtype) -> "Worth":
+    def of(cls, split: Split, preprocess: Preprocess, dtype: Dtype) -> "CacheDecision":
         """Measured on one image; a backward pass counts as two forward passes."""
         pixels = torch.zeros(1, 3, preprocess.crop, preprocess.crop, dtype=torch.uint8)
         if isinstance(split.prefix, nn.Identity):

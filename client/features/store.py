@@ -73,7 +73,7 @@ def _room(device: torch.device) -> int:
 
 
 class Store:
-    """One folder of rows made by one recipe.
+    """One folder of rows made by one spec.
 
     Every method raises `DataError` where the disk is full or a file cannot be opened.
     """

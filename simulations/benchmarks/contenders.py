@@ -207,8 +207,8 @@ def _ours(task: Task, lap: Lap) -> dict[str, Any]:
         watched = _Watched(make_app(runtime), lap, study.train.rounds)
         simulate(server_app, watched.app, [hospital], folder)
         lap("finish")
-    recipe = session.prepared.recipe
-    return {"bytes": watched.bytes, "activations": recipe.activations, "dtype": recipe.dtype}
+    spec = session.prepared.spec
+    return {"bytes": watched.bytes, "activations": spec.activations, "dtype": spec.dtype}
 
 
 class _Watched:

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 from client.features import extract as features
-from client.features.extract import Recipe
+from client.features.extract import FeatureSpec
 from client.site import Site
 from client.features.store import Stores
 from common.model.network import assemble
@@ -92,10 +92,10 @@ def main(folder, places, backbone, unfreeze, how, same):
 
 def half_fill(study, site_files):
     """Every third image of each hospital, the last first, and no more views than itself."""
-    recipe, whole = Recipe.of(assemble(study, "none"), "float32"), Augment()
+    spec, whole = FeatureSpec.of(assemble(study, "none"), "float32"), Augment()
     for site in map(Site.read, site_files):
         images = [record.image for record in site.data.records(study.classes)][::-3]
-        options = {"recipe": recipe, "augment": whole, "stores": Stores()}
+        options = {"spec": spec, "augment": whole, "stores": Stores()}
         features.prepare(images, **options, cache=site.cache_folder, skip_unreadable=False)
 
 

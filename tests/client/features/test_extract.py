@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import nn
 
 from client.data.records import ArrayImage, FileImage
-from client.features.extract import Prepared, Recipe, namer, prepare
+from client.features.extract import FeatureSpec, Prepared, namer, prepare
 from client.features.store import Stores
 from client.training import trainer
 from client.training.dataset import Examples
@@ -55,9 +55,9 @@ class Prefix(nn.Module):
 
 
 def counting(preprocess=SMALL, **changes):
-    """A recipe whose prefix has counted nothing yet."""
+    """A spec whose prefix has counted nothing yet."""
     prefix = Prefix(**changes)
-    return Recipe(prefix=prefix, preprocess=preprocess)
+    return FeatureSpec(prefix=prefix, preprocess=preprocess)
 
 
 def images(count, start=0, side=20):
@@ -69,14 +69,14 @@ def images(count, start=0, side=20):
     ]
 
 
-def ready(cache, some, recipe, *, views=1, skip=False):
+def ready(cache, some, spec, *, views=1, skip=False):
     augment = Augment(views=views, ops=OPS) if views > 1 else Augment()
-    options = {"recipe": recipe, "augment": augment, "skip_unreadable": skip}
+    options = {"spec": spec, "augment": augment, "skip_unreadable": skip}
     return prepare(some, cache=cache, stores=process[0], **options)
 
 
-def rows(cache, some, recipe, **options):
-    prepared, _ = ready(cache, some, recipe, **options)
+def rows(cache, some, spec, **options):
+    prepared, _ = ready(cache, some, spec, **options)
     return prepared.rows[torch.arange(len(prepared.rows))]
 
 
@@ -103,14 +103,14 @@ def network(backbone, unfreeze, size=64, weights="none", seed=0):
 
 
 def recipe_of(net, keep="auto"):
-    return Recipe.of(net, "float32", keep)
+    return FeatureSpec.of(net, "float32", keep)
 
 
-def direct(recipe, some):
+def direct(spec, some):
     """Activations without any cache."""
-    pixels = torch.stack([image.square(recipe.preprocess) for image in some])
+    pixels = torch.stack([image.square(spec.preprocess) for image in some])
     with torch.no_grad():
-        return recipe.prefix(recipe.preprocess.normalise(pixels))
+        return spec.prefix(spec.preprocess.normalise(pixels))
 
 
 # --- rows are right ---
@@ -126,15 +126,15 @@ def direct(recipe, some):
 )
 def test_cached_activations_are_the_prefix_run_directly(tmp_path, backbone, unfreeze, weights):
     net = network(backbone, unfreeze, weights=weights)
-    recipe, some = recipe_of(net), images(5, side=70)
-    prepared, kept = ready(tmp_path, some, recipe)
+    spec, some = recipe_of(net), images(5, side=70)
+    prepared, kept = ready(tmp_path, some, spec)
     found = prepared.rows[torch.arange(5)]
     assert kept == [0, 1, 2, 3, 4]
-    assert recipe.activations
-    torch.testing.assert_close(found, direct(recipe, some), rtol=1e-4, atol=1e-5)
+    assert spec.activations
+    torch.testing.assert_close(found, direct(spec, some), rtol=1e-4, atol=1e-5)
     assert len({tuple(row.flatten()[:50].tolist()) for row in found}) == 5
     restart()
-    assert torch.equal(rows(tmp_path, some, recipe), found)
+    assert torch.equal(rows(tmp_path, some, spec), found)
 
 
 def test_training_is_the_same_on_activations_and_on_pixels(tmp_path):
@@ -143,10 +143,10 @@ def test_training_is_the_same_on_activations_and_on_pixels(tmp_path):
     plan = Train(rounds=1, local_epochs=3, batch_size=4, optimizer="sgd", lr=0.05)
     results = []
     for keep in ("activations", "images"):
-        recipe = recipe_of(net, keep)
+        spec = recipe_of(net, keep)
         worth = keep == "activations"
-        prepared, _ = ready(tmp_path, images(9), recipe, views=2)
-        assert recipe.activations == worth
+        prepared, _ = ready(tmp_path, images(9), spec, views=2)
+        assert spec.activations == worth
         assert isinstance(prepared.front, nn.Identity) == worth
         assert prepared.rows[torch.tensor([0])].is_floating_point() == worth
         net.load(net.initial)
@@ -191,10 +191,10 @@ def test_pixels_are_kept_where_activations_take_more_room(
 
 def test_with_everything_unfrozen_the_model_still_gets_normalised_images(tmp_path):
     net = network("resnet18", "all")
-    recipe, some = recipe_of(net), images(3)
-    prepared, _ = ready(tmp_path, some, recipe)
+    spec, some = recipe_of(net), images(3)
+    prepared, _ = ready(tmp_path, some, spec)
     inputs = prepared.front(prepared.rows[torch.arange(3)])
-    torch.testing.assert_close(inputs, direct(recipe, some))
+    torch.testing.assert_close(inputs, direct(spec, some))
     assert inputs.dtype == torch.float32
 
 
@@ -202,36 +202,36 @@ def test_with_everything_unfrozen_the_model_still_gets_normalised_images(tmp_pat
 
 
 def test_ten_more_images_cost_ten(tmp_path):
-    recipe, some = counting(), images(40)
-    first = rows(tmp_path, some[:30], recipe)
-    assert recipe.prefix.images == 30
+    spec, some = counting(), images(40)
+    first = rows(tmp_path, some[:30], spec)
+    assert spec.prefix.images == 30
     restart()
-    recipe = counting()
-    more = rows(tmp_path, some[30:] + some[:30], recipe)
-    assert recipe.prefix.images == 10
+    spec = counting()
+    more = rows(tmp_path, some[30:] + some[:30], spec)
+    assert spec.prefix.images == 10
     assert torch.equal(more[10:], first)
-    rows(tmp_path, some[5:35:2][::-1], recipe)
-    assert recipe.prefix.images == 10
+    rows(tmp_path, some[5:35:2][::-1], spec)
+    assert spec.prefix.images == 10
 
 
 def test_the_same_image_at_two_sites_costs_one(tmp_path):
-    recipe, some = counting(), images(6)
+    spec, some = counting(), images(6)
     here, there = tmp_path / "here", tmp_path / "there"
     for site in (here, there):
         site.mkdir()
         for i, image in enumerate(some):
             Image.fromarray(image.array).save(site / f"{site.name}-{i}.png")
-    first = rows(tmp_path / "cache", [FileImage(p) for p in sorted(here.iterdir())], recipe)
-    second = rows(tmp_path / "cache", [FileImage(p) for p in sorted(there.iterdir())], recipe)
-    assert recipe.prefix.images == 6
+    first = rows(tmp_path / "cache", [FileImage(p) for p in sorted(here.iterdir())], spec)
+    second = rows(tmp_path / "cache", [FileImage(p) for p in sorted(there.iterdir())], spec)
+    assert spec.prefix.images == 6
     assert torch.equal(first, second)
 
 
 def test_an_image_listed_twice_has_two_equal_rows(tmp_path):
     (image,), (other,) = images(1), images(1, start=1)
-    recipe = counting()
-    found = rows(tmp_path, [image, other, image], recipe, views=2)
-    assert recipe.prefix.images == 4  # two images in two views, each once
+    spec = counting()
+    found = rows(tmp_path, [image, other, image], spec, views=2)
+    assert spec.prefix.images == 4  # two images in two views, each once
     assert torch.equal(found[:2], found[4:])
     assert not torch.equal(found[:2], found[2:4])
 
@@ -241,9 +241,9 @@ def test_an_interrupted_pass_goes_on_where_it_stopped(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         rows(tmp_path / "a", some, counting(most=700))
     restart()
-    recipe = counting()
-    found = rows(tmp_path / "a", some, recipe)
-    assert recipe.prefix.images == 1100 - 512  # what was in a whole shard is kept
+    spec = counting()
+    found = rows(tmp_path / "a", some, spec)
+    assert spec.prefix.images == 1100 - 512  # what was in a whole shard is kept
     assert torch.equal(found, rows(tmp_path / "b", some, counting()))
 
 
@@ -255,15 +255,15 @@ def test_a_refusal_keeps_what_was_computed_and_the_repair_costs_one(tmp_path):
         ready(tmp_path / "cache", mixed, counting())
     Image.fromarray(some[8].array).save(broken)
     restart()
-    recipe = counting()
-    found = rows(tmp_path / "cache", mixed, recipe)
-    assert recipe.prefix.images == 1
-    torch.testing.assert_close(found, direct(recipe, [*some[:4], some[8], *some[4:8]]))
+    spec = counting()
+    found = rows(tmp_path / "cache", mixed, spec)
+    assert spec.prefix.images == 1
+    torch.testing.assert_close(found, direct(spec, [*some[:4], some[8], *some[4:8]]))
 
 
 def test_another_recipe_has_another_store_and_leaves_the_old_alone(tmp_path):
-    some, recipe = images(4), counting()
-    first = rows(tmp_path, some, recipe)
+    some, spec = images(4), counting()
+    first = rows(tmp_path, some, spec)
     old = {p: p.read_bytes() for p in tmp_path.rglob("*.safetensors")}
     others = [
         counting(seed=1),
@@ -276,7 +276,7 @@ def test_another_recipe_has_another_store_and_leaves_the_old_alone(tmp_path):
         found = rows(tmp_path, some, other)
         assert other.prefix.images == 4
         torch.testing.assert_close(found, direct(other, some))
-    assert len({recipe.key, *(other.key for other in others)}) == 6
+    assert len({spec.key, *(other.key for other in others)}) == 6
     assert all(path.read_bytes() == data for path, data in old.items())
     restart()
     again = counting()
@@ -305,9 +305,9 @@ def test_the_same_tensors_used_in_another_way_name_another_store():
     net = network("resnet18", "head")
     prefixes = [cut_at(net.model, at).prefix for at in ("layer4_1_relu_1", "flatten")]
     assert len({tuple(prefix.state_dict()) for prefix in prefixes}) == 1
-    recipes = [Recipe(prefix=prefix, preprocess=net.preprocess) for prefix in prefixes]
-    assert all(recipe.activations for recipe in recipes)
-    assert recipes[0].key != recipes[1].key
+    specs = [FeatureSpec(prefix=prefix, preprocess=net.preprocess) for prefix in prefixes]
+    assert all(spec.activations for spec in specs)
+    assert specs[0].key != specs[1].key
 
 
 def test_pixels_are_shared_by_all_backbones_of_one_preprocessing():
@@ -328,14 +328,14 @@ def test_training_does_not_make_the_cache_stale():
 
 def test_rows_depend_on_their_images_alone(tmp_path):
     """Not on who came with them or was there before, nor on how many cores made them."""
-    recipe, some = recipe_of(network("efficientnet_b0", "head")), images(45, side=70)
-    wanted = rows(tmp_path / "1", some, recipe)
+    spec, some = recipe_of(network("efficientnet_b0", "head")), images(45, side=70)
+    wanted = rows(tmp_path / "1", some, spec)
     for cores in (2, 3):
         restart()
         torch.set_num_threads(cores)
         try:
-            rows(tmp_path / f"{cores}", some[::-4], recipe)
-            assert torch.equal(rows(tmp_path / f"{cores}", some, recipe), wanted)
+            rows(tmp_path / f"{cores}", some[::-4], spec)
+            assert torch.equal(rows(tmp_path / f"{cores}", some, spec), wanted)
             assert torch.get_num_threads() == cores
         finally:
             torch.set_num_threads(1)
@@ -345,7 +345,7 @@ def test_rows_depend_on_their_images_alone(tmp_path):
 
 
 def pixels_only():
-    return Recipe(prefix=nn.Identity(), preprocess=SMALL, activations=False)
+    return FeatureSpec(prefix=nn.Identity(), preprocess=SMALL, activations=False)
 
 
 def test_views_of_an_image_lie_side_by_side_and_the_first_is_the_image(tmp_path):
@@ -363,9 +363,9 @@ def test_views_of_an_image_lie_side_by_side_and_the_first_is_the_image(tmp_path)
 
 
 def test_views_are_the_same_on_every_machine_and_only_new_ones_cost(tmp_path):
-    some, recipe = images(5), counting()
-    four = rows(tmp_path / "a", some, recipe, views=4)
-    assert recipe.prefix.images == 20
+    some, spec = images(5), counting()
+    four = rows(tmp_path / "a", some, spec, views=4)
+    assert spec.prefix.images == 20
     assert torch.equal(
         four,
         rows(tmp_path / "b", some[::-1], counting(), views=4)
@@ -373,27 +373,27 @@ def test_views_are_the_same_on_every_machine_and_only_new_ones_cost(tmp_path):
         .flip(0)
         .flatten(0, 1),
     )
-    two = rows(tmp_path / "a", some, recipe, views=2)
-    plain = rows(tmp_path / "a", some, recipe)
-    assert recipe.prefix.images == 20
+    two = rows(tmp_path / "a", some, spec, views=2)
+    plain = rows(tmp_path / "a", some, spec)
+    assert spec.prefix.images == 20
     assert torch.equal(two, four.unflatten(0, (5, 4))[:, :2].flatten(0, 1))
     assert torch.equal(plain, four[::4])
-    rows(tmp_path / "a", some, recipe, views=6)
-    assert recipe.prefix.images == 30
+    rows(tmp_path / "a", some, spec, views=6)
+    assert spec.prefix.images == 30
 
 
 def test_other_ops_are_other_views_of_the_same_image(tmp_path):
-    recipe, some = counting(), images(3)
+    spec, some = counting(), images(3)
     for ops in (("flip", "crop"), ("rotate",)):
         prepare(
             some,
-            recipe=recipe,
+            spec=spec,
             augment=Augment(views=2, ops=ops),
             cache=tmp_path,
             stores=Stores(),
             skip_unreadable=False,
         )
-    assert recipe.prefix.images == 6 + 3
+    assert spec.prefix.images == 6 + 3
 
 
 def test_views_are_not_examples_and_evaluation_sees_the_images_only(tmp_path):
@@ -533,7 +533,7 @@ def test_the_secret_is_drawn_once_and_for_this_user_alone(tmp_path):
 
 def test_views_are_the_same_in_every_cache(tmp_path):
     """Otherwise a simulation could not be repeated: each cache has a secret of its own."""
-    pixels = Recipe(prefix=nn.Identity(), preprocess=SMALL, activations=False)
+    pixels = FeatureSpec(prefix=nn.Identity(), preprocess=SMALL, activations=False)
     one, two = (rows(tmp_path / name, images(3), pixels, views=4) for name in ("one", "two"))
     assert torch.equal(one, two)
     assert len({tuple(row.flatten().tolist()) for row in one}) > 6

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from client.features.prefix import BATCH, Prefix, Worth
+from client.features.prefix import BATCH, CacheDecision, Prefix
 from common.model import backbones
 from common.model.images import Preprocess
 from common.model.split import Split, split
@@ -112,37 +112,39 @@ def test_an_activation_depends_on_its_image_alone(name, dtype):
 
 def test_an_image_keeps_its_activations_where_they_are_small_and_save_work():
     head, preprocess = parts("resnet18")
-    worth = Worth.of(head, preprocess, "float32")
-    assert worth.room == 512 * 4
-    assert worth.image == 3 * 64 * 64
-    assert worth.share > 0.99
-    assert worth.pays
-    assert Worth.of(head, preprocess, "bfloat16").room == 512 * 2
-    assert "2.0 kB" in str(worth)
+    decision = CacheDecision.of(head, preprocess, "float32")
+    assert decision.room == 512 * 4
+    assert decision.image == 3 * 64 * 64
+    assert decision.share > 0.99
+    assert decision.pays
+    assert CacheDecision.of(head, preprocess, "bfloat16").room == 512 * 2
+    assert "2.0 kB" in str(decision)
 
 
 def test_an_image_keeps_its_pixels_where_activations_are_large():
     early, preprocess = parts("resnet18", "last:4")
-    worth = Worth.of(early, preprocess, "float32")
-    assert worth.room > 4 * worth.image
-    assert not worth.pays
+    decision = CacheDecision.of(early, preprocess, "float32")
+    assert decision.room > 4 * decision.image
+    assert not decision.pays
 
 
 def test_an_image_keeps_its_pixels_where_the_prefix_is_little_of_the_work():
     preprocess = Preprocess(16, 16, **LIKE)
     prefix, wide = nn.Conv2d(3, 1, 1), nn.Sequential(nn.Flatten(), nn.Linear(256, 4000))
-    worth = Worth.of(Split(prefix, wide, "here"), preprocess, "float32")
-    assert worth.room <= 4 * worth.image
-    assert worth.share < 0.01
-    assert not worth.pays
+    decision = CacheDecision.of(Split(prefix, wide, "here"), preprocess, "float32")
+    assert decision.room <= 4 * decision.image
+    assert decision.share < 0.01
+    assert not decision.pays
 
 
 def test_the_share_counts_a_backward_pass_as_two_forward():
     preprocess = Preprocess(16, 16, **LIKE)
     same = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
-    assert Worth.of(Split(*same, "here"), preprocess, "float32").share == pytest.approx(1 / 4)
+    assert CacheDecision.of(Split(*same, "here"), preprocess, "float32").share == pytest.approx(
+        1 / 4
+    )
 
 
 def test_with_nothing_frozen_there_is_nothing_to_keep():
     found, preprocess = parts("resnet18", "all")
-    assert not Worth.of(found, preprocess, "float32").pays
+    assert not CacheDecision.of(found, preprocess, "float32").pays

@@ -3,7 +3,7 @@
 import pytest
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from client.features.extract import Recipe
+from client.features.extract import FeatureSpec
 from common.config.study import Study
 from common.model import backbones
 from common.model.network import assemble
@@ -52,7 +52,7 @@ def test_a_private_network_sends_less_and_says_so():
 
 def test_prepared_images_serve_studies_with_privacy_and_without():
     keys = {
-        Recipe.of(assemble(study("resnet18", "head", **kind), "none"), "float32", "auto").key
+        FeatureSpec.of(assemble(study("resnet18", "head", **kind), "none"), "float32", "auto").key
         for kind in ({}, {"privacy": {"mechanism": "none"}})
     }
     assert len(keys) == 1
