@@ -43,12 +43,12 @@ Answer = JoinReply | RoundReply | FinalReply
 
 def make_app(runtime: Runtime) -> ClientApp:
     """The ClientApp of all sites that `runtime` keeps open."""
-    app, hospital = ClientApp(mods=[boundary]), Hospital(runtime)
-    app.query()(hospital.join)
-    app.query("backbone")(hospital.take_backbone)
-    app.query("ledger")(hospital.tell_ledger)
-    app.train()(hospital.work_round)
-    app.evaluate()(hospital.finish)
+    app, handlers = ClientApp(mods=[boundary]), Handlers(runtime)
+    app.query()(handlers.join)
+    app.query("backbone")(handlers.take_backbone)
+    app.query("ledger")(handlers.tell_ledger)
+    app.train()(handlers.work_round)
+    app.evaluate()(handlers.finish)
     return app
 
 
@@ -64,7 +64,7 @@ def boundary(message: Message, context: Context, work: ClientAppCallable) -> Mes
         return error_reply(message, ConsiliumError.code)
 
 
-class Hospital:
+class Handlers:
     """A method for each message that a server may send."""
 
     def __init__(self, runtime: Runtime) -> None:
@@ -117,14 +117,14 @@ class Hospital:
         if request.round > study.train.rounds:
             raise ContractError(f"round {request.round} of a study of {study.train.rounds}")
         tensors = from_arrays(request.arrays, session.prepared.network.shapes)
-        protection = session.agreed().protection
+        privacy_plan = session.agreed().privacy_plan
         what = Release(
             study=study.id,
             name=study.name,
             kind="round",
             round=request.round,
             received=digest(tensors),
-            privacy=protection.round if protection else None,
+            privacy=privacy_plan.round if privacy_plan else None,
         )
         opened = self._runtime.open_site(session.prepared.site)
         return self._leave(

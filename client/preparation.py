@@ -15,7 +15,7 @@ from client.features.cache import prune
 from client.features.extract import FeatureSpec, prepare
 from client.features.precision import chosen
 from client.features.store import Stores
-from client.privacy.plan import Protection, protect
+from client.privacy.plan import PrivacyPlan, plan_privacy
 from client.privacy.sampling import Patients
 from client.site import Keep, Site
 from client.training.dataset import Examples
@@ -82,9 +82,9 @@ class PreparedSite:
     offer: Agreement
 
     @property
-    def protection(self) -> Protection | None:
+    def privacy_plan(self) -> PrivacyPlan | None:
         """How training patients are protected; None without privacy, or where none train."""
-        return self.offer.protection
+        return self.offer.privacy_plan
 
     @property
     def disclosure(self) -> Disclosure:
@@ -107,13 +107,13 @@ def prepare_site(site: Site, study: Study, workspace: Workspace) -> PreparedSite
       ConsiliumError: whatever keeps this site from taking part, with its remedy.
     """
     agreed = Agreement.kept(site, study.id)
-    protection = agreed.protection if agreed else _protection(site, study)
+    privacy_plan = agreed.privacy_plan if agreed else _privacy_plan(site, study)
     check_holdout(site, study)
     cohort = list_cohort(site, study, agreed)
-    _check(site, study, protection, cohort["train"])
+    _check(site, study, privacy_plan, cohort["train"])
     network = workspace.network(study, find(site, study))
-    if network.held:
-        log.info("not trained with privacy: %s", ", ".join(network.held))
+    if network.frozen:
+        log.info("not trained with privacy: %s", ", ".join(network.frozen))
     network.model.to(chosen(site.device))
     spec = workspace.spec(network, study, site.keep)
     _make_room(site, spec)
@@ -123,7 +123,7 @@ def prepare_site(site: Site, study: Study, workspace: Workspace) -> PreparedSite
     _make_room(site, spec)
     examples = {part: found for part, (found, _) in prepared.items()}
     kept = {part: records for part, (_, records) in prepared.items()}
-    _check(site, study, protection, kept["train"])  # again: unreadable images may be left out
+    _check(site, study, privacy_plan, kept["train"])  # again: unreadable images may be left out
     return PreparedSite(
         site=site,
         study=study,
@@ -132,18 +132,18 @@ def prepare_site(site: Site, study: Study, workspace: Workspace) -> PreparedSite
         examples=examples,
         owners=Patients.of([record.patient for record in kept["train"]]),
         agreed=agreed,
-        offer=_offer(site, study, protection, kept, agreed),
+        offer=_offer(site, study, privacy_plan, kept, agreed),
     )
 
 
-def _protection(site: Site, study: Study) -> Protection | None:
+def _privacy_plan(site: Site, study: Study) -> PrivacyPlan | None:
     if not isinstance(study.privacy, DpSgd) or site.role != "train":
         return None
-    return protect(site, study, study.privacy)
+    return plan_privacy(site, study, study.privacy)
 
 
 def _check(
-    site: Site, study: Study, protection: Protection | None, training: Sequence[Record]
+    site: Site, study: Study, privacy_plan: PrivacyPlan | None, training: Sequence[Record]
 ) -> None:
     """Return if the site takes part with these training records; raise otherwise."""
     patients = count_patients(training)
@@ -151,7 +151,7 @@ def _check(
         where, expected = f"{site.source}: data", "at least one training patient"
         remedy = "Add patients, lower holdout, or set role: evaluate."
         raise DataError(where, expected=expected, got=patients, remedy=remedy)
-    check_policy(site, study, protection, patients, len(training))
+    check_policy(site, study, privacy_plan, patients, len(training))
 
 
 def _make_room(site: Site, spec: FeatureSpec) -> None:
@@ -184,7 +184,7 @@ def _prepare(
 def _offer(
     site: Site,
     study: Study,
-    protection: Protection | None,
+    privacy_plan: PrivacyPlan | None,
     kept: Mapping[str, Sequence[Record]],
     agreed: Agreement | None,
 ) -> Agreement:
@@ -198,7 +198,7 @@ def _offer(
         study=study.id,
         role=site.role,
         disclosure=site.policy.disclose.resolved(private=study.private),
-        protection=protection,
+        protection=privacy_plan,  # its name in the file
         patients=ByPart(**{part: count_patients(records) for part, records in kept.items()}),
         images=ByPart(**images),
         records=agreed.records if agreed else tuple(sorted(names)),

@@ -8,7 +8,7 @@ from client.ledger.budget import afford
 from client.ledger.entries import Entry
 from client.preparation import PreparedSite
 from client.privacy import dp_sgd
-from client.privacy.plan import Protection
+from client.privacy.plan import PrivacyPlan
 from client.privacy.self_check import check_noise, check_rows
 from client.training import trainer
 from common.config.study import DpSgd
@@ -61,7 +61,7 @@ class Session:
         images = {p: disclosure.numbers(n) for p, n in offer.images.model_dump().items()}
         if study.private:  # how many train is theirs to keep: no noise protects a number at join
             patients["train"] = images["train"] = None
-        declared = offer.protection.enrolled if offer.protection else None
+        declared = offer.privacy_plan.enrolled if offer.privacy_plan else None
         return JoinReply(
             name=site.name,
             role=site.role,
@@ -95,22 +95,22 @@ class Session:
         Raises:
           RefusedError: it cannot be paid for, or the mechanism failed its own check.
         """
-        prepared, protection = self.prepared, self.agreed().protection
+        prepared, privacy_plan = self.prepared, self.agreed().privacy_plan
         self._afford(entries, whole=False)
-        if protection is None:
+        if privacy_plan is None:
             return
         if not self._noise_checked:
-            check_noise(protection)
+            check_noise(privacy_plan)
             self._noise_checked = True
         prepared.network.load(tensors)
         with settled(prepared.site.threads):
-            check_rows(prepared.network.split.suffix, prepared.examples["train"], protection)
+            check_rows(prepared.network.split.suffix, prepared.examples["train"], privacy_plan)
 
     def _afford(self, entries: Sequence[Entry], *, whole: bool) -> None:
         prepared = self.prepared
-        protection, privacy = prepared.protection, prepared.study.privacy
-        if protection and isinstance(privacy, DpSgd):
-            planned = protection.whole if whole else protection.round.segment
+        privacy_plan, privacy = prepared.privacy_plan, prepared.study.privacy
+        if privacy_plan and isinstance(privacy, DpSgd):
+            planned = privacy_plan.whole if whole else privacy_plan.round.event
             afford(entries, prepared.site, prepared.study, privacy, planned)
 
     def work(self, request: RoundRequest, tensors: Tensors, ledger: LedgerHead) -> RoundReply:
@@ -122,10 +122,10 @@ class Session:
           ledger: How far this site's ledger goes.
         """
         agreed = self.agreed()
-        disclosure, protection = agreed.disclosure, agreed.protection
+        disclosure, privacy_plan = agreed.disclosure, agreed.privacy_plan
         figures = None
-        if protection:
-            self._train_privately(tensors, request.round, request.proximal_mu, protection)
+        if privacy_plan:
+            self._train_privately(tensors, request.round, request.proximal_mu, privacy_plan)
         else:
             tells = disclosure.metrics == "every_round"
             counts = disclosure.coarse(self.evaluate(tensors, "validation")) if tells else None
@@ -166,7 +166,7 @@ class Session:
             )
 
     def _train_privately(
-        self, tensors: Tensors, round_number: int, proximal_mu: float, protection: Protection
+        self, tensors: Tensors, round_number: int, proximal_mu: float, privacy_plan: PrivacyPlan
     ) -> None:
         """Train with differential privacy; the network holds the result.
 
@@ -180,7 +180,7 @@ class Session:
                 prepared.examples["train"],
                 prepared.owners,
                 plan,
-                protection,
+                privacy_plan,
                 lr=trainer.learning_rate(plan, round_number),
                 proximal_mu=proximal_mu,
             )

@@ -20,7 +20,7 @@ from common.config.study import Study
 from server.link.serve import listen, server
 from server.project.project import Project
 from simulations.sites import virtual_sites
-from simulations.sites.virtual_sites import Hospital
+from simulations.sites.virtual_sites import VirtualSite
 
 RUNTIME = Runtime()
 """What the sites of this test process keep open, until `new_process`."""
@@ -33,7 +33,7 @@ def session_of(site: Site, study: Study) -> Session:
     return Session(prepare_site(site, study, Workspace()))
 
 
-def write_sites(found: Sequence[Hospital], study: Study, run: Path, cache: Path) -> list[Path]:
+def write_sites(found: Sequence[VirtualSite], study: Study, run: Path, cache: Path) -> list[Path]:
     """The site files of virtual hospitals, written into a run folder."""
     return virtual_sites.write_sites(virtual_sites.plan_sites(found, study), study, run, cache)
 

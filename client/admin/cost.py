@@ -8,8 +8,8 @@ from client.consent.cohort import count_patients, cut_records
 from client.consent.policy import check_policy
 from client.ledger.budget import afford
 from client.ledger.ledger import read
-from client.ledger.spending import Account
-from client.privacy.plan import Protection, protect
+from client.ledger.spending import Spending
+from client.privacy.plan import PrivacyPlan, plan_privacy
 from client.site import Site
 from common.config.study import DpSgd, Study
 from common.errors import BudgetError, DataError, RefusedError
@@ -24,15 +24,15 @@ class Noise:
     """How a private study is protected here, and what it costs.
 
     Attributes:
-      protection: Of every round.
+      privacy_plan: Of every round.
       study: The id of the study.
       before: What the site has spent on all studies.
       unaffordable: Why the site cannot pay for it; None if it can.
     """
 
-    protection: Protection
+    privacy_plan: PrivacyPlan
     study: str
-    before: Account
+    before: Spending
     unaffordable: str | None
 
     def after(self, rounds: int) -> float:
@@ -41,20 +41,20 @@ class Noise:
         Raises:
           RefusedError: no finite bound was found.
         """
-        one = self.protection.round.segment
+        one = self.privacy_plan.round.event
         planned = [replace(one, steps=one.steps * rounds)] if rounds else []
         return self.before.total(planned, self.study)
 
     @property
     def shown(self) -> list[int]:
         """A few rounds to tell ε after, the first and the last among them."""
-        stops = {1 + (self.protection.rounds - 1) * k // (_ROWS - 1) for k in range(_ROWS)}
+        stops = {1 + (self.privacy_plan.rounds - 1) * k // (_ROWS - 1) for k in range(_ROWS)}
         return sorted(stops)
 
     @property
     def warnings(self) -> Iterator[str]:
         """Why the model would hardly learn from this site, by which rule of thumb."""
-        noise, batch = self.protection.round.noise_multiplier, self.protection.batch
+        noise, batch = self.privacy_plan.round.noise_multiplier, self.privacy_plan.batch
         if noise > _MOST_NOISE:
             yield f"σ is above {_MOST_NOISE:g}: too much noise to learn from"
         if noise / batch > _MOST_NOISE_PER_BATCH:
@@ -97,19 +97,19 @@ def plan(site: Site, study: Study) -> Plan:
         noise = _noise(site, study, study.privacy)
     try:
         check_holdout(site, study)
-        check_policy(site, study, noise.protection if noise else None, training, len(records))
+        check_policy(site, study, noise.privacy_plan if noise else None, training, len(records))
     except RefusedError as ex:
         refusal = str(ex)
     return Plan(training, len(records), refusal, noise)
 
 
 def _noise(site: Site, study: Study, privacy: DpSgd) -> Noise:
-    entries, protection = read(site.state), protect(site, study, privacy)
+    entries, privacy_plan = read(site.state), plan_privacy(site, study, privacy)
     try:
-        afford(entries, site, study, privacy, protection.whole)
+        afford(entries, site, study, privacy, privacy_plan.whole)
         unaffordable = None
     except BudgetError as ex:
         unaffordable = str(ex)
     delta = site.policy.delta or privacy.delta
-    before = Account.of(entries, delta, site.policy.max_epsilon)
-    return Noise(protection, study.id, before, unaffordable)
+    before = Spending.of(entries, delta, site.policy.max_epsilon)
+    return Noise(privacy_plan, study.id, before, unaffordable)

@@ -14,7 +14,7 @@ from common.support.terminal import console, size, table
 if TYPE_CHECKING:
     from client.admin.cost import Noise
     from client.ledger.entries import Contents, Sent
-    from client.ledger.spending import Account, Spending
+    from client.ledger.spending import Spending, StudySpending
     from client.site import Site
     from common.config.study import DpSgd, Study
 
@@ -47,7 +47,7 @@ def ledger(
 
     site = Site.read(site_file)
     entries = read(site.state)
-    spent = spending.Account.of(entries, site.policy.delta, site.policy.max_epsilon)
+    spent = spending.Spending.of(entries, site.policy.delta, site.policy.max_epsilon)
     studies = spent.studies
     if not studies:
         console.print(f"Nothing has left this site: no line in {site.state / 'ledger.jsonl'}.")
@@ -64,7 +64,7 @@ def ledger(
         console.print(f"picture: {picture}")
 
 
-def _studies(studies: Sequence["Spending"], delta: float) -> Table:
+def _studies(studies: Sequence["StudySpending"], delta: float) -> Table:
     columns = ("study", "id", "private rounds", "σ", "q", "steps", "ε alone", "not accounted")
     shown = table(*columns, left=columns[:2])
     for study in studies:
@@ -89,7 +89,7 @@ def _few(numbers: object) -> str:
     return f"{distinct[0]:.3g}" + (f" to {distinct[-1]:.3g}" if len(distinct) > 1 else "")
 
 
-def _total(spent: "Account", site: "Site") -> str:
+def _total(spent: "Spending", site: "Site") -> str:
     epsilon, budget = spent.total(), site.policy.max_epsilon
     text = f"accounted: total ε {epsilon:.2f} at δ = {spent.delta:g} by {spent.bound()}"
     if spent.adopted:
@@ -99,7 +99,7 @@ def _total(spent: "Account", site: "Site") -> str:
     return f"{text}; {max(0.0, budget - epsilon):.2f} left of max_epsilon {budget:g}"
 
 
-def _draw(spent: "Account", site: "Site", path: Path) -> None:
+def _draw(spent: "Spending", site: "Site", path: Path) -> None:
     from client.cli import plots
     from client.ledger import spending
 
@@ -152,10 +152,10 @@ def ledger_adopt(
 def _no_less_than_known(state: Path, epsilon: float, delta: float) -> None:
     """A ledger that can be read is not to be talked out of what it knows."""
     from client.ledger.ledger import read
-    from client.ledger.spending import Account
+    from client.ledger.spending import Spending
 
     try:
-        known = Account.of(read(state), delta if 0 < delta < 1 else None).total()
+        known = Spending.of(read(state), delta if 0 < delta < 1 else None).total()
     except SiteError:
         return
     if 0 <= epsilon < known:
@@ -262,8 +262,8 @@ def plan(site_file: SiteFile, study_file: StudyFile) -> None:
 
 
 def _show_noise(noise: "Noise", privacy: "DpSgd") -> None:
-    one, rounds = noise.protection.round, noise.protection.rounds
-    batch, total = noise.protection.batch, one.steps * rounds
+    one, rounds = noise.privacy_plan.round, noise.privacy_plan.rounds
+    batch, total = noise.privacy_plan.batch, one.steps * rounds
     in_all = f"{rounds} rounds, {privacy.spare_rounds} of them spare"
     console.print(f"asked for      ε {privacy.epsilon:g} at δ = {privacy.delta:g}")
     console.print(f"sampling       q {one.sample_rate:.3g}, {batch:g} patients a step")
@@ -290,8 +290,8 @@ def _leaving(site: "Site", study: "Study") -> str:
     shapes = network.shapes
     numbers = sum(prod(shape) for shape in shapes.values())
     each = f"each round {len(shapes)} tensors of {numbers:,} numbers ({size(4 * numbers)})"
-    if network.held:
-        each += f"; not trained with privacy: {len(network.held)} tensors of BatchNorm"
+    if network.frozen:
+        each += f"; not trained with privacy: {len(network.frozen)} tensors of BatchNorm"
     if site.role == "evaluate":
         each = "no tensors"
     withheld = told.withheld

@@ -4,8 +4,10 @@ import hashlib
 import hmac
 from typing import Literal, Self
 
+from pydantic import Field
+
 from client.data.records import Record
-from client.privacy.plan import Protection
+from client.privacy.plan import PrivacyPlan
 from client.site import Site
 from client.storage import usable
 from common.config.study import Study
@@ -23,7 +25,7 @@ class Agreement(Section):
     """Its id."""
     role: Literal["train", "evaluate"]
     disclosure: Disclosure
-    protection: Protection | None
+    privacy_plan: PrivacyPlan | None = Field(alias="protection")
     """None: it does not train, or trains without differential privacy."""
     patients: ByPart[int]
     """How many take part, exactly; never told unless `disclosure` says so."""
@@ -53,7 +55,7 @@ class Agreement(Section):
         """Write it into the state folder; on disk before this returns."""
         path = site.private("studies") / f"{self.study}.agreement.json"
         with usable(path, SiteError):
-            files.write(path, self.model_dump_json(indent=1), mode=0o600)
+            files.write(path, self.model_dump_json(indent=1, by_alias=True), mode=0o600)
 
 
 def check_agreement(
@@ -72,7 +74,7 @@ def check_agreement(
       RefusedError: its policy now allows it to tell less than it agreed to.
       DataError: other patients take part than it joined with.
     """
-    if agreed and agreed.role == "train" and bool(agreed.protection) != study.private:
+    if agreed and agreed.role == "train" and bool(agreed.privacy_plan) != study.private:
         raise ContractError("an agreement about another kind of privacy than the study's")
     if agreed is None:
         raise ContractError(f"this site has not joined study {study.id!r}")

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from client.features.precision import chosen, computes
-from client.privacy.plan import Protection
+from client.privacy.plan import PrivacyPlan
 from client.site import Policy, Site
 from common.config.study import DpSgd, Study
 from common.errors import RefusedError
@@ -15,14 +15,14 @@ log = logging.getLogger(__name__)
 
 
 def check_policy(
-    site: Site, study: Study, protection: Protection | None, patients: int, images: int
+    site: Site, study: Study, privacy_plan: PrivacyPlan | None, patients: int, images: int
 ) -> None:
     """Return if this site takes part in a study; raise `RefusedError` otherwise.
 
     Args:
       site: Whose policy decides.
       study: The request.
-      protection: Of its private training here, if it is private and this site trains.
+      privacy_plan: Of its private training here, if it is private and this site trains.
       patients: That would train here; 0 at a site that only evaluates.
       images: Of these patients.
     """
@@ -36,7 +36,7 @@ def check_policy(
     # Numbers as coarse as they are told, so that yes and no tell nothing finer.
     base = site.policy.disclose.resolved(private=study.private).base
     fewest, most = max(patients // base * base, min(patients, 1)), -(-images // base) * base
-    length = _private_length(protection) if protection else _length(study, most)
+    length = _private_length(privacy_plan) if privacy_plan else _length(study, most)
     for kept, expected, got in _rules(site, study, length, fewest):
         if not kept:
             where = f"{site.source}: policy"
@@ -62,10 +62,10 @@ def _length(study: Study, images: int) -> Length:
     return Length(steps, steps / epoch, plan.batch_size)
 
 
-def _private_length(protection: Protection) -> Length:
+def _private_length(privacy_plan: PrivacyPlan) -> Length:
     """From constants alone, so that a refusal tells nothing of who trains."""
-    one = protection.round
-    return Length(one.steps, one.steps * one.sample_rate, protection.batch)
+    one = privacy_plan.round
+    return Length(one.steps, one.steps * one.sample_rate, privacy_plan.batch)
 
 
 def _rules(site: Site, study: Study, length: Length, patients: int) -> Iterator[Rule]:

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from client.data.records import FileImage, Format, Row, Split
+from client.data.records import FileImage, Format, Part, Row
 from common.errors import DataError
 
 REQUIRED = ("image", "label", "patient")
-SPLITS: dict[str, Split | None] = {
+SPLITS: dict[str, Part | None] = {
     "": None,
     "train": "train",
     "validation": "validation",

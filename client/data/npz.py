@@ -10,10 +10,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from client.data.records import ArrayImage, Format, Row, Split
+from client.data.records import ArrayImage, Format, Part, Row
 from common.errors import DataError
 
-SPLITS: dict[str, Split] = {"train": "train", "val": "validation", "test": "test"}
+SPLITS: dict[str, Part] = {"train": "train", "val": "validation", "test": "test"}
 LAYOUT = [f"{split}_{kind}" for split in SPLITS for kind in ("images", "labels")]
 
 

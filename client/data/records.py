@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # reading a site file must not load torch
 
     from common.model.images import Preprocess
 
-Split = Literal["train", "validation", "test"]
+Part = Literal["train", "validation", "test"]
 
 
 class Image(Protocol):
@@ -99,7 +99,7 @@ class Record:
     image: Image
     label: int
     patient: str
-    split: Split | None = None
+    split: Part | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -110,7 +110,7 @@ class Row:
     image: Image
     label: str
     patient: str
-    split: Split | None = None
+    split: Part | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
 
 

@@ -12,7 +12,7 @@ import hmac
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from client.data.records import Record, Split
+from client.data.records import Part, Record
 from common.config.study import Holdout
 from common.errors import DataError
 
@@ -40,13 +40,13 @@ def split(records: Sequence[Record], holdout: Holdout, secret: bytes) -> Parts:
         patient: _drawn(patient, holdout, secret) for patient in {r.patient for r in records}
     }
 
-    def part(name: Split) -> list[Record]:
+    def part(name: Part) -> list[Record]:
         return [record for record in records if parts[record.patient] == name]
 
     return Parts(part("train"), part("validation"), part("test"))
 
 
-def _drawn(patient: str, holdout: Holdout, secret: bytes) -> Split:
+def _drawn(patient: str, holdout: Holdout, secret: bytes) -> Part:
     # The prefix keeps this draw apart from ids made under the same secret: they must not tell it.
     digest = hmac.digest(secret, b"holdout:" + patient.encode(), hashlib.sha256)
     uniform = (int.from_bytes(digest[:8], "big") >> 11) / 2**53
@@ -55,9 +55,9 @@ def _drawn(patient: str, holdout: Holdout, secret: bytes) -> Split:
     return "validation" if uniform >= 1 - holdout.validation else "train"
 
 
-def _own(records: Sequence[Record]) -> dict[str, Split]:
+def _own(records: Sequence[Record]) -> dict[str, Part]:
     """Each patient's split as the data has it; empty where the data has none."""
-    splits: dict[str, set[Split]] = {}
+    splits: dict[str, set[Part]] = {}
     without = sum(record.split is None for record in records)
     if without == len(records):
         return {}

@@ -3,15 +3,15 @@
 from collections.abc import Sequence
 
 from client.ledger.entries import Entry
-from client.ledger.spending import Account
-from client.privacy.accountant import Segment
+from client.ledger.spending import Spending
+from client.privacy.accountant import DpEvent
 from client.site import Site
 from common.config.study import DpSgd, Study
 from common.errors import BudgetError
 
 
 def afford(
-    entries: Sequence[Entry], site: Site, study: Study, privacy: DpSgd, planned: Segment
+    entries: Sequence[Entry], site: Site, study: Study, privacy: DpSgd, planned: DpEvent
 ) -> None:
     """Return if a site can pay for further steps of a study, on top of what it has spent.
 
@@ -26,13 +26,13 @@ def afford(
       BudgetError: the study would spend more than it promised, or the site more than it allows.
       RefusedError: ε cannot be bounded.
     """
-    alone = Account(entries, privacy.delta).alone(study.id, [planned])
+    alone = Spending(entries, privacy.delta).alone(study.id, [planned])
     if alone > privacy.epsilon:
         where, remedy = f"study {study.name}: privacy.epsilon", "It ends here for this site."
         raise _over(where, privacy.epsilon, alone, "PRV", remedy)
     most = site.policy.max_epsilon
     if most is not None:
-        account = Account(entries, site.policy.delta or privacy.delta, most)
+        account = Spending(entries, site.policy.delta or privacy.delta, most)
         together, bound = account.total([planned], study.id), account.bound(study.id)
         if together > most:
             remedy = "Together with what is spent it is too much; ask for a study that costs less."

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from client.privacy.accountant import Segment
+from client.privacy.accountant import DpEvent
 from client.privacy.parameters import Count, Privacy
 from common.config.study import Name
 from common.config.yaml import Section
@@ -106,10 +106,10 @@ def adopted(entries: Iterable[Entry]) -> Adopted | None:
     return first if isinstance(first, Adopted) else None
 
 
-def history(entries: Iterable[Entry], study: str | None = None) -> tuple[Segment, ...]:
+def history(entries: Iterable[Entry], study: str | None = None) -> tuple[DpEvent, ...]:
     """What was spent, in order: each reservation once, sealed or not; of one study, or of all.
 
-    Spending composes over the site: only the history of all studies bounds a patient's ε.
+    StudySpending composes over the site: only the history of all studies bounds a patient's ε.
     """
     reserved = (entry.release for entry in entries if isinstance(entry, Reserved))
-    return tuple(r.privacy.segment for r in reserved if r.privacy and study in (None, r.study))
+    return tuple(r.privacy.event for r in reserved if r.privacy and study in (None, r.study))

@@ -6,7 +6,7 @@ from datetime import datetime
 
 from client.ledger.entries import Adopted, Entry, Reserved, Sent, adopted, history
 from client.privacy import accountant
-from client.privacy.accountant import Segment
+from client.privacy.accountant import DpEvent
 from client.privacy.parameters import Privacy
 from common.errors import BudgetError
 
@@ -24,7 +24,7 @@ _POINTS = 40
 
 
 @dataclass(frozen=True, kw_only=True)
-class Spending:
+class StudySpending:
     """What one study spent.
 
     Attributes:
@@ -41,11 +41,11 @@ class Spending:
 
     def epsilon(self, delta: float) -> float:
         """What this study alone would cost; the costs of several do not just add up."""
-        return accountant.epsilon([privacy.segment for privacy in self.private], delta)
+        return accountant.epsilon([privacy.event for privacy in self.private], delta)
 
 
 @dataclass(frozen=True)
-class Account:
+class Spending:
     """Everything a site has spent.
 
     Attributes:
@@ -61,7 +61,7 @@ class Account:
     @classmethod
     def of(
         cls, entries: Sequence[Entry], delta: float | None = None, budget: float | None = None
-    ) -> "Account":
+    ) -> "Spending":
         """At `delta`, if what was adopted leaves any of it; else at the least δ of any release."""
         begun = adopted(entries)
         taken = begun.delta if begun else 0.0
@@ -71,7 +71,7 @@ class Account:
         return cls(entries, taken + min(used, default=1e-5), budget)
 
     @property
-    def studies(self) -> list[Spending]:
+    def studies(self) -> list[StudySpending]:
         """In the order in which they first released something."""
         releases = [e.release for e in self.entries if isinstance(e, Reserved | Sent)]
         private = [(e.release.study, e.release.privacy) for e in _reserved(self.entries)]
@@ -83,7 +83,7 @@ class Account:
         ]
         names = {release.study: release.name for release in releases}
         return [
-            Spending(
+            StudySpending(
                 study=study,
                 name=name,
                 private=tuple(p for of, p in private if of == study and p),
@@ -97,7 +97,7 @@ class Account:
         """What the ledger began with, in place of one that was lost."""
         return adopted(self.entries)
 
-    def alone(self, study: str, planned: Sequence[Segment] = ()) -> float:
+    def alone(self, study: str, planned: Sequence[DpEvent] = ()) -> float:
         """ε of one study and of what is planned in it, by PRV: its parameters are fixed at join.
 
         If it had begun when the ledger was lost, what was adopted adds to it.
@@ -111,7 +111,7 @@ class Account:
             return accountant.epsilon(spent, self.delta)
         return begun.epsilon + accountant.epsilon(spent, self._left())
 
-    def total(self, planned: Sequence[Segment] = (), study: str = "") -> float:
+    def total(self, planned: Sequence[DpEvent] = (), study: str = "") -> float:
         """ε of all studies together, and of what is planned in `study`.
 
         By PRV while there is one study. From the second on, whose parameters a coordinator may have
@@ -159,7 +159,7 @@ class Account:
         if self.adopted:
             chosen.add(1)
         return [
-            (when(self.entries[n - 1]), Account(self.entries[:n], self.delta, self.budget).total())
+            (when(self.entries[n - 1]), Spending(self.entries[:n], self.delta, self.budget).total())
             for n in sorted(chosen)
         ]
 

@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 # Opacus is imported where it is used: it takes seconds, and most studies never need it.
 
 _TIGHT = 16
-"""As many different segments are composed numerically; more are bounded by their Rényi curves."""
+"""As many different events are composed numerically; more are bounded by their Rényi curves."""
 _MOST = 1024
 _CELLS = 2**22
 _REACH = 500.0
-"""Limits on the work, known before it starts, so that none runs long: different segments, and the
+"""Limits on the work, known before it starts, so that none runs long: different events, and the
 cells and the reach (a privacy loss; e to its power must be a float64) of the numerical grid."""
 
 _EPS_ERROR = 0.01
@@ -52,7 +52,7 @@ _LAST = len(_NOISE) - 1
 
 
 @dataclass(frozen=True)
-class Segment:
+class DpEvent:
     """A stretch of equal DP-SGD steps: each samples by patient (Poisson) and adds Gaussian noise.
 
     Attributes:
@@ -75,17 +75,17 @@ class Segment:
             raise _refusal("steps", "a whole number, at least 1", self.steps)
 
 
-Bound = Callable[[tuple[Segment, ...], float], float]
+Bound = Callable[[tuple[DpEvent, ...], float], float]
 
 
-def epsilon(history: Sequence[Segment], delta: float) -> float:
+def epsilon(history: Sequence[DpEvent], delta: float) -> float:
     """An upper bound of ε at δ for everything in `history`, in whatever order it happened.
 
     It holds for parameters that were fixed before the first step, as those of a study are at join.
 
-    Up to 16 different segments: tight to about 0.01, by numerical composition (Gopi, Lee and
+    Up to 16 different events: tight to about 0.01, by numerical composition (Gopi, Lee and
     Wutschitz 2021, by Opacus). More: 10 to 20 % above that, by Rényi divergence (Mironov, Talwar
-    and Zhang 2019). Equal segments cost what one of all their steps does; no history costs 0.
+    and Zhang 2019). Equal events cost what one of all their steps does; no history costs 0.
 
     Raises:
       RefusedError: δ is not between 0 and 1, or no finite bound was found within fixed limits.
@@ -104,7 +104,7 @@ def filter_order(budget: float, delta: float) -> int:
     return order
 
 
-def filtered_epsilon(history: Sequence[Segment], delta: float, order: int) -> float:
+def filtered_epsilon(history: Sequence[DpEvent], delta: float, order: int) -> float:
     """An upper bound of ε at δ for steps whose parameters were chosen in view of earlier releases.
 
     The Rényi divergences of all steps at one `order`, which was fixed before the first of them, add
@@ -116,8 +116,8 @@ def filtered_epsilon(history: Sequence[Segment], delta: float, order: int) -> fl
     """
     at = _ORDERS.index(order)
 
-    def bound(segments: Sequence[Segment], delta: float) -> float:
-        curves = (s.steps * _curve(s.noise_multiplier, s.sample_rate)[at] for s in segments)
+    def bound(events: Sequence[DpEvent], delta: float) -> float:
+        curves = (s.steps * _curve(s.noise_multiplier, s.sample_rate)[at] for s in events)
         return float(sum(curves)) + _price(order, delta)
 
     return _guarded(bound, history, delta)
@@ -147,7 +147,7 @@ def noise_multiplier(
     _within("epsilon", epsilon, "above 0", above=0)
 
     def stays(bound: Bound, choice: int) -> bool:
-        planned = [Segment(_NOISE[choice], sample_rate, steps)]
+        planned = [DpEvent(_NOISE[choice], sample_rate, steps)]
         try:
             return _guarded(bound, planned, delta) <= epsilon
         except RefusedError:  # too little noise to account for is too little noise
@@ -156,7 +156,7 @@ def noise_multiplier(
     near = bisect_left(range(_LAST), True, key=partial(stays, _renyi))
     found = _first(partial(stays, _composed), near)
     if found is None:
-        least = _guarded(_composed, [Segment(_NOISE[-1], sample_rate, steps)], delta)
+        least = _guarded(_composed, [DpEvent(_NOISE[-1], sample_rate, steps)], delta)
         expected = f"ε within {epsilon:g} at δ = {delta:g}"
         got, remedy = f"{least:.4g} with any noise", "Plan fewer steps or raise epsilon."
         raise RefusedError("privacy", expected=expected, got=got, remedy=remedy)
@@ -173,17 +173,17 @@ def _first(good: Callable[[int], bool], near: int) -> int | None:
     return bisect_left(range(high), True, max(high - stride, 0), key=good)
 
 
-def _guarded(bound: Bound, history: Sequence[Segment], delta: float) -> float:
+def _guarded(bound: Bound, history: Sequence[DpEvent], delta: float) -> float:
     """What `bound` makes of a history, or a refusal."""
     _within("delta", delta, "above 0, below 1", above=0, most=math.nextafter(1, 0))
-    segments = _merge(history)
-    if len(segments) > _MOST:
-        raise _refusal("history", f"at most {_MOST} different segments", len(segments))
-    if not segments:
+    events = _merge(history)
+    if len(events) > _MOST:
+        raise _refusal("history", f"at most {_MOST} different events", len(events))
+    if not events:
         return 0.0
     try:
         with np.errstate(all="ignore"):
-            spent = bound(tuple(segments), delta)
+            spent = bound(tuple(events), delta)
     except RefusedError:
         raise
     except Exception as ex:
@@ -193,38 +193,38 @@ def _guarded(bound: Bound, history: Sequence[Segment], delta: float) -> float:
     return max(0.0, spent) + _SAMPLER
 
 
-def _merge(history: Sequence[Segment]) -> list[Segment]:
-    """One segment for each (σ, q), sorted, so that the order never changes even the last digit."""
+def _merge(history: Sequence[DpEvent]) -> list[DpEvent]:
+    """One event for each (σ, q), sorted, so that the order never changes even the last digit."""
     steps: Counter[tuple[float, float]] = Counter()
-    for segment in history:
-        steps[segment.noise_multiplier, segment.sample_rate] += segment.steps
-    return [Segment(noise, rate, n) for (noise, rate), n in sorted(steps.items())]
+    for event in history:
+        steps[event.noise_multiplier, event.sample_rate] += event.steps
+    return [DpEvent(noise, rate, n) for (noise, rate), n in sorted(steps.items())]
 
 
 @lru_cache(maxsize=4096)  # the virtual sites of a simulation spend alike
-def _composed(segments: tuple[Segment, ...], delta: float) -> float:
-    return (_numerical if len(segments) <= _TIGHT else _renyi)(segments, delta)
+def _composed(events: tuple[DpEvent, ...], delta: float) -> float:
+    return (_numerical if len(events) <= _TIGHT else _renyi)(events, delta)
 
 
-def _numerical(segments: Sequence[Segment], delta: float) -> float:
+def _numerical(events: Sequence[DpEvent], delta: float) -> float:
     """Opacus' PRV: of removing a patient, which costs no less than adding one (tests ask both)."""
     from opacus.accountants.analysis import prv
     from scipy.integrate import IntegrationWarning
 
-    grid = _grid(segments, delta)
+    grid = _grid(events, delta)
     pieces = []
     with warnings.catch_warnings():
         warnings.simplefilter("error", IntegrationWarning)  # an inexact mean may be too low
-        for segment in segments:
-            loss = prv.PoissonSubsampledGaussianPRV(segment.sample_rate, segment.noise_multiplier)
+        for event in events:
+            loss = prv.PoissonSubsampledGaussianPRV(event.sample_rate, event.noise_multiplier)
             cut = prv.TruncatedPrivacyRandomVariable(loss, grid.t_min, grid.t_max)
             pieces.append(prv.discretize(cut, grid))
-    total = prv.compose_heterogeneous(pieces, [segment.steps for segment in segments])
+    total = prv.compose_heterogeneous(pieces, [event.steps for event in events])
     _, _, upper = total.compute_epsilon(delta, _DELTA_ERROR * delta, _EPS_ERROR)
     return float(upper)
 
 
-def _grid(segments: Sequence[Segment], delta: float) -> "Domain":
+def _grid(events: Sequence[DpEvent], delta: float) -> "Domain":
     """Where losses are discretised: theorem 5.5 and remark 5.6 of Gopi, Lee and Wutschitz 2021.
 
     As in Opacus, but with limits, and with a number of cells that the FFT is fast at.
@@ -232,14 +232,14 @@ def _grid(segments: Sequence[Segment], delta: float) -> "Domain":
     from opacus.accountants.analysis.prv import Domain
     from scipy.fft import next_fast_len
 
-    share, steps = _DELTA_ERROR * delta, sum(segment.steps for segment in segments)
+    share, steps = _DELTA_ERROR * delta, sum(event.steps for event in events)
     # The FFT is raised to the power of the steps: so many rounding errors must not count.
     if steps * np.finfo(np.float64).eps > share:
         raise _refusal("history", f"few enough steps for δ = {delta:g}", steps)
     single = (
-        _convert(_curve(s.noise_multiplier, s.sample_rate), share / (8 * steps)) for s in segments
+        _convert(_curve(s.noise_multiplier, s.sample_rate), share / (8 * steps)) for s in events
     )
-    reach = 3 + max(_EPS_ERROR, _renyi(segments, share / 4), *single)
+    reach = 3 + max(_EPS_ERROR, _renyi(events, share / 4), *single)
     mesh = _EPS_ERROR / math.sqrt(steps * math.log(12 / share) / 2)
     if not (reach <= _REACH and 2 * reach <= mesh * _CELLS):
         got = f"{steps} steps with privacy losses up to {reach:.3g}"
@@ -249,8 +249,8 @@ def _grid(segments: Sequence[Segment], delta: float) -> "Domain":
     return Domain.create_aligned(-reach, reach, mesh)
 
 
-def _renyi(segments: Sequence[Segment], delta: float) -> float:
-    curves = [s.steps * _curve(s.noise_multiplier, s.sample_rate) for s in segments]
+def _renyi(events: Sequence[DpEvent], delta: float) -> float:
+    curves = [s.steps * _curve(s.noise_multiplier, s.sample_rate) for s in events]
     return _convert(np.sum(curves, axis=0), delta)
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from client.features.precision import autocast
 from client.privacy.noise import Entropy
 from client.privacy.noised_sum import NoisedSum
-from client.privacy.plan import Protection
+from client.privacy.plan import PrivacyPlan
 from client.privacy.sampling import Patients
 from client.training import trainer
 from client.training.dataset import Examples
@@ -46,7 +46,7 @@ def train(
     examples: Examples,
     patients: Patients,
     plan: Train,
-    protection: Protection,
+    privacy_plan: PrivacyPlan,
     *,
     lr: float,
     proximal_mu: float = 0.0,
@@ -63,7 +63,7 @@ def train(
       examples: The training images.
       patients: Whose they are.
       plan: The study's local training; its batch size and number of steps do not count here.
-      protection: Steps, sampling, clipping, noise, and what a sum is divided by.
+      privacy_plan: Steps, sampling, clipping, noise, and what a sum is divided by.
       lr: Learning rate of this round.
       proximal_mu: FedProx (Li et al., 2020): adds μ · (w − w_start) to the gradient.
       entropy: Of tests only.
@@ -75,7 +75,7 @@ def train(
     if plan.imbalance == "weighted":
         expected, got = "class weights that are constants", "weights from patients"
         raise RefusedError("train.imbalance", expected=expected, got=got)
-    entropy, one = entropy or Entropy(), protection.round
+    entropy, one = entropy or Entropy(), privacy_plan.round
     device = next(suffix.parameters()).device
     weights = torch.tensor(plan.class_weights, device=device) if plan.class_weights else None
     losses = partial(trainer.losses, plan=plan, weights=weights)
@@ -87,7 +87,7 @@ def train(
         for _ in range(one.steps):
             images, views = patients.draw(one.sample_rate, examples.prepared.views, entropy)
             rows = _rows(examples, images, views, entropy.seeds(len(images)), device)
-            gradients = noised_gradient(suffix, rows, losses, protection, entropy)
+            gradients = noised_gradient(suffix, rows, losses, privacy_plan, entropy)
             for p, gradient in zip(trained, gradients, strict=True):
                 p.grad = gradient
             for gradient, p, before in zip(gradients, trained, start, strict=False):
@@ -101,7 +101,7 @@ def noised_gradient(
     suffix: nn.Module,
     rows: Iterable[Row],
     losses: Losses,
-    protection: Protection,
+    privacy_plan: PrivacyPlan,
     entropy: Entropy,
 ) -> list[Tensor]:
     """The protected gradient of one step, for each trained parameter.
@@ -110,22 +110,22 @@ def noised_gradient(
       suffix: In `train_mode`.
       rows: All who were sampled; maybe nobody.
       losses: What to minimise.
-      protection: Of the round.
+      privacy_plan: Of the round.
       entropy: Of the noise.
     """
-    noised = empty_sum(suffix, protection)
+    noised = empty_sum(suffix, privacy_plan)
     for row in rows:
         noised.add(row_gradient(suffix, row, losses))
     sums = noised.release(entropy)
     return [
-        total.div_(protection.batch).float().to(p.device)
+        total.div_(privacy_plan.batch).float().to(p.device)
         for total, p in zip(sums, trained_by(suffix), strict=True)
     ]
 
 
-def empty_sum(suffix: nn.Module, protection: Protection) -> NoisedSum:
+def empty_sum(suffix: nn.Module, privacy_plan: PrivacyPlan) -> NoisedSum:
     """The noised sum of a step, before the first row."""
-    one, trained = protection.round, trained_by(suffix)
+    one, trained = privacy_plan.round, trained_by(suffix)
     return NoisedSum(
         [p.shape for p in trained],
         clip_norm=one.clip_norm,

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from client.privacy.accountant import Segment
+from client.privacy.accountant import DpEvent
 from common.config.study import Word
 from common.config.yaml import Section
 
@@ -25,6 +25,6 @@ class Privacy(Section):
     clip_norm: Positive
 
     @property
-    def segment(self) -> Segment:
+    def event(self) -> DpEvent:
         """As the accountant takes it."""
-        return Segment(self.noise_multiplier, self.sample_rate, self.steps)
+        return DpEvent(self.noise_multiplier, self.sample_rate, self.steps)

@@ -3,7 +3,7 @@
 import math
 from functools import lru_cache
 
-from client.privacy.accountant import Segment, noise_multiplier
+from client.privacy.accountant import DpEvent, noise_multiplier
 from client.privacy.parameters import Count, Privacy
 from client.site import Site
 from common.config.study import DpSgd, Study
@@ -13,7 +13,7 @@ from common.errors import RefusedError
 _calibrated = lru_cache(maxsize=128)(noise_multiplier)
 
 
-class Protection(Section):
+class PrivacyPlan(Section):
     """DP-SGD as a site runs it; no number of it depends on who trains there."""
 
     round: Privacy
@@ -29,13 +29,13 @@ class Protection(Section):
         return self.round.sample_rate * self.enrolled
 
     @property
-    def whole(self) -> Segment:
+    def whole(self) -> DpEvent:
         """All steps of all rounds."""
         one = self.round
-        return Segment(one.noise_multiplier, one.sample_rate, one.steps * self.rounds)
+        return DpEvent(one.noise_multiplier, one.sample_rate, one.steps * self.rounds)
 
 
-def protect(site: Site, study: Study, privacy: DpSgd) -> Protection:
+def plan_privacy(site: Site, study: Study, privacy: DpSgd) -> PrivacyPlan:
     """The least noise that keeps all rounds of a study, and the spare ones, within its ε.
 
     From constants alone: the study's, and `enrolled_patients`, which the hospital declares.
@@ -63,4 +63,4 @@ def protect(site: Site, study: Study, privacy: DpSgd) -> Protection:
         delta=privacy.delta,
         clip_norm=privacy.clip_norm,
     )
-    return Protection(round=one, rounds=rounds, enrolled=enrolled)
+    return PrivacyPlan(round=one, rounds=rounds, enrolled=enrolled)

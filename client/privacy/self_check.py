@@ -17,7 +17,7 @@ from torch.nn.functional import one_hot
 
 from client.privacy.dp_sgd import Row, empty_sum, exact, noised_gradient, row_gradient
 from client.privacy.noise import DEVIATION, Entropy
-from client.privacy.plan import Protection
+from client.privacy.plan import PrivacyPlan
 from client.training.dataset import Examples
 from common.errors import RefusedError
 from common.model.split import train_mode
@@ -34,35 +34,35 @@ Finding = tuple[str, float, float]
 """What was looked at, how far it is off, and how far it may be."""
 
 
-def check_noise(protection: Protection, entropy: Entropy | None = None) -> None:
+def check_noise(privacy_plan: PrivacyPlan, entropy: Entropy | None = None) -> None:
     """Return if what a sum without rows tells is the noise that was promised.
 
     Args:
-      protection: Whose noise is checked.
+      privacy_plan: Whose noise is checked.
       entropy: Of tests only.
 
     Raises:
       RefusedError: its mean or its deviation is off.
     """
-    _judge(partial(_noise, protection, entropy or Entropy()))
+    _judge(partial(_noise, privacy_plan, entropy or Entropy()))
 
 
 def check_rows(
-    suffix: nn.Module, examples: Examples, protection: Protection, entropy: Entropy | None = None
+    suffix: nn.Module, examples: Examples, privacy_plan: PrivacyPlan, entropy: Entropy | None = None
 ) -> None:
     """Return if rows are clipped on these very weights, and leave nothing behind for the next.
 
     Args:
       suffix: With the weights that a round begins with; left as it is.
       examples: Of them only the shape is used.
-      protection: Whose clipping is checked.
+      privacy_plan: Whose clipping is checked.
       entropy: Of tests only.
 
     Raises:
       RefusedError: a row counts for more than the clipping norm, or changes what another adds, or
         a layer cannot be trained privately; says which.
     """
-    _judge(partial(_rows, suffix, examples, protection, entropy or Entropy()))
+    _judge(partial(_rows, suffix, examples, privacy_plan, entropy or Entropy()))
 
 
 def _judge(look: Callable[[], Iterator[Finding]]) -> None:
@@ -80,11 +80,11 @@ def _refusal(what: str, expected: str, got: object) -> RefusedError:
     return RefusedError(where, expected=expected, got=got, remedy=remedy)
 
 
-def _noise(protection: Protection, entropy: Entropy) -> Iterator[Finding]:
+def _noise(privacy_plan: PrivacyPlan, entropy: Entropy) -> Iterator[Finding]:
     """Of a step without rows, in units of what was promised."""
-    one, many = protection.round, nn.Linear(_SIDE, _SIDE)
-    unit = protection.batch / (one.noise_multiplier * one.clip_norm)
-    drawn = noised_gradient(many, [], _losses, protection, entropy)
+    one, many = privacy_plan.round, nn.Linear(_SIDE, _SIDE)
+    unit = privacy_plan.batch / (one.noise_multiplier * one.clip_norm)
+    drawn = noised_gradient(many, [], _losses, privacy_plan, entropy)
     noise = torch.cat([part.flatten() for part in drawn]).double() * unit
     n = len(noise)
     mean, variance = float(noise.mean()), float(noise.square().mean())
@@ -94,7 +94,7 @@ def _noise(protection: Protection, entropy: Entropy) -> Iterator[Finding]:
 
 
 def _rows(
-    suffix: nn.Module, examples: Examples, protection: Protection, entropy: Entropy
+    suffix: nn.Module, examples: Examples, privacy_plan: PrivacyPlan, entropy: Entropy
 ) -> Iterator[Finding]:
     """Each row by itself, and the first once more: after all others it must add the same."""
     device = next(suffix.parameters()).device
@@ -104,7 +104,7 @@ def _rows(
     first: list[Tensor] = []
     with _as_it_was(suffix), exact(device):
         for row in (*rows, rows[0]):
-            total = empty_sum(suffix, protection)
+            total = empty_sum(suffix, privacy_plan)
             total.add(row_gradient(suffix, row, _losses))
             yield "a row, in clipping norms", _length(total.sums) / total.longest, 1.0
             first = first or total.sums

@@ -23,7 +23,7 @@ class Network:
     model: nn.Module
     split: Split
     trainable: tuple[str, ...]
-    held: tuple[str, ...]
+    frozen: tuple[str, ...]
     """Asked to train as well, but frozen in a private study: BatchNorm's scales and shifts."""
     preprocess: Preprocess
     contract: Contract
@@ -76,8 +76,8 @@ def assemble(study: Study, weights: str) -> Network:
     )
     preprocess = backbone.preprocess(weights).with_size(study.images.size)
     asked = backbone.trainable(model, study.model.unfreeze)
-    held = of_batchnorm(model, asked) if study.private else ()
-    trainable = tuple(name for name in asked if name not in held)
+    untrained = of_batchnorm(model, asked) if study.private else ()
+    trainable = tuple(name for name in asked if name not in untrained)
     state = model.state_dict()
     frozen = {name: tensor for name, tensor in state.items() if name not in trainable}
     shapes = {name: tuple(state[name].shape) for name in trainable}
@@ -92,7 +92,7 @@ def assemble(study: Study, weights: str) -> Network:
         model=model,
         split=split(model, trainable),
         trainable=trainable,
-        held=held,
+        frozen=untrained,
         preprocess=preprocess,
         contract=contract,
         initial=initial,

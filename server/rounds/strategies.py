@@ -68,13 +68,13 @@ class Entry:
 
 _STEP = {"eta": Option(0.01), "tau": Option(1e-3, least=1e-9)}
 _MOMENTS = {"beta_1": Option(0.9, most=0.9999), "beta_2": Option(0.99, most=0.9999)}
-_LIARS = {"num_malicious_nodes": Option(1, least=1, most=10_000)}
+_ATTACKERS = {"num_malicious_nodes": Option(1, least=1, most=10_000)}
 
 
 def _for_krum(options: Options) -> int:
     # n >= 2f + 3 (Blanchard et al. 2017); and it selects no more than it compares with, n - f - 2.
-    liars, selected = options["num_malicious_nodes"], options.get("num_nodes_to_select", 1)
-    return int(max(2 * liars + 3, selected + liars + 2))
+    attackers, selected = options["num_malicious_nodes"], options.get("num_nodes_to_select", 1)
+    return int(max(2 * attackers + 3, selected + attackers + 2))
 
 
 REGISTRY: dict[str, Entry] = {
@@ -97,10 +97,10 @@ REGISTRY: dict[str, Entry] = {
         replies=lambda options: next(n for n in count(1) if int(options["beta"] * n)),
         differences=True,
     ),
-    "krum": Entry(Krum, _LIARS, replies=_for_krum, differences=True),
+    "krum": Entry(Krum, _ATTACKERS, replies=_for_krum, differences=True),
     "multikrum": Entry(
         MultiKrum,
-        {**_LIARS, "num_nodes_to_select": Option(2, least=1, most=10_000)},
+        {**_ATTACKERS, "num_nodes_to_select": Option(2, least=1, most=10_000)},
         replies=_for_krum,
         differences=True,
     ),

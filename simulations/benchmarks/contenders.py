@@ -32,7 +32,7 @@ from server.runs.run_folder import RunFolder
 from simulations.benchmarks.tutorial_baseline import Tutorial
 from simulations.engines.grid import simulate
 from simulations.sites import virtual_sites
-from simulations.sites.virtual_sites import Hospital
+from simulations.sites.virtual_sites import VirtualSite
 
 # Where it exists, a server imports the libraries once for all contenders, and does nothing else.
 _processes: Any = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
@@ -194,8 +194,8 @@ def _ours(task: Task, lap: Lap) -> dict[str, Any]:
         # On all cores, as the tutorials are.
         site = Site(name="b", data=data, state=Path("state"), threads=torch.get_num_threads())
         found = [
-            Hospital(name="a", data=data, patients=(one,), site=site),
-            Hospital(name="b", data=data, site=site),
+            VirtualSite(name="a", data=data, patients=(one,), site=site),
+            VirtualSite(name="b", data=data, site=site),
         ]
         planned = virtual_sites.plan_sites(found, study)
         first, hospital = virtual_sites.write_sites(planned, study, folder, Path(scratch) / "cache")

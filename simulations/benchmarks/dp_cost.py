@@ -12,7 +12,7 @@ from client.features.extract import Prepared
 from client.features.store import Rows
 from client.privacy import dp_sgd, self_check
 from client.privacy.parameters import Privacy
-from client.privacy.plan import Protection
+from client.privacy.plan import PrivacyPlan
 from client.privacy.sampling import Patients
 from client.training import trainer
 from client.training.dataset import Examples
@@ -55,12 +55,12 @@ def _contenders(
         delta=1e-5,
         clip_norm=1.0,
     )
-    protection = Protection(round=one, rounds=1, enrolled=_ROWS)
+    privacy_plan = PrivacyPlan(round=one, rounds=1, enrolled=_ROWS)
     whose = Patients.of([str(i) for i in range(_ROWS)])
     return (
         lambda: trainer.train(suffix, examples, plan, classes=2, lr=1e-3, seed=0),
-        lambda: dp_sgd.train(private, protected, whose, plan, protection, lr=1e-3),
-        lambda: self_check.check_rows(private, protected, protection),
+        lambda: dp_sgd.train(private, protected, whose, plan, privacy_plan, lr=1e-3),
+        lambda: self_check.check_rows(private, protected, privacy_plan),
     )
 
 

@@ -26,7 +26,7 @@ from server.rounds.loop import Run
 from server.runs.run_folder import RunFolder
 from simulations.engines.grid import InProcessGrid
 from simulations.sites import virtual_sites
-from simulations.sites.virtual_sites import Hospital
+from simulations.sites.virtual_sites import VirtualSite
 
 _IMAGES = 24
 _IN_KB = 1000 if sys.platform == "darwin" else 1  # there it counts bytes
@@ -72,7 +72,7 @@ def measure(sites: int, rounds: int) -> Cost:
     with TemporaryDirectory() as scratch, _quiet(), _clock() as spent:
         folder = RunFolder.claim(Path(scratch) / "run")
         folder.begin(study)
-        found = [Hospital(name=f"s{i}", data=_data(Path(scratch), i)) for i in range(sites)]
+        found = [VirtualSite(name=f"s{i}", data=_data(Path(scratch), i)) for i in range(sites)]
         planned = virtual_sites.plan_sites(found, study)
         files = virtual_sites.write_sites(planned, study, folder.path, Path(scratch) / "cache")
         runtime = Runtime()

@@ -1,4 +1,4 @@
-"""The commands that run one study many times: settings, privacy, lies."""
+"""The commands that run one study many times: settings, privacy, attacks."""
 
 from collections.abc import Callable
 from datetime import datetime
@@ -131,19 +131,19 @@ def poison(
     """
     from common.config.study import Study
     from server.rounds.strategies import REGISTRY
-    from simulations.engines.attacks import Lies
+    from simulations.engines.attacks import Attacks
     from simulations.studies import robustness as poison
 
     if not (mislabels or scales):
-        raise typer.BadParameter("name a hospital that lies, with --mislabels or --scales")
-    lies = Lies(frozenset(mislabels or ()), frozenset(scales or ()), factor)
+        raise typer.BadParameter("name a hospital that attacks, with --mislabels or --scales")
+    attacks = Attacks(frozenset(mislabels or ()), frozenset(scales or ()), factor)
     folder = out or Path("runs") / f"{study.stem}-poison-{datetime.now():%Y%m%d-%H%M%S}"
     with stoppable(folder, f"the same command with --out {folder}"):
         poison.show(
             Study.read(study, tuple(changes or ())),
             source,
             folder,
-            lies=lies,
+            attacks=attacks,
             strategies=strategies.split(",") if strategies else tuple(REGISTRY),
             seeds=numbers(seeds),
             cache=cache,

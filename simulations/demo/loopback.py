@@ -22,7 +22,7 @@ from common.support import files, keys
 from server.link.sites import Sites
 from server.project.project import Project
 from simulations.sites import virtual_sites
-from simulations.sites.virtual_sites import Hospital
+from simulations.sites.virtual_sites import VirtualSite
 
 _HOST = "127.0.0.1"
 _SERVER = "from server.cli.main import main; main()"
@@ -38,7 +38,7 @@ class Loopback:
       found: The hospitals.
     """
 
-    def __init__(self, folder: Path, study: Study, found: Sequence[Hospital]) -> None:
+    def __init__(self, folder: Path, study: Study, found: Sequence[VirtualSite]) -> None:
         self.folder = folder
         self.running: dict[str, subprocess.Popen[bytes]] = {}
         """By name."""

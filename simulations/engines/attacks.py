@@ -19,13 +19,13 @@ from server.runs.run_folder import RunFolder
 from simulations.engines.base import InProcess
 from simulations.engines.grid import simulate
 
-LIES = "lies.json"
+ATTACKS = "lies.json"
 """In a run in which hospitals may lie."""
 
 
 @dataclass(frozen=True)
-class Lies:
-    """Who lies, by name, and how.
+class Attacks:
+    """Who attacks, by name, and how.
 
     Attributes:
       mislabels: Hospitals that take each class for the next when they train.
@@ -38,7 +38,7 @@ class Lies:
     factor: float = -10.0
 
     @property
-    def liars(self) -> frozenset[str]:
+    def attackers(self) -> frozenset[str]:
         """All of them."""
         return self.mislabels | self.scales
 
@@ -48,29 +48,29 @@ class Lies:
         return json.dumps({**names, "factor": self.factor if self.scales else None})
 
 
-class Poisoned(InProcess):
+class Attacked(InProcess):
     """All in this process, with the real ClientApp; but some hospitals lie."""
 
-    def __init__(self, lies: Lies) -> None:
+    def __init__(self, attacks: Attacks) -> None:
         super().__init__()
-        self._lies = lies
+        self._attacks = attacks
 
     def run(self, site_files: Sequence[Path], folder: Path) -> None:
         """From the last finished round on."""
         run = RunFolder(folder)
-        run.write(LIES, self._lies.told())
+        run.write(ATTACKS, self._attacks.told())
         study = run.study
         names = {path: Site.read(path).name for path in site_files}
         self.forget()  # none is mislabelled twice
         for path in site_files:
-            if names[path] in self._lies.mislabels:
+            if names[path] in self._attacks.mislabels:
                 _mislabel(self.runtime.open_session(path, study.id), study)
 
         def app(message: Message, context: Context) -> Message:
             reply = self.app(message, context)
             trained = message.metadata.message_type == "train" and not reply.has_error()
-            if trained and names[site_file(context)] in self._lies.scales:
-                _scale(message, reply, self._lies.factor)
+            if trained and names[site_file(context)] in self._attacks.scales:
+                _scale(message, reply, self._attacks.factor)
             return reply
 
         try:

@@ -21,7 +21,7 @@ from client.data.records import Record
 from client.data.registry import Data, guess
 from client.data.splits import Parts, split
 from client.ledger.ledger import read
-from client.ledger.spending import Account
+from client.ledger.spending import Spending
 from client.runtime import Runtime
 from client.site import Site
 from common.config.study import NAME, Study
@@ -38,7 +38,7 @@ _RULE = "letters, digits, . _ -, starting with a letter or digit, at most 64"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Hospital:
+class VirtualSite:
     """What a simulation knows of one virtual hospital before it has files."""
 
     name: str
@@ -66,18 +66,18 @@ class PlannedSite:
       training: How many patients train.
     """
 
-    hospital: Hospital
+    hospital: VirtualSite
     secret: bytes
     images: Mapping[str, list[int]]
     training: int
 
 
-def from_folder(path: Path, *, evaluates_only: bool = False) -> Hospital:
+def from_folder(path: Path, *, evaluates_only: bool = False) -> VirtualSite:
     """A hospital from a folder of images, or from a folder that holds a `site.yaml`."""
     own = path / "site.yaml" if path.is_dir() else path
     if own.suffix == ".yaml" and own.is_file():
         site = Site.read(own)
-        return Hospital(name=site.name, data=site.data, site=site, evaluates_only=evaluates_only)
+        return VirtualSite(name=site.name, data=site.data, site=site, evaluates_only=evaluates_only)
     place = path.resolve()
     name = place.stem if place.is_file() else place.name
     data = guess(place)
@@ -85,10 +85,10 @@ def from_folder(path: Path, *, evaluates_only: bool = False) -> Hospital:
         expected = f"a folder whose name can name the site ({_RULE})"
         remedy = "Rename it, or put a site.yaml with a name into it."
         raise SiteError(f"--site {path}", expected=expected, got=name, remedy=remedy)
-    return Hospital(name=name, data=data, evaluates_only=evaluates_only)
+    return VirtualSite(name=name, data=data, evaluates_only=evaluates_only)
 
 
-def from_pool(path: Path, study: Study, *, spec: str, sites: int) -> list[Hospital]:
+def from_pool(path: Path, study: Study, *, spec: str, sites: int) -> list[VirtualSite]:
     """One data set cut into `sites` hospitals by patient; see `simulations.sites.partition`."""
     data = guess(path.resolve())
     records = data.records(study.classes)
@@ -96,12 +96,12 @@ def from_pool(path: Path, study: Study, *, spec: str, sites: int) -> list[Hospit
     groups = partition.partition(labels, sites=sites, spec=spec, seed=study.seed)
     width = len(str(sites))
     return [
-        Hospital(name=f"site-{i:0{width}}", data=data, patients=tuple(group))
+        VirtualSite(name=f"site-{i:0{width}}", data=data, patients=tuple(group))
         for i, group in enumerate(groups, start=1)
     ]
 
 
-def describe_sites(hospitals: Sequence[Hospital]) -> dict[str, Any]:
+def describe_sites(hospitals: Sequence[VirtualSite]) -> dict[str, Any]:
     """Who takes part, by name, as far as it decides what a run gives: data, patients, role."""
     return {
         hospital.name: {
@@ -113,7 +113,7 @@ def describe_sites(hospitals: Sequence[Hospital]) -> dict[str, Any]:
     }
 
 
-def plan_sites(hospitals: Sequence[Hospital], study: Study) -> list[PlannedSite]:
+def plan_sites(hospitals: Sequence[VirtualSite], study: Study) -> list[PlannedSite]:
     """Who trains, validates and tests at each hospital, before any file is written.
 
     The records of each data set are listed once, also where it is cut into many hospitals.
@@ -135,7 +135,7 @@ def plan_sites(hospitals: Sequence[Hospital], study: Study) -> list[PlannedSite]
     return planned
 
 
-def _check_alike(hospitals: Sequence[Hospital]) -> None:
+def _check_alike(hospitals: Sequence[VirtualSite]) -> None:
     for name, times in Counter(hospital.name for hospital in hospitals).items():
         if times > 1:
             remedy = "Rename one of the folders."
@@ -147,7 +147,7 @@ def _check_alike(hospitals: Sequence[Hospital]) -> None:
         raise SiteError("--site", expected=expected, got=got)
 
 
-def _plan(hospital: Hospital, records: Sequence[Record], study: Study) -> PlannedSite:
+def _plan(hospital: VirtualSite, records: Sequence[Record], study: Study) -> PlannedSite:
     """The hospital's own records in their parts, as its client will cut them."""
     if hospital.patients is not None:
         used = set(hospital.patients)
@@ -182,7 +182,7 @@ def find_site_files(run: Path) -> list[Path]:
 def read_spending(site_files: Sequence[Path]) -> dict[str, float]:
     """ε that the ledger of each site adds up to, by name."""
     sites = [Site.read(path) for path in site_files]
-    return {site.name: Account.of(read(site.state)).total() for site in sites}
+    return {site.name: Spending.of(read(site.state)).total() for site in sites}
 
 
 def _write(plan: PlannedSite, study: Study, folder: Path, cache: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Which strategies hold when some hospitals lie: each of them, with and without the lies."""
+"""Which strategies hold when some hospitals lie: each of them, with and without the attacks."""
 
 import json
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from common.support.terminal import console, table
 from server.rounds.start import inspect
 from server.rounds.strategies import REGISTRY
 from server.runs.results import FEDERATED, read_results, union
-from simulations.engines.attacks import LIES, Lies, Poisoned
+from simulations.engines.attacks import ATTACKS, Attacked, Attacks
 from simulations.studies import plots, runner, summary
 from simulations.studies.runner import Source
 
@@ -29,7 +29,7 @@ def show(
     source: Source,
     folder: Path,
     *,
-    lies: Lies,
+    attacks: Attacks,
     strategies: Sequence[str],
     seeds: Sequence[int],
     cache: Path,
@@ -43,7 +43,7 @@ def show(
       study: Its strategy is replaced by each of those, in turn.
       source: Of the hospitals.
       folder: One folder in it for each strategy, one in that for each lie, one in that a seed.
-      lies: Who lies, and how.
+      attacks: Who attacks, and how.
       strategies: By name.
       seeds: Each draws another holdout, and other hospitals where a pool is cut.
       cache: Of prepared images.
@@ -52,39 +52,41 @@ def show(
       StudyError: no such strategy or hospital, or too small a quorum.
       RunError: the folder holds runs of other lies or hospitals.
     """
-    studies = {name: _by(study, name, len(lies.liars)) for name in strategies}
-    _check(source, study, lies)
+    studies = {name: _by(study, name, len(attacks.attackers)) for name in strategies}
+    _check(source, study, attacks)
     for changed in studies.values():
         inspect(changed)
-    for known in folder.glob(f"*/*/seed-*/{LIES}"):
-        _same_lies(known, lies)
-    ways = _ways(lies)
+    for known in folder.glob(f"*/*/seed-*/{ATTACKS}"):
+        _check_same_attacks(known, attacks)
+    ways = _ways(attacks)
     found: Found = {}
     for name, changed in studies.items():
         for way, told in ways.items():
             seeded = [changed.model_copy(update={"seed": seed}) for seed in seeds]
             place, title = folder / name / _name(way), f"{name}, {way}"
             runs = runner.series(
-                seeded, source, place, cache, Poisoned(told), title=title, results=False
+                seeded, source, place, cache, Attacked(told), title=title, results=False
             )
-            found.setdefault(name, {})[way] = [_worth(run, study, lies) for run in runs]
+            found.setdefault(name, {})[way] = [_worth(run, study, attacks) for run in runs]
     _report(study, found, folder)
 
 
-def _by(study: Study, strategy: str, liars: int) -> Study:
+def _by(study: Study, strategy: str, attackers: int) -> Study:
     """The study by this strategy, set to withstand so many hospitals that lie."""
     if strategy not in REGISTRY:
         expected, remedy = "strategies", did_you_mean(strategy, REGISTRY)
         got = repr(strategy)
         raise StudyError("--strategies", expected=expected, got=got, remedy=remedy)
     quorum = study.aggregate.quorum
-    if quorum < 2 * liars + 1:
-        expected = f"at least {2 * liars + 1}: more honest replies than the {liars} of liars"
+    if quorum < 2 * attackers + 1:
+        expected = (
+            f"at least {2 * attackers + 1}: more honest replies than the {attackers} of attackers"
+        )
         raise study.error("aggregate.quorum", expected=expected, got=quorum)
     settings = {
-        "num_malicious_nodes": liars,
-        "num_nodes_to_select": max(1, quorum - liars - 2),
-        "beta": min((liars + 0.5) / quorum, 0.499),
+        "num_malicious_nodes": attackers,
+        "num_nodes_to_select": max(1, quorum - attackers - 2),
+        "beta": min((attackers + 0.5) / quorum, 0.499),
     }
     options = {key: settings[key] for key in REGISTRY[strategy].options if key in settings}
     if strategy == study.aggregate.strategy:
@@ -93,20 +95,20 @@ def _by(study: Study, strategy: str, liars: int) -> Study:
     return study.model_copy(update={"aggregate": aggregate})
 
 
-def _check(source: Source, study: Study, lies: Lies) -> None:
+def _check(source: Source, study: Study, attacks: Attacks) -> None:
     found = source.hospitals(study)
     training = [hospital.name for hospital in found if hospital.trains]
     where = "--mislabels, --scales"
-    for name in sorted(lies.liars):
+    for name in sorted(attacks.attackers):
         if name not in training:
             expected, remedy = "hospitals that train", did_you_mean(name, training)
             raise StudyError(where, expected=expected, got=repr(name), remedy=remedy)
-    if len(lies.liars) == len(found):
+    if len(attacks.attackers) == len(found):
         raise StudyError(where, expected="an honest hospital besides", got="none")
 
 
-def _same_lies(known: Path, lies: Lies) -> None:
-    told = {_name(way): told.told() for way, told in _ways(lies).items()}
+def _check_same_attacks(known: Path, attacks: Attacks) -> None:
+    told = {_name(way): told.told() for way, told in _ways(attacks).items()}
     way = known.parents[1].name
     if way in told and known.read_text(encoding="utf-8") != told[way]:
         remedy = "Choose another folder with --out."
@@ -118,21 +120,21 @@ def _name(way: str) -> str:
     return way.replace(" ", "-")
 
 
-def _ways(lies: Lies) -> dict[str, Lies]:
-    """No lies, each kind of lie alone, and all together."""
-    ways = {HONEST: Lies()}
-    if lies.mislabels:
-        ways["wrong labels"] = Lies(mislabels=lies.mislabels)
-    if lies.scales:
-        ways["scaled update"] = Lies(scales=lies.scales, factor=lies.factor)
-    if lies.mislabels and lies.scales:
-        ways["both"] = lies
+def _ways(attacks: Attacks) -> dict[str, Attacks]:
+    """No attacks, each kind of lie alone, and all together."""
+    ways = {HONEST: Attacks()}
+    if attacks.mislabels:
+        ways["wrong labels"] = Attacks(mislabels=attacks.mislabels)
+    if attacks.scales:
+        ways["scaled update"] = Attacks(scales=attacks.scales, factor=attacks.factor)
+    if attacks.mislabels and attacks.scales:
+        ways["both"] = attacks
     return ways
 
 
-def _worth(run: Path, study: Study, lies: Lies) -> float | None:
+def _worth(run: Path, study: Study, attacks: Attacks) -> float | None:
     results, _ = read_results(run, len(study.classes))
-    honest = [c for site, c in results[FEDERATED].items() if site not in lies.liars]
+    honest = [c for site, c in results[FEDERATED].items() if site not in attacks.attackers]
     return value(union(honest, len(study.classes)), study.select)
 
 
@@ -146,7 +148,7 @@ def _report(study: Study, found: Found, folder: Path) -> None:
     console.print(f"\n{label} on test images of the hospitals that never lie", style="bold")
     console.print(shown)
     if len(next(iter(found.values()))[HONEST]) > 1:
-        console.print("in brackets: the difference to no lies, paired by seed, 95 % interval")
+        console.print("in brackets: the difference to no attacks, paired by seed, 95 % interval")
     drawn: dict[str, dict[str | None, Estimate | None]] = {
         way: {name: _drawn(by_way[way]) for name, by_way in found.items()} for way in ways
     }

@@ -14,10 +14,10 @@ from server.reports.progress import show_results
 from server.rounds.start import inspect
 from server.runs.results import read_results, write_results
 from server.runs.run_folder import RunFolder
-from simulations.engines.attacks import LIES
+from simulations.engines.attacks import ATTACKS
 from simulations.engines.base import Engine
 from simulations.sites import virtual_sites
-from simulations.sites.virtual_sites import Hospital, PlannedSite
+from simulations.sites.virtual_sites import PlannedSite, VirtualSite
 from simulations.studies import baselines as alone
 from simulations.studies import summary
 
@@ -41,7 +41,7 @@ class Source:
         """Whether it names any."""
         return bool(self.folders or self.evaluators or self.pool)
 
-    def hospitals(self, study: Study) -> list[Hospital]:
+    def hospitals(self, study: Study) -> list[VirtualSite]:
         """The hospitals; raises `StudyError` where the options name none."""
         if bool(self.folders) == (self.pool is not None):
             expected, got = "--site folders or one --pool", "both" if self.folders else "neither"
@@ -185,7 +185,7 @@ def resume(folder: Path, study: Study | None, engine: Engine, *, compare: bool) 
       compare: Whether to train locally and pooled as well.
     """
     run = RunFolder.resume(folder, study)
-    if (folder / LIES).exists():
+    if (folder / ATTACKS).exists():
         expected, got = "a run whose hospitals are honest", "one of consilium-simulate poison"
         remedy = "Go on with that command, and its --out."
         raise RunError(folder, expected=expected, got=got, remedy=remedy)
@@ -210,7 +210,7 @@ def check(study_file: Path, source: Source, changes: tuple[str, ...]) -> None:
     console.print(f"{study_file}: a valid study", style="green")
 
 
-def plan(study: Study, found: Sequence[Hospital]) -> list[PlannedSite]:
+def plan(study: Study, found: Sequence[VirtualSite]) -> list[PlannedSite]:
     """The hospitals that can take part, after everything is checked that needs no image decoded.
 
     Args:

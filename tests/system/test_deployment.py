@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from client.ledger.entries import Sealed, history
 from client.ledger.ledger import read
-from client.ledger.spending import Account
+from client.ledger.spending import Spending
 from client.site import Site
 from common.config.study import Study
 from common.errors import StudyError
@@ -92,10 +92,10 @@ class Run:
         return load_file(self.path / "last.safetensors")
 
 
-def by_google(segments: Any) -> float:
+def by_google(events: Any) -> float:
     either = NeighboringRelation.ADD_OR_REMOVE_ONE
     accountant = PLDAccountant(either, value_discretization_interval=1e-4)
-    for s in segments:
+    for s in events:
         step = PoissonSampledDpEvent(s.sample_rate, GaussianDpEvent(s.noise_multiplier))
         accountant.compose(step, s.steps)
     return float(accountant.get_epsilon(1e-5))
@@ -387,7 +387,7 @@ def test_a_real_study_runs_here_as_it_is_in_a_simulation(shared, tmp_path, name)
             assert [spent(world, site) for site in SKIN] == [3] * 4
             for site in SKIN:
                 entries = read(Site.read(world.sites[site]).state)
-                ours, theirs = Account(entries, 1e-5).total(), by_google(history(entries))
+                ours, theirs = Spending(entries, 1e-5).total(), by_google(history(entries))
                 assert 0 <= ours - theirs <= 0.02
             return
         folder = tmp_path / "simulation"

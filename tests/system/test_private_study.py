@@ -18,7 +18,7 @@ from client.consent.proposals import keep_proposal
 from client.ledger.entries import Reserved, Sealed, Sent, history
 from client.ledger.ledger import adopt, read
 from client.privacy import dp_sgd
-from client.privacy.accountant import Segment
+from client.privacy.accountant import DpEvent
 from client.privacy.noise import Entropy
 from client.site import Site
 from common.config.study import Study
@@ -81,10 +81,10 @@ def entries(site_file: Path) -> list[Any]:
     return read(Site.read(site_file).state)
 
 
-def by_google(segments: tuple[Segment, ...]) -> float:
+def by_google(events: tuple[DpEvent, ...]) -> float:
     either = NeighboringRelation.ADD_OR_REMOVE_ONE
     accountant = PLDAccountant(either, value_discretization_interval=1e-4)
-    for s in segments:
+    for s in events:
         step = PoissonSampledDpEvent(s.sample_rate, GaussianDpEvent(s.noise_multiplier))
         accountant.compose(step, s.steps)
     return float(accountant.get_epsilon(DELTA))
@@ -132,7 +132,7 @@ def test_a_private_study_spends_what_it_promised_and_tells_nothing_beside(phanto
         assert {"patients.train", "images.train"}.isdisjoint(joined)
         spent = history(lines)
         assert sum(s.steps for s in spent) == 3  # of four, one of them spare
-        whole = tuple(Segment(s.noise_multiplier, s.sample_rate, 4) for s in spent[:1])
+        whole = tuple(DpEvent(s.noise_multiplier, s.sample_rate, 4) for s in spent[:1])
         assert 3.9 < by_google(whole) <= 4.0
     folder = RunFolder(tmp_path / "run")
     results, facts = read_results(folder.path, len(wanted.classes))
@@ -236,7 +236,7 @@ def test_patients_that_come_or_go_change_no_constant_of_the_mechanism(phantoms, 
     shutil.copytree(phantoms, copy)
     wanted = study(train={"rounds": 3, "local_steps": 2, "batch_size": 3})
     files = settle(wanted, copy, tmp_path / "run")
-    first = RUNTIME.open_session(files[0], _sent(files[0], wanted)).prepared.protection
+    first = RUNTIME.open_session(files[0], _sent(files[0], wanted)).prepared.privacy_plan
     content = Site.read(files[0]).model_dump(mode="json", exclude_none=True)
     (tmp_path / "other").mkdir()
     manifest = copy / "east" / "manifest.csv"
@@ -244,7 +244,7 @@ def test_patients_that_come_or_go_change_no_constant_of_the_mechanism(phantoms, 
     manifest.write_text("\n".join([head, *rows[::2]]) + "\n")
     other = tmp_path / "other" / "site.yaml"
     other.write_text(dump(content | {"state": str(tmp_path / "other" / "state")}))
-    assert RUNTIME.open_session(other, _sent(other, wanted)).prepared.protection == first
+    assert RUNTIME.open_session(other, _sent(other, wanted)).prepared.privacy_plan == first
 
 
 def _sent(site_file: Path, wanted: Study) -> str:
@@ -291,12 +291,12 @@ def test_the_unit_is_the_patient_however_many_images(phantoms, tmp_path, monkeyp
             content["data"]["enrolled_patients"] = 100
             file.write_text(dump(content))
             session = RUNTIME.open_session(file, _sent(file, wanted))
-            protection, initial = session.prepared.protection, session.prepared.network.initial
-            session._train_privately(initial, 1, 0.0, protection)
+            privacy_plan, initial = session.prepared.privacy_plan, session.prepared.network.initial
+            session._train_privately(initial, 1, 0.0, privacy_plan)
             tensors = session.prepared.network.tensors.values()
             moved.append(torch.cat([tensor.flatten() for tensor in tensors]))
             new_process()
-        bound = wanted.train.lr * protection.round.clip_norm / protection.batch * (1 + 1e-4)
+        bound = wanted.train.lr * privacy_plan.round.clip_norm / privacy_plan.batch * (1 + 1e-4)
         with_it, without, copies = moved
         assert 0 < (with_it - without).norm() <= bound
         assert (copies - without).norm() <= bound

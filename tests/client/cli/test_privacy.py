@@ -22,7 +22,7 @@ from client.ledger.entries import Contents, Release
 from client.ledger.ledger import Ledger, adopt, read
 from client.ledger.outbox import Outbox
 from client.ledger.release import Reply, release
-from client.privacy.accountant import Segment, epsilon, filter_order, filtered_epsilon
+from client.privacy.accountant import DpEvent, epsilon, filter_order, filtered_epsilon
 from client.privacy.parameters import Privacy
 from client.site import Site
 from common.config.study import Study
@@ -118,7 +118,7 @@ def test_the_ledger_adds_up_over_studies_and_counts_the_rest_apart(
     code, text = command("ledger", site(tmp_path, policy=policy))
     assert code == 0, text
     rows = {line.split()[0]: line.split() for line in text.splitlines() if line.strip()}
-    spent = epsilon([Segment(1.0, 0.05, 48)], 1e-5)
+    spent = epsilon([DpEvent(1.0, 0.05, 48)], 1e-5)
     assert rows["skin"] == ["skin", SKIN, "3", "1", "0.05", "48", f"{spent:.2f}", "–"]
     assert rows["chest"] == ["chest", CHEST, "0", "–", "–", "–", "–", "3", "rounds"]
     assert f"total ε {spent:.2f} at δ = 1e-05 by PRV; {8 - spent:.2f} left of max_epsilon 8" in text
@@ -136,9 +136,9 @@ def test_several_studies_compose_and_are_not_just_added(command: Command, tmp_pa
             )
     code, text = command("ledger", path)
     assert code == 0, text
-    spent, order = [Segment(1.0, 0.05, 100), Segment(2.0, 0.05, 100)], filter_order(8.0, 1e-5)
+    spent, order = [DpEvent(1.0, 0.05, 100), DpEvent(2.0, 0.05, 100)], filter_order(8.0, 1e-5)
     both = filtered_epsilon(spent, 1e-5, order)
-    each = [epsilon([Segment(noise, 0.05, 100)], 1e-5) for noise in (1.0, 2.0)]
+    each = [epsilon([DpEvent(noise, 0.05, 100)], 1e-5) for noise in (1.0, 2.0)]
     by = f"by a Rényi filter of order {order}"
     assert f"total ε {both:.2f} at δ = 1e-05 {by}; no max_epsilon in site.yaml" in text
     assert all(f" {alone:.2f} " in text for alone in each)
@@ -250,18 +250,18 @@ def test_a_plan_calibrates_all_rounds_and_tells_what_all_studies_cost_together(
     code, later = command("plan", path, wanted)
     sigmas = [float(re.search(r"σ ([0-9.]+), clipping", text)[1]) for text in (fresh, later)]
     assert sigmas[0] == sigmas[1]
-    spent = Segment(1.0, 0.05, 48)
+    spent = DpEvent(1.0, 0.05, 48)
     for sigma, had, text in zip(sigmas, ([], [spent]), (fresh, later), strict=True):
         order = filter_order(8.0, 1e-5)  # of several studies, as their numbers may depend
         spend_all = partial(filtered_epsilon, order=order) if had else epsilon
-        assert 7.5 < epsilon([Segment(sigma, 0.4, 36)], 1e-5) <= 8
+        assert 7.5 < epsilon([DpEvent(sigma, 0.4, 36)], 1e-5) <= 8
         table = dict(re.findall(r"^ *(now|[0-9]+) +([0-9.]+)$", text, re.MULTILINE))
         assert float(table["now"]) == pytest.approx(epsilon(had, 1e-5), abs=0.006)
         assert float(table["12"]) == pytest.approx(
-            spend_all([*had, Segment(sigma, 0.4, 36)], 1e-5), abs=0.006
+            spend_all([*had, DpEvent(sigma, 0.4, 36)], 1e-5), abs=0.006
         )
         assert float(table["1"]) == pytest.approx(
-            spend_all([*had, Segment(sigma, 0.4, 3)], 1e-5), abs=0.006
+            spend_all([*had, DpEvent(sigma, 0.4, 3)], 1e-5), abs=0.006
         )
     assert (tmp_path / "state/ledger.jsonl").read_bytes() == before
     assert "2 tensors of" in later

@@ -16,7 +16,7 @@ from PIL import Image
 
 from client.consent.agreement import Agreement, check_holdout, keep_holdout
 from client.consent.policy import check_policy
-from client.privacy.plan import protect
+from client.privacy.plan import plan_privacy
 from client.site import Site
 from common.config.study import Study
 from common.config.yaml import dump
@@ -227,15 +227,15 @@ def test_the_length_of_private_rounds_is_what_will_run_whoever_trains(tmp_path):
         ({"max_batch_size": 63}, "at most 63 (max_batch_size), got 64"),
     ):
         site = write(tmp_path, data=data, policy=policy)
-        protection = protect(site, wanted, wanted.privacy)
+        privacy_plan = plan_privacy(site, wanted, wanted.privacy)
         for images in (1, 100_000):
             with pytest.raises(RefusedError, match=re.escape(said)):
-                check_policy(site, wanted, protection, 1, images)
+                check_policy(site, wanted, privacy_plan, 1, images)
     site = write(tmp_path, data=data, policy={"max_local_steps": 32, "max_batch_size": 64})
-    check_policy(site, wanted, protect(site, wanted, wanted.privacy), 1, 100_000)
+    check_policy(site, wanted, plan_privacy(site, wanted, wanted.privacy), 1, 100_000)
     whole = private(train={"rounds": 3, "local_steps": 1, "batch_size": 65_536})
     site = write(tmp_path, data=data, policy={"max_batch_size": 1000})
-    check_policy(site, whole, protect(site, whole, whole.privacy), 1, 100_000)
+    check_policy(site, whole, plan_privacy(site, whole, whole.privacy), 1, 100_000)
 
 
 def test_private_studies_of_one_site_hold_out_the_same_patients(tmp_path):
@@ -335,7 +335,7 @@ def test_what_was_agreed_is_on_disk_and_for_this_user_alone(tmp_path):
     assert on_disk(site).stat().st_mode & 0o777 == 0o600
     kept = Agreement.kept(site, study().id)
     assert kept is not None
-    assert (kept.study, kept.role, kept.protection) == (study().id, "train", None)
+    assert (kept.study, kept.role, kept.privacy_plan) == (study().id, "train", None)
     assert kept.disclosure == told.disclosure
     # The site itself knows the exact numbers; what it told is coarse.
     assert (kept.patients.all, kept.images.all) == ((4, 4, 4), ((2, 2),) * 3)

@@ -12,7 +12,7 @@ import pytest
 from client.ledger.entries import Contents, Release, adopted, history
 from client.ledger.ledger import Head, Ledger, adopt, read
 from client.ledger.ledger import _link as link
-from client.privacy.accountant import Segment
+from client.privacy.accountant import DpEvent
 from client.privacy.parameters import Privacy
 from common.errors import SiteError
 from tests.kit import another, limited
@@ -26,7 +26,7 @@ PRIVACY = Privacy(
     delta=1e-5,
     clip_norm=1.0,
 )
-SPENT = Segment(1.25, 0.0625, 16)
+SPENT = DpEvent(1.25, 0.0625, 16)
 CONTENTS = Contents(
     tensors={"head.weight": (7, 512), "head.bias": (7,)},
     metrics=("loss", "counts"),

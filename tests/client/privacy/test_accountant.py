@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from client.privacy.accountant import (
-    Segment,
+    DpEvent,
     epsilon,
     filter_order,
     filtered_epsilon,
@@ -30,14 +30,14 @@ DELTA = 1e-5
 FEW = settings(max_examples=6, deadline=None, derandomize=True, database=None)
 
 
-def by_google(accountant: PrivacyAccountant, history: Sequence[Segment]) -> PrivacyAccountant:
+def by_google(accountant: PrivacyAccountant, history: Sequence[DpEvent]) -> PrivacyAccountant:
     for s in history:
         step = PoissonSampledDpEvent(s.sample_rate, GaussianDpEvent(s.noise_multiplier))
         accountant.compose(step, s.steps)
     return accountant
 
 
-def google(history: Sequence[Segment], *deltas: float) -> list[float]:
+def google(history: Sequence[DpEvent], *deltas: float) -> list[float]:
     """The least ε at each δ by the privacy loss distribution, which is rounded up, but finely."""
     mesh = min(1e-3, 3e-3 / math.sqrt(sum(s.steps for s in history)))
     either = NeighboringRelation.ADD_OR_REMOVE_ONE
@@ -45,9 +45,9 @@ def google(history: Sequence[Segment], *deltas: float) -> list[float]:
     return [float(accountant.get_epsilon(delta)) for delta in deltas]
 
 
-def different(n: int, steps: int = 20) -> list[Segment]:
-    """As many segments, no two alike."""
-    return [Segment(1.5 + 0.1 * i, 0.02 + 0.001 * (i % 5), steps) for i in range(n)]
+def different(n: int, steps: int = 20) -> list[DpEvent]:
+    """As many events, no two alike."""
+    return [DpEvent(1.5 + 0.1 * i, 0.02 + 0.001 * (i % 5), steps) for i in range(n)]
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def different(n: int, steps: int = 20) -> list[Segment]:
     ],
 )
 def test_equals_google_on_equal_steps(noise: float, rate: float, steps: int) -> None:
-    history, deltas = [Segment(noise, rate, steps)], (1e-3, 1e-5, 1e-8)
+    history, deltas = [DpEvent(noise, rate, steps)], (1e-3, 1e-5, 1e-8)
     for delta, truth in zip(deltas, google(history, *deltas), strict=True):
         assert 0 <= epsilon(history, delta) - truth <= 0.02
 
@@ -75,14 +75,14 @@ def test_equals_google_on_equal_steps(noise: float, rate: float, steps: int) -> 
 @pytest.mark.parametrize(
     "history",
     [
-        [Segment(1.0, 0.02, 100), Segment(2.0, 1.0, 3)],
-        [Segment(1.2, 0.05, 60), Segment(5.0, 0.2, 200), Segment(0.8, 0.01, 30)],
-        [Segment(0.45, 0.01, 1), Segment(8.0, 0.3, 100), Segment(8.0, 0.31, 100)],
+        [DpEvent(1.0, 0.02, 100), DpEvent(2.0, 1.0, 3)],
+        [DpEvent(1.2, 0.05, 60), DpEvent(5.0, 0.2, 200), DpEvent(0.8, 0.01, 30)],
+        [DpEvent(0.45, 0.01, 1), DpEvent(8.0, 0.3, 100), DpEvent(8.0, 0.31, 100)],
         different(16),
     ],
     ids=len,
 )
-def test_equals_google_on_mixed_histories(history: list[Segment]) -> None:
+def test_equals_google_on_mixed_histories(history: list[DpEvent]) -> None:
     assert 0 <= epsilon(history, DELTA) - google(history, DELTA)[0] <= 0.02
 
 
@@ -113,8 +113,8 @@ def test_the_order_of_a_filter_follows_from_budget_and_delta_alone() -> None:
 def test_in_a_filter_steps_add_up_however_they_come(steps: list[int]) -> None:
     """What one step adds does not depend on what came before: so it may be chosen in view of it."""
     order = filter_order(8.0, DELTA)
-    history = [Segment(1.5 + 0.3 * i, 0.1, n) for i, n in enumerate(steps)]
-    start = filtered_epsilon([Segment(9.0, 1e-6, 1)], DELTA, order)
+    history = [DpEvent(1.5 + 0.3 * i, 0.1, n) for i, n in enumerate(steps)]
+    start = filtered_epsilon([DpEvent(9.0, 1e-6, 1)], DELTA, order)
     each = [filtered_epsilon([s], DELTA, order) - start for s in history]
     assert filtered_epsilon(history, DELTA, order) - start == pytest.approx(sum(each), abs=1e-7)
 
@@ -122,7 +122,7 @@ def test_in_a_filter_steps_add_up_however_they_come(steps: list[int]) -> None:
 def test_a_filter_leaves_most_of_the_budget_for_a_study() -> None:
     """A second study costs more than it would alone, but is not a second time the whole."""
     sigma = noise_multiplier(epsilon=4.0, delta=DELTA, sample_rate=0.1, steps=100)
-    both = filtered_epsilon([Segment(sigma, 0.1, 100)] * 2, DELTA, filter_order(8.0, DELTA))
+    both = filtered_epsilon([DpEvent(sigma, 0.1, 100)] * 2, DELTA, filter_order(8.0, DELTA))
     assert 4.0 < both < 8.0
 
 
@@ -137,42 +137,42 @@ def test_importing_the_accountant_does_not_import_opacus() -> None:
 
 # --- what holds of any history ---
 
-segments = st.builds(
-    Segment,
+events = st.builds(
+    DpEvent,
     noise_multiplier=st.floats(0.8, 20),
     sample_rate=st.floats(0.001, 0.3) | st.just(1.0),
     steps=st.integers(1, 50),
 )
-histories = st.lists(segments, min_size=1, max_size=3)
+histories = st.lists(events, min_size=1, max_size=3)
 
 
 @FEW
-@given(histories, segments)
-def test_every_further_step_costs(history: list[Segment], more: Segment) -> None:
+@given(histories, events)
+def test_every_further_step_costs(history: list[DpEvent], more: DpEvent) -> None:
     before, after = epsilon(history, DELTA), epsilon([*history, more], DELTA)
     assert after >= before - 1e-3  # the grid moves; so does the last digit or two
-    again = Segment(more.noise_multiplier, more.sample_rate, 2 * more.steps)
+    again = DpEvent(more.noise_multiplier, more.sample_rate, 2 * more.steps)
     assert epsilon([*history, again], DELTA) >= after - 1e-3
 
 
 @FEW
 @given(histories.flatmap(lambda h: st.tuples(st.just(h), st.permutations(h))))
-def test_order_never_counts(both: tuple[list[Segment], list[Segment]]) -> None:
+def test_order_never_counts(both: tuple[list[DpEvent], list[DpEvent]]) -> None:
     history, shuffled = both
     assert epsilon(history, DELTA) == epsilon(shuffled, DELTA)
 
 
 @FEW
-@given(segments, segments, st.integers(1, 30))
-def test_equal_segments_merge_even_apart(one: Segment, other: Segment, more: int) -> None:
-    rest = Segment(one.noise_multiplier, one.sample_rate, more)
-    whole = Segment(one.noise_multiplier, one.sample_rate, one.steps + more)
+@given(events, events, st.integers(1, 30))
+def test_equal_segments_merge_even_apart(one: DpEvent, other: DpEvent, more: int) -> None:
+    rest = DpEvent(one.noise_multiplier, one.sample_rate, more)
+    whole = DpEvent(one.noise_multiplier, one.sample_rate, one.steps + more)
     assert epsilon([one, other, rest], DELTA) == epsilon([whole, other], DELTA)
 
 
 def test_equal_rounds_stay_tight_however_many() -> None:
-    rounds = [Segment(2.0, 0.05, 8)] * 200
-    assert epsilon(rounds, DELTA) == epsilon([Segment(2.0, 0.05, 1600)], DELTA)
+    rounds = [DpEvent(2.0, 0.05, 8)] * 200
+    assert epsilon(rounds, DELTA) == epsilon([DpEvent(2.0, 0.05, 1600)], DELTA)
 
 
 # --- noise for a plan ---
@@ -186,8 +186,8 @@ def test_equal_rounds_stay_tight_however_many() -> None:
 )
 def test_noise_is_enough_and_no_more(budget: float, rate: float, steps: int) -> None:
     noise = _noise(budget, rate, steps)
-    assert epsilon([Segment(noise, rate, steps)], DELTA) <= budget
-    assert epsilon([Segment(0.98 * noise, rate, steps)], DELTA) > budget
+    assert epsilon([DpEvent(noise, rate, steps)], DELTA) <= budget
+    assert epsilon([DpEvent(0.98 * noise, rate, steps)], DELTA) > budget
 
 
 def _noise(budget: float, rate: float, steps: int) -> float:
@@ -196,8 +196,8 @@ def _noise(budget: float, rate: float, steps: int) -> float:
 
 def test_noise_agrees_with_google() -> None:
     noise = _noise(3.0, 1 / 16, 320)
-    (within,) = google([Segment(noise, 1 / 16, 320)], DELTA)
-    (beyond,) = google([Segment(0.99 * noise, 1 / 16, 320)], DELTA)
+    (within,) = google([DpEvent(noise, 1 / 16, 320)], DELTA)
+    (beyond,) = google([DpEvent(0.99 * noise, 1 / 16, 320)], DELTA)
     assert within <= 3.0 < beyond
 
 
@@ -212,24 +212,24 @@ def test_a_budget_below_what_any_noise_costs_is_refused() -> None:
 @pytest.mark.parametrize("noise", [0, -1.0, math.nan, math.inf, True, "1"])
 def test_a_segment_needs_noise(noise: float) -> None:
     with pytest.raises(RefusedError, match="noise_multiplier"):
-        Segment(noise, 0.1, 10)
+        DpEvent(noise, 0.1, 10)
 
 
 @pytest.mark.parametrize("rate", [0, -0.1, 1.0001, math.nan, math.inf, None])
 def test_a_segment_needs_a_sample_rate(rate: float) -> None:
     with pytest.raises(RefusedError, match="sample_rate"):
-        Segment(1.0, rate, 10)
+        DpEvent(1.0, rate, 10)
 
 
 @pytest.mark.parametrize("steps", [0, -1, 1.5, 10.0, True, None])
 def test_a_segment_needs_steps(steps: int) -> None:
     with pytest.raises(RefusedError, match="steps"):
-        Segment(1.0, 0.1, steps)
+        DpEvent(1.0, 0.1, steps)
 
 
 @pytest.mark.parametrize("delta", [0, 1, -1e-5, 2, math.nan, math.inf])
-@pytest.mark.parametrize("history", [[], [Segment(1.0, 0.1, 10)]], ids=len)
-def test_delta_is_a_small_chance(history: list[Segment], delta: float) -> None:
+@pytest.mark.parametrize("history", [[], [DpEvent(1.0, 0.1, 10)]], ids=len)
+def test_delta_is_a_small_chance(history: list[DpEvent], delta: float) -> None:
     with pytest.raises(RefusedError, match="delta"):
         epsilon(history, delta)
     with pytest.raises(RefusedError, match="delta"):
@@ -245,22 +245,22 @@ def test_a_budget_is_a_positive_number(budget: float) -> None:
 @pytest.mark.parametrize(
     ("history", "delta"),
     [
-        ([Segment(1 / 24, 1.0, 1)], DELTA),
-        ([Segment(1e-200, 0.5, 1)], DELTA),
-        ([Segment(1e300, 0.5, 1)], DELTA),
-        ([Segment(1.0, 1.0, 10**6)], DELTA),
-        ([Segment(1000.0, 0.01, 10**7)], DELTA),
-        ([Segment(1000.0, 0.01, 10**10)], DELTA),
-        ([Segment(1.0, 0.1, 10**400)], DELTA),
-        ([Segment(10.0, 1.0, 1000)], 1e-11),
-        ([Segment(100.0, 1.0, 300_000)], 1e-9),
+        ([DpEvent(1 / 24, 1.0, 1)], DELTA),
+        ([DpEvent(1e-200, 0.5, 1)], DELTA),
+        ([DpEvent(1e300, 0.5, 1)], DELTA),
+        ([DpEvent(1.0, 1.0, 10**6)], DELTA),
+        ([DpEvent(1000.0, 0.01, 10**7)], DELTA),
+        ([DpEvent(1000.0, 0.01, 10**10)], DELTA),
+        ([DpEvent(1.0, 0.1, 10**400)], DELTA),
+        ([DpEvent(10.0, 1.0, 1000)], 1e-11),
+        ([DpEvent(100.0, 1.0, 300_000)], 1e-9),
         (different(1025), DELTA),
-        ([*different(16), Segment(1e-155, 0.5, 1)], DELTA),
-        ([*different(16), Segment(1e-160, 1.0, 1)], DELTA),
+        ([*different(16), DpEvent(1e-155, 0.5, 1)], DELTA),
+        ([*different(16), DpEvent(1e-160, 1.0, 1)], DELTA),
     ],
     ids=range(12),
 )
-def test_what_no_bound_can_be_trusted_for_is_refused(history: list[Segment], delta: float) -> None:
+def test_what_no_bound_can_be_trusted_for_is_refused(history: list[DpEvent], delta: float) -> None:
     """Losses beyond float64, grids beyond memory, roundings beyond δ; NaN and ∞ of either bound."""
     with pytest.raises(RefusedError, match="history"):
         epsilon(history, delta)

@@ -22,7 +22,7 @@ from client.privacy.dp_sgd import empty_sum, row_gradient
 from client.privacy.noise import DEVIATION, Entropy
 from client.privacy.noised_sum import NoisedSum
 from client.privacy.parameters import Privacy
-from client.privacy.plan import Protection
+from client.privacy.plan import PrivacyPlan
 from client.privacy.sampling import Patients
 from client.training import trainer
 from client.training.dataset import Examples
@@ -46,7 +46,7 @@ def examples(inputs, labels):
     return Examples(Prepared(rows, 1, nn.Identity()), labels)
 
 
-def protection(sigma, *, rate=1.0, steps=1, enrolled=10, clip=1.0):
+def privacy_plan(sigma, *, rate=1.0, steps=1, enrolled=10, clip=1.0):
     one = Privacy(
         mechanism="dp_sgd",
         noise_multiplier=sigma,
@@ -55,7 +55,7 @@ def protection(sigma, *, rate=1.0, steps=1, enrolled=10, clip=1.0):
         delta=DELTA,
         clip_norm=clip,
     )
-    return Protection(round=one, rounds=1, enrolled=enrolled)
+    return PrivacyPlan(round=one, rounds=1, enrolled=enrolled)
 
 
 def each_alone(n):
@@ -92,7 +92,7 @@ def head():
 
 def with_or_without(last):
     """Float32 sums of clipped gradients, with the last patient or without."""
-    total = summed(head(), INPUTS[: PATIENTS - 1 + last], LABELS, protection(SIGMA))
+    total = summed(head(), INPUTS[: PATIENTS - 1 + last], LABELS, privacy_plan(SIGMA))
     return [(s.double() / total.longest).float() for s in total.sums]
 
 
@@ -130,7 +130,7 @@ def new_release(last, _):
     """What a server reads from a round's weights: they began at 0, and 64 is a power of two."""
     module, n = head(), PATIENTS - 1 + last
     data = examples(INPUTS[:n], LABELS[:n])
-    private = protection(SIGMA, enrolled=PATIENTS)
+    private = privacy_plan(SIGMA, enrolled=PATIENTS)
     dp_sgd.train(module, data, each_alone(n), PLAN, private, lr=64.0)
     return [(-p.detach() / 64).flatten() for p in module.parameters()]
 
@@ -161,7 +161,7 @@ def test_holes_tell_nothing_in_this_one():
 
 def test_every_whole_number_can_follow_from_either_sum():
     """The exact form: with the patient or without, the same numbers are within reach."""
-    private = protection(SIGMA, enrolled=PATIENTS)
+    private = privacy_plan(SIGMA, enrolled=PATIENTS)
     n = PATIENTS
     sums = [torch.cat(summed(head(), INPUTS[:k], LABELS, private).sums) for k in (n - 1, n)]
     (noise,) = Entropy().gaussians([sums[1].shape])
@@ -267,7 +267,7 @@ def test_no_weights_of_any_layer_defeat_the_clip(kind):
     for trial in range(60):
         craft(module, generator)
         rows = hostile_rows((12,), generator)
-        private = protection(1.0, clip=10.0 ** (trial % 7 - 3))
+        private = privacy_plan(1.0, clip=10.0 ** (trial % 7 - 3))
         assert_bounded(module, rows, torch.arange(6) % 3, private)
         moved += summed(module, rows, torch.arange(6) % 3, private).sums[-1].any().item()
     assert moved > 20  # the search is not of dead weights alone
@@ -297,7 +297,7 @@ def test_no_weights_of_a_backbone_defeat_the_clip(backbone):
     with torch.no_grad():
         shape = network.split.prefix(drawn(1, 3, 64, 64)).shape[1:]
     train_mode(suffix)
-    generator, private = torch.Generator().manual_seed(4), protection(1.0)
+    generator, private = torch.Generator().manual_seed(4), privacy_plan(1.0)
     for _ in range(4):
         craft(suffix, generator)
         assert_bounded(suffix, hostile_rows(shape, generator)[:3], torch.tensor([0, 1, 1]), private)
@@ -330,7 +330,7 @@ def test_the_weights_that_let_a_patient_count_five_million_times():
             elif p.requires_grad:
                 p.zero_()
     train_mode(suffix)
-    assert_bounded(suffix, rows, torch.tensor([0, 1, 1, 0, 1]), protection(7.178))
+    assert_bounded(suffix, rows, torch.tensor([0, 1, 1, 0, 1]), privacy_plan(7.178))
 
 
 # --- dropout that one patient more changes for all others ---
@@ -341,7 +341,7 @@ def sum_with_dropout(first, seeds):
 
     Whoever knows the others knows it: of the seeds of a stream torch tells only 2³² apart.
     """
-    suffix, private = Head(WIDTH, CLASSES, 0.9).train(), protection(SIGMA)
+    suffix, private = Head(WIDTH, CLASSES, 0.9).train(), privacy_plan(SIGMA)
     total = empty_sum(suffix, private)
     for i, seed in zip(range(first, PATIENTS), seeds, strict=False):
         row = INPUTS[[i]] * 10, LABELS[[i]], seed
@@ -429,7 +429,7 @@ def by_spread(without):
 
 
 def audit():
-    private = protection(CANARY_SIGMA, rate=RATE, steps=STEPS, enrolled=4)
+    private = privacy_plan(CANARY_SIGMA, rate=RATE, steps=STEPS, enrolled=4)
     without, with_it = canary_scores(0, private), canary_scores(1, private)
     return by_threshold(without, with_it), by_mean(without, with_it), by_spread(without)
 

@@ -15,7 +15,7 @@ from client.privacy.dp_sgd import empty_sum, row_gradient
 from client.privacy.noise import DEVIATION, Entropy
 from client.privacy.noised_sum import NoisedSum
 from client.privacy.parameters import Privacy
-from client.privacy.plan import Protection
+from client.privacy.plan import PrivacyPlan
 from client.privacy.sampling import Patients
 from client.training import trainer
 from client.training.dataset import Examples
@@ -65,7 +65,7 @@ def plan(**changes):
     return Train(**given)
 
 
-def protection(*, sigma=SILENT, rate=1.0, steps=1, clip=1.0, enrolled=10):
+def privacy_plan(*, sigma=SILENT, rate=1.0, steps=1, clip=1.0, enrolled=10):
     one = Privacy(
         mechanism="dp_sgd",
         noise_multiplier=sigma,
@@ -74,7 +74,7 @@ def protection(*, sigma=SILENT, rate=1.0, steps=1, clip=1.0, enrolled=10):
         delta=1e-5,
         clip_norm=clip,
     )
-    return Protection(round=one, rounds=1, enrolled=enrolled)
+    return PrivacyPlan(round=one, rounds=1, enrolled=enrolled)
 
 
 def weights(module):
@@ -112,7 +112,7 @@ def brute(module, inputs, labels, clip, of=None):
 
 def clipped(module, inputs, labels, of, clip):
     """The sum of the clipped rows, flat, float64, as it is before the noise."""
-    total = empty_sum(module, protection(clip=clip))
+    total = empty_sum(module, privacy_plan(clip=clip))
     for i in range(len(inputs)):
         total.add(row_gradient(module, (inputs[[i]], labels[[i]], i), of))
     return torch.cat(total.sums).double() * clip / total.longest
@@ -165,13 +165,13 @@ def test_the_studys_loss_is_what_is_clipped(imbalance, class_weights):
     inputs, labels = data.batch(torch.arange(8), 0, torch.device("cpu")), data.labels
     given = torch.tensor(class_weights) if class_weights else None
     rows, _ = brute(suffix(), inputs, labels, 0.7, losses(how, given))
-    moved = update(data, each_alone(8), how, protection(clip=0.7))
+    moved = update(data, each_alone(8), how, privacy_plan(clip=0.7))
     torch.testing.assert_close(moved.double(), -how.lr * rows.sum(0) / 10, rtol=1e-4, atol=1e-6)
 
 
 def test_weights_counted_from_patients_are_refused():
     with pytest.raises(RefusedError, match="constants"):
-        update(some(4), each_alone(4), plan(imbalance="weighted"), protection())
+        update(some(4), each_alone(4), plan(imbalance="weighted"), privacy_plan())
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 1e30])
@@ -192,7 +192,7 @@ def test_a_row_that_is_not_finite_adds_nothing(bad):
 
 def test_without_one_patient_the_sum_differs_by_just_what_that_patient_adds(monkeypatch):
     ids, n = ["a", "b", "b", "c", "c", "c", "d", "d"], 8
-    data, private = some(n), protection(rate=0.8, steps=1, clip=0.5)
+    data, private = some(n), privacy_plan(rate=0.8, steps=1, clip=0.5)
     seen = []
 
     class Noting(NoisedSum):
@@ -265,7 +265,7 @@ def test_what_a_patient_adds_is_the_same_whoever_is_before_or_beside(monkeypatch
     for out in (0, 1, 17):
         added.append([])
         data, head = examples(inputs[out:], labels[out:]), Head(64, CLASSES, 0.5)
-        update(data, each_alone(40 - out), plan(), protection(), module=head, entropy=Known())
+        update(data, each_alone(40 - out), plan(), privacy_plan(), module=head, entropy=Known())
     assert not torch.equal(*added[0][:2])
     for fewer in added[1:]:
         same = zip(added[0][-len(fewer) :], fewer, strict=True)
@@ -277,7 +277,7 @@ def test_a_patient_with_many_images_pulls_no_harder():
     alone = examples(random(4, 5), labels)
     copies = examples(torch.cat([random(4, 5), random(4, 5)[3:].repeat(49, 1)]), labels + [0] * 49)
     ids = ["a", "b", "c", "d"]
-    private, how = protection(clip=0.2), plan()
+    private, how = privacy_plan(clip=0.2), plan()
     one = update(alone, Patients.of(ids), how, private)
     fifty = update(copies, Patients.of(ids + ["d"] * 49), how, private)
     none = update(examples(random(4, 5)[:3], labels[:3]), Patients.of(ids[:3]), how, private)
@@ -296,7 +296,7 @@ def test_each_view_of_an_image_is_used_and_stays_with_its_image():
     data = examples(values[:, None].repeat(1, 5), [0, 1, 2, 0], views=3)
     module = nn.Sequential(nn.Linear(5, CLASSES))
     hook = module.register_forward_pre_hook(lambda _, rows: seen.extend(rows[0][:, 0].tolist()))
-    update(data, Patients.of(["a", "a", "b", "c"]), plan(), protection(steps=80), module=module)
+    update(data, Patients.of(["a", "a", "b", "c"]), plan(), privacy_plan(steps=80), module=module)
     hook.remove()
     assert set(seen) == set(values.tolist())
     assert len(seen) == 80 * 3
@@ -306,7 +306,7 @@ def test_each_view_of_an_image_is_used_and_stays_with_its_image():
 
 
 def test_a_sum_is_divided_by_the_batch_expected_not_the_one_drawn():
-    data, private = some(6), protection(rate=0.5, enrolled=200, clip=0.4)
+    data, private = some(6), privacy_plan(rate=0.5, enrolled=200, clip=0.4)
     assert private.batch == 100
     entropy, same = known(), known()
     drawn, _ = each_alone(6).draw(0.5, 1, same)
@@ -320,7 +320,7 @@ def test_a_sum_is_divided_by_the_batch_expected_not_the_one_drawn():
 
 def test_noise_is_of_the_promised_size_also_in_steps_without_a_patient():
     # Nobody is ever drawn; each step adds noise of its own to a million weights.
-    steps, private = 5, protection(sigma=2.0, rate=1e-12, steps=5, clip=3.0, enrolled=10**12)
+    steps, private = 5, privacy_plan(sigma=2.0, rate=1e-12, steps=5, clip=3.0, enrolled=10**12)
     private = private.model_copy(update={"enrolled": 4 * 10**12})  # a batch of 4
     module, how = nn.Sequential(nn.Linear(1000, 1000), nn.Linear(1000, CLASSES)), plan(lr=0.5)
     moved = update(some(3, width=1000), each_alone(3), how, private, module=module).double()
@@ -332,7 +332,7 @@ def test_noise_is_of_the_promised_size_also_in_steps_without_a_patient():
 
 def test_noise_comes_once_for_a_step_however_many_rows_are_read_at_a_time(monkeypatch):
     data, how = some(20), plan()
-    private = protection(sigma=5.0, clip=0.3)
+    private = privacy_plan(sigma=5.0, clip=0.3)
     whole = update(data, each_alone(20), how, private, entropy=known())
     monkeypatch.setattr(dp_sgd, "_READ", 3)
     parts = update(data, each_alone(20), how, private, entropy=known())
@@ -341,13 +341,13 @@ def test_noise_comes_once_for_a_step_however_many_rows_are_read_at_a_time(monkey
 
 def test_the_proximal_term_acts_after_clipping_and_noise():
     data, how = some(6), plan(lr=0.1)
-    private, mu = protection(steps=2, clip=1e-3), 5.0
+    private, mu = privacy_plan(steps=2, clip=1e-3), 5.0
     module = suffix()
     start = weights(module).double()
     inputs = data.batch(torch.arange(6), 0, torch.device("cpu"))
     first, _ = brute(module, inputs, data.labels, 1e-3)
     middle = copy.deepcopy(module)
-    update(data, each_alone(6), how, protection(clip=1e-3), module=middle, proximal_mu=mu)
+    update(data, each_alone(6), how, privacy_plan(clip=1e-3), module=middle, proximal_mu=mu)
     second, _ = brute(middle, inputs, data.labels, 1e-3)
     update(data, each_alone(6), how, private, module=module, proximal_mu=mu)
     step_one = -0.1 * first.sum(0) / 10
@@ -359,7 +359,7 @@ def test_the_proximal_term_acts_after_clipping_and_noise():
 
 
 def test_weight_decay_acts_after_clipping_and_noise():
-    how, private = plan(weight_decay=0.2), protection(rate=1e-12, enrolled=10**13)
+    how, private = plan(weight_decay=0.2), privacy_plan(rate=1e-12, enrolled=10**13)
     module = suffix()
     before = weights(module)
     update(some(3), each_alone(3), how, private, module=module)
@@ -370,7 +370,7 @@ def test_it_learns():
     inputs = torch.eye(CLASSES).repeat(40, 1) + 0.1 * random(120, CLASSES)
     data = examples(inputs, [i % CLASSES for i in range(120)])
     module = nn.Linear(CLASSES, CLASSES)
-    private = protection(sigma=1.0, rate=0.5, steps=60, enrolled=120)
+    private = privacy_plan(sigma=1.0, rate=0.5, steps=60, enrolled=120)
     dp_sgd.train(module, data, each_alone(120), plan(), private, lr=1.0)
     counts = trainer.evaluate(module, data, CLASSES)
     assert counts.confusion.diagonal().sum() > 100
@@ -380,7 +380,7 @@ def test_it_learns():
 
 
 def test_the_same_study_twice_gives_another_result_whatever_the_seed():
-    data, private, how = some(6), protection(sigma=1.0, rate=0.5, steps=3), plan()
+    data, private, how = some(6), privacy_plan(sigma=1.0, rate=0.5, steps=3), plan()
     moved = []
     for _ in range(2):
         torch.manual_seed(7)
@@ -394,7 +394,7 @@ def test_torchs_generator_takes_no_part_and_is_left_alone():
     module = nn.Sequential(nn.Linear(5, 4), nn.Dropout(0.5), nn.Linear(4, CLASSES))
     before = torch.get_rng_state()
     first, second = (
-        update(some(6), each_alone(6), plan(), protection(), module=copy.deepcopy(module))
+        update(some(6), each_alone(6), plan(), privacy_plan(), module=copy.deepcopy(module))
         for _ in range(2)
     )
     assert torch.equal(torch.get_rng_state(), before)
@@ -403,7 +403,7 @@ def test_torchs_generator_takes_no_part_and_is_left_alone():
 
 def test_half_precision_around_it_is_switched_off():
     def moved():
-        return update(some(6), each_alone(6), plan(), protection(), entropy=known())
+        return update(some(6), each_alone(6), plan(), privacy_plan(), entropy=known())
 
     alone = moved()
     with torch.autocast("cpu", torch.bfloat16):
@@ -418,7 +418,7 @@ def test_it_tells_nothing_and_leaves_batchnorm_and_modes_alone():
     module[1].requires_grad_(False)
     before = {name: t.clone() for name, t in module.state_dict().items()}
     data = examples(random(6, 3, 6, 6), [0, 1, 2, 0, 1, 2])
-    told = dp_sgd.train(module, data, each_alone(6), plan(), protection(steps=2), lr=0.5)
+    told = dp_sgd.train(module, data, each_alone(6), plan(), privacy_plan(steps=2), lr=0.5)
     assert told is None
     changed = {n for n, t in module.state_dict().items() if not torch.equal(t, before[n])}
     assert changed == {"0.weight", "0.bias", "3.weight", "3.bias"}

@@ -12,7 +12,7 @@ from client.privacy import dp_sgd, self_check
 from client.privacy.noise import DEVIATION, Entropy
 from client.privacy.noised_sum import NoisedSum
 from client.privacy.parameters import Privacy
-from client.privacy.plan import Protection
+from client.privacy.plan import PrivacyPlan
 from client.privacy.self_check import check_noise, check_rows
 from client.training.dataset import Examples
 from common.config.study import Study
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.numbers
 SIZES = {"inception_v3": 80, "vit_b_16": 224}
 QUICK = ("mobilenet_v3_small", "shufflenet_v2_x0_5", "squeezenet1_1")
 
-PROTECTION = Protection(
+PROTECTION = PrivacyPlan(
     round=Privacy(
         mechanism="dp_sgd",
         noise_multiplier=1.3,
@@ -172,7 +172,7 @@ def test_noise_that_is_not_centred():
 
 
 def test_steps_without_patients_that_get_no_noise(monkeypatch):
-    def skipping(suffix, rows, losses, protection, entropy):
+    def skipping(suffix, rows, losses, privacy_plan, entropy):
         assert not list(rows)
         return [torch.zeros_like(p) for p in dp_sgd.trained_by(suffix)]
 

@@ -53,7 +53,7 @@ def test_it_trains_a_round(
     study = Study.read(ROOT / "configs/demo.yaml", changed)
     few = tuple(f"p{i:03d}" for i in range(6))
     two = [
-        virtual_sites.Hospital(name=name, data=Manifest(root=phantoms / name), patients=few)
+        virtual_sites.VirtualSite(name=name, data=Manifest(root=phantoms / name), patients=few)
         for name in ("north", "south")
     ]
     folder = tmp_path / "run"

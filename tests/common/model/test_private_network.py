@@ -40,10 +40,10 @@ def test_what_every_backbone_can_train(name):
 def test_a_private_network_sends_less_and_says_so():
     open_ = assemble(study(privacy={"mechanism": "none"}), "none")
     closed = assemble(study(), "none")
-    assert open_.held == ()
-    assert closed.held == tuple(n for n in open_.trainable if n not in closed.trainable)
-    assert closed.held
-    assert all(".bn" in n or ".downsample.1." in n for n in closed.held)
+    assert open_.frozen == ()
+    assert closed.frozen == tuple(n for n in open_.trainable if n not in closed.trainable)
+    assert closed.frozen
+    assert all(".bn" in n or ".downsample.1." in n for n in closed.frozen)
     assert set(closed.tensors) == set(closed.initial) == set(closed.trainable)
     assert "suffix" in open_.contract.differences(closed.contract)
     trains = {n for n, p in closed.model.named_parameters() if p.requires_grad}

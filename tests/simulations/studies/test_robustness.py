@@ -12,7 +12,7 @@ from common.errors import RunError, StudyError
 from common.model.network import assemble
 from common.support.terminal import console
 from server.runs.run_folder import RunFolder
-from simulations.engines.attacks import Lies, Poisoned
+from simulations.engines.attacks import Attacked, Attacks
 from simulations.engines.base import InProcess
 from simulations.sites import virtual_sites
 from simulations.studies import robustness, runner
@@ -47,8 +47,8 @@ def run(engine, phantoms, folder, *changes, sites=1):
 
 def test_a_scaled_update_is_what_training_changed_times_the_factor(phantoms, tmp_path):
     honest = run(InProcess(), phantoms, tmp_path / "honest").last().tensors
-    scaled = run(Poisoned(Lies(scales=frozenset({"site-1"}))), phantoms, tmp_path / "lies")
-    none = run(Poisoned(Lies()), phantoms, tmp_path / "none").last().tensors
+    scaled = run(Attacked(Attacks(scales=frozenset({"site-1"}))), phantoms, tmp_path / "lies")
+    none = run(Attacked(Attacks()), phantoms, tmp_path / "none").last().tensors
     start = start_of(make_study("aggregate.quorum=1"))
     for name, tensor in scaled.last().tensors.items():
         assert torch.equal(none[name], honest[name])
@@ -61,11 +61,11 @@ def start_of(study):
 
 
 def test_a_mislabelling_hospital_teaches_the_next_class_for_each(phantoms, tmp_path):
-    engine = Poisoned(Lies(mislabels=frozenset({"site-1"})))
-    lies = run(engine, phantoms, tmp_path / "lies", "train.local_epochs=20")
+    engine = Attacked(Attacks(mislabels=frozenset({"site-1"})))
+    attacks = run(engine, phantoms, tmp_path / "lies", "train.local_epochs=20")
     # Its validation is honest, so the last model is not the one that is released.
-    session = RUNTIME.open_session(lies.path / "sites/site-1/site.yaml", lies.study.id)
-    table = session.evaluate(lies.last().tensors, "train").confusion
+    session = RUNTIME.open_session(attacks.path / "sites/site-1/site.yaml", attacks.study.id)
+    table = session.evaluate(attacks.last().tensors, "train").confusion
     right, next_ = (np.roll(table, -by, axis=1).trace() for by in (0, 1))
     assert next_ > 3 * right
 
@@ -83,7 +83,7 @@ def show(
         make_study("aggregate.quorum=5", *changes),
         Source(pool=phantoms / pool, sites=5),
         folder,
-        lies=Lies(scales=frozenset(scales), factor=factor),
+        attacks=Attacks(scales=frozenset(scales), factor=factor),
         strategies=strategies,
         seeds=(0,),
         cache=phantoms / "cache",
@@ -93,7 +93,7 @@ def show(
 def test_the_median_holds_where_the_mean_does_not(phantoms, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(console, "width", 200)
     show(phantoms, tmp_path / "p")
-    # The last models, as a checkpoint that was chosen may be one from before the lies.
+    # The last models, as a checkpoint that was chosen may be one from before the attacks.
     assert moved(tmp_path / "p/fedavg") > 1.5 > moved(tmp_path / "p/fedmedian")
     found = json.loads((tmp_path / "p/poison.json").read_text())["found"]
     assert {way: len(values) for way, values in found["fedmedian"].items()} == {
@@ -117,7 +117,7 @@ def test_the_median_holds_where_the_mean_does_not(phantoms, tmp_path, capsys, mo
 
 
 def moved(folder):
-    """How far the last model went from the start with lies, by how far it went without."""
+    """How far the last model went from the start with attacks, by how far it went without."""
 
     def distance(run):
         start, last = start_of(make_study()), RunFolder(run).last().tensors
