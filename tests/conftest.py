@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from simulations.sites import phantom
-from tests.kit import RUNTIME
+from tests.builders import RUNTIME
 
 
 def pytest_configure() -> None:

@@ -31,7 +31,8 @@ from common.protocol.ledger import LEDGER, LedgerReply, LedgerRequest
 from common.protocol.round import make_round_config
 from common.protocol.tensors import to_arrays
 from simulations.engines.grid import InProcessGrid
-from tests.kit import RUNTIME, another, client_app, limited
+from tests.builders import RUNTIME, client_app
+from tests.processes import another, limited
 
 CLASSES = ("dark", "bright")
 # Found nowhere by chance.

@@ -36,7 +36,7 @@ from common.errors import (
 from common.flower.messages import TaskIdentity
 from common.protocol.join import JoinRequest
 from common.protocol.ledger import LedgerHead
-from tests.kit import RUNTIME, client_app, session_of
+from tests.builders import RUNTIME, client_app, session_of
 
 pytestmark = pytest.mark.numbers
 

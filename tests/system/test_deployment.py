@@ -26,7 +26,7 @@ from simulations.demo import loopback
 from simulations.demo.loopback import Loopback, until
 from simulations.engines.grid import simulate
 from simulations.sites import virtual_sites
-from tests.kit import client_app, write_sites
+from tests.builders import client_app, write_sites
 
 pytestmark = pytest.mark.numbers
 

@@ -27,7 +27,7 @@ from client.privacy.parameters import Privacy
 from client.site import Site
 from common.config.study import Study
 from common.config.yaml import dump
-from tests.kit import session_of
+from tests.builders import session_of
 
 SKIN, CHEST = "1" * 16, "2" * 16
 SITE = {"name": "east", "data": {"format": "manifest", "root": "."}, "state": "state"}

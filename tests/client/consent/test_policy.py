@@ -24,7 +24,7 @@ from common.errors import ContractError, DataError, RefusedError, SiteError
 from common.protocol.ledger import LedgerHead
 from common.protocol.round import RoundRequest
 from common.protocol.tensors import to_arrays
-from tests.kit import session_of
+from tests.builders import session_of
 
 CLASSES = ("dark", "bright")
 HEAD = LedgerHead(count=1, hash="0" * 64)

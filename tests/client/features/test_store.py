@@ -17,7 +17,7 @@ import torch
 from client.features import store as shelf
 from client.features.store import Rows, Store, Stores
 from common.errors import DataError
-from tests.kit import limited
+from tests.processes import limited
 
 WRITER = """
 import sys, time

@@ -15,7 +15,7 @@ from client.ledger.ledger import _link as link
 from client.privacy.accountant import DpEvent
 from client.privacy.parameters import Privacy
 from common.errors import SiteError
-from tests.kit import another, limited
+from tests.processes import another, limited
 
 STUDY, OTHER = "1" * 16, "2" * 16
 PRIVACY = Privacy(

@@ -30,7 +30,7 @@ from server.link.sites import Releases, Sites
 from server.project import certificates
 from server.project.project import Project
 from simulations.demo.loopback import free_port
-from tests.kit import link_up
+from tests.processes import link_up
 
 
 class Coordinator:

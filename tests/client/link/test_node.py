@@ -43,7 +43,7 @@ from server.link.sites import Sites
 from server.project import certificates
 from server.project.project import Project
 from simulations.demo.loopback import free_port
-from tests.kit import link_up
+from tests.processes import link_up
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["client.link.node"])  # seconds, once

@@ -33,7 +33,7 @@ from server.link.sites import Sites
 from server.project import certificates
 from server.project.project import Project
 from simulations.demo.loopback import free_port
-from tests.kit import link_up
+from tests.processes import link_up
 
 ROOT = Path(__file__).parents[3]
 COMMAND = "from server.cli.main import main; main()"

@@ -17,7 +17,7 @@ from server.reports.tensorboard import Events
 from server.runs.run_folder import RunFolder
 from simulations.engines.grid import simulate
 from simulations.sites import virtual_sites
-from tests.kit import client_app, write_sites
+from tests.builders import client_app, write_sites
 
 ROOT = Path(__file__).parents[3]
 NAMES = ("east", "north", "south", "west")

@@ -37,7 +37,7 @@ from simulations.engines.base import InProcess
 from simulations.engines.grid import InProcessGrid, simulate
 from simulations.sites import virtual_sites
 from simulations.studies import runner
-from tests.kit import client_app, write_sites
+from tests.builders import client_app, write_sites
 
 pytestmark = pytest.mark.numbers
 

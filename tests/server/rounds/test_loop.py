@@ -33,7 +33,7 @@ from server.runs.run_folder import RunFolder
 from simulations.cli import main as cli
 from simulations.engines.grid import simulate
 from simulations.sites import virtual_sites
-from tests.kit import client_app, write_sites
+from tests.builders import client_app, write_sites
 
 pytestmark = pytest.mark.numbers
 

@@ -22,7 +22,7 @@ from simulations.cli import main as cli
 from simulations.engines import ray as ray_engine
 from simulations.engines.ray_site import Hospitals, fingerprint, look
 from simulations.sites import virtual_sites
-from tests.kit import write_sites
+from tests.builders import write_sites
 
 pytestmark = pytest.mark.numbers
 

@@ -24,7 +24,7 @@ from simulations.cli import main as cli
 from simulations.engines.base import Engine, InProcess
 from simulations.engines.workers import Workers
 from simulations.sites import virtual_sites
-from tests.kit import write_sites
+from tests.builders import write_sites
 
 pytestmark = pytest.mark.numbers
 

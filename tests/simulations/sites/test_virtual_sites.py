@@ -6,7 +6,7 @@ import yaml
 from common.config.study import Study
 from common.errors import SiteError
 from simulations.sites import virtual_sites
-from tests.kit import write_sites
+from tests.builders import write_sites
 
 CONTENT = {
     "name": "two",

@@ -18,7 +18,7 @@ from simulations.cli.main import app
 from simulations.engines.grid import simulate
 from simulations.sites import virtual_sites
 from simulations.studies import feature_mean
-from tests.kit import client_app, write_sites
+from tests.builders import client_app, write_sites
 
 pytestmark = pytest.mark.numbers
 

@@ -17,7 +17,7 @@ from simulations.engines.base import InProcess
 from simulations.sites import virtual_sites
 from simulations.studies import robustness, runner
 from simulations.studies.runner import Source
-from tests.kit import RUNTIME, write_sites
+from tests.builders import RUNTIME, write_sites
 
 pytestmark = pytest.mark.numbers
 

@@ -1,41 +1,17 @@
-"""What several test files do: faults at the operating system's edge, other processes, a link."""
+"""What tests do to processes: limit this one, fork another, serve a link in a thread."""
 
 import os
 import resource
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 
 import uvicorn
 
-from client.app import make_app
-from client.preparation import Workspace, prepare_site
-from client.runtime import Runtime
-from client.session import Session
-from client.site import Site
-from common.config.study import Study
 from server.link.serve import listen, server
 from server.project.project import Project
-from simulations.sites import virtual_sites
-from simulations.sites.virtual_sites import VirtualSite
-
-RUNTIME = Runtime()
-"""What the sites of this test process keep open, until `new_process`."""
-
-client_app = make_app(RUNTIME)
-
-
-def session_of(site: Site, study: Study) -> Session:
-    """A session of its own, that shares nothing with any other."""
-    return Session(prepare_site(site, study, Workspace()))
-
-
-def write_sites(found: Sequence[VirtualSite], study: Study, run: Path, cache: Path) -> list[Path]:
-    """The site files of virtual hospitals, written into a run folder."""
-    return virtual_sites.write_sites(virtual_sites.plan_sites(found, study), study, run, cache)
 
 
 @contextmanager
