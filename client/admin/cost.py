@@ -66,7 +66,7 @@ class Noise:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Cost:
     """What a study means at this site.
 
     Attributes:
@@ -82,7 +82,7 @@ class Plan:
     noise: Noise | None
 
 
-def plan(site: Site, study: Study) -> Plan:
+def estimate_cost(site: Site, study: Study) -> Cost:
     """Look, and change nothing: no image is decoded, no weights are needed.
 
     Raises:
@@ -100,7 +100,7 @@ def plan(site: Site, study: Study) -> Plan:
         check_policy(site, study, noise.privacy_plan if noise else None, training, len(records))
     except RefusedError as ex:
         refusal = str(ex)
-    return Plan(training, len(records), refusal, noise)
+    return Cost(training, len(records), refusal, noise)
 
 
 def _noise(site: Site, study: Study, privacy: DpSgd) -> Noise:

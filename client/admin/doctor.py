@@ -6,8 +6,8 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from client import weights as backbone
-from client.admin.cost import plan
+from client import weights
+from client.admin.cost import estimate_cost
 from client.admin.speed import Gain, gain
 from client.data.records import Record, Row
 from client.features.precision import chosen, computes
@@ -51,7 +51,7 @@ class Finding(NamedTuple):
     """How it is or, if that is not good, what to do."""
 
 
-def check(
+def examine_site(
     site_file: Path, study_file: Path | None = None, *, speed: bool = False
 ) -> Iterator[Finding]:
     """Look at one thing after the other; what fails does not keep the rest from being looked at.
@@ -165,7 +165,7 @@ def _room(site: Site, study: Study | None, images: int) -> str:
 
 
 def _agreed(site: Site, study: Study) -> str:
-    found = plan(site, study)
+    found = estimate_cost(site, study)
     no = found.refusal or (found.noise.unaffordable if found.noise else None)
     if no:
         raise RefusedError(no)
@@ -175,7 +175,7 @@ def _agreed(site: Site, study: Study) -> str:
 def _backbone(site: Site, study: Study) -> str:
     name = backbones.get(study.model.backbone).name
     try:
-        return f"{name}, weights: {backbone.find(site, study)}"
+        return f"{name}, weights: {weights.find(site, study)}"
     except MissingWeightsError:
         return f"{name}, no weights here: the coordinator sends them at join"
 

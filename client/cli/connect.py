@@ -115,12 +115,12 @@ def check(
 
     Nothing is sent but this site's signature. The exit code is 1 if anything is not as it must be.
     """
-    from client.admin.doctor import check as look
+    from client.admin.doctor import examine_site
 
     if speed and study_file is None:
         raise typer.BadParameter("--speed is measured on a study's network: name the study too")
     well = True
-    for finding in look(site_file, study_file, speed=speed):
+    for finding in examine_site(site_file, study_file, speed=speed):
         mark, style = ("ok", "green") if finding.good else ("no", "red")
         console.print(mark, style=style, end="  ")
         console.print(f"{finding.what:12} {finding.text}")

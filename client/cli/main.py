@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from client.cli import connect as cli_link
-from client.cli import privacy as cli_privacy
+from client.cli import connect, privacy
 from client.cli.privacy import SiteFile, Yes
 from common.errors import SiteError
 from common.support import terminal
@@ -27,13 +26,13 @@ app = typer.Typer(
 )
 
 for command, name, rest in (
-    (cli_link.init, "init", "--server link.example.org:443"),
-    (cli_link.check, "check", "study.yaml"),
-    (cli_link.start, "start", ""),
-    (cli_privacy.plan, "plan", "study.yaml"),
-    (cli_privacy.ledger, "ledger", "--picture epsilon.png"),
-    (cli_privacy.disclosed, "disclosed", "--study skin-lesions"),
-    (cli_privacy.ledger_adopt, "ledger-adopt", "--epsilon 3 --delta 1e-6"),
+    (connect.init, "init", "--server link.example.org:443"),
+    (connect.check, "check", "study.yaml"),
+    (connect.start, "start", ""),
+    (privacy.plan, "plan", "study.yaml"),
+    (privacy.ledger, "ledger", "--picture epsilon.png"),
+    (privacy.disclosed, "disclosed", "--study skin-lesions"),
+    (privacy.ledger_adopt, "ledger-adopt", "--epsilon 3 --delta 1e-6"),
 ):
     app.command(name, epilog=f"Example: consilium-client {name} site.yaml {rest}".rstrip())(command)
 

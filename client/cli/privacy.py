@@ -238,13 +238,13 @@ def plan(site_file: SiteFile, study_file: StudyFile) -> None:
     studies together would have spent after each round. For one without: that nothing bounds what
     it tells. In both cases: whether the policy agrees, and what would leave.
     """
-    from client.admin import cost as plan
+    from client.admin.cost import estimate_cost
     from client.ledger import spending
     from client.site import Site
     from common.config.study import DpSgd, Study
 
     site, study = Site.read(site_file), Study.read(study_file)
-    found = plan.plan(site, study)
+    found = estimate_cost(site, study)
     console.print(f"training here  {found.training:,} patients, {found.images:,} images")
     if isinstance(study.privacy, DpSgd):
         if found.noise:

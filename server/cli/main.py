@@ -12,7 +12,7 @@ import typer
 from common.errors import LinkError
 from common.support import terminal
 from common.support.terminal import console, table
-from server.cli import runs as cli_runs
+from server.cli import runs
 from server.cli.runs import HERE, Folder
 
 if TYPE_CHECKING:
@@ -243,8 +243,8 @@ def _doing(state: "RunState") -> str:
 
 
 for command, name, rest in (
-    (cli_runs.run, "run", "study.yaml"),
-    (cli_runs.stop, "stop", "runs/skin-20260101-120000"),
-    (cli_runs.logs, "logs", "--lines 20"),
+    (runs.run, "run", "study.yaml"),
+    (runs.stop, "stop", "runs/skin-20260101-120000"),
+    (runs.logs, "logs", "--lines 20"),
 ):
     app.command(name, epilog=f"Example: consilium-server {name} {rest}")(command)
