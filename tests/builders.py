@@ -12,6 +12,13 @@ from common.config.study import Study
 from simulations.sites import virtual_sites
 from simulations.sites.virtual_sites import VirtualSite
 
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "configs"
+DEMO = CONFIGS / "demo.yaml"
+
+PHANTOMS = ("east", "north", "south", "west")
+"""The hospitals in the fixture `phantoms`."""
+
 RUNTIME = Runtime()
 """What the sites of this test process keep open, until `new_process`."""
 

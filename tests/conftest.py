@@ -30,7 +30,7 @@ def shared() -> Path:
     """The folder of real images and weights that the repository does not hold."""
     default = Path(__file__).parents[2] / "shared"
     folder = Path(os.environ.get("CONSILIUM_TEST_DATA", default))
-    if not folder.is_dir():
+    if not all((folder / part).is_dir() for part in ("data", "weights")):
         pytest.skip(f"no test data at {folder}; set CONSILIUM_TEST_DATA")
     return folder
 

@@ -7,7 +7,8 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from tests.builders import ROOT
+
 ROLES = ("common", "client", "server", "simulations")
 
 

@@ -10,7 +10,6 @@ import sys
 import weakref
 from collections import Counter
 from importlib.metadata import version
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -36,11 +35,11 @@ from common.errors import (
 from common.flower.messages import TaskIdentity
 from common.protocol.join import JoinRequest
 from common.protocol.ledger import LedgerHead
-from tests.builders import RUNTIME, client_app, session_of
+from simulations.sites.pretrain import WEIGHTS
+from tests.builders import ROOT, RUNTIME, client_app, session_of
 
 pytestmark = pytest.mark.numbers
 
-PHANTOM = Path(__file__).parents[2] / "simulations/sites/phantom_backbone.safetensors"
 CLASSES = ("dark", "grey", "bright")
 HEAD = LedgerHead(count=1, hash="0" * 64)
 LIGHT = {"dark": 20, "grey": 120, "bright": 230}
@@ -143,11 +142,16 @@ def test_a_phantom_hospital_is_cut_by_patient_and_learns(phantoms, tmp_path):
     with (root / "manifest.csv").open() as file:
         table = list(csv.DictReader(file))
     data = {"format": "manifest", "root": str(root)}
-    content = {"name": "north", "data": data, "state": "state", "weights": str(PHANTOM.parent)}
+    content = {
+        "name": "north",
+        "data": data,
+        "state": "state",
+        "weights": str(WEIGHTS.parent),
+    }
     (tmp_path / "site.yaml").write_text(dump(content))
     wanted = study(
         classes=["clear", "nodule", "consolidation", "effusion"],
-        model={"backbone": "shufflenet_v2_x0_5", "weights": f"elsewhere/{PHANTOM.name}"},
+        model={"backbone": "shufflenet_v2_x0_5", "weights": f"elsewhere/{WEIGHTS.name}"},
         train={"rounds": 3, "local_epochs": 8, "lr": 3e-3},
         holdout={"validation": 0.2, "test": 0.3},
     )
@@ -368,10 +372,10 @@ def test_what_is_kept_may_be_the_hospitals_choice(tmp_path):
 
 
 def test_what_it_computes_in_is_the_studys_choice(tmp_path):
-    model = {"backbone": "shufflenet_v2_x0_5", "weights": str(PHANTOM), "unfreeze": "last:1"}
+    model = {"backbone": "shufflenet_v2_x0_5", "weights": str(WEIGHTS), "unfreeze": "last:1"}
     contracts, trained = {}, {}
     for dtype in ("float32", "bfloat16"):
-        hospital = site(tmp_path / dtype, patients(8), weights=str(PHANTOM.parent))
+        hospital = site(tmp_path / dtype, patients(8), weights=str(WEIGHTS.parent))
         session = session_of(hospital, study(model=model | {"precision": dtype}))
         contracts[dtype] = session.join(HEAD, []).contract
         row = session.prepared.examples["train"].prepared.rows[torch.tensor([0])]
@@ -510,7 +514,7 @@ def test_an_unfit_flwr_is_refused_in_fixed_words(got):
     code = f"{UNFIT[got]}\ntry:\n import client.app\nexcept Exception as ex: print(repr(ex))"
     told = subprocess.run(
         [sys.executable, "-c", code],
-        cwd=Path(__file__).parents[2],
+        cwd=ROOT,
         capture_output=True,
         text=True,
         check=True,

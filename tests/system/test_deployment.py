@@ -26,7 +26,7 @@ from simulations.demo import loopback
 from simulations.demo.loopback import Loopback, until
 from simulations.engines.grid import simulate
 from simulations.sites import virtual_sites
-from tests.builders import client_app, write_sites
+from tests.builders import CONFIGS, client_app, write_sites
 
 pytestmark = pytest.mark.numbers
 
@@ -376,7 +376,7 @@ def test_a_real_study_runs_here_as_it_is_in_a_simulation(shared, tmp_path, name)
     """Four real sites, the study file unchanged but for its rounds and where the weights are."""
     weights = shared / "weights" / "squeezenet1_0.pth"
     changes = ("train.rounds=3", f"model.weights={weights}")
-    wanted = Study.read(Path(__file__).parents[2] / "configs" / f"{name}.yaml", changes)
+    wanted = Study.read(CONFIGS / f"{name}.yaml", changes)
     found = [virtual_sites.from_folder(shared / "data" / "skin_sites" / site) for site in SKIN]
     with Loopback(tmp_path / "real", wanted, found) as world:
         everybody(world)

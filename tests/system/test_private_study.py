@@ -34,11 +34,10 @@ from simulations.engines.base import InProcess
 from simulations.engines.grid import InProcessGrid, simulate
 from simulations.sites import virtual_sites
 from simulations.studies import runner
-from tests.builders import RUNTIME, client_app, write_sites
+from tests.builders import PHANTOMS, RUNTIME, client_app, write_sites
 
 pytestmark = pytest.mark.numbers
 
-NAMES = ("east", "north", "south", "west")
 DELTA = 1e-5
 
 
@@ -68,7 +67,7 @@ def study(**changes: Any) -> Study:
 def settle(wanted: Study, phantoms: Path, folder: Path, **policies: dict[str, Any]) -> list[Path]:
     """Site files of the four phantoms in a run folder; some with a policy of their own."""
     RunFolder.claim(folder).begin(wanted)
-    found = [virtual_sites.from_folder(phantoms / name) for name in NAMES]
+    found = [virtual_sites.from_folder(phantoms / name) for name in PHANTOMS]
     files = write_sites(found, wanted, folder, folder.parent / "cache")
     for path in files:
         if policy := policies.get(path.parent.name):
@@ -146,7 +145,7 @@ def test_a_private_study_spends_what_it_promised_and_tells_nothing_beside(phanto
     lines = folder.history()
     assert {line["train_loss"] for line in lines} == {None}
     assert {line["auroc"] for line in lines if line["model_round"] < 3} == {None}
-    assert set(results["federated"]) == set(NAMES)
+    assert set(results["federated"]) == set(PHANTOMS)
 
 
 def test_the_same_study_twice_never_gives_the_same_model(phantoms, tmp_path, new_process):
@@ -362,7 +361,7 @@ def test_a_private_study_never_trains_by_an_agreement_without_protection(phantom
 
 
 def test_a_private_study_begins_with_no_model_that_was_trained_openly(phantoms, tmp_path):
-    found = [phantoms / name for name in NAMES]
+    found = [phantoms / name for name in PHANTOMS]
     source = runner.Source(folders=tuple(found))
     openly, private = tmp_path / "open.yaml", tmp_path / "private.yaml"
     same = {"train": {"rounds": 1}, "model": {**study().model.model_dump(), "weights": "none"}}

@@ -7,16 +7,16 @@ from pathlib import Path
 import pytest
 
 from simulations.cli import main as cli
+from tests.builders import CONFIGS
 
 pytestmark = pytest.mark.numbers
 
-ROOT = Path(__file__).parents[2]
 SITES = ("rosendahl", "vidir_modern", "vidir_molemax", "vienna_dias")
 
 
 def run(shared: Path, out: Path, seeds: str, *options: str) -> dict[str, dict[str, list[float]]]:
     """Overall test figures of configs/skin.yaml: way of training → metric → one value per seed."""
-    arguments = ["consilium-simulate", "run", str(ROOT / "configs/skin.yaml")]
+    arguments = ["consilium-simulate", "run", str(CONFIGS / "skin.yaml")]
     arguments += [x for name in SITES for x in ("--site", str(shared / "data/skin_sites" / name))]
     arguments += ["--set", f"model.weights={shared / 'weights/squeezenet1_0.pth'}"]
     arguments += ["--out", str(out), "--cache", str(out.parent / "cache"), "--seeds", seeds]

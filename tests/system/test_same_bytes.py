@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.builders import PHANTOMS, ROOT
+
 pytestmark = pytest.mark.numbers
 
-ROOT = Path(__file__).parents[2]
-NAMES = ("north", "south", "east", "west")
 SAME = ("last.safetensors", "model.safetensors", "metrics.jsonl", "report.json")
 STUDIES = {
     # A large head, and a prefix whose small batches are computed in another way.
@@ -109,7 +109,7 @@ USUAL = {"threads": 1, "workers": 0, "leaping": False, "half": False}
 def told(folder: Path, phantoms: Path, study: str, **how: int) -> dict[str, str]:
     """Digests of what a run leaves, and figures of local and pooled training."""
     (folder / "child.py").write_text(CHILD)
-    places = [phantoms / name for name in NAMES]
+    places = [phantoms / name for name in PHANTOMS]
     options = [*STUDIES[study], json.dumps(USUAL | how), json.dumps(SAME)]
     arguments = [sys.executable, folder / "child.py", folder / "run", *places, *options]
     ended = subprocess.run(

@@ -8,10 +8,10 @@ import pytest
 
 from common.config.yaml import dump
 from simulations.cli import main as cli
+from tests.builders import CONFIGS
 
 pytestmark = pytest.mark.numbers
 
-ROOT = Path(__file__).parents[2]
 PLAIN = ({"keep": "images"}, "float32")
 FAST = ({"keep": "activations"}, "bfloat16")
 
@@ -22,7 +22,7 @@ def accuracy(shared: Path, folder: Path, way: dict[str, str], precision: str) ->
     data = {"format": "npz", "root": str(shared / "data/pneumoniamnist/pneumoniamnist.npz")}
     site = {"name": "ward", "data": data, "state": "state", "device": "cpu", **way}
     (folder / "site.yaml").write_text(dump(site))
-    arguments = ["consilium-simulate", "run", str(ROOT / "configs/chest.yaml")]
+    arguments = ["consilium-simulate", "run", str(CONFIGS / "chest.yaml")]
     arguments += ["--site", str(folder), "--out", str(folder / "run"), "--seeds", "0,1,2"]
     arguments += ["--cache", str(folder / "cache"), "--set", "aggregate.quorum=1"]
     weights = shared / "weights/mobilenet_v2.pth"

@@ -22,9 +22,9 @@ from server.link.sites import Sites
 from server.project import certificates
 from server.project.project import Project
 from simulations.demo.loopback import free_port
+from tests.builders import DEMO
 from tests.processes import link_up
 
-ROOT = Path(__file__).parents[3]
 Command = Callable[..., tuple[int, str]]
 FLAGS = ("--name", "west", "--server", "localhost:4443")
 
@@ -300,9 +300,8 @@ def test_what_bfloat16_would_gain_is_measured_on_request(
 ) -> None:
     data = {"format": "manifest", "root": str(phantoms / "west")}
     (tmp_path / "site.yaml").write_text(dump({"name": "w", "data": data, "state": "state"}))
-    demo = ROOT / "configs/demo.yaml"
-    assert "beside float32" not in command("check", "site.yaml", demo)[1]
-    told = command("check", "site.yaml", demo, "--speed")[1]
+    assert "beside float32" not in command("check", "site.yaml", DEMO)[1]
+    told = command("check", "site.yaml", DEMO, "--speed")[1]
     assert "\nok  speed        bfloat16 beside float32: frozen layers × " in told
     code, text = command("check", "site.yaml", "--speed")
     assert code == 2

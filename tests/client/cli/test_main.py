@@ -13,8 +13,8 @@ import yaml
 
 from client.cli import main as cli
 from client.features.store import Store
+from tests.builders import ROOT
 
-ROOT = Path(__file__).parents[3]
 KEYS = [letter * 24 for letter in "ab"]
 SITE = {"name": "east", "data": {"format": "manifest", "root": "images"}, "state": "state"}
 

@@ -2,9 +2,7 @@
 
 import contextlib
 import csv
-import os
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,7 +19,6 @@ from common.config.yaml import YamlFile
 from common.errors import DataError, SiteError
 from common.model.images import Preprocess
 
-SHARED = Path(os.environ.get("CONSILIUM_TEST_DATA", Path(__file__).parents[4] / "shared"))
 CLASSES = ("benign", "malignant")
 SMALL = Preprocess(12, 12, (0, 0, 0), (1, 1, 1))
 
@@ -452,13 +449,6 @@ def test_listing_thousands_of_images_decodes_none_and_is_quick(tmp_path):
     assert time.process_time() - start < 5
 
 
-def shared(*parts):
-    path = SHARED.joinpath("data", *parts)
-    if not path.exists():
-        pytest.skip(f"no test data at {path}; set CONSILIUM_TEST_DATA")
-    return path
-
-
 SKIN = ("akiec", "bcc", "bkl", "df", "mel", "nv", "vasc")
 
 
@@ -466,15 +456,15 @@ SKIN = ("akiec", "bcc", "bkl", "df", "mel", "nv", "vasc")
     ("site", "images"),
     [("rosendahl", 1008), ("vidir_modern", 1075), ("vidir_molemax", 2516), ("vienna_dias", 174)],
 )
-def test_real_manifests(site, images):
-    records = guess(shared("skin_sites", site)).records(SKIN)
+def test_real_manifests(site, images, shared):
+    records = guess(shared / "data/skin_sites" / site).records(SKIN)
     assert len(records) == images
     assert set(records[0].columns) == {"age", "sex", "localization"}
     assert records[-1].image.square(SMALL.with_size(224)).shape == (3, 224, 224)
 
 
-def test_real_npz():
-    records = guess(shared("pneumoniamnist")).records(("normal", "pneumonia"))
+def test_real_npz(shared):
+    records = guess(shared / "data/pneumoniamnist").records(("normal", "pneumonia"))
     splits = [record.split for record in records]
     assert [splits.count(s) for s in ("train", "validation", "test")] == [4708, 524, 624]
     assert sum(record.label for record in records if record.split == "train") == 3494

@@ -1,8 +1,5 @@
 """Held-out patients: the right share, by patient, and the same ones for good."""
 
-import os
-from pathlib import Path
-
 import numpy as np
 import pytest
 
@@ -12,7 +9,6 @@ from client.data.splits import split
 from common.config.study import Holdout
 from common.errors import DataError
 
-SHARED = Path(os.environ.get("CONSILIUM_TEST_DATA", Path(__file__).parents[4] / "shared"))
 SECRET = bytes(range(32))
 SKIN = ("akiec", "bcc", "bkl", "df", "mel", "nv", "vasc")
 
@@ -100,11 +96,8 @@ def test_a_patient_in_two_splits():
 
 
 @pytest.mark.parametrize("site", ["rosendahl", "vidir_modern", "vidir_molemax", "vienna_dias"])
-def test_real_sites(site):
-    root = SHARED / "data/skin_sites" / site
-    if not root.exists():
-        pytest.skip(f"no test data at {root}; set CONSILIUM_TEST_DATA")
-    records = guess(root).records(SKIN)
+def test_real_sites(site, shared):
+    records = guess(shared / "data/skin_sites" / site).records(SKIN)
     patients = len(ids(records))
     _, validation, test = cut(records)
     for part, share in ((validation, 0.15), (test, 0.2)):

@@ -16,6 +16,7 @@ import torch
 from client.features.cache import forget, prune, purge, stores
 from client.features.store import Store
 from common.errors import DataError
+from tests.builders import ROOT
 
 pytestmark = pytest.mark.numbers
 
@@ -78,7 +79,7 @@ def keys(cache):
 def start(code, *arguments):
     return subprocess.Popen(
         [sys.executable, "-c", code, *map(str, arguments)],
-        cwd=Path(__file__).parents[3],
+        cwd=ROOT,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

@@ -4,7 +4,6 @@ import hmac
 import json
 import logging
 import os
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,10 +22,10 @@ from common.errors import DataError
 from common.model.images import Preprocess
 from common.model.network import assemble
 from common.model.split import cut_at
+from simulations.sites.pretrain import WEIGHTS
 
 pytestmark = pytest.mark.numbers
 
-PHANTOM = Path(__file__).parents[3] / "simulations/sites/phantom_backbone.safetensors"
 OPS = ("flip", "rotate", "crop", "brightness")
 SMALL = Preprocess(resize=16, crop=16, mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2))
 
@@ -119,7 +118,7 @@ def direct(spec, some):
 @pytest.mark.parametrize(
     ("backbone", "unfreeze", "weights"),
     [
-        ("shufflenet_v2_x0_5", "head", str(PHANTOM)),
+        ("shufflenet_v2_x0_5", "head", str(WEIGHTS)),
         ("squeezenet1_1", "last:1", "none"),
         ("resnet18", "last:1", "none"),
     ],
@@ -138,7 +137,7 @@ def test_cached_activations_are_the_prefix_run_directly(tmp_path, backbone, unfr
 
 
 def test_training_is_the_same_on_activations_and_on_pixels(tmp_path):
-    net = network("shufflenet_v2_x0_5", "last:1", weights=str(PHANTOM))
+    net = network("shufflenet_v2_x0_5", "last:1", weights=str(WEIGHTS))
     labels = torch.arange(9) % 3
     plan = Train(rounds=1, local_epochs=3, batch_size=4, optimizer="sgd", lr=0.05)
     results = []
@@ -294,7 +293,7 @@ def test_depth_size_and_weights_each_name_another_store():
             (("squeezenet1_1", "head"), {"size": 96}),
             (("squeezenet1_1", "head"), {"seed": 1}),
             (("shufflenet_v2_x0_5", "head"), {}),
-            (("shufflenet_v2_x0_5", "head"), {"weights": str(PHANTOM)}),
+            (("shufflenet_v2_x0_5", "head"), {"weights": str(WEIGHTS)}),
         ]
     ]
     assert len(set(keys)) == len(keys)
@@ -397,7 +396,7 @@ def test_other_ops_are_other_views_of_the_same_image(tmp_path):
 
 
 def test_views_are_not_examples_and_evaluation_sees_the_images_only(tmp_path):
-    net = network("shufflenet_v2_x0_5", "head", weights=str(PHANTOM))
+    net = network("shufflenet_v2_x0_5", "head", weights=str(WEIGHTS))
     head = net.model.get_parameter(net.trainable[0])
     nn.init.normal_(head, generator=torch.Generator().manual_seed(0))
     labels = torch.tensor([0, 1, 2, 0])

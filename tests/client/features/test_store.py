@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from datetime import date
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ import torch
 from client.features import store as shelf
 from client.features.store import Rows, Store, Stores
 from common.errors import DataError
+from tests.builders import ROOT
 from tests.processes import limited
 
 WRITER = """
@@ -176,7 +176,7 @@ def test_a_half_written_shard_is_not_there_yet(tmp_path, caplog):
 
 def run(code, *arguments):
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.Popen(command, cwd=Path(__file__).parents[3], env=os.environ)
+    return subprocess.Popen(command, cwd=ROOT, env=os.environ)
 
 
 def writer(folder, name, count):

@@ -9,8 +9,8 @@ import yaml
 
 from common.config.study import Study
 from common.errors import StudyError
+from tests.builders import CONFIGS
 
-CONFIGS = Path(__file__).parents[3] / "configs"
 BASE = """
 name: lesions
 classes: [benign, malignant]

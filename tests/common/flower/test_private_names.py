@@ -13,8 +13,8 @@ from flwr.serverapp.strategy import FedAvgM
 
 from common.flower import messages, superlink, supernode
 from common.flower.strategies import read_carried, write_carried
+from tests.builders import ROOT
 
-ROOT = Path(__file__).parents[3]
 ROLES = ("common", "client", "server", "simulations")
 PUBLIC = {
     "flwr.app",

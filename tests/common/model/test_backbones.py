@@ -1,7 +1,6 @@
 """Every registered backbone: its head, blocks, choices, preprocessing and weights."""
 
 import hashlib
-import os
 from functools import cache
 from pathlib import Path
 
@@ -17,10 +16,6 @@ from common.model.backbones import Backbone, Head
 
 pytestmark = pytest.mark.numbers
 
-DATA = Path(os.environ.get("CONSILIUM_TEST_DATA", Path(__file__).parents[4] / "shared"))
-needs_weights = pytest.mark.skipif(
-    not (DATA / "weights").is_dir(), reason=f"no pretrained weights in {DATA} (CONSILIUM_TEST_DATA)"
-)
 SHA256 = {
     "squeezenet1_0": "57e921082f5f1717e26b4fadb9c0d631e1b2e4115a00e32c2953597b75fb733f",
     "mobilenet_v2": "d605d7b555ef853043686028885f653e5e6947a89748d916a4cc687f8a2490ac",
@@ -318,10 +313,9 @@ def test_a_failed_download_says_what_to_do(tmp_path: Path, monkeypatch: pytest.M
         build("squeezenet1_1", "DEFAULT")
 
 
-@needs_weights
 @pytest.mark.parametrize("name", SHA256)
-def test_real_pretrained_weights_load(name: str) -> None:
-    path = DATA / "weights" / f"{name}.pth"
+def test_real_pretrained_weights_load(name: str, shared: Path) -> None:
+    path = shared / "weights" / f"{name}.pth"
     assert hashlib.sha256(path.read_bytes()).hexdigest() == SHA256[name]
     model = build(name, path)
     state = torch.load(path, weights_only=True)
@@ -330,7 +324,6 @@ def test_real_pretrained_weights_load(name: str) -> None:
     assert all(torch.equal(tensor, state[key]) for key, tensor in own.items())
 
 
-@needs_weights
-def test_real_weights_of_another_architecture_are_named() -> None:
+def test_real_weights_of_another_architecture_are_named(shared: Path) -> None:
     with pytest.raises(BackboneError, match="It fits mobilenet_v2"):
-        build("resnet18", DATA / "weights/mobilenet_v2.pth")
+        build("resnet18", shared / "weights/mobilenet_v2.pth")

@@ -14,11 +14,10 @@ from server.app import app as server_app
 from server.runs.run_folder import RunFolder
 from simulations.engines.grid import simulate
 from simulations.sites import virtual_sites
-from tests.builders import client_app, write_sites
+from tests.builders import DEMO, client_app, write_sites
 
 pytestmark = pytest.mark.numbers
 
-ROOT = Path(__file__).parents[3]
 SIZES = {"inception_v3": 80, "vit_b_16": 224}
 QUICK = ("mobilenet_v3_small", "resnet18", "shufflenet_v2_x0_5", "squeezenet1_1")
 
@@ -50,7 +49,7 @@ def test_it_trains_a_round(
         "aggregate.quorum": 2,
     }
     changed = tuple(f"{key}={value}" for key, value in changes.items())
-    study = Study.read(ROOT / "configs/demo.yaml", changed)
+    study = Study.read(DEMO, changed)
     few = tuple(f"p{i:03d}" for i in range(6))
     two = [
         virtual_sites.VirtualSite(name=name, data=Manifest(root=phantoms / name), patients=few)

@@ -33,9 +33,9 @@ from server.link.sites import Sites
 from server.project import certificates
 from server.project.project import Project
 from simulations.demo.loopback import free_port
+from tests.builders import ROOT
 from tests.processes import link_up
 
-ROOT = Path(__file__).parents[3]
 COMMAND = "from server.cli.main import main; main()"
 Command = Callable[..., tuple[int, str]]
 PROTOBUF = {"content-type": "application/x-protobuf"}

@@ -17,10 +17,8 @@ from server.reports.tensorboard import Events
 from server.runs.run_folder import RunFolder
 from simulations.engines.grid import simulate
 from simulations.sites import virtual_sites
-from tests.builders import client_app, write_sites
+from tests.builders import DEMO, PHANTOMS, client_app, write_sites
 
-ROOT = Path(__file__).parents[3]
-NAMES = ("east", "north", "south", "west")
 ClientApp = Callable[[Message, Context], Message]
 
 
@@ -30,7 +28,7 @@ class Interrupted(BaseException):
 
 def begin(folder: Path, sites: Sequence[Path], *changes: str) -> RunFolder:
     """A run of virtual hospitals that has not started."""
-    study = Study.read(ROOT / "configs/demo.yaml", ("train.local_epochs=1", *changes))
+    study = Study.read(DEMO, ("train.local_epochs=1", *changes))
     run = RunFolder.claim(folder)
     found = [virtual_sites.from_folder(site) for site in sites]
     write_sites(found, study, folder, sites[0].parent / "cache")
@@ -44,7 +42,7 @@ def go(run: RunFolder, app: ClientApp = client_app) -> None:
 
 @pytest.fixture
 def four(phantoms: Path) -> list[Path]:
-    return [phantoms / name for name in NAMES]
+    return [phantoms / name for name in PHANTOMS]
 
 
 def curves(run: RunFolder) -> dict[str, list[tuple[int, float]]]:

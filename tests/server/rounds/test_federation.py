@@ -37,12 +37,10 @@ from simulations.engines.base import InProcess
 from simulations.engines.grid import InProcessGrid, simulate
 from simulations.sites import virtual_sites
 from simulations.studies import runner
-from tests.builders import client_app, write_sites
+from tests.builders import DEMO, PHANTOMS, client_app, write_sites
 
 pytestmark = pytest.mark.numbers
 
-ROOT = Path(__file__).parents[3]
-NAMES = ("east", "north", "south", "west")
 App = Callable[[Message, Context], Message]
 
 # --- sites that answer whatever a test wants ---
@@ -285,7 +283,7 @@ def test_a_damaged_list_of_ledgers_is_named(tmp_path: Path, content: str) -> Non
 
 def make_study(*changes: str) -> Study:
     few = ("train.rounds=2", "train.local_epochs=1", "aggregate.quorum=1", "holdout.validation=0.4")
-    return Study.read(ROOT / "configs/demo.yaml", (*few, *changes))
+    return Study.read(DEMO, (*few, *changes))
 
 
 def settle(
@@ -293,7 +291,7 @@ def settle(
 ) -> list[Path]:
     """Four phantom hospitals in a new run folder; those named tell less."""
     study = make_study(*changes)
-    found = [virtual_sites.from_folder(phantoms / name) for name in NAMES]
+    found = [virtual_sites.from_folder(phantoms / name) for name in PHANTOMS]
     RunFolder.claim(folder).begin(study)
     site_files = write_sites(found, study, folder, phantoms / "cache")
     for path in site_files:
@@ -332,7 +330,9 @@ def test_a_run_with_sites_that_tell_less_is_whole(
 ) -> None:
     text = (mixed.path / "metrics.jsonl").read_text()
     lines = [json.loads(line, parse_constant=strict) for line in text.splitlines()]
-    by_site = {name: {x["round"]: x for x in lines if x["site"] == name} for name in (*NAMES, None)}
+    by_site = {
+        name: {x["round"]: x for x in lines if x["site"] == name} for name in (*PHANTOMS, None)
+    }
     for number in (1, 2):
         for silent in ("north", "south"):
             line = by_site[silent][number]
@@ -402,7 +402,9 @@ def test_without_any_figure_of_rounds_the_last_model_is_released(
     tmp_path: Path, phantoms: Path, disclose: object, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "run"
-    folder = run(path, settle(path, phantoms, dict.fromkeys(NAMES, disclose), "train.patience=1"))
+    folder = run(
+        path, settle(path, phantoms, dict.fromkeys(PHANTOMS, disclose), "train.patience=1")
+    )
     last = folder.last()
     assert last is not None
     assert last.round == 2
@@ -508,7 +510,7 @@ def backups(tmp_path: Path, phantoms: Path, new_process: Callable[[], None]) -> 
     """A run whose process was killed twice, with copies of south's state made on the way."""
     path = tmp_path / "run"
     site_files = settle(path, phantoms, {}, "train.rounds=3", "aggregate.quorum=3")
-    south = site_files[NAMES.index("south")]
+    south = site_files[PHANTOMS.index("south")]
     state = south.parent / "state"
 
     def back_up(name: str) -> None:
@@ -546,9 +548,9 @@ def backups(tmp_path: Path, phantoms: Path, new_process: Callable[[], None]) -> 
 
 def test_ledgers_that_only_grew_are_let_in_again(backups: Callable[..., RunFolder]) -> None:
     folder = backups()
-    assert set(folder.facts()["sites"]) == set(NAMES)
+    assert set(folder.facts()["sites"]) == set(PHANTOMS)
     assert folder.facts()["refused"] == {}
-    assert set(ledger_heads.known(folder)) == set(NAMES)
+    assert set(ledger_heads.known(folder)) == set(PHANTOMS)
 
 
 @pytest.mark.parametrize("backup", ["before join 1", "before round 2"])

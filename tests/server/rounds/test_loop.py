@@ -33,18 +33,16 @@ from server.runs.run_folder import RunFolder
 from simulations.cli import main as cli
 from simulations.engines.grid import simulate
 from simulations.sites import virtual_sites
-from tests.builders import client_app, write_sites
+from tests.builders import DEMO, PHANTOMS, ROOT, client_app, write_sites
 
 pytestmark = pytest.mark.numbers
 
-ROOT = Path(__file__).parents[3]
-NAMES = ("east", "north", "south", "west")
 ClientApp = Callable[[Message, Context], Message]
 
 
 def make_study(*changes: str) -> Study:
     few = ("train.rounds=3", "train.local_epochs=1")
-    return Study.read(ROOT / "configs/demo.yaml", (*few, *changes))
+    return Study.read(DEMO, (*few, *changes))
 
 
 def settle(
@@ -53,7 +51,7 @@ def settle(
     """Four phantom hospitals in a new run folder."""
     found = [
         virtual_sites.from_folder(phantoms / name, evaluates_only=name in evaluators)
-        for name in NAMES
+        for name in PHANTOMS
     ]
     RunFolder.claim(folder).begin(study)
     return write_sites(found, study, folder, phantoms / "cache")
@@ -106,7 +104,7 @@ def test_a_study_leaves_everything_a_person_needs(tmp_path: Path, phantoms: Path
     expected |= {"last.safetensors", "last.json"}
     assert names >= expected | {"curves.png", "confusion.png", "sites"}
     assert not [name for name in names if name.endswith(".part")]
-    for site in (*NAMES, None):
+    for site in (*PHANTOMS, None):
         assert [line["round"] for line in lines(folder, site)] == list(range(1, 7))
     overall = lines(folder, None)
     assert overall[-1]["train_loss"] < overall[0]["train_loss"]
@@ -305,7 +303,7 @@ def test_the_last_message_is_asked_again(tmp_path: Path, phantoms: Path) -> None
     folder = run(make_study(), tmp_path / "run", phantoms, app)
     results, _ = read_results(folder.path, 4)
     assert failed
-    assert set(results["federated"]) == set(NAMES)
+    assert set(results["federated"]) == set(PHANTOMS)
 
 
 def test_two_processes_on_one_run_are_refused(tmp_path: Path, phantoms: Path) -> None:
@@ -351,9 +349,9 @@ def test_a_killed_process_resumes_to_the_same_end(
     tmp_path: Path, phantoms: Path, run_main: Callable[..., tuple[int, str]]
 ) -> None:
     """SIGKILL at three moments; each time the command goes on from the last finished round."""
-    study = [str(ROOT / "configs/demo.yaml"), "--set", "train.rounds=12"]
+    study = [str(DEMO), "--set", "train.rounds=12"]
     study += ["--set", "train.local_epochs=1"]
-    sites = [part for name in NAMES for part in ("--site", str(phantoms / name))]
+    sites = [part for name in PHANTOMS for part in ("--site", str(phantoms / name))]
     start = ["run", *study, *sites, "--cache", str(phantoms / "cache")]
     cut, whole = tmp_path / "cut", tmp_path / "whole"
     code, said = run_main(cli.main, *start, "--out", whole)

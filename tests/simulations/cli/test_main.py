@@ -24,10 +24,8 @@ from common.support.terminal import PlainConsole
 from server.reports.progress import note
 from server.runs.results import left_out, overall
 from simulations.cli import main as cli
+from tests.builders import CONFIGS, DEMO, PHANTOMS, ROOT
 
-ROOT = Path(__file__).parents[3]
-DEMO = ROOT / "configs/demo.yaml"
-NAMES = ("east", "north", "south", "west")
 SHORT = ("--set", "train.rounds=2", "--set", "train.local_epochs=1")
 
 Command = Callable[..., tuple[int, str]]
@@ -62,7 +60,7 @@ def command(
 @pytest.fixture
 def site_options(phantoms: Path) -> list[str]:
     """The four phantom hospitals, as options."""
-    return [part for name in NAMES for part in ("--site", str(phantoms / name))]
+    return [part for name in PHANTOMS for part in ("--site", str(phantoms / name))]
 
 
 @pytest.fixture
@@ -267,7 +265,7 @@ def test_real_data_by_its_readme_line(command: Command, shared: Path) -> None:
     cut = ("--partition", "dirichlet:0.5", "--set", f"model.weights={weights}")
     few = ("--set", "train.rounds=1", "--set", "images.size=32")
     shallow = ("--set", "model.unfreeze=last:1", "--out", "run")
-    code, text = command("run", ROOT / "configs/chest.yaml", *pool, *cut, *few, *shallow)
+    code, text = command("run", CONFIGS / "chest.yaml", *pool, *cut, *few, *shallow)
     assert code == 0, text
     assert "overall" in text
 
@@ -405,6 +403,6 @@ def test_what_sites_withhold_is_told_in_words() -> None:
 def test_many_sites_are_cut_short(command: Command, shared: Path) -> None:
     pool = ("--pool", shared / "data/pneumoniamnist/pneumoniamnist.npz", "--sites", 41)
     weights = ("--set", f"model.weights={shared / 'weights/mobilenet_v2.pth'}")
-    code, text = command("check", ROOT / "configs/chest.yaml", *pool, *weights)
+    code, text = command("check", CONFIGS / "chest.yaml", *pool, *weights)
     assert code == 0, text
     assert "and 1 more" in text

@@ -22,18 +22,16 @@ from simulations.cli import main as cli
 from simulations.engines import ray as ray_engine
 from simulations.engines.ray_site import Hospitals, fingerprint, look
 from simulations.sites import virtual_sites
-from tests.builders import write_sites
+from tests.builders import DEMO, PHANTOMS, ROOT, write_sites
 
 pytestmark = pytest.mark.numbers
 
-ROOT = Path(__file__).parents[3]
-NAMES = ("east", "north", "south", "west")
 NO_RAY = "needs Ray: pip install '.[ray]'"
 MAIN = "from simulations.cli.main import main; main()"
 
 
 def _demo() -> Study:
-    return Study.read(ROOT / "configs/demo.yaml", ())
+    return Study.read(DEMO, ())
 
 
 def _ask(nodes: Hospitals, content: RecordDict, kind: str = MessageType.QUERY) -> Message:
@@ -166,8 +164,8 @@ def _environment() -> dict[str, str]:
 
 
 def _run(phantoms: Path, out: Path, rounds: int = 3) -> list[object]:
-    sites = [part for name in NAMES for part in ("--site", phantoms / name)]
-    study: list[object] = ["run", ROOT / "configs/demo.yaml", "--set", f"train.rounds={rounds}"]
+    sites = [part for name in PHANTOMS for part in ("--site", phantoms / name)]
+    study: list[object] = ["run", DEMO, "--set", f"train.rounds={rounds}"]
     return [*study, *sites, "--out", out, "--cache", out.parent / "cache"]
 
 

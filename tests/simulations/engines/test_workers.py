@@ -24,12 +24,10 @@ from simulations.cli import main as cli
 from simulations.engines.base import Engine, InProcess
 from simulations.engines.workers import Workers
 from simulations.sites import virtual_sites
-from tests.builders import write_sites
+from tests.builders import DEMO, PHANTOMS, ROOT, write_sites
 
 pytestmark = pytest.mark.numbers
 
-ROOT = Path(__file__).parents[3]
-NAMES = ("north", "south", "east", "west")
 SAME = ("last.safetensors", "model.safetensors", "metrics.jsonl", "report.json")
 
 
@@ -43,7 +41,7 @@ def crew() -> Iterator[Workers]:
 
 def begun(folder: Path, places: list[Path], rounds: int = 3) -> tuple[Study, list[Path]]:
     """A run that has just begun, with a cache of its own."""
-    study = Study.read(ROOT / "configs/demo.yaml", (f"train.rounds={rounds}",))
+    study = Study.read(DEMO, (f"train.rounds={rounds}",))
     RunFolder.claim(folder).begin(study)
     found = [virtual_sites.from_folder(place) for place in places]
     return study, write_sites(found, study, folder, folder / "cache")
@@ -51,7 +49,7 @@ def begun(folder: Path, places: list[Path], rounds: int = 3) -> tuple[Study, lis
 
 def run(engine: Engine, folder: Path, phantoms: Path, rounds: int = 3) -> dict[str, bytes]:
     """What a whole run ends with."""
-    study, site_files = begun(folder, [phantoms / name for name in NAMES], rounds)
+    study, site_files = begun(folder, [phantoms / name for name in PHANTOMS], rounds)
     engine.prepare(site_files, study)
     engine.run(site_files, folder)
     return end(folder)
@@ -82,8 +80,8 @@ def test_however_many_workers_end_the_same(
     assert len(active_children()) == count
     assert {
         r.getMessage() for r in caplog.records if r.name == "simulations.sites.virtual_sites"
-    } == {*NAMES}
-    for name in NAMES:  # this process never opened them
+    } == {*PHANTOMS}
+    for name in PHANTOMS:  # this process never opened them
         assert (tmp_path / "run/sites" / name / "state/ledger.jsonl").exists()
     crew.forget()
 
@@ -140,10 +138,10 @@ def test_impossible_numbers_of_workers(
 
 def test_ctrl_c_ends_all_in_one_line(phantoms: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    sites = [part for name in NAMES for part in ("--site", phantoms / name)]
+    sites = [part for name in PHANTOMS for part in ("--site", phantoms / name)]
     options = ["--set", "train.rounds=10000", "--cache", tmp_path / "cache", "--workers", 2]
     code = "from simulations.cli.main import main; main()"
-    arguments = ["run", ROOT / "configs/demo.yaml", *sites, *options, "--out", folder]
+    arguments = ["run", DEMO, *sites, *options, "--out", folder]
     process, workers = popen(code, *arguments)
     until(lambda: (folder / "last.safetensors").exists())
     left = workers()

@@ -1,7 +1,6 @@
 """Hospitals that lie do lie, and the table tells which strategies hold."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,11 +16,10 @@ from simulations.engines.base import InProcess
 from simulations.sites import virtual_sites
 from simulations.studies import robustness, runner
 from simulations.studies.runner import Source
-from tests.builders import RUNTIME, write_sites
+from tests.builders import CONFIGS, RUNTIME, write_sites
 
 pytestmark = pytest.mark.numbers
 
-ROOT = Path(__file__).parents[3]
 FEW = ("train.rounds=4", "train.local_epochs=1")
 
 
@@ -31,7 +29,7 @@ def _own_process(new_process):
 
 
 def make_study(*changes):
-    return Study.read(ROOT / "configs/poisoned.yaml", (*FEW, *changes))
+    return Study.read(CONFIGS / "poisoned.yaml", (*FEW, *changes))
 
 
 def run(engine, phantoms, folder, *changes, sites=1):

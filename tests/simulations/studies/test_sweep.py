@@ -16,9 +16,8 @@ from common.errors import StudyError
 from server.runs.run_folder import RunFolder
 from simulations.cli import main as cli
 from simulations.studies.sweep import plan
+from tests.builders import DEMO
 
-ROOT = Path(__file__).parents[3]
-DEMO = ROOT / "configs/demo.yaml"
 CHANGES = ("train.rounds=1", "train.batch_size=4", "aggregate.quorum=2", "select=loss")
 SHORT = [part for change in CHANGES for part in ("--set", change)]
 
