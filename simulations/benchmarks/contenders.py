@@ -186,7 +186,8 @@ def _tutorial(task: Task, lap: Lap) -> dict[str, Any]:
 def _ours(task: Task, lap: Lap) -> dict[str, Any]:
     """A whole study of one hospital, from a cold cache, through the real apps."""
     study, data = task.study, ImageFolder(root=task.images)
-    one = data.records(study.classes)[0].patient
+    records = data.records(study.classes)
+    one = records[0].patient
     with TemporaryDirectory(dir=task.images.parent) as scratch:
         folder, runtime = Path(scratch) / "run", Runtime()
         RunFolder.claim(folder).begin(study)
@@ -194,8 +195,8 @@ def _ours(task: Task, lap: Lap) -> dict[str, Any]:
         # On all cores, as the tutorials are.
         site = Site(name="b", data=data, state=Path("state"), threads=torch.get_num_threads())
         found = [
-            VirtualSite(name="a", data=data, patients=(one,), site=site),
-            VirtualSite(name="b", data=data, site=site),
+            VirtualSite(name="a", data=data, patients=(one,), site=site, listed=records),
+            VirtualSite(name="b", data=data, site=site, listed=records),
         ]
         planned = virtual_sites.plan_sites(found, study)
         first, hospital = virtual_sites.write_sites(planned, study, folder, Path(scratch) / "cache")

@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,8 @@ class VirtualSite:
     site: Site | None = None
     """The folder's own site file, if it has one: its role, policy and ways to compute count."""
     evaluates_only: bool = False
+    listed: Sequence[Record] | None = field(default=None, repr=False, compare=False)
+    """The records of the whole data set, where they are listed already."""
 
     @property
     def trains(self) -> bool:
@@ -96,7 +98,7 @@ def from_pool(path: Path, study: Study, *, spec: str, sites: int) -> list[Virtua
     groups = partition.partition(labels, sites=sites, spec=spec, seed=study.seed)
     width = len(str(sites))
     return [
-        VirtualSite(name=f"site-{i:0{width}}", data=data, patients=tuple(group))
+        VirtualSite(name=f"site-{i:0{width}}", data=data, patients=tuple(group), listed=records)
         for i, group in enumerate(groups, start=1)
     ]
 
@@ -116,7 +118,7 @@ def describe_sites(hospitals: Sequence[VirtualSite]) -> dict[str, Any]:
 def plan_sites(hospitals: Sequence[VirtualSite], study: Study) -> list[PlannedSite]:
     """Who trains, validates and tests at each hospital, before any file is written.
 
-    The records of each data set are listed once, also where it is cut into many hospitals.
+    The records of each data set are listed once, unless they are listed already.
 
     Returns:
       The plans, sorted by name.
@@ -126,13 +128,7 @@ def plan_sites(hospitals: Sequence[VirtualSite], study: Study) -> list[PlannedSi
       DataError: the data of a hospital cannot be used.
     """
     _check_alike(hospitals)
-    listed: dict[int, list[Record]] = {}
-    planned = []
-    for hospital in sorted(hospitals, key=lambda hospital: hospital.name):
-        if id(hospital.data) not in listed:
-            listed[id(hospital.data)] = hospital.data.records(study.classes)
-        planned.append(_plan(hospital, listed[id(hospital.data)], study))
-    return planned
+    return [_plan(hospital, study) for hospital in sorted(hospitals, key=lambda each: each.name)]
 
 
 def _check_alike(hospitals: Sequence[VirtualSite]) -> None:
@@ -147,8 +143,9 @@ def _check_alike(hospitals: Sequence[VirtualSite]) -> None:
         raise SiteError("--site", expected=expected, got=got)
 
 
-def _plan(hospital: VirtualSite, records: Sequence[Record], study: Study) -> PlannedSite:
+def _plan(hospital: VirtualSite, study: Study) -> PlannedSite:
     """The hospital's own records in their parts, as its client will cut them."""
+    records = hospital.listed or hospital.data.records(study.classes)
     if hospital.patients is not None:
         used = set(hospital.patients)
         records = [record for record in records if record.patient in used]

@@ -3,6 +3,7 @@
 import pytest
 import yaml
 
+from client.data.records import Format
 from common.config.study import Study
 from common.errors import SiteError
 from simulations.sites import virtual_sites
@@ -30,3 +31,19 @@ def test_hospitals_of_one_machine_compute_alike(phantoms, tmp_path):
         write_sites(found, study, tmp_path / "run", tmp_path / "cache")
     assert not (tmp_path / "run").exists()
     write_sites(found[:1], study, tmp_path / "run", tmp_path / "cache")
+
+
+def test_the_records_of_a_pool_are_listed_once(phantoms, monkeypatch):
+    listed, records = [], Format.records
+
+    def counted(data, classes):
+        listed.append(data.root)
+        return records(data, classes)
+
+    monkeypatch.setattr(Format, "records", counted)
+    study = Study.parse(CONTENT, "two", SiteError)
+    found = virtual_sites.from_pool(phantoms / "north", study, spec="iid", sites=3)
+    planned = virtual_sites.plan_sites(found, study)
+    assert listed == [(phantoms / "north").resolve()]
+    everyone = records(found[0].data, study.classes)
+    assert sum(sum(map(sum, plan.images.values())) for plan in planned) == len(everyone)
