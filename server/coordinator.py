@@ -10,7 +10,8 @@ from common.config.study import Study
 from common.errors import RunError
 from common.support.terminal import console, table
 from server.link.grid import connected
-from server.reports.progress import Joined, Reporter, show_results
+from server.reports.progress import Joined, Reporter
+from server.reports.tables import show_results
 from server.rounds.loop import Run
 from server.rounds.start import inspect
 from server.runs.results import read_results

@@ -263,6 +263,12 @@ def value(counts: Counts, name: str) -> float | None:
     return METRICS[name].of(counts)
 
 
+def label_metric(metric: str) -> str:
+    """A metric's label, or the words themselves where there is no metric of that name."""
+    known = METRICS.get(metric)
+    return known.label if known else metric.replace("_", " ")
+
+
 def better(name: str, a: float | None, b: float | None) -> bool:
     """Whether `a` beats `b` in the metric called `name`; an undefined value beats nothing."""
     if a is None or b is None:

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from common.metrics.metrics import METRICS, Counts
+from common.metrics.metrics import Counts, label_metric
 from common.support.plot_style import COLOURS, GREY, INK, write_plot
 
 Row = Mapping[str, Any]
@@ -58,7 +58,7 @@ def _lines(axes: Axes, rows: Sequence[Row], key: str) -> None:
         else:
             name = "_" if index else "each site"
             _line(axes, by_site[site], key, label=name, color=GREY, lw=0.9, alpha=0.6)
-    axes.set_title("Training loss" if key == "loss" else f"Validation {metric_label(key)}")
+    axes.set_title("Training loss" if key == "loss" else f"Validation {label_metric(key)}")
     axes.set_xlabel("round" if key == "loss" else "model after round")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.grid(axis="y")
@@ -103,9 +103,3 @@ def confusion(counts: Counts, classes: Sequence[str], path: Path) -> None:
             axes.text(column, row, text, ha="center", va="center", color=ink, fontsize=8)
 
     write_plot(draw, path)
-
-
-def metric_label(metric: str) -> str:
-    """A metric's label, or the words themselves where there is no metric of that name."""
-    known = METRICS.get(metric)
-    return known.label if known else metric.replace("_", " ")

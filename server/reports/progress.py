@@ -1,47 +1,23 @@
-"""What a person sees of a run: progress while it goes, then tables, pictures and files."""
+"""What a person sees of a run while it goes, and the plots and files at its end."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from rich.table import Table
 from rich.text import Text
 from safetensors.torch import save
 from torch import nn
 
 from common.config.study import Study
-from common.metrics.metrics import METRICS, Counts, value
+from common.metrics.metrics import METRICS
 from common.protocol.join import JoinReply
-from common.support.terminal import console, size, table
+from common.support.terminal import console, size
 from server.reports import plots
-from server.runs.results import (
-    FEDERATED,
-    Outcome,
-    Results,
-    calibration_error,
-    left_out,
-    overall,
-    sensitivities,
-    sites_of,
-    union,
-    write_results,
-)
+from server.reports.tables import format_figure
+from server.runs.results import FEDERATED, Outcome, union, write_results
 from server.runs.run_folder import RunFolder
 
-_COLUMNS = ("accuracy", "balanced_accuracy", "f1", "auroc")
 _FEW = 6
-
-
-def note(results: Results, withheld: Mapping[str, str]) -> str:
-    """What to print under a table: the sites that overall leaves out, and who withheld what."""
-    lines = []
-    if names := ", ".join(left_out(results)):
-        lines.append(f"overall leaves out {names}: not every way of training has figures for it")
-    if withheld:
-        told = "; ".join(f"{site}: {what}" for site, what in sorted(withheld.items()))
-        lines.append(f"withheld by sites: {told}")
-    return "\n".join(lines)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,10 +67,12 @@ class Reporter:
         label = METRICS[self._study.select].label
         text = [f"round {overall['round']:>3}/{self._study.train.rounds}"]
         text.append(
-            f"loss {_figure(overall['train_loss'])}  {label} {_score(self._study, overall)}"
+            f"loss {format_figure(overall['train_loss'])}  {label} {_score(self._study, overall)}"
         )
         shown = sites if len(sites) <= _FEW else ()
-        text += [f"{x['site']} {_figure(x['train_loss'])} {_score(self._study, x)}" for x in shown]
+        text += [
+            f"{x['site']} {format_figure(x['train_loss'])} {_score(self._study, x)}" for x in shown
+        ]
         cost = f"{size(overall['bytes'] / max(len(sites), 1))} per site, {seconds:.1f} s"
         line = Text("  │ ").join([*map(Text, text), Text(cost, style="dim")])
         console.print(line, soft_wrap=True)
@@ -123,60 +101,5 @@ class Reporter:
         plots.confusion(total, self._study.classes, self._folder.path / "confusion.png")
 
 
-def show_results(
-    results: Results, classes: Sequence[str], withheld: Mapping[str, str], where: Path
-) -> None:
-    """Print the tables of a finished run."""
-    tables = results_tables(results, classes, withheld)
-    for title, shown in zip(("test images", "sensitivity per class"), tables, strict=True):
-        console.print(f"\n{title}", style="bold")
-        console.print(shown)
-        if below := note(results, withheld):
-            console.print(below, style="dim")
-    console.print(f"\nrun folder: {where}")
-
-
-def results_tables(
-    results: Results, classes: Sequence[str], withheld: Mapping[str, str]
-) -> tuple[Table, Table]:
-    """Per site and overall, one row for each way of training: metrics, and sensitivities.
-
-    A site that withheld everything has a row of dashes.
-    """
-    metrics = [*(METRICS[name].label for name in _COLUMNS), "calibration error"]
-
-    def figures_of(counts: Counts) -> list[float | None]:
-        return [*(value(counts, name) for name in _COLUMNS), calibration_error(counts)]
-
-    return (
-        _table(results, withheld, len(classes), metrics, figures_of),
-        _table(results, withheld, len(classes), classes, sensitivities),
-    )
-
-
-def _table(
-    results: Results,
-    withheld: Iterable[str],
-    classes: int,
-    columns: Sequence[str],
-    figures_of: Callable[[Counts], list[float | None]],
-) -> Table:
-    shown = table("site", "images", "trained", *columns, left=("site", "trained"))
-    sites = sorted(sites_of(results) | set(withheld))
-    rows = [(site, {w: s[site] for w, s in results.items() if site in s}, "") for site in sites]
-    rows.append(("overall", overall(results, classes), "bold"))
-    for site, ways, style in rows:
-        if not ways:
-            shown.add_row(site, *[_figure(None)] * (len(columns) + 2), style=style)
-        for i, (way, counts) in enumerate(ways.items()):
-            first = ("", "") if i else (site, str(counts.n))
-            shown.add_row(*first, way, *map(_figure, figures_of(counts)), style=style)
-    return shown
-
-
 def _score(study: Study, line: Mapping[str, Any]) -> str:
-    return _figure(line[study.select])
-
-
-def _figure(number: float | None) -> str:
-    return "–" if number is None else f"{number:.3f}"
+    return format_figure(line[study.select])

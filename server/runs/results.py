@@ -1,7 +1,7 @@
 """The results of a run as values: counts on test patients, and the report file that holds them."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,17 @@ def overall(results: Results, classes: int) -> dict[str, Counts]:
 def left_out(results: Results) -> list[str]:
     """The sites that `overall` leaves out, since not every way of training has figures for them."""
     return sorted(n for n in sites_of(results) if any(n not in way for way in results.values()))
+
+
+def describe_gaps(results: Results, withheld: Mapping[str, str]) -> str:
+    """In words, the sites that `overall` leaves out, and what each site withheld."""
+    lines = []
+    if names := ", ".join(left_out(results)):
+        lines.append(f"overall leaves out {names}: not every way of training has figures for it")
+    if withheld:
+        told = "; ".join(f"{site}: {what}" for site, what in sorted(withheld.items()))
+        lines.append(f"withheld by sites: {told}")
+    return "\n".join(lines)
 
 
 def sites_of(results: Results) -> set[str]:

@@ -7,9 +7,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from common.metrics.metrics import label_metric
 from common.metrics.statistics import Estimate
 from common.support.plot_style import COLOURS, INK, MARKERS, PALEST, write_plot
-from server.reports.plots import metric_label
 
 
 def comparison(
@@ -43,7 +43,7 @@ def comparison(
             axes.get_yticklabels()[0].set_fontweight("bold")
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.tick_params(axis="y", length=0)
-        axes.set_xlabel(f"{metric_label(metric)} (with {spread})")
+        axes.set_xlabel(f"{label_metric(metric)} (with {spread})")
         axes.grid(axis="x")
         figure.legend(loc="outside upper center", ncols=len(results))
 
@@ -119,7 +119,7 @@ def sweep(
         axes.set_ylim(len(scores) - 0.5, -0.5)
         axes.tick_params(axis="y", length=0)
         axes.set_title(keys)
-        axes.set_xlabel(f"validation {metric_label(metric)}")
+        axes.set_xlabel(f"validation {label_metric(metric)}")
         axes.grid(axis="x")
         figure.legend(loc="outside upper center", ncols=2)
 

@@ -10,7 +10,7 @@ from client.ledger.spending import MEANING
 from common.config.study import Study
 from common.errors import RunError, StudyError
 from common.support.terminal import console, table
-from server.reports.progress import show_results
+from server.reports.tables import show_results
 from server.rounds.start import inspect
 from server.runs.results import read_results, write_results
 from server.runs.run_folder import RunFolder

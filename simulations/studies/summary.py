@@ -10,8 +10,7 @@ from common.metrics.metrics import METRICS, Counts, value
 from common.metrics.statistics import Estimate, difference, gap_closed, intervals, t_interval
 from common.support import files
 from common.support.terminal import console, table
-from server.reports.progress import note
-from server.runs.results import FEDERATED, Results, overall, read_results
+from server.runs.results import FEDERATED, Results, describe_gaps, overall, read_results
 from server.runs.run_folder import RunFolder
 from simulations.studies import plots
 
@@ -50,7 +49,7 @@ def over_seeds(folder: Path, seeds: Sequence[int]) -> None:
         shown.add_row(way, *(mean_sd(values) for values in by_metric.values()))
     console.print()
     console.print(shown)
-    if below := note(runs[0], loaded[0][1].get("withheld", {})):
+    if below := describe_gaps(runs[0], loaded[0][1].get("withheld", {})):
         console.print(below, style="dim")
     told: dict[str, object] = {"seeds": list(seeds), "overall": figures_of}
     told["gains"] = _gains(study.select, {w: f[study.select] for w, f in figures_of.items()})

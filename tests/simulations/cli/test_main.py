@@ -19,10 +19,7 @@ from rich.table import Table
 from safetensors.torch import save_file
 
 from client.session import Session
-from common.metrics.metrics import Counts
 from common.support.terminal import PlainConsole
-from server.reports.progress import note
-from server.runs.results import left_out, overall
 from simulations.cli import main as cli
 from tests.builders import CONFIGS, DEMO, PHANTOMS, ROOT
 
@@ -383,21 +380,6 @@ def test_sessions_end_with_their_seed(command: Command, site_options: list[str])
     assert command("run", DEMO, *site_options, *SHORT, "--seeds", "0", "--out", "runs")[0] == 0
     gc.collect()
     assert not [kept for kept in gc.get_objects() if isinstance(kept, Session)]
-
-
-def test_overall_names_the_sites_it_leaves_out() -> None:
-    counts = Counts.of(torch.randn(4, 2), torch.tensor([0, 1, 0, 1]))
-    results = {"local": {"a": counts}, "federated": {"a": counts, "b": counts}}
-    assert left_out(results) == ["b"]
-    assert "overall leaves out b" in note(results, {})
-    assert overall(results, 2)["federated"].n == 4
-    assert not note({"federated": {"a": counts, "b": counts}}, {})
-
-
-def test_what_sites_withhold_is_told_in_words() -> None:
-    counts = Counts.of(torch.randn(4, 2), torch.tensor([0, 1, 0, 1]))
-    told = note({"federated": {"a": counts}}, {"c": "all figures", "b": "scores"})
-    assert told == "withheld by sites: b: scores; c: all figures"
 
 
 def test_many_sites_are_cut_short(command: Command, shared: Path) -> None:

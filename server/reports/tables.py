@@ -1,0 +1,75 @@
+"""The tables of a finished run: figures on test patients, by site and way of training."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+from rich.table import Table
+
+from common.metrics.metrics import METRICS, Counts, value
+from common.support.terminal import console, table
+from server.runs.results import (
+    Results,
+    calibration_error,
+    describe_gaps,
+    overall,
+    sensitivities,
+    sites_of,
+)
+
+_COLUMNS = ("accuracy", "balanced_accuracy", "f1", "auroc")
+
+
+def show_results(
+    results: Results, classes: Sequence[str], withheld: Mapping[str, str], where: Path
+) -> None:
+    """Print the tables of a finished run."""
+    tables = _results_tables(results, classes, withheld)
+    for title, shown in zip(("test images", "sensitivity per class"), tables, strict=True):
+        console.print(f"\n{title}", style="bold")
+        console.print(shown)
+        if below := describe_gaps(results, withheld):
+            console.print(below, style="dim")
+    console.print(f"\nrun folder: {where}")
+
+
+def _results_tables(
+    results: Results, classes: Sequence[str], withheld: Mapping[str, str]
+) -> tuple[Table, Table]:
+    """Per site and overall, one row for each way of training: metrics, and sensitivities.
+
+    A site that withheld everything has a row of dashes.
+    """
+    metrics = [*(METRICS[name].label for name in _COLUMNS), "calibration error"]
+
+    def figures_of(counts: Counts) -> list[float | None]:
+        return [*(value(counts, name) for name in _COLUMNS), calibration_error(counts)]
+
+    return (
+        _table(results, withheld, len(classes), metrics, figures_of),
+        _table(results, withheld, len(classes), classes, sensitivities),
+    )
+
+
+def _table(
+    results: Results,
+    withheld: Iterable[str],
+    classes: int,
+    columns: Sequence[str],
+    figures_of: Callable[[Counts], list[float | None]],
+) -> Table:
+    shown = table("site", "images", "trained", *columns, left=("site", "trained"))
+    sites = sorted(sites_of(results) | set(withheld))
+    rows = [(site, {w: s[site] for w, s in results.items() if site in s}, "") for site in sites]
+    rows.append(("overall", overall(results, classes), "bold"))
+    for site, ways, style in rows:
+        if not ways:
+            shown.add_row(site, *[format_figure(None)] * (len(columns) + 2), style=style)
+        for i, (way, counts) in enumerate(ways.items()):
+            first = ("", "") if i else (site, str(counts.n))
+            shown.add_row(*first, way, *map(format_figure, figures_of(counts)), style=style)
+    return shown
+
+
+def format_figure(number: float | None) -> str:
+    """A figure to three places; a dash where there is none."""
+    return "–" if number is None else f"{number:.3f}"

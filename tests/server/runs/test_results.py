@@ -1,0 +1,21 @@
+"""Figures of all sites together are of the same sites for every way of training."""
+
+import torch
+
+from common.metrics.metrics import Counts
+from server.runs.results import describe_gaps, left_out, overall
+
+
+def test_overall_names_the_sites_it_leaves_out() -> None:
+    counts = Counts.of(torch.randn(4, 2), torch.tensor([0, 1, 0, 1]))
+    results = {"local": {"a": counts}, "federated": {"a": counts, "b": counts}}
+    assert left_out(results) == ["b"]
+    assert "overall leaves out b" in describe_gaps(results, {})
+    assert overall(results, 2)["federated"].n == 4
+    assert not describe_gaps({"federated": {"a": counts, "b": counts}}, {})
+
+
+def test_what_sites_withhold_is_told_in_words() -> None:
+    counts = Counts.of(torch.randn(4, 2), torch.tensor([0, 1, 0, 1]))
+    told = describe_gaps({"federated": {"a": counts}}, {"c": "all figures", "b": "scores"})
+    assert told == "withheld by sites: b: scores; c: all figures"
