@@ -1,4 +1,4 @@
 """A study's rounds: who joins, what is asked, how replies are checked and averaged.
 
-The way in is `loop.run`. Nothing here prints or draws.
+The way in is `loop.Run`. Nothing here prints or draws.
 """
