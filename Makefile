@@ -10,7 +10,7 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --durations=15
 AS_OLDER := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=AVX2 OPENBLAS_CORETYPE=Haswell
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo deployment-demo test test-isa test-all format clean
+.PHONY: help install demo deployment-demo test test-unit test-isa test-all format clean
 
 help: ## Show the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +37,9 @@ test: $(INSTALLED) ## Lint, types, import rules, tests
 	@$(BIN)/mypy
 	@PYTHONPATH=. $(BIN)/lint-imports --no-logo
 	@$(PYTEST)
+
+test-unit: $(INSTALLED) ## The tests that start no process, in three minutes
+	@$(PYTEST) -m "not slow and not system"
 
 test-isa: $(INSTALLED) ## The tests that compare numbers, as on a CPU without AVX-512
 	@$(AS_OLDER) $(PYTEST) -m "numbers and not slow"

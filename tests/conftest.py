@@ -21,6 +21,11 @@ def pytest_configure() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    if item.path.parent.name == "system":
+        item.add_marker("system")
+
+
 def pytest_report_header() -> str:
     return f"computes as on a CPU with: {torch.backends.cpu.get_cpu_capability()}"
 

@@ -7,6 +7,8 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 from tests.builders import ROOT
 
 ROLES = ("common", "client", "server", "simulations")
@@ -63,6 +65,7 @@ def test_every_room_says_what_it_is_for() -> None:
         assert ast.get_docstring(ast.parse(text)), folder
 
 
+@pytest.mark.system
 def test_a_site_file_is_read_without_torch() -> None:
     code = "import sys, client.site; sys.exit(bool({'torch', 'opacus', 'scipy'} & {*sys.modules}))"
     assert not subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode

@@ -227,6 +227,7 @@ def test_nothing_leaves_if_the_disk_is_full(server, room):
 # --- one process at a time ---
 
 
+@pytest.mark.system
 def test_a_second_process_is_refused_and_told_no_more(tmp_path, caplog):
     server = Server(hospital(tmp_path / "ward"), study())
     Site.read(server.file).private()
@@ -252,6 +253,7 @@ def test_many_sites_of_one_process_hold_few_files_and_forget_nothing(tmp_path, m
     assert [len(left(server)) for server in servers] == [3] * 5
 
 
+@pytest.mark.system
 @pytest.mark.usefixtures("quick")
 def test_who_writes_while_a_site_rests_is_noticed(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(runtime, "_AWAKE", 1)

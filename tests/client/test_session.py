@@ -508,6 +508,7 @@ UNFIT = {
 }
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("got", UNFIT)
 def test_an_unfit_flwr_is_refused_in_fixed_words(got):
     """Flower sends the text of a failed import to the server."""

@@ -147,6 +147,7 @@ def test_nothing_is_replaced(command: Command, phantoms: Path, tmp_path: Path) -
     assert key.read_text() == "not a key"
 
 
+@pytest.mark.system
 @pytest.mark.skipif(sys.platform != "linux", reason="systemd")
 def test_its_unit_is_one(command: Command, phantoms: Path, tmp_path: Path) -> None:
     folder = tmp_path / "a b%c"
@@ -197,6 +198,7 @@ STUDY = {
 }
 
 
+@pytest.mark.system
 def test_all_is_well(command: Command, project: Project, phantoms: Path) -> None:
     path = settled(command, project, phantoms)
     Path("study.yaml").write_text(dump(STUDY))
@@ -221,6 +223,7 @@ def test_all_is_well(command: Command, project: Project, phantoms: Path) -> None
         assert patient not in text.split()
 
 
+@pytest.mark.system
 def test_every_failure_is_said_and_none_hides_another(
     command: Command, project: Project, phantoms: Path, tmp_path: Path
 ) -> None:
@@ -251,6 +254,7 @@ def test_every_failure_is_said_and_none_hides_another(
     assert "one that is not there in 1 row (line 3)" in found(command("check", path)[1])["data"][1]
 
 
+@pytest.mark.system
 def test_a_policy_that_says_no_and_a_broken_ledger(
     command: Command, project: Project, phantoms: Path, tmp_path: Path
 ) -> None:
@@ -270,6 +274,7 @@ def test_a_policy_that_says_no_and_a_broken_ledger(
     assert (code, set(found(text))) == (1, {"release", "site file"})
 
 
+@pytest.mark.system
 def test_what_is_wrong_with_the_connection(
     command: Command, project: Project, phantoms: Path, tmp_path: Path
 ) -> None:

@@ -131,6 +131,7 @@ def test_a_wrong_site_file_ends_in_a_line(name: str, command: Command, tmp_path:
     assert "Missing argument" in text
 
 
+@pytest.mark.system
 def test_it_runs_as_installed_and_teaches(tmp_path: Path) -> None:
     """In a process of its own, by the name that pyproject gives it."""
     code = "from importlib import import_module as i; import sys; m, f = sys.argv.pop(1).split(':')"

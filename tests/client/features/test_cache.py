@@ -219,6 +219,7 @@ def test_a_purge_deletes_all_that_is_ours_and_nothing_else(tmp_path):
     assert purge(tmp_path / "none") == []
 
 
+@pytest.mark.system
 def test_who_has_a_store_open_reads_on_and_makes_it_anew(tmp_path):
     make(tmp_path, KEYS[0])
     reader = start(READER, tmp_path / KEYS[0])
@@ -231,6 +232,7 @@ def test_who_has_a_store_open_reads_on_and_makes_it_anew(tmp_path):
     assert (kept.rows, kept.about["kind"]) == (1, "reader")
 
 
+@pytest.mark.system
 def test_who_writes_while_others_delete_never_fails(tmp_path):
     writers = [start(WRITER, tmp_path, KEYS[0], 40) for _ in range(2)]
     assert [writer.stdout.readline() for writer in writers] == ["open\n"] * 2

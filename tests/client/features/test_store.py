@@ -190,6 +190,7 @@ def until(condition):
         time.sleep(0.005)
 
 
+@pytest.mark.system
 def test_processes_writing_at_once_lose_nothing_and_one_killed_leaves_no_wreck(tmp_path, caplog):
     Store(tmp_path)
     running = {name: writer(tmp_path, name, 25) for name in ("a", "b")}
@@ -370,6 +371,7 @@ def test_a_shard_that_another_rewrote_first_is_not_put_back(tmp_path):
     assert torch.equal(everything(left.rows(["image/2", "image/3"])), table()[2:])
 
 
+@pytest.mark.system
 def test_processes_forgetting_at_once_put_nothing_back(tmp_path):
     store = Store(tmp_path)
     for i in range(20):

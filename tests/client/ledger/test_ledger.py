@@ -202,6 +202,7 @@ def test_head_and_hash_at_let_a_server_notice_a_rollback(tmp_path):
 # --- one process at a time ---
 
 
+@pytest.mark.system
 def test_a_second_process_is_refused_but_may_read(tmp_path):
     def work():
         ledger = Ledger(tmp_path)

@@ -330,6 +330,7 @@ def again(root):
     return before, len(draws), data
 
 
+@pytest.mark.system
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("start", ["first round", "retry"])
 def test_a_round_ended_at_any_edge_is_counted_exactly(tmp_path, began, start):
@@ -355,6 +356,7 @@ def test_a_round_ended_at_any_edge_is_counted_exactly(tmp_path, began, start):
             assert data != b"orphan"
 
 
+@pytest.mark.system
 @pytest.mark.usefixtures("quick")
 def test_a_resend_ended_at_any_edge_costs_nothing_and_changes_nothing(tmp_path, began):
     with desk(began / "state") as (ledger, outbox):
@@ -367,6 +369,7 @@ def test_a_resend_ended_at_any_edge_costs_nothing_and_changes_nothing(tmp_path, 
             assert again(after(tmp_path / str(end), cut)) == (1, 0, sealed)
 
 
+@pytest.mark.system
 @pytest.mark.usefixtures("quick")
 def test_a_power_cut_after_the_send_keeps_the_very_bytes_that_left(tmp_path, began):
     def work(root, edge):
@@ -380,6 +383,7 @@ def test_a_power_cut_after_the_send_keeps_the_very_bytes_that_left(tmp_path, beg
         assert (counted, drew, f"send {data.hex()}") == (1, 0, sent)
 
 
+@pytest.mark.system
 @pytest.mark.usefixtures("quick")
 def test_a_power_cut_soon_after_a_kill_refuses_nobody(tmp_path, began):
     """What a kill left unsynced the next process builds on, and must sync before it does."""
@@ -399,6 +403,7 @@ def test_a_power_cut_soon_after_a_kill_refuses_nobody(tmp_path, began):
             assert again(after(tmp_path / str(end), cut))[0] == lasts + lasting(done, cut)
 
 
+@pytest.mark.system
 @pytest.mark.usefixtures("quick")
 def test_setting_a_torn_line_aside_may_end_at_any_edge_too(tmp_path, began):
     end = ended(began, tmp_path / "whole", one_round).index("write ledger.jsonl") + 1
@@ -412,6 +417,7 @@ def test_setting_a_torn_line_aside_may_end_at_any_edge_too(tmp_path, began):
             assert again(after(tmp_path / str(end), cut))[:2] == (lasting(done, cut), 1)
 
 
+@pytest.mark.system
 @pytest.mark.usefixtures("quick")
 def test_adopting_ended_at_any_edge_never_starts_an_empty_ledger(tmp_path, began):
     with desk(began / "state") as (ledger, outbox):
@@ -455,6 +461,7 @@ def busy(root, seed):
             number += choose.random() < 0.7
 
 
+@pytest.mark.system
 def test_fifty_random_kills_lose_nothing_and_change_nothing_that_left(tmp_path):
     kills, choose = 50, random.Random(1)  # noqa: S311
     for seed in range(kills):

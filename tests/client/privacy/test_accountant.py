@@ -130,6 +130,7 @@ def test_nothing_done_costs_nothing() -> None:
     assert epsilon([], DELTA) == 0
 
 
+@pytest.mark.system
 def test_importing_the_accountant_does_not_import_opacus() -> None:
     check = "import sys, client.privacy.accountant; sys.exit('opacus' in sys.modules)"
     subprocess.run([sys.executable, "-c", check], check=True)

@@ -115,6 +115,7 @@ def test_momentum_is_read_and_written_as_the_strategy_keeps_it() -> None:
     assert strategy.momentum_vector is None
 
 
+@pytest.mark.system
 def test_flower_is_silent_once_it_is_there() -> None:
     code = "import logging, client.app, server.app; print(logging.getLogger('flwr').level)"
     told = subprocess.run(

@@ -345,6 +345,7 @@ def test_three_and_three_resumed_rounds_are_six(
     assert_same_end(RunFolder(cut), RunFolder(whole))
 
 
+@pytest.mark.system
 def test_a_killed_process_resumes_to_the_same_end(
     tmp_path: Path, phantoms: Path, run_main: Callable[..., tuple[int, str]]
 ) -> None:

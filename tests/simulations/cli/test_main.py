@@ -321,6 +321,7 @@ def interrupted(folder: Path, awaited: Path, *arguments: object) -> tuple[int, s
     return process.returncode, said
 
 
+@pytest.mark.system
 def test_ctrl_c_says_how_to_go_on(site_options: list[str], tmp_path: Path) -> None:
     options = (*site_options, "--set", "train.rounds=10000", "--out")
     code, said = interrupted(tmp_path, tmp_path / "a/last.safetensors", "run", DEMO, *options, "a")

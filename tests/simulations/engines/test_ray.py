@@ -175,6 +175,7 @@ def _same(one: Path, other: Path) -> None:
         assert (one / name).read_bytes() == (other / name).read_bytes(), name
 
 
+@pytest.mark.system
 @pytest.mark.slow
 def test_the_same_numbers_whatever_folder_it_all_starts_in(
     cluster: str, decoy: Path, phantoms: Path, tmp_path: Path
@@ -190,6 +191,7 @@ def test_the_same_numbers_whatever_folder_it_all_starts_in(
     assert "ray" not in run.stdout.lower()
 
 
+@pytest.mark.system
 @pytest.mark.slow
 def test_other_code_in_the_cluster_is_refused(cluster: str, phantoms: Path, tmp_path: Path) -> None:
     (tmp_path / "client").mkdir()
@@ -223,6 +225,7 @@ def _begin(phantoms: Path, run: Path) -> subprocess.Popen[str]:
     return begun
 
 
+@pytest.mark.system
 @pytest.mark.slow
 def test_interrupted_it_goes_on(phantoms: Path, tmp_path: Path) -> None:
     pytest.importorskip("ray", reason=NO_RAY)
@@ -240,6 +243,7 @@ def test_interrupted_it_goes_on(phantoms: Path, tmp_path: Path) -> None:
     _same(run, tmp_path / "plain")
 
 
+@pytest.mark.system
 @pytest.mark.slow
 def test_a_killed_actor_ends_the_run(phantoms: Path, tmp_path: Path) -> None:
     """Else Flower would have hospital after hospital fail, and the average be of fewer."""
@@ -257,6 +261,7 @@ def test_a_killed_actor_ends_the_run(phantoms: Path, tmp_path: Path) -> None:
     assert "Ray: expected actors that stay until the end, got one that was killed" in line
 
 
+@pytest.mark.system
 @pytest.mark.slow
 def test_an_address_where_nobody_answers(phantoms: Path, tmp_path: Path) -> None:
     pytest.importorskip("ray", reason=NO_RAY)
