@@ -1,8 +1,7 @@
-"""The sites of one study as the server sees them. Every reply is hostile until checked."""
+"""The sites of one study, and the exchanges with them. Every reply is hostile until checked."""
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TypeVar
 
 from flwr.app import Message, MessageType, RecordDict
@@ -14,7 +13,13 @@ from common.model.network import Network
 from common.protocol.backbone import BACKBONE, BackboneHeld
 from common.protocol.join import JoinReply, JoinRequest, read_join
 from common.protocol.ledger import LEDGER, LedgerHead, LedgerReply, LedgerRequest
-from server.rounds.ledger_heads import ROLLED_BACK
+from server.rounds.admission import (
+    Member,
+    admit_sites,
+    find_changed_ledgers,
+    find_short_ledgers,
+    name_node,
+)
 from server.rounds.weights import Backbone
 
 log = logging.getLogger(__name__)
@@ -34,29 +39,6 @@ _MEANING = {
     "internal": "it failed",
 }
 _SILENT = "it did not answer in time"
-
-
-@dataclass(frozen=True)
-class Member:
-    """A site that joined."""
-
-    node: int
-    reply: JoinReply
-
-    @property
-    def name(self) -> str:
-        """The site's own name, unique in the study."""
-        return self.reply.name
-
-    @property
-    def trains(self) -> bool:
-        """Whether it takes part in rounds."""
-        return self.reply.role == "train"
-
-    @property
-    def scores(self) -> bool:
-        """Whether it tells how each round's model does on its validation patients."""
-        return self.trains and self.reply.disclosure.metrics == "every_round"
 
 
 class Federation:
@@ -107,9 +89,10 @@ class Federation:
         self._names = {info.node_id: info.name for info in self._grid.get_nodes()}
         nodes = sorted(self._names)
         replies, failures = self._propose(content, nodes)
-        self.refusals = {self._known_as(node): why for node, why in failures.items()}
-        for node, reply in sorted(replies.items(), key=lambda item: (item[1].name, item[0])):
-            self._admit(Member(node, reply))
+        self.refusals = {name_node(node, self._names): why for node, why in failures.items()}
+        contract = self._network.contract
+        self.members, refusals = admit_sites(replies, self._names, self._study, contract)
+        self.refusals |= refusals
         self._check_ledgers()
         quorum = self._study.aggregate.quorum
         if len(self.training) < quorum:
@@ -155,48 +138,19 @@ class Federation:
             pieces = {node: backbone.after(now) for node, now in growing.items()}
         return done, failures
 
-    def _known_as(self, node: int) -> str:
-        return self._names.get(node) or f"node {node}"
-
-    def _admit(self, member: Member) -> None:
-        differ = self._network.contract.differences(member.reply.contract)
-        reply, private, classes = member.reply, self._study.private, len(self._study.classes)
-        untold = private or reply.disclosure.counts == "none"
-        admitted = self._names[member.node]
-        if admitted and member.name != admitted:
-            self.refusals[admitted] = "it does not go by the name that it was admitted by"
-        elif differ:
-            self.refusals[member.name] = f"its {', '.join(differ)} differ from ours"
-        elif any(len(told) != classes for told in reply.images.all if told is not None):
-            self.refusals[member.name] = "it counts other classes than the study has"
-        elif (reply.images.train is None) != untold or (private and member.scores):
-            self.refusals[member.name] = "it does not tell what this study lets it tell"
-        elif reply.enrolled and not (private and member.trains):
-            self.refusals[member.name] = "it declares patients that nobody asked for"
-        elif self.members and member.name == self.members[-1].name:  # they come sorted by name
-            self.refusals[self._known_as(member.node)] = f"the name {member.name} is taken"
-        elif member.trains and reply.disclosure.base == 1 and reply.images.train == (0,) * classes:
-            self.refusals[member.name] = "it has nothing to train on"
-        else:
-            self.members.append(member)
-
     def _check_ledgers(self) -> None:
         """Leave out every member whose ledger no longer holds all that it held when it last joined.
 
-        It must go further by now, as joining adds a line, and is asked for the hash at that place.
+        A member whose ledger goes further is asked for the hash at that place.
         """
         before = self._ledgers
-        again = [m for m in self.members if m.name in before]
-        shorter = {
-            m.name: ROLLED_BACK for m in again if m.reply.ledger.count <= before[m.name].count
-        }
-        asked = [member for member in again if member.name not in shorter]
+        short = find_short_ledgers(self.members, before)
+        asked = [m for m in self.members if m.name in before and m.name not in short]
         messages = [
             Message(LedgerRequest(before[m.name].count).record(), m.node, LEDGER) for m in asked
         ]
         replies, failures = self.ask(asked, messages, lambda _, record: LedgerReply.read(record))
-        changed = {n: ROLLED_BACK for n, told in replies.items() if told.hash != before[n].hash}
-        out = shorter | failures | changed
+        out = short | failures | find_changed_ledgers(replies, before)
         self.refusals |= out
         self.members = [member for member in self.members if member.name not in out]
 

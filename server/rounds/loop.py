@@ -19,7 +19,8 @@ from common.protocol.tensors import count_bytes, to_arrays
 from common.support.seeds import derive
 from server.reports.progress import Joined, Reporter
 from server.rounds import ledger_heads
-from server.rounds.federation import Federation, Member
+from server.rounds.admission import Member
+from server.rounds.federation import Federation
 from server.rounds.start import first_tensors, weights
 from server.rounds.strategies import Aggregator
 from server.runs.results import Outcome, union
