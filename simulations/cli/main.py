@@ -14,7 +14,7 @@ from rich.progress import track
 from common.errors import DataError, RunError
 from common.support import files, terminal
 from common.support.terminal import Changes, console, table
-from simulations.cli import series as cli_series
+from simulations.cli import series
 from simulations.cli.options import (
     CACHE,
     Cache,
@@ -69,13 +69,13 @@ def deployment(
     They are processes of their own, with certificates and keys of their own. One hospital is killed
     at work and comes back.
     """
-    from simulations.demo import deployment as deployment_demo
+    from simulations.demo.deployment import show
 
     if folder.exists() and any(folder.iterdir()):
         expected, got = "a new or empty folder", "one with files"
         raise RunError(folder, expected=expected, got=got)
     with stoppable(folder, "the same command in a new folder"):
-        deployment_demo.show(folder)
+        show(folder)
 
 
 @app.command(epilog="Example: consilium-simulate check configs/demo.yaml --site runs/phantom/north")
@@ -136,7 +136,7 @@ def run(
         )
 
 
-for _command, _example in cli_series.COMMANDS.items():
+for _command, _example in series.COMMANDS.items():
     app.command(epilog=f"Example: consilium-simulate {_command.__name__} {_example}")(_command)
 
 
@@ -266,14 +266,14 @@ def bench(
         for name in backbone:
             dp_cost.show(name)
         return
-    from simulations.benchmarks import frozen_prefix as benchmark
+    from simulations.benchmarks import frozen_prefix
 
     if json is not None:
         json.touch()  # what cannot be written is said now, not after minutes
-    plan = benchmark.Plan(
+    plan = frozen_prefix.Plan(
         backbones=tuple(backbone), images=images, side=size, rounds=rounds, repeats=repeats
     )
-    results = benchmark.run(plan)
-    benchmark.show(results)
+    results = frozen_prefix.run(plan)
+    frozen_prefix.show(results)
     if json is not None:
         files.write(json, results.json())

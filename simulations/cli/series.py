@@ -46,12 +46,12 @@ def utility(
 ) -> None:
     """Show what privacy costs: one study at several ε and without, on the same holdouts."""
     from common.config.study import Study
-    from simulations.studies import privacy_utility as utility
+    from simulations.studies import privacy_utility
 
     read = Study.read(study, tuple(changes or ()))
     folder = out or Path("runs") / f"{study.stem}-utility-{datetime.now():%Y%m%d-%H%M%S}"
     with stoppable(folder, f"the same command with --out {folder}"):
-        utility.show(
+        privacy_utility.show(
             read,
             source,
             folder,
@@ -132,14 +132,14 @@ def poison(
     from common.config.study import Study
     from server.rounds.strategies import REGISTRY
     from simulations.engines.attacks import Attacks
-    from simulations.studies import robustness as poison
+    from simulations.studies import robustness
 
     if not (mislabels or scales):
         raise typer.BadParameter("name a hospital that attacks, with --mislabels or --scales")
     attacks = Attacks(frozenset(mislabels or ()), frozenset(scales or ()), factor)
     folder = out or Path("runs") / f"{study.stem}-poison-{datetime.now():%Y%m%d-%H%M%S}"
     with stoppable(folder, f"the same command with --out {folder}"):
-        poison.show(
+        robustness.show(
             Study.read(study, tuple(changes or ())),
             source,
             folder,

@@ -18,8 +18,7 @@ from simulations.engines.attacks import ATTACKS
 from simulations.engines.base import Engine
 from simulations.sites import virtual_sites
 from simulations.sites.virtual_sites import PlannedSite, VirtualSite
-from simulations.studies import baselines as alone
-from simulations.studies import summary
+from simulations.studies import baselines, summary
 
 _MOST_SITES_SHOWN = 40
 _ROSTER = "sites/virtual_sites.json"
@@ -242,7 +241,7 @@ def _conclude(run: RunFolder, engine: Engine, *, compare: bool) -> None:
     study, site_files = run.study, virtual_sites.find_site_files(run.path)
     results, facts = read_results(run.path, len(study.classes))
     if compare and len(results) == 1:
-        results = {**alone.references(study, site_files, engine.runtime), **results}
+        results = {**baselines.references(study, site_files, engine.runtime), **results}
         write_results(run, results, **facts)
     summary.picture(study, results, run.path / "comparison.png")
     show_results(results, study.classes, facts.get("withheld", {}), run.path)

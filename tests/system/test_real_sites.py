@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from simulations.cli import main as cli
+from simulations.cli.main import main
 from tests.builders import CONFIGS
 
 pytestmark = pytest.mark.numbers
@@ -23,7 +23,7 @@ def run(shared: Path, out: Path, seeds: str, *options: str) -> dict[str, dict[st
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [*arguments, *options])
         with pytest.raises(SystemExit) as ended:
-            cli.main()
+            main()
     assert not ended.value.code
     overall: dict[str, dict[str, list[float]]] = json.loads((out / "summary.json").read_text())[
         "overall"

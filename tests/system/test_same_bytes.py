@@ -28,15 +28,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from client.features import extract as features
+from client.features import extract
 from client.features.extract import FeatureSpec
 from client.site import Site
 from client.features.store import Stores
 from common.model.network import assemble
 from common.config.study import Augment, Study
 from server.runs.run_folder import RunFolder
-from simulations.sites import virtual_sites as hospitals
-from simulations.studies import baselines as compare
+from simulations.sites import virtual_sites
+from simulations.studies import baselines
 from simulations.engines.base import InProcess
 from simulations.engines.workers import Workers
 
@@ -59,7 +59,7 @@ def busy():
 
 def main(folder, places, backbone, unfreeze, how, same):
     if how["leaping"]:
-        features.time = Leaping()
+        extract.time = Leaping()
         threading.Thread(target=busy, daemon=True).start()
     torch.set_num_threads(how["threads"])
     model = {"backbone": backbone, "weights": "none", "unfreeze": unfreeze}
@@ -73,9 +73,9 @@ def main(folder, places, backbone, unfreeze, how, same):
     )
     run = RunFolder.claim(folder)
     run.begin(study)
-    found = [hospitals.from_folder(place) for place in places]
-    planned = hospitals.plan_sites(found, study)
-    site_files = hospitals.write_sites(planned, study, folder, folder / "cache")
+    found = [virtual_sites.from_folder(place) for place in places]
+    planned = virtual_sites.plan_sites(found, study)
+    site_files = virtual_sites.write_sites(planned, study, folder, folder / "cache")
     if how["half"]:
         half_fill(study, site_files)
     engine = Workers(how["workers"]) if how["workers"] else InProcess()
@@ -84,7 +84,7 @@ def main(folder, places, backbone, unfreeze, how, same):
     if how["workers"]:
         engine.close()
     told = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in same}
-    results = compare.references(study, site_files, engine.runtime)
+    results = baselines.references(study, site_files, engine.runtime)
     for way, sites in results.items():
         told |= {f"{way} {site}": str(counts.sparse()) for site, counts in sites.items()}
     print(json.dumps(told))
@@ -96,7 +96,7 @@ def half_fill(study, site_files):
     for site in map(Site.read, site_files):
         images = [record.image for record in site.data.records(study.classes)][::-3]
         options = {"spec": spec, "augment": whole, "stores": Stores()}
-        features.prepare(images, **options, cache=site.cache_folder, skip_unreadable=False)
+        extract.prepare(images, **options, cache=site.cache_folder, skip_unreadable=False)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from common.config.yaml import dump
-from simulations.cli import main as cli
+from simulations.cli.main import main
 from tests.builders import CONFIGS
 
 pytestmark = pytest.mark.numbers
@@ -32,7 +32,7 @@ def accuracy(shared: Path, folder: Path, way: dict[str, str], precision: str) ->
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", arguments)
         with pytest.raises(SystemExit) as ended:
-            cli.main()
+            main()
     assert not ended.value.code
     summary = json.loads((folder / "run/summary.json").read_text())
     figures: list[float] = summary["overall"]["federated"]["accuracy"]

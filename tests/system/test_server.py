@@ -27,7 +27,7 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 from client.link.fleet_client import Fleet, NotAdmittedError
 from common.errors import LinkError
 from common.support import keys
-from server.cli import main as cli
+from server.cli.main import main
 from server.link import serve
 from server.link.sites import Sites
 from server.project import certificates
@@ -65,7 +65,7 @@ def said(
 
     def run(folder: Path, *arguments: object, typed: str = "") -> tuple[int, str]:
         monkeypatch.setenv("CONSILIUM_PROJECT", str(folder))
-        return run_main(cli.main, *arguments, typed=typed)
+        return run_main(main, *arguments, typed=typed)
 
     yield run
     os.umask(umask)

@@ -20,7 +20,7 @@ from common import errors
 from common.config.study import Study
 from common.errors import ConsiliumError, DataError, RunError
 from server.runs.run_folder import RunFolder
-from simulations.cli import main as cli
+from simulations.cli.main import main
 from simulations.engines.base import Engine, InProcess
 from simulations.engines.workers import Workers
 from simulations.sites import virtual_sites
@@ -131,7 +131,7 @@ def test_impossible_numbers_of_workers(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["consilium-simulate", "run", "--workers", count])
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        main()
     assert ended.value.code == 2
     assert "--workers" in capsys.readouterr().err
 

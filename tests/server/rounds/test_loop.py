@@ -30,7 +30,7 @@ from server.app import app as server_app
 from server.rounds.strategies import REGISTRY
 from server.runs.results import read_results, union
 from server.runs.run_folder import RunFolder
-from simulations.cli import main as cli
+from simulations.cli.main import main
 from simulations.engines.grid import simulate
 from simulations.sites import virtual_sites
 from tests.builders import DEMO, PHANTOMS, ROOT, client_app, write_sites
@@ -355,7 +355,7 @@ def test_a_killed_process_resumes_to_the_same_end(
     sites = [part for name in PHANTOMS for part in ("--site", str(phantoms / name))]
     start = ["run", *study, *sites, "--cache", str(phantoms / "cache")]
     cut, whole = tmp_path / "cut", tmp_path / "whole"
-    code, said = run_main(cli.main, *start, "--out", whole)
+    code, said = run_main(main, *start, "--out", whole)
     assert code == 0, said
     command = [sys.executable, "-c", "from simulations.cli.main import main; main()"]
     arguments = [*command, *start, "--out", str(cut)]

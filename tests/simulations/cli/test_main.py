@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from client.session import Session
 from common.support.terminal import PlainConsole
-from simulations.cli import main as cli
+from simulations.cli.main import main
 from tests.builders import CONFIGS, DEMO, PHANTOMS, ROOT
 
 SHORT = ("--set", "train.rounds=2", "--set", "train.local_epochs=1")
@@ -44,7 +44,7 @@ def command(
         new_process()
         monkeypatch.setattr(sys, "argv", ["consilium-simulate", *map(str, arguments)])
         try:
-            cli.main()
+            main()
             code = 0
         except SystemExit as ex:
             code = int(ex.code or 0)

@@ -18,8 +18,8 @@ from client.ledger.ledger import Ledger
 from common.config.study import Study
 from common.flower.messages import TaskIdentity
 from common.protocol.join import JoinReply, JoinRequest
-from simulations.cli import main as cli
-from simulations.engines import ray as ray_engine
+from simulations.cli.main import main
+from simulations.engines import ray
 from simulations.engines.ray_site import Hospitals, fingerprint, look
 from simulations.sites import virtual_sites
 from tests.builders import DEMO, PHANTOMS, ROOT, write_sites
@@ -93,7 +93,7 @@ def test_wrong_options_are_refused(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["consilium-simulate", *command, *options])
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        main()
     assert ended.value.code == 2
     assert expected in capsys.readouterr().err
 
@@ -104,10 +104,10 @@ def test_without_ray_it_says_how_to_get_it(
     def missing(name: str) -> str:
         raise PackageNotFoundError(name)
 
-    monkeypatch.setattr(ray_engine, "version", missing)
+    monkeypatch.setattr(ray, "version", missing)
     monkeypatch.setattr(sys, "argv", ["consilium-simulate", "run", "s.yaml", "--engine", "ray"])
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        main()
     assert ended.value.code == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert "pip install -c constraints.txt -e '.[dev,ray]'" in line

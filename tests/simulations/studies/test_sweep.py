@@ -13,8 +13,9 @@ from PIL import Image
 
 from common.config.yaml import alternatives, dump
 from common.errors import StudyError
+from common.support.terminal import console
 from server.runs.run_folder import RunFolder
-from simulations.cli import main as cli
+from simulations.cli.main import main
 from simulations.studies.sweep import plan
 from tests.builders import DEMO
 
@@ -34,7 +35,7 @@ def sweep(
 ) -> Sweep:
     """Runs `consilium-simulate sweep` on two hospitals, into `s`: exit code, all it printed."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli.console, "width", 200)
+    monkeypatch.setattr(console, "width", 200)
 
     def run(
         *arguments: object, sites: Sequence[str | Path] = ("north", "south")
@@ -45,7 +46,7 @@ def sweep(
         line = ["consilium-simulate", "sweep", DEMO, *arguments, *fixed]
         monkeypatch.setattr(sys, "argv", [str(part) for part in line])
         with pytest.raises(SystemExit) as end:
-            cli.main()
+            main()
         out, err = capsys.readouterr()
         return int(end.value.code or 0), out + err
 
