@@ -124,10 +124,10 @@ def poison(
     out: SeriesFolder = None,
     cache: Cache = CACHE,
 ) -> None:
-    """Show which strategies hold when some hospitals lie: one study by each, with and without.
+    """Show which strategies hold when some hospitals attack: one study by each, with and without.
 
-    The robust ones are told how many hospitals lie. What all runs are judged by is the released
-    model on test patients of the hospitals that never lie.
+    The robust ones are told how many hospitals attack. All runs are judged by the released
+    model on test patients of the hospitals that never attack.
     """
     from common.config.study import Study
     from server.rounds.strategies import REGISTRY

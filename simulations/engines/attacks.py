@@ -1,4 +1,4 @@
-"""Hospitals that lie, to see which strategies hold."""
+"""Hospitals that attack a study, to see which strategies hold."""
 
 import json
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from simulations.engines.base import InProcess
 from simulations.engines.grid import simulate
 
 ATTACKS = "lies.json"
-"""In a run in which hospitals may lie."""
+"""The file of a run in which hospitals may attack."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Attacks:
 
 
 class Attacked(InProcess):
-    """All in this process, with the real ClientApp; but some hospitals lie."""
+    """All in this process, with the real ClientApp; but some hospitals attack."""
 
     def __init__(self, attacks: Attacks) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Which strategies hold when some hospitals lie: each of them, with and without the attacks."""
+"""Which strategies hold when some hospitals attack: each strategy, with and without the attacks."""
 
 import json
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from simulations.studies.runner import Source
 HONEST = "no lies"
 
 Found = dict[str, dict[str, list[float | None]]]
-"""Strategy → lies → the study's metric for each seed."""
+"""Strategy → attacks → the study's metric for each seed."""
 
 
 def show(
@@ -34,15 +34,15 @@ def show(
     seeds: Sequence[int],
     cache: Path,
 ) -> None:
-    """Run the study by each strategy, with each lie; print and draw what the models are worth.
+    """Run the study by each strategy, with each attack; print and draw what the models are worth.
 
-    They are tested on the test patients of the hospitals that never lie, the same in all runs of a
-    seed. Runs that are there already are only read, so that an interrupted series goes on.
+    Models are tested on the test patients of the hospitals that never attack, the same in all runs
+    of a seed. Runs that are there already are only read, so that an interrupted series goes on.
 
     Args:
       study: Its strategy is replaced by each of those, in turn.
       source: Of the hospitals.
-      folder: One folder in it for each strategy, one in that for each lie, one in that a seed.
+      folder: One folder in it for each strategy, one in that for each attack, one in that a seed.
       attacks: Who attacks, and how.
       strategies: By name.
       seeds: Each draws another holdout, and other hospitals where a pool is cut.
@@ -50,7 +50,7 @@ def show(
 
     Raises:
       StudyError: no such strategy or hospital, or too small a quorum.
-      RunError: the folder holds runs of other lies or hospitals.
+      RunError: the folder holds runs of other attacks or hospitals.
     """
     studies = {name: _by(study, name, len(attacks.attackers)) for name in strategies}
     _check(source, study, attacks)
@@ -72,7 +72,7 @@ def show(
 
 
 def _by(study: Study, strategy: str, attackers: int) -> Study:
-    """The study by this strategy, set to withstand so many hospitals that lie."""
+    """The study by this strategy, set to withstand so many hospitals that attack."""
     if strategy not in REGISTRY:
         expected, remedy = "strategies", did_you_mean(strategy, REGISTRY)
         got = repr(strategy)
@@ -121,7 +121,7 @@ def _name(way: str) -> str:
 
 
 def _ways(attacks: Attacks) -> dict[str, Attacks]:
-    """No attacks, each kind of lie alone, and all together."""
+    """No attacks, each kind of attack alone, and all together."""
     ways = {HONEST: Attacks()}
     if attacks.mislabels:
         ways["wrong labels"] = Attacks(mislabels=attacks.mislabels)
@@ -148,7 +148,7 @@ def _report(study: Study, found: Found, folder: Path) -> None:
     console.print(f"\n{label} on test images of the hospitals that never lie", style="bold")
     console.print(shown)
     if len(next(iter(found.values()))[HONEST]) > 1:
-        console.print("in brackets: the difference to no attacks, paired by seed, 95 % interval")
+        console.print(f"in brackets: the difference to {HONEST}, paired by seed, 95 % interval")
     drawn: dict[str, dict[str | None, Estimate | None]] = {
         way: {name: _drawn(by_way[way]) for name, by_way in found.items()} for way in ways
     }
