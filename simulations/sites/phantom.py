@@ -77,7 +77,7 @@ CLASSES = tuple(FINDINGS)
 
 
 @dataclass(frozen=True)
-class VirtualSite:
+class PhantomHospital:
     """One made-up hospital: its size, its scanner, and what its patients tend to have."""
 
     name: str
@@ -90,14 +90,14 @@ class VirtualSite:
 
 
 HOSPITALS = (
-    VirtualSite("north", 0.36, (0.40, 0.30, 0.26, 0.04), Scanner(0.5, 0.020), "Aurora 3"),
-    VirtualSite(
+    PhantomHospital("north", 0.36, (0.40, 0.30, 0.26, 0.04), Scanner(0.5, 0.020), "Aurora 3"),
+    PhantomHospital(
         "south", 0.28, (0.35, 0.04, 0.31, 0.30), Scanner(0.8, 0.025, 0.85, 0.05), "Meridian XR"
     ),
-    VirtualSite(
+    PhantomHospital(
         "east", 0.20, (0.34, 0.31, 0.04, 0.31), Scanner(0.9, 0.020, 1.1, -0.03, 0.8), "Levant 64"
     ),
-    VirtualSite(
+    PhantomHospital(
         "west", 0.16, (0.07, 0.31, 0.31, 0.31), Scanner(0.6, 0.030, 0.95, 0.0, 1.25), "Zephyr"
     ),
 )
@@ -143,7 +143,7 @@ def _check(done: Path, recipe: Mapping[str, int]) -> None:
         raise RunError(done, expected=f"phantoms {recipe}", got=found, remedy=remedy)
 
 
-def _fill(folder: Path, hospital: VirtualSite, patients: int, seed: int) -> None:
+def _fill(folder: Path, hospital: PhantomHospital, patients: int, seed: int) -> None:
     """Draw one hospital's patients into `folder`."""
     rng = np.random.default_rng(derive(seed, "phantom", hospital.name))
     labels = rng.permutation(_quota(hospital.mix, patients))

@@ -1,4 +1,4 @@
-"""Hospitals that lie do lie, and the table tells which strategies hold."""
+"""Hospitals that attack do so, and the table tells which strategies hold."""
 
 import json
 
@@ -109,9 +109,9 @@ def test_the_median_holds_where_the_mean_does_not(phantoms, tmp_path, capsys, mo
     for other in ({"factor": 2.0}, {"scales": ("site-3",)}, {"pool": "south"}):
         with pytest.raises(RunError, match=r"expected .*, got .*Choose another folder"):
             show(phantoms, tmp_path / "p", **other)
-    lied = tmp_path / "p/fedavg/scaled-update/seed-0"
+    attacked = tmp_path / "p/fedavg/scaled-update/seed-0"
     with pytest.raises(RunError, match="expected a run whose hospitals are honest"):
-        runner.resume(lied, None, InProcess(), compare=False)
+        runner.resume(attacked, None, InProcess(), compare=False)
 
 
 def moved(folder):
