@@ -1,4 +1,4 @@
-"""Pictures of a run, each written whole or not at all."""
+"""Plots of a run, each written whole or not at all."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ Row = Mapping[str, Any]
 _NOT_FIGURES = ("round", "model_round", "site")
 
 
-def curves(rows: Sequence[Row], path: Path) -> None:
+def plot_curves(rows: Sequence[Row], path: Path) -> None:
     """Every measured key over the rounds: overall thick, each site thin.
 
     Args:
@@ -73,7 +73,7 @@ def _line(axes: Axes, rows: Sequence[Row], key: str, **style: Any) -> None:
         axes.plot([row[when] for row in mine], values, marker=marker, ms=3 * style["lw"], **style)
 
 
-def confusion(counts: Counts, classes: Sequence[str], path: Path) -> None:
+def plot_confusion(counts: Counts, classes: Sequence[str], path: Path) -> None:
     """Who is taken for whom: shares of each true class as colour, images as numbers."""
     table = counts.confusion
     totals = table.sum(axis=1)

@@ -78,17 +78,17 @@ class Reporter:
         console.print(line, soft_wrap=True)
 
     def finished(self, outcome: Outcome, model: nn.Module) -> None:
-        """Write the released model, the report and the pictures."""
+        """Write the released model, the report and the plots."""
         tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
         self._folder.write("model.safetensors", save(tensors))
         history = self._folder.history()
         self._events.add(x for x in history if x["round"] == history[-1]["round"])
-        self._pictures(outcome, history)
+        self._write_plots(outcome, history)
         # The report comes last: with it the run counts as finished.
         facts = {"released_round": outcome.round, "withheld": outcome.withheld}
         write_results(self._folder, {FEDERATED: outcome.test}, **facts)
 
-    def _pictures(self, outcome: Outcome, history: Sequence[Mapping[str, Any]]) -> None:
+    def _write_plots(self, outcome: Outcome, history: Sequence[Mapping[str, Any]]) -> None:
         keys = dict.fromkeys((self._study.select, "auroc"))
         rows = [
             {name: x[name] for name in ("round", "model_round", "site")}
@@ -96,9 +96,9 @@ class Reporter:
             | {key: x[key] for key in keys if key != "loss"}
             for x in history
         ]
-        plots.curves(rows, self._folder.path / "curves.png")
+        plots.plot_curves(rows, self._folder.path / "curves.png")
         total = union(outcome.test.values(), len(self._study.classes))
-        plots.confusion(total, self._study.classes, self._folder.path / "confusion.png")
+        plots.plot_confusion(total, self._study.classes, self._folder.path / "confusion.png")
 
 
 def _score(study: Study, line: Mapping[str, Any]) -> str:

@@ -134,7 +134,7 @@ def run(plan: Plan) -> Results:
         images = Path(scratch) / "images"
         _draw(images, plan)
         for name in plan.backbones:
-            contenders += _contest(plan, name, images, peaks)
+            contenders += _race_ways(plan, name, images, peaks)
     for dtype in {c.facts.get("dtype", "float32") for c in contenders} - set(peaks):
         peaks[dtype] = max(product(dtype) for _ in range(_PRODUCTS))
     rows: list[Row] = []
@@ -146,7 +146,7 @@ def run(plan: Plan) -> Results:
     return Results(machine=_machine(contenders, peaks), plan=plan, rows=rows, caching=caching)
 
 
-def _contest(plan: Plan, backbone: str, images: Path, peaks: dict[str, float]) -> list[Contender]:
+def _race_ways(plan: Plan, backbone: str, images: Path, peaks: dict[str, float]) -> list[Contender]:
     """All contenders of one backbone, finished; the machine's peak is taken in turn with them."""
     log.info("%s", backbone)
     contenders = [
@@ -247,7 +247,7 @@ def _machine(contenders: Sequence[Contender], peaks: dict[str, float]) -> dict[s
 
 
 def _draw(folder: Path, plan: Plan) -> None:
-    """Smooth random pictures as JPEG files, in a folder per class."""
+    """Smooth random images as JPEG files, in a folder per class."""
     draw = np.random.default_rng(0)
     coarse = max(plan.side // 8, 1)
     for i in range(plan.images):

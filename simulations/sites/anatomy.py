@@ -138,7 +138,7 @@ Finding = Callable[[Chest, Traits], Array]
 
 @dataclass(frozen=True)
 class Scanner:
-    """How attenuation becomes a picture. Each number may also be an array [n, 1, 1]."""
+    """How attenuation becomes a film. Each number may also be an array [n, 1, 1]."""
 
     blur: float | Array = 0.6
     """Standard deviation of the point spread, in pixels."""
@@ -149,7 +149,7 @@ class Scanner:
     """Pixel response: below 1 lifts the dark parts."""
 
     def film(self, attenuation: Array, rng: np.random.Generator) -> NDArray[np.uint8]:
-        """The pictures, uint8 of shape [n, SIDE, SIDE]."""
+        """The films, uint8 of shape [n, SIDE, SIDE]."""
         fy, fx = np.fft.fftfreq(SIDE)[:, None], np.fft.rfftfreq(SIDE)[None, :]
         spread = np.exp(-2 * np.pi**2 * np.square(self.blur) * (fx * fx + fy * fy))
         sharp = np.fft.irfft2(np.fft.rfft2(attenuation) * spread, s=(SIDE, SIDE))

@@ -30,7 +30,7 @@ from simulations.sites.anatomy import (
 )
 
 EDITION = 1
-"""Raised whenever the pictures change, so that older folders are not taken for these."""
+"""Raised whenever the films change, so that older folders are not taken for these."""
 
 RECIPE = "phantom.json"
 """Beside each manifest: what it was drawn from."""
@@ -149,13 +149,13 @@ def _fill(folder: Path, hospital: PhantomHospital, patients: int, seed: int) -> 
     labels = rng.permutation(_quota(hospital.mix, patients))
     ages = np.clip(rng.normal(58, 16, patients), 18, 95).astype(int)
     owner = np.repeat(np.arange(patients), _images_each(rng, patients))
-    pictures = _films(rng, hospital.scanner, labels, owner)
+    films = _films(rng, hospital.scanner, labels, owner)
     with (folder / "manifest.csv").open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file, lineterminator="\n")
         table.writerow(("image", "label", "patient", "scanner", "age"))
-        for i, (patient, picture) in enumerate(zip(owner, pictures, strict=True)):
+        for i, (patient, film) in enumerate(zip(owner, films, strict=True)):
             name = f"images/{i:04d}.png"
-            Image.fromarray(picture).save(folder / name)
+            Image.fromarray(film).save(folder / name)
             label = CLASSES[labels[patient]]
             table.writerow((name, label, f"p{patient:03d}", hospital.model, ages[patient]))
 

@@ -180,7 +180,7 @@ FINDINGS: Mapping[str, Finding] = {
 
 
 def films(n: int, seed: int) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-    """Pictures of n patients on n scanners, and which FINDINGS each shows, bool [n, findings]."""
+    """Films of n patients on n scanners, and which FINDINGS each shows, bool [n, findings]."""
     rng = np.random.default_rng(seed)
     chest = Chest.posed(traits(rng, n, BODY), traits(rng, n, POSE))
     shows = rng.random((n, len(FINDINGS))) < PREVALENCE
@@ -191,9 +191,9 @@ def films(n: int, seed: int) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
     return Scanner(**traits(rng, n, SCANNERS)).film(film, rng), shows
 
 
-def pixels(pictures: NDArray[np.uint8]) -> Tensor:
-    """Grey pictures [n, h, w] as the backbone's normalised input, float32 [n, 3, h, w]."""
-    grey = torch.from_numpy(pictures).float().div(255)[:, None]
+def pixels(images: NDArray[np.uint8]) -> Tensor:
+    """Grey films [n, h, w] as the backbone's normalised input, float32 [n, 3, h, w]."""
+    grey = torch.from_numpy(images).float().div(255)[:, None]
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (MEAN, STD))
     return (grey - mean) / std
 
@@ -201,8 +201,8 @@ def pixels(pictures: NDArray[np.uint8]) -> Tensor:
 def _draw(n: int, *purpose: str | int) -> tuple[Tensor, Tensor]:
     """Draw n films in chunks, as uint8 [n, h, w] and float32 [n, findings] tensors."""
     chunks = [films(250, derive(*purpose, i)) for i in track(range(n // 250), "drawing")]
-    pictures, shows = (np.concatenate(parts) for parts in zip(*chunks, strict=True))
-    return torch.from_numpy(pictures), torch.from_numpy(shows).float()
+    images, shows = (np.concatenate(parts) for parts in zip(*chunks, strict=True))
+    return torch.from_numpy(images), torch.from_numpy(shows).float()
 
 
 def train(images: Tensor, shows: Tensor, *, seed: int, epochs: int, batch: int = 64) -> nn.Module:

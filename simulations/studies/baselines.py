@@ -1,6 +1,6 @@
 """The first question anyone asks: does federating beat training alone, and what would pooling do?
 
-Both references use the study's own trainer and rounds, without a federation; as there, the last
+Both baselines use the study's own trainer and rounds, without a federation; as there, the last
 model counts.
 `local` trains at each site on that site's patients alone, `pooled` on those of all sites together.
 What a site does not tell a federation is not told here either, so that all ways know the same.
@@ -27,7 +27,7 @@ from server.runs.results import Results
 log = logging.getLogger(__name__)
 
 
-def references(study: Study, site_files: Sequence[Path], runtime: Runtime) -> Results:
+def train_baselines(study: Study, site_files: Sequence[Path], runtime: Runtime) -> Results:
     """Test counts per site of local and pooled training, on the federation's own test patients.
 
     As coarse as the site discloses them; sites that disclose none are left out.

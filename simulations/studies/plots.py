@@ -12,7 +12,7 @@ from common.metrics.statistics import Estimate
 from common.support.plot_style import COLOURS, INK, MARKERS, PALEST, write_plot
 
 
-def comparison(
+def plot_comparison(
     results: Mapping[str, Mapping[str | None, Estimate | None]],
     metric: str,
     path: Path,
@@ -50,7 +50,7 @@ def comparison(
     write_plot(draw, path)
 
 
-def privacy_utility(
+def plot_privacy_utility(
     results: Mapping[str, Mapping[float | None, Estimate | None]], path: Path
 ) -> None:
     """What each ε costs: a line for each figure, with 95 % intervals.
@@ -80,7 +80,7 @@ def privacy_utility(
     write_plot(draw, path)
 
 
-def sweep(
+def plot_sweep(
     scores: Mapping[str, Sequence[float | None]],
     metric: str,
     path: Path,

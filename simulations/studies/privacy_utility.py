@@ -111,7 +111,7 @@ def _report(
     console.print(MEANING, style="dim")
     content = {"figures": told, "spent": spent}
     files.write(folder / "utility.json", json.dumps(content, indent=1))
-    plots.privacy_utility(estimates, folder / "utility.png")
+    plots.plot_privacy_utility(estimates, folder / "utility.png")
     console.print(f"\nrun folder: {folder}, with utility.json and utility.png")
 
 

@@ -154,7 +154,7 @@ def _report(study: Study, found: Found, folder: Path) -> None:
     }
     files.write(folder / "poison.json", json.dumps({"metric": study.select, "found": found}))
     title, spread = f"{label} at honest hospitals", "lowest and highest seed"
-    plots.comparison(drawn, title, folder / "poison.png", spread=spread)
+    plots.plot_comparison(drawn, title, folder / "poison.png", spread=spread)
     console.print(f"\nrun folder: {folder}, with poison.json and poison.png")
 
 

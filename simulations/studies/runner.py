@@ -241,9 +241,9 @@ def _conclude(run: RunFolder, engine: Engine, *, compare: bool) -> None:
     study, site_files = run.study, virtual_sites.find_site_files(run.path)
     results, facts = read_results(run.path, len(study.classes))
     if compare and len(results) == 1:
-        results = {**baselines.references(study, site_files, engine.runtime), **results}
+        results = {**baselines.train_baselines(study, site_files, engine.runtime), **results}
         write_results(run, results, **facts)
-    summary.picture(study, results, run.path / "comparison.png")
+    summary.plot_results(study, results, run.path / "comparison.png")
     show_results(results, study.classes, facts.get("withheld", {}), run.path)
     if study.private:
         epsilons = list(virtual_sites.read_spending(site_files).items())[:_MOST_SITES_SHOWN]

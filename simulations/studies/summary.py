@@ -1,4 +1,4 @@
-"""What several runs, or several ways of training, say together: tables and pictures."""
+"""What several runs, or several ways of training, say together: tables and plots."""
 
 import json
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from simulations.studies import plots
 _MOST_SITES_DRAWN = 20
 
 
-def picture(study: Study, results: Results, path: Path) -> None:
+def plot_results(study: Study, results: Results, path: Path) -> None:
     """Each way of training by site, with bootstrap intervals."""
     name, together = study.select, overall(results, len(study.classes))
     estimates: dict[str, dict[str | None, Estimate | None]] = {}
@@ -29,7 +29,7 @@ def picture(study: Study, results: Results, path: Path) -> None:
             site: intervals(counts, [name], seed=study.seed, draws=300)[name] if counts.n else None
             for site, counts in shown.items()
         }
-    plots.comparison(estimates, name, path)
+    plots.plot_comparison(estimates, name, path)
 
 
 def over_seeds(folder: Path, seeds: Sequence[int]) -> None:
@@ -54,7 +54,7 @@ def over_seeds(folder: Path, seeds: Sequence[int]) -> None:
     told: dict[str, object] = {"seeds": list(seeds), "overall": figures_of}
     told["gains"] = _gains(study.select, {w: f[study.select] for w, f in figures_of.items()})
     files.write(folder / "summary.json", json.dumps(told, indent=1))
-    _picture_of_seeds(study, runs, folder / "comparison.png")
+    _plot_seeds(study, runs, folder / "comparison.png")
     console.print(f"\nrun folder: {folder}")
 
 
@@ -84,7 +84,7 @@ def _gains(name: str, figures_of: dict[str, list[float | None]]) -> dict[str, ob
     return gains
 
 
-def _picture_of_seeds(study: Study, runs: Sequence[Results], path: Path) -> None:
+def _plot_seeds(study: Study, runs: Sequence[Results], path: Path) -> None:
     name, classes = study.select, len(study.classes)
     estimates: dict[str, dict[str | None, Estimate | None]] = {}
     for way in runs[0]:
@@ -94,7 +94,7 @@ def _picture_of_seeds(study: Study, runs: Sequence[Results], path: Path) -> None
             None: t_interval([value(overall(run, classes)[way], name) for run in runs])
         }
         estimates[way] |= {s: t_interval([value(r[way][s], name) for r in runs]) for s in shown}
-    plots.comparison(estimates, name, path)
+    plots.plot_comparison(estimates, name, path)
 
 
 def mean_sd(values: Sequence[float | None]) -> str:

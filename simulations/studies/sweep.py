@@ -225,7 +225,7 @@ def _report(tried: dict[Setting, Tried], seeds: Sequence[int], folder: Path) -> 
     name = chosen.folder.name if chosen else None
     content = {"select": select, "seeds": list(seeds), "chosen": name, "settings": told}
     files.write(folder / "sweep.json", json.dumps(content, indent=1))
-    plots.sweep(
+    plots.plot_sweep(
         {setting.label: found.scores for setting, found in tried.items()},
         select,
         folder / "sweep.png",

@@ -84,7 +84,7 @@ def main(folder, places, backbone, unfreeze, how, same):
     if how["workers"]:
         engine.close()
     told = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in same}
-    results = baselines.references(study, site_files, engine.runtime)
+    results = baselines.train_baselines(study, site_files, engine.runtime)
     for way, sites in results.items():
         told |= {f"{way} {site}": str(counts.sparse()) for site, counts in sites.items()}
     print(json.dumps(told))

@@ -1,4 +1,4 @@
-"""Pictures are whole PNGs, whatever is missing and whatever the names are."""
+"""Plots are whole PNGs, whatever is missing and whatever the names are."""
 
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,12 @@ from PIL import Image
 from common.metrics.metrics import Counts
 from common.metrics.statistics import Estimate
 from common.support import plot_style
-from server.reports.plots import confusion, curves
+from server.reports.plots import plot_confusion, plot_curves
 from simulations.studies import plots
-from simulations.studies.plots import comparison, sweep
+from simulations.studies.plots import plot_comparison, plot_sweep
 
 
-def picture(path: Path) -> np.ndarray[Any, Any]:
+def pixels_of(path: Path) -> np.ndarray[Any, Any]:
     """The pixels of the only file in its folder, which must be a PNG with something drawn on it."""
     assert list(path.parent.iterdir()) == [path]
     with Image.open(path) as image:
@@ -48,10 +48,10 @@ def rows(sites: int, rounds: int, **changes: float | None) -> list[dict[str, Any
 @pytest.mark.parametrize(("sites", "rounds"), [(1, 1), (4, 30), (20, 12), (0, 3)])
 def test_curves_for_any_number_of_sites(tmp_path: Path, sites: int, rounds: int) -> None:
     path = tmp_path / "curves.png"
-    curves(rows(sites, rounds), path)
-    two = picture(path)
-    curves(rows(sites, rounds, loss=None), path)
-    one = picture(path)
+    plot_curves(rows(sites, rounds), path)
+    two = pixels_of(path)
+    plot_curves(rows(sites, rounds, loss=None), path)
+    one = pixels_of(path)
     assert one.shape[1] < two.shape[1]
 
 
@@ -60,11 +60,11 @@ def test_curves_with_gaps_or_nothing_at_all(tmp_path: Path) -> None:
     path = tmp_path / "curves.png"
     some = rows(3, 5)
     some[6]["loss"] = some[7]["balanced_accuracy"] = None
-    curves(some, path)
-    picture(path)
+    plot_curves(some, path)
+    pixels_of(path)
     for nothing in ([], rows(2, 3, loss=None, balanced_accuracy=None)):
-        curves(nothing, path)
-        picture(path)
+        plot_curves(nothing, path)
+        pixels_of(path)
 
 
 @pytest.mark.filterwarnings("error")
@@ -74,10 +74,10 @@ def test_confusion_with_an_absent_class_and_odd_names(tmp_path: Path, classes: i
     labels = torch.arange(60) % (classes - 1)
     counts = Counts.of(torch.randn(60, classes), labels)
     # Two dollars would be a broken formula if names were not taken as plain text.
-    confusion(counts, [f"${{k}}_\\frac{k}$" for k in range(classes)], path)
-    picture(path)
-    confusion(Counts.zero(classes), [str(k) for k in range(classes)], path)
-    picture(path)
+    plot_confusion(counts, [f"${{k}}_\\frac{k}$" for k in range(classes)], path)
+    pixels_of(path)
+    plot_confusion(Counts.zero(classes), [str(k) for k in range(classes)], path)
+    pixels_of(path)
 
 
 @pytest.mark.filterwarnings("error")
@@ -92,23 +92,23 @@ def test_comparison(tmp_path: Path, sites: int, metric: str) -> None:
         }
         for setting in ("local", "federated", "pooled")
     }
-    comparison(results, metric, path)
-    picture(path)
+    plot_comparison(results, metric, path)
+    pixels_of(path)
 
 
-def test_a_picture_replaces_the_old_one_only_when_whole(tmp_path: Path) -> None:
+def test_a_plot_replaces_the_old_one_only_when_whole(tmp_path: Path) -> None:
     path = tmp_path / "confusion.png"
-    confusion(Counts.zero(2), ["a", "b"], path)
+    plot_confusion(Counts.zero(2), ["a", "b"], path)
     before = path.read_bytes()
     with pytest.raises((TypeError, ValueError)):
-        confusion(Counts.zero(2), ["a", "b", "c"], path)
+        plot_confusion(Counts.zero(2), ["a", "b", "c"], path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_drawing_leaves_no_global_state(tmp_path: Path) -> None:
     before = dict(mpl.rcParams)
-    curves(rows(2, 2), tmp_path / "curves.png")
+    plot_curves(rows(2, 2), tmp_path / "curves.png")
     assert dict(mpl.rcParams) == before
     assert "pyplot" not in vars(plots) | vars(plot_style)
 
@@ -120,15 +120,15 @@ def test_validation_is_drawn_at_the_model_that_was_validated(
     figure = Figure()
     monkeypatch.setattr(plot_style, "Figure", lambda layout: figure)
     last = {"round": 4, "model_round": 3, "site": None, "loss": None, "balanced_accuracy": 0.9}
-    curves([*rows(0, 3), last], tmp_path / "curves.png")
+    plot_curves([*rows(0, 3), last], tmp_path / "curves.png")
     loss, validation = (axes.get_lines()[0].get_xydata() for axes in figure.axes)
     assert [x for x, y in np.asarray(loss) if not np.isnan(y)] == [1, 2, 3]
     assert [x for x, _ in np.asarray(validation)] == [0, 1, 2, 3]
 
 
-def test_a_picture_of_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
+def test_a_plot_of_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
-        confusion(Counts.zero(2), ["a", "b"], tmp_path / "no folder" / "confusion.png")
+        plot_confusion(Counts.zero(2), ["a", "b"], tmp_path / "no folder" / "confusion.png")
     assert not list(tmp_path.iterdir())
 
 
@@ -136,6 +136,8 @@ def test_a_picture_of_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("chosen", ["0.1 · $x_1$", None])
 def test_a_sweep_with_gaps(tmp_path: Path, chosen: str | None) -> None:
     scores = {"0.1 · $x_1$": [0.5, 0.6], "1 · head": [None, 0.4], "[1, 3] · head": [None, None]}
-    sweep(scores, "auroc", tmp_path / "sweep.png", keys="train.lr · " + "k" * 60, chosen=chosen)
-    blue = (picture(tmp_path / "sweep.png") == (0x00, 0x72, 0xB2)).all(axis=2)
+    plot_sweep(
+        scores, "auroc", tmp_path / "sweep.png", keys="train.lr · " + "k" * 60, chosen=chosen
+    )
+    blue = (pixels_of(tmp_path / "sweep.png") == (0x00, 0x72, 0xB2)).all(axis=2)
     assert blue.any() == bool(chosen)
