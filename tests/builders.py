@@ -1,7 +1,17 @@
-"""What tests build: sessions, sites, studies, small and fast."""
+"""What tests build: studies, sites, runs and sessions, small and fast.
 
-from collections.abc import Sequence
+A test names what it depends on; everything else is as small as it can be.
+"""
+
+import csv
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+from PIL import Image
 
 from client.app import make_app
 from client.preparation import Workspace, prepare_site
@@ -9,6 +19,10 @@ from client.runtime import Runtime
 from client.session import Session
 from client.site import Site
 from common.config.study import Study
+from common.config.yaml import dump
+from common.errors import StudyError
+from common.model.network import Network, assemble
+from server.runs.run_folder import RunFolder
 from simulations.sites import virtual_sites
 from simulations.sites.virtual_sites import VirtualSite
 
@@ -19,10 +33,104 @@ DEMO = CONFIGS / "demo.yaml"
 PHANTOMS = ("east", "north", "south", "west")
 """The hospitals in the fixture `phantoms`."""
 
+PHANTOM_CLASSES = ("clear", "nodule", "consolidation", "effusion")
+
 RUNTIME = Runtime()
 """What the sites of this test process keep open, until `new_process`."""
 
 client_app = make_app(RUNTIME)
+
+
+# --- studies ---
+
+
+def study_content(**changes: Any) -> dict[str, Any]:
+    """A small study as its file holds it.
+
+    Keys of `model`, `images` and `train` are laid over those here; the rest is as given.
+    """
+    content: dict[str, Any] = {
+        "name": "study",
+        "classes": ["a", "b", "c"],
+        "model": {"backbone": "shufflenet_v2_x0_5", "weights": "none"},
+        "images": {"size": 32},
+        "train": {"rounds": 1},
+    }
+    for key, value in changes.items():
+        laid_over = isinstance(value, Mapping) and key in content
+        content[key] = content[key] | value if laid_over else value
+    return content
+
+
+def make_study(**changes: Any) -> Study:
+    """A small study, with changes as in `study_content`."""
+    return Study.parse(study_content(**changes), "study", StudyError)
+
+
+def write_study(folder: Path, **changes: Any) -> Path:
+    """The file of a small study, with changes as in `study_content`."""
+    path = folder / "study.yaml"
+    path.write_text(dump(study_content(**changes)))
+    return path
+
+
+def read_study(name: str, *changes: str) -> Study:
+    """A study of `configs/`, with changes as on the command line."""
+    return Study.read(CONFIGS / f"{name}.yaml", changes)
+
+
+def make_network(**changes: Any) -> Network:
+    """The network of a small study, with random weights."""
+    return assemble(make_study(**changes), "none")
+
+
+# --- sites ---
+
+
+def paint_noise(number: int, label: str) -> NDArray[np.uint8]:
+    """Pixels that no other image has, whatever its label is."""
+    return np.random.default_rng(number).integers(0, 256, (32, 32, 3), np.uint8)
+
+
+def write_images(
+    folder: Path,
+    rows: Sequence[Sequence[str]],
+    paint: Callable[[int, str], NDArray[np.uint8]] = paint_noise,
+) -> None:
+    """Images and the manifest that lists them: each a row of file, label, patient, maybe split."""
+    folder.mkdir(parents=True, exist_ok=True)
+    columns = ("image", "label", "patient", "split")
+    with (folder / "manifest.csv").open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(columns[: max((len(row) for row in rows), default=3)])
+        for number, row in enumerate(rows):
+            Image.fromarray(paint(number, row[1])).save(folder / row[0])
+            table.writerow(row)
+
+
+def write_site(folder: Path, **changes: object) -> Path:
+    """The file of a site whose manifest and images lie beside it, unless `changes` say where."""
+    folder.mkdir(parents=True, exist_ok=True)
+    content: dict[str, object] = {
+        "name": "ward",
+        "data": {"format": "manifest", "root": "."},
+        "state": "state",
+        "device": "cpu",
+    }
+    path = folder / "site.yaml"
+    path.write_text(dump(content | changes))
+    return path
+
+
+def make_site(folder: Path, **changes: object) -> Site:
+    """A site whose file was just written, with changes as in `write_site`."""
+    return Site.read(write_site(folder, **changes))
+
+
+def edit_site(path: Path, **changes: object) -> Path:
+    """Change a site's file, as its hospital would."""
+    path.write_text(dump(yaml.safe_load(path.read_text()) | changes))
+    return path
 
 
 def session_of(site: Site, study: Study) -> Session:
@@ -30,6 +138,20 @@ def session_of(site: Site, study: Study) -> Session:
     return Session(prepare_site(site, study, Workspace()))
 
 
+# --- runs of virtual sites ---
+
+
+def find_phantoms(phantoms: Path, names: Sequence[str] = PHANTOMS) -> list[VirtualSite]:
+    """Some of the hospitals in the fixture `phantoms`."""
+    return [virtual_sites.from_folder(phantoms / name) for name in names]
+
+
 def write_sites(found: Sequence[VirtualSite], study: Study, run: Path, cache: Path) -> list[Path]:
     """The site files of virtual hospitals, written into a run folder."""
     return virtual_sites.write_sites(virtual_sites.plan_sites(found, study), study, run, cache)
+
+
+def begin_run(found: Sequence[VirtualSite], study: Study, run: Path, cache: Path) -> list[Path]:
+    """The site files of a run that has just begun."""
+    RunFolder.claim(run).begin(study)
+    return write_sites(found, study, run, cache)

@@ -1,17 +1,14 @@
 """Nothing leaves a hospital unrecorded, to nobody twice, and never beyond what it agreed to."""
 
-import csv
 import hashlib
 import os
 import resource
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from flwr.app import ConfigRecord, MessageType, RecordDict
-from PIL import Image
 
 from client import runtime
 from client.consent import exclusions
@@ -21,8 +18,6 @@ from client.ledger.ledger import Ledger, read
 from client.ledger.release import Reply, release
 from client.privacy.parameters import Privacy
 from client.site import Site
-from common.config.study import Study
-from common.config.yaml import dump
 from common.flower.messages import recorddict_to_proto
 from common.model.contract import digest
 from common.protocol.final import FinalRequest
@@ -31,7 +26,7 @@ from common.protocol.ledger import LEDGER, LedgerReply, LedgerRequest
 from common.protocol.round import make_round_config
 from common.protocol.tensors import to_arrays
 from simulations.engines.grid import InProcessGrid
-from tests.builders import RUNTIME, client_app
+from tests.builders import RUNTIME, client_app, make_study, write_images, write_site
 from tests.processes import another, limited
 
 CLASSES = ("dark", "bright")
@@ -54,31 +49,26 @@ def quick(monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda file: None)
 
 
-def study(**changes):
-    given = {
-        "name": "skin",
-        "classes": CLASSES,
-        "model": {"backbone": "shufflenet_v2_x0_5", "weights": "none"},
-        "images": {"size": 32, "augment": {"views": 2, "ops": ["flip"]}},
-        "train": {"rounds": 3, "batch_size": 8},
-    }
-    return Study(**given | changes)
+study = partial(
+    make_study,
+    name="skin",
+    classes=CLASSES,
+    images={"size": 32, "augment": {"views": 2, "ops": ["flip"]}},
+    train={"rounds": 3, "batch_size": 8},
+)
 
 
 def hospital(folder, *, patients=4, **keys):
     """A site file whose every part has two patients of each class."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "manifest.csv").open("w", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(["image", "label", "patient", "split"])
-        for i in range(3 * patients):
-            noise = np.random.default_rng(i).integers(0, 256, (32, 32, 3), np.uint8)
-            Image.fromarray(noise).save(folder / PICTURE.format(i))
-            split = ("train", "validation", "test")[i % 3]
-            table.writerow([PICTURE.format(i), CLASSES[i % 2], PATIENT.format(i), split])
-    content = {"name": folder.name, "data": {"format": "manifest", "root": "."}, "state": "state"}
-    (folder / "site.yaml").write_text(dump(content | {"device": "cpu"} | keys))
-    return folder / "site.yaml"
+    splits = ("train", "validation", "test")
+    write_images(
+        folder,
+        [
+            (PICTURE.format(i), CLASSES[i % 2], PATIENT.format(i), splits[i % 3])
+            for i in range(3 * patients)
+        ],
+    )
+    return write_site(folder, **{"name": folder.name} | keys)
 
 
 class Server:

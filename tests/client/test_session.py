@@ -9,20 +9,19 @@ import subprocess
 import sys
 import weakref
 from collections import Counter
+from functools import partial
 from importlib.metadata import version
 
 import numpy as np
 import pytest
 import torch
 from flwr.app import Context, Message, RecordDict
-from PIL import Image
 
 from client.consent.cohort import cut_records
 from client.consent.proposals import keep_proposal
 from client.data import npz
 from client.preparation import Workspace
 from client.site import Site
-from common.config.study import Study
 from common.config.yaml import dump
 from common.errors import (
     BackboneError,
@@ -36,7 +35,15 @@ from common.flower.messages import TaskIdentity
 from common.protocol.join import JoinRequest
 from common.protocol.ledger import LedgerHead
 from simulations.sites.pretrain import WEIGHTS
-from tests.builders import ROOT, RUNTIME, client_app, session_of
+from tests.builders import (
+    ROOT,
+    RUNTIME,
+    client_app,
+    make_site,
+    make_study,
+    session_of,
+    write_images,
+)
 
 pytestmark = pytest.mark.numbers
 
@@ -45,38 +52,28 @@ HEAD = LedgerHead(count=1, hash="0" * 64)
 LIGHT = {"dark": 20, "grey": 120, "bright": 230}
 
 
-def study(**changes):
-    given = {
-        "name": "t",
-        "classes": CLASSES,
-        "model": {"backbone": "shufflenet_v2_x0_5", "weights": "none"},
-        "images": {"size": 64},
-        "train": {"rounds": 3, "batch_size": 4},
-        "holdout": {"validation": 0.0, "test": 0.0},
-    }
-    return Study(**given | changes)
+study = partial(
+    make_study,
+    name="t",
+    classes=CLASSES,
+    images={"size": 64},
+    train={"rounds": 3, "batch_size": 4},
+    holdout={"validation": 0.0, "test": 0.0},
+)
 
 
-def picture(path, label, seed):
+def paint(number, label):
     """A square whose brightness is its label's, with some noise."""
-    noise = np.random.default_rng(seed).integers(-15, 16, (40, 40, 3))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray((LIGHT.get(label, 0) + noise).clip(0, 255).astype(np.uint8)).save(path)
+    noise = np.random.default_rng(number).integers(-15, 16, (40, 40, 3))
+    return (LIGHT.get(label, 0) + noise).clip(0, 255).astype(np.uint8)
 
 
-def site(folder, rows, **keys):
+def hospital_of(folder, rows, **keys):
     """A hospital from rows of (label, patient, split)."""
     with_split = any(split for *_, split in rows)
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "manifest.csv").open("w", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(["image", "label", "patient"] + ["split"] * with_split)
-        for i, (label, patient, split) in enumerate(rows):
-            picture(folder / f"{i}.png", label, i)
-            table.writerow([f"{i}.png", label, patient] + [split] * with_split)
-    content = {"name": "ward", "data": {"format": "manifest", "root": "."}, "state": "state"}
-    (folder / "site.yaml").write_text(dump(content | {"device": "cpu"} | keys))
-    return Site.read(folder / "site.yaml")
+    columns = 4 if with_split else 3
+    write_images(folder, [(f"{i}.png", *row)[:columns] for i, row in enumerate(rows)], paint)
+    return make_site(folder, **keys)
 
 
 def patients(count, start=0):
@@ -114,7 +111,7 @@ def test_what_it_joins_with_is_what_the_folder_holds(tmp_path):
     ]
     augment = {"views": 3, "ops": ["flip", "rotate"]}
     wanted = study(images={"size": 64, "augment": augment})
-    session = session_of(site(tmp_path, rows), wanted)
+    session = session_of(hospital_of(tmp_path, rows), wanted)
     reply = session.join(HEAD, [])
     assert (reply.name, reply.role, reply.ledger) == ("ward", "train", HEAD)
     assert reply.patients.model_dump() == {"train": 2, "validation": 1, "test": 2}
@@ -177,7 +174,7 @@ def test_a_phantom_hospital_is_cut_by_patient_and_learns(phantoms, tmp_path):
 
 
 def test_one_patient_is_enough(tmp_path):
-    session = session_of(site(tmp_path, [("grey", "only", "")]), study())
+    session = session_of(hospital_of(tmp_path, [("grey", "only", "")]), study())
     assert session.join(HEAD, []).patients.model_dump() == {
         "train": 1,
         "validation": 0,
@@ -191,17 +188,17 @@ def test_one_patient_is_enough(tmp_path):
 
 def test_a_part_without_patients_has_no_counts(tmp_path):
     rows = [("dark", "a", "train"), ("bright", "b", "train"), ("grey", "c", "test")]
-    session = session_of(site(tmp_path, rows), study())
+    session = session_of(hospital_of(tmp_path, rows), study())
     assert session.join(HEAD, []).images.validation == (0, 0, 0)
     before, _, _, after = run(session)
     assert (before.n, after.n) == (0, 1)
 
 
 def test_nobody_to_train_on_is_refused_with_a_remedy(tmp_path):
-    held_out = site(tmp_path, [("dark", "a", "test"), ("grey", "b", "validation")])
+    held_out = hospital_of(tmp_path, [("dark", "a", "test"), ("grey", "b", "validation")])
     with pytest.raises(DataError, match=r"training patient, got 0.*role: evaluate"):
         session_of(held_out, study())
-    all_broken = site(tmp_path / "broken", patients(3))
+    all_broken = hospital_of(tmp_path / "broken", patients(3))
     break_images(tmp_path / "broken")
     with pytest.raises(DataError, match=r"training patient, got 0"):
         session_of(all_broken, study(images={"size": 64, "unreadable": "skip"}))
@@ -210,7 +207,7 @@ def test_nobody_to_train_on_is_refused_with_a_remedy(tmp_path):
 def test_a_class_nobody_has_here_is_fine(tmp_path):
     rows = [("dark", "a", ""), ("bright", "b", ""), ("dark", "c", "")]
     how = {"rounds": 3, "imbalance": "weighted"}
-    session = session_of(site(tmp_path, rows), study(train=how))
+    session = session_of(hospital_of(tmp_path, rows), study(train=how))
     assert session.join(HEAD, []).images.train == (2, 0, 1)
     _, loss, tensors, _ = run(session)
     assert np.isfinite(loss)
@@ -221,7 +218,7 @@ def test_a_class_nobody_has_here_is_fine(tmp_path):
 def test_a_site_that_only_evaluates_holds_out_everyone(tmp_path, split):
     rows = [(label, patient, split) for label, patient, _ in patients(7)]
     policy = {"min_patients": 100}  # of training patients: there are none to protect
-    session = session_of(site(tmp_path, rows, role="evaluate", policy=policy), study())
+    session = session_of(hospital_of(tmp_path, rows, role="evaluate", policy=policy), study())
     reply = session.join(HEAD, [])
     assert (reply.role, reply.images.train) == ("evaluate", (0, 0, 0))
     assert reply.patients.model_dump() == {"train": 0, "validation": 0, "test": 7}
@@ -231,7 +228,7 @@ def test_a_site_that_only_evaluates_holds_out_everyone(tmp_path, split):
 def test_labels_outside_the_study_are_named_and_counted(tmp_path):
     rows = [("dark", "a", ""), ("blue", "b", ""), ("blue", "c", ""), ("red", "d", "")]
     with pytest.raises(DataError, match=r"dark, grey, bright.*'blue' \(2\), 'red' \(1\)"):
-        session_of(site(tmp_path, rows), study())
+        session_of(hospital_of(tmp_path, rows), study())
 
 
 # --- refusals come before any image is opened or backbone loaded ---
@@ -246,7 +243,7 @@ def test_labels_outside_the_study_are_named_and_counted(tmp_path):
     ],
 )
 def test_policy_refuses_before_it_looks(tmp_path, policy, why):
-    hospital = site(tmp_path, patients(3), policy=policy)
+    hospital = hospital_of(tmp_path, patients(3), policy=policy)
     break_images(tmp_path)
     # Neither could the images be read, nor the weights be found.
     model = {"backbone": "shufflenet_v2_x0_5", "weights": "lost.pth", "unfreeze": "last:1"}
@@ -258,14 +255,14 @@ def test_policy_refuses_before_it_looks(tmp_path, policy, why):
 def test_policy_that_is_met_does_not_refuse(tmp_path):
     policy = {"unfreeze": ["head", "last:1"], "min_patients": 3}
     model = {"backbone": "shufflenet_v2_x0_5", "weights": "none", "unfreeze": "last:1"}
-    session = session_of(site(tmp_path, patients(3), policy=policy), study(model=model))
+    session = session_of(hospital_of(tmp_path, patients(3), policy=policy), study(model=model))
     assert session.join(HEAD, []).images.train == (1, 1, 1)
 
 
 @pytest.mark.parametrize("keys", [{}, {"weights": "empty"}])
 def test_missing_weights_name_the_sites_own_key(tmp_path, keys):
     (tmp_path / "empty").mkdir()
-    hospital = site(tmp_path, patients(3), **keys)
+    hospital = hospital_of(tmp_path, patients(3), **keys)
     break_images(tmp_path)
     model = {"backbone": "shufflenet_v2_x0_5", "weights": "/coordinator/only/lost.pth"}
     with pytest.raises(BackboneError) as refused:
@@ -279,7 +276,7 @@ def test_missing_weights_name_the_sites_own_key(tmp_path, keys):
 def test_an_impossible_depth_is_the_studys_mistake(tmp_path):
     model = {"backbone": "shufflenet_v2_x0_5", "weights": "none", "unfreeze": "last:9"}
     with pytest.raises(StudyError, match="last:5"):
-        session_of(site(tmp_path, patients(3)), study(model=model))
+        session_of(hospital_of(tmp_path, patients(3)), study(model=model))
 
 
 # --- unreadable images ---
@@ -288,14 +285,14 @@ def test_an_impossible_depth_is_the_studys_mistake(tmp_path):
 def test_unreadable_images_are_refused_unless_the_study_skips_them(tmp_path):
     rows = [(label, patient, "test") for label, patient, _ in patients(3)]
     rows += [(label, patient, "train") for label, patient, _ in patients(3, start=3)]
-    hospital = site(tmp_path, rows)
+    hospital = hospital_of(tmp_path, rows)
     (tmp_path / "1.png").write_bytes(b"not an image")
     with pytest.raises(DataError, match=r"1 of 3 images.*1\.png"):
         session_of(hospital, study())
 
 
 def test_skipping_keeps_each_row_beside_its_label(tmp_path, caplog):
-    hospital = site(tmp_path, patients(14))
+    hospital = hospital_of(tmp_path, patients(14))
     for i in (0, 3, 4, 10, 13):
         (tmp_path / f"{i}.png").write_bytes(b"not an image")
     images = {"size": 64, "unreadable": "skip", "augment": {"views": 3, "ops": ["flip"]}}
@@ -316,7 +313,7 @@ def test_skipping_keeps_each_row_beside_its_label(tmp_path, caplog):
 
 
 def test_skipped_images_do_not_count_towards_the_policys_least(tmp_path):
-    hospital = site(tmp_path, patients(5), policy={"min_patients": 4})
+    hospital = hospital_of(tmp_path, patients(5), policy={"min_patients": 4})
     skip = study(images={"size": 64, "unreadable": "skip"})
     (tmp_path / "0.png").write_bytes(b"not an image")
     assert session_of(hospital, skip).join(HEAD, []).patients.train == 4
@@ -330,7 +327,7 @@ def test_skipped_images_do_not_count_towards_the_policys_least(tmp_path):
 
 def test_a_round_is_repeatable_and_starts_from_what_was_sent(tmp_path):
     holdout = {"validation": 0.2, "test": 0.2}
-    session = session_of(site(tmp_path, patients(20)), study(holdout=holdout))
+    session = session_of(hospital_of(tmp_path, patients(20)), study(holdout=holdout))
     _, loss, tensors, _ = run(session)
     session.train(tensors, 2, 0.0)  # must not matter
     _, again, same, _ = run(session)
@@ -343,15 +340,15 @@ def test_a_round_is_repeatable_and_starts_from_what_was_sent(tmp_path):
 def test_sites_draw_their_own_order(tmp_path):
     rows = patients(9)
     (tmp_path / "one").mkdir()
-    one = session_of(site(tmp_path / "one", rows), study())
-    other = session_of(site(tmp_path / "other", rows, name="clinic"), study())
+    one = session_of(hospital_of(tmp_path / "one", rows), study())
+    other = session_of(hospital_of(tmp_path / "other", rows, name="clinic"), study())
     first, second = run(one)[2], run(other)[2]
     assert any(not torch.equal(first[name], second[name]) for name in first)
 
 
 def test_the_learning_rate_follows_the_schedule(tmp_path):
     how = {"rounds": 2, "optimizer": "sgd", "momentum": 0.0, "lr": 0.1, "schedule": "cosine"}
-    session = session_of(site(tmp_path, patients(4)), study(train=how))
+    session = session_of(hospital_of(tmp_path, patients(4)), study(train=how))
     bias = next(name for name in session.prepared.network.initial if name.endswith("bias"))
     start = session.prepared.network.initial[bias]
     moves = [(run(session, number)[2][bias] - start).norm().item() for number in (1, 2)]
@@ -361,7 +358,7 @@ def test_the_learning_rate_follows_the_schedule(tmp_path):
 def test_what_is_kept_may_be_the_hospitals_choice(tmp_path):
     results = {}
     for keep, dtype in (("activations", torch.float32), ("images", torch.uint8)):
-        hospital = site(tmp_path / keep, patients(8), keep=keep)
+        hospital = hospital_of(tmp_path / keep, patients(8), keep=keep)
         session = session_of(hospital, study(model={"backbone": "resnet18", "weights": "none"}))
         assert session.prepared.examples["train"].prepared.rows[torch.tensor([0])].dtype == dtype
         results[keep] = run(session)
@@ -375,7 +372,7 @@ def test_what_it_computes_in_is_the_studys_choice(tmp_path):
     model = {"backbone": "shufflenet_v2_x0_5", "weights": str(WEIGHTS), "unfreeze": "last:1"}
     contracts, trained = {}, {}
     for dtype in ("float32", "bfloat16"):
-        hospital = site(tmp_path / dtype, patients(8), weights=str(WEIGHTS.parent))
+        hospital = hospital_of(tmp_path / dtype, patients(8), weights=str(WEIGHTS.parent))
         session = session_of(hospital, study(model=model | {"precision": dtype}))
         contracts[dtype] = session.join(HEAD, []).contract
         row = session.prepared.examples["train"].prepared.rows[torch.tensor([0])]
@@ -390,7 +387,7 @@ def test_what_it_computes_in_is_the_studys_choice(tmp_path):
 
 
 def test_a_device_that_cannot_compute_in_the_studys_precision_refuses(tmp_path):
-    hospital = site(tmp_path, patients(3), device="mps")
+    hospital = hospital_of(tmp_path, patients(3), device="mps")
     model = {"backbone": "shufflenet_v2_x0_5", "weights": "none", "precision": "bfloat16"}
     with pytest.raises(RefusedError) as refused:
         session_of(hospital, study(model=model))
@@ -399,7 +396,7 @@ def test_a_device_that_cannot_compute_in_the_studys_precision_refuses(tmp_path):
 
 
 def test_a_second_opening_computes_nothing(tmp_path):
-    hospital = site(tmp_path, patients(6))
+    hospital = hospital_of(tmp_path, patients(6))
     first = session_of(hospital, study())
     shards = {p: p.stat().st_mtime_ns for p in hospital.cache_folder.rglob("*.safetensors")}
     again = session_of(hospital, study())
@@ -413,7 +410,7 @@ def test_a_second_opening_computes_nothing(tmp_path):
 
 
 def test_an_agreed_study_is_remembered_across_processes(tmp_path):
-    hospital, wanted = site(tmp_path, patients(3)), study()
+    hospital, wanted = hospital_of(tmp_path, patients(3)), study()
     keep_proposal(hospital, wanted.proposal())
     RUNTIME.close_sessions()
     session = RUNTIME.open_session(tmp_path / "site.yaml", wanted.id)
@@ -425,7 +422,7 @@ def test_an_agreed_study_is_remembered_across_processes(tmp_path):
 
 @pytest.mark.parametrize("spelling", ["zz/{}", "./{}", "../studies/{}", "{}\n", " {}", "{}.json/"])
 def test_a_study_has_one_spelling(tmp_path, spelling):
-    hospital, wanted = site(tmp_path, patients(3)), study()
+    hospital, wanted = hospital_of(tmp_path, patients(3)), study()
     keep_proposal(hospital, wanted.proposal())
     (tmp_path / "state" / "studies" / "zz").mkdir()
     with pytest.raises(ContractError, match="not joined"):
@@ -441,7 +438,7 @@ def test_a_session_keeps_no_image(tmp_path):
         arrays[f"{split}_images"] = random.integers(0, 256, (6, 40, 40), dtype=np.uint8)
         arrays[f"{split}_labels"] = np.arange(6) % 3
     np.savez(tmp_path / "pool.npz", **arrays)
-    hospital = site(tmp_path, patients(3), data={"format": "npz", "root": "pool.npz"})
+    hospital = hospital_of(tmp_path, patients(3), data={"format": "npz", "root": "pool.npz"})
     pool = weakref.ref(hospital.data.records(CLASSES)[0].image.array.base)
     session = session_of(hospital, study())
     assert pool() is not None
@@ -453,14 +450,14 @@ def test_a_session_keeps_no_image(tmp_path):
 
 @pytest.mark.parametrize("name", ["0123456789abcdef", "", "../../site", "../secret"])
 def test_a_study_never_joined_is_not_opened(tmp_path, name):
-    site(tmp_path, patients(3))
+    hospital_of(tmp_path, patients(3))
     with pytest.raises(ContractError, match="not joined"):
         RUNTIME.open_session(tmp_path / "site.yaml", name)
 
 
 @pytest.mark.parametrize("proposal", ["", "{}", "[1]", '{"name": "x", "extra": 1}'])
 def test_a_proposal_that_is_no_study_is_refused_and_not_kept(tmp_path, proposal):
-    hospital = site(tmp_path, patients(1))
+    hospital = hospital_of(tmp_path, patients(1))
     with pytest.raises(ContractError, match="not a valid study"):
         keep_proposal(hospital, proposal)
     assert not hospital.state.exists()
@@ -468,13 +465,13 @@ def test_a_proposal_that_is_no_study_is_refused_and_not_kept(tmp_path, proposal)
 
 def test_a_state_folder_that_cannot_be_made_is_the_sites_mistake(tmp_path):
     (tmp_path / "file").touch()
-    hospital = site(tmp_path, patients(3), state="file/state")
+    hospital = hospital_of(tmp_path, patients(3), state="file/state")
     with pytest.raises(SiteError, match=r"site\.yaml: state"):
         session_of(hospital, study())
 
 
 def test_a_full_disk_is_the_sites_mistake(tmp_path):
-    hospital = site(tmp_path, patients(3))
+    hospital = hospital_of(tmp_path, patients(3))
     hospital.private("studies")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (16, hard))

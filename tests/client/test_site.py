@@ -7,28 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from client.data.manifest import Manifest
 from client.site import Site
 from common.errors import SiteError
 from common.support import files
-
-BASE: dict[str, Any] = {
-    "name": "east",
-    "data": {"format": "manifest", "root": "images"},
-    "state": "state",
-}
-
-
-def write(folder: Path, **changes: object) -> Path:
-    path = folder / "site.yaml"
-    path.write_text(yaml.safe_dump({**BASE, **changes}), encoding="utf-8")
-    return path
-
-
-def site(folder: Path, **changes: object) -> Site:
-    return Site.read(write(folder, **changes))
+from tests.builders import make_site, write_site
 
 
 def mode(path: Path) -> int:
@@ -45,7 +29,7 @@ def test_relative_paths_start_at_the_file(tmp_path: Path, monkeypatch: pytest.Mo
     folder = tmp_path / "hospital"
     folder.mkdir()
     data = {"format": "manifest", "root": "../images", "patients": "some.txt"}
-    write(folder, data=data, cache={"folder": "../kept"}, weights="nets")
+    write_site(folder, data=data, cache={"folder": "../kept"}, weights="nets")
     monkeypatch.chdir(tmp_path)
     for path in (folder / "site.yaml", Path("hospital/site.yaml")):
         read = Site.read(path)
@@ -58,22 +42,23 @@ def test_relative_paths_start_at_the_file(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_the_cache_is_private_unless_the_hospital_says_where(tmp_path: Path) -> None:
-    assert site(tmp_path).cache_folder == tmp_path / "state" / "cache"
-    limited = site(tmp_path, cache={"limit_gb": 1.5, "days": 30})
+    assert make_site(tmp_path).cache_folder == tmp_path / "state" / "cache"
+    limited = make_site(tmp_path, cache={"limit_gb": 1.5, "days": 30})
     assert limited.cache_folder == tmp_path / "state" / "cache"
     elsewhere = tmp_path / "elsewhere" / "prepared"
-    assert site(tmp_path, cache={"folder": str(elsewhere)}).cache_folder == elsewhere
+    assert make_site(tmp_path, cache={"folder": str(elsewhere)}).cache_folder == elsewhere
     assert mode(elsewhere) == 0o700
 
 
 def test_the_cache_has_no_limits_unless_the_hospital_sets_them(tmp_path: Path) -> None:
-    assert (site(tmp_path).cache.limit, site(tmp_path).cache.days) == (None, None)
+    cache = make_site(tmp_path).cache
+    assert (cache.limit, cache.days) == (None, None)
     for given, wanted in ((50, 50 * 10**9), (0.25, 250 * 10**6)):
-        assert site(tmp_path, cache={"limit_gb": given}).cache.limit == wanted
+        assert make_site(tmp_path, cache={"limit_gb": given}).cache.limit == wanted
 
 
 def test_a_cache_by_its_path_alone_is_shown_the_section(tmp_path: Path) -> None:
-    path = write(tmp_path, cache="/scratch/prepared")
+    path = write_site(tmp_path, cache="/scratch/prepared")
     told = refusal(path)
     assert told.startswith(f"{path}: cache: expected a mapping of keys to values, got '/scratch")
     assert "Write cache: {folder: /scratch/prepared}." in told
@@ -136,14 +121,14 @@ def test_a_cache_by_its_path_alone_is_shown_the_section(tmp_path: Path) -> None:
 def test_what_is_wrong_is_named(
     changes: dict[str, object], words: list[str], tmp_path: Path
 ) -> None:
-    path = write(tmp_path, **changes)
+    path = write_site(tmp_path, **changes)
     told = refusal(path)
     assert told.startswith(f"{path}: ")
     assert [word for word in words if word not in told] == []
 
 
 def test_a_policy_given_twice_is_refused(tmp_path: Path) -> None:
-    path = write(tmp_path)
+    path = write_site(tmp_path)
     path.write_text(
         path.read_text() + "policy: {require_privacy: true}\npolicy: {min_patients: 5}\n"
     )
@@ -161,7 +146,7 @@ def open_umask() -> Any:
 @pytest.mark.usefixtures("open_umask")
 @pytest.mark.parametrize("parts", [(), ("studies",), ("studies", "deep")])
 def test_the_state_folder_is_private(parts: tuple[str, ...], tmp_path: Path) -> None:
-    folder = site(tmp_path, state="var/state").private(*parts)
+    folder = make_site(tmp_path, state="var/state").private(*parts)
     assert folder == tmp_path.joinpath("var/state", *parts)
     while folder != tmp_path / "var":
         assert mode(folder) == 0o700, folder
@@ -170,22 +155,22 @@ def test_the_state_folder_is_private(parts: tuple[str, ...], tmp_path: Path) -> 
 
 @pytest.mark.usefixtures("open_umask")
 def test_the_secret_is_private_and_stays(tmp_path: Path) -> None:
-    secret = site(tmp_path).secret()
+    secret = make_site(tmp_path).secret()
     assert mode(tmp_path / "state") == 0o700
     assert mode(tmp_path / "state" / "secret") == 0o600
     assert len(secret) == 32
     assert (tmp_path / "state" / "secret").read_bytes() == secret
-    assert site(tmp_path).secret() == secret
+    assert make_site(tmp_path).secret() == secret
     assert [path.name for path in (tmp_path / "state").iterdir()] == ["secret"]
 
 
 def test_every_hospital_draws_its_own_secret(tmp_path: Path) -> None:
-    secrets = {site(tmp_path, state=f"state{i}").secret() for i in range(8)}
+    secrets = {make_site(tmp_path, state=f"state{i}").secret() for i in range(8)}
     assert len(secrets) == 8
 
 
 def test_creators_at_once_agree_on_the_secret(tmp_path: Path) -> None:
-    here = site(tmp_path)
+    here = make_site(tmp_path)
     for attempt in range(20):
         hospital = here.model_copy(update={"state": tmp_path / f"state{attempt}"})
         ready, seen = threading.Barrier(4), []
@@ -215,9 +200,9 @@ def test_of_two_files_created_at_once_the_first_stays(tmp_path: Path) -> None:
 def test_a_state_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "state").write_text("a file")
     with pytest.raises(SiteError, match=r"site\.yaml: state: expected a place to read and write"):
-        site(tmp_path).private()
+        make_site(tmp_path).private()
     with pytest.raises(SiteError, match="expected a place to read and write"):
-        site(tmp_path, state="state/inside").secret()
+        make_site(tmp_path, state="state/inside").secret()
 
 
 @pytest.mark.parametrize("rights", [0o755, 0o750, 0o701, 0o720])
@@ -226,39 +211,39 @@ def test_a_state_folder_open_to_others_is_refused(rights: int, tmp_path: Path) -
     (tmp_path / "state").chmod(rights)
     for use in (Site.private, Site.secret, lambda hospital: hospital.cache_folder):
         with pytest.raises(SiteError, match=rf"got mode {rights:o}\. chmod 700 .*/state$"):
-            use(site(tmp_path))
+            use(make_site(tmp_path))
     assert list((tmp_path / "state").iterdir()) == []
     (tmp_path / "state").chmod(0o700)
-    site(tmp_path).private()
+    make_site(tmp_path).private()
 
 
 @pytest.mark.usefixtures("open_umask")
 def test_the_cache_inside_state_is_private(tmp_path: Path) -> None:
-    assert mode(site(tmp_path).cache_folder) == 0o700
+    assert mode(make_site(tmp_path).cache_folder) == 0o700
 
 
 @pytest.mark.parametrize("size", [0, 31, 33])
 def test_a_secret_of_another_length_is_refused(size: int, tmp_path: Path) -> None:
-    files.write(site(tmp_path).private() / "secret", b"x" * size)
+    files.write(make_site(tmp_path).private() / "secret", b"x" * size)
     with pytest.raises(SiteError, match=rf"secret: expected 32 bytes, got {size} bytes\. Restore"):
-        site(tmp_path).secret()
+        make_site(tmp_path).secret()
 
 
 def test_a_cache_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(SiteError, match=r"site\.yaml: cache\.folder: expected a place to .*file"):
-        _ = site(tmp_path, cache={"folder": "file/cache"}).cache_folder
+        _ = make_site(tmp_path, cache={"folder": "file/cache"}).cache_folder
 
 
 def test_home_is_understood_in_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/ada")
     data = {"format": "manifest", "root": "~/images", "patients": "~nobody-at-all/p.txt"}
-    read = site(tmp_path, data=data, state="~/state")
+    read = make_site(tmp_path, data=data, state="~/state")
     assert read.data.root == Path("/home/ada/images")
     assert read.state == Path("/home/ada/state")
     assert read.data.patients == tmp_path / "~nobody-at-all/p.txt"
 
 
 def test_truth_is_no_number_of_patients(tmp_path: Path) -> None:
-    told = refusal(write(tmp_path, policy={"min_patients": True}))
+    told = refusal(write_site(tmp_path, policy={"min_patients": True}))
     assert "policy.min_patients: expected a valid integer, got True" in told

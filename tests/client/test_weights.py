@@ -7,22 +7,20 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from client.site import Site
 from client.weights import find, receive
 from common.config.study import Study
-from common.config.yaml import dump
 from common.errors import (
     BackboneError,
     ConsiliumError,
     ContractError,
     MissingWeightsError,
-    StudyError,
 )
 from common.model import backbones
 from common.model.network import assemble
 from common.protocol.backbone import BackboneHeld, BackbonePart
 from server.rounds import weights as sending
 from server.rounds.weights import Backbone
+from tests.builders import make_site, make_study
 
 NAME = "shufflenet_v2_x0_5"
 
@@ -34,21 +32,12 @@ def study(tmp_path):
     (tmp_path / "coordinator").mkdir()
     path = tmp_path / "coordinator" / "weights.pth"
     torch.save(state, path)
-    content = {
-        "name": "sent",
-        "classes": ["a", "b"],
-        "model": {"backbone": NAME, "weights": str(path)},
-        "train": {"rounds": 1},
-    }
-    return Study.parse(content, "sent", StudyError)
+    return make_study(classes=["a", "b"], model={"backbone": NAME, "weights": str(path)})
 
 
 @pytest.fixture
 def site(tmp_path):
-    (tmp_path / "ward").mkdir()
-    content = {"name": "ward", "data": {"format": "manifest", "root": "."}, "state": "state"}
-    (tmp_path / "ward" / "site.yaml").write_text(dump(content))
-    return Site.read(tmp_path / "ward" / "site.yaml")
+    return make_site(tmp_path / "ward")
 
 
 def told(study):

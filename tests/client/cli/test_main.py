@@ -9,14 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
 from client.cli import main as cli
 from client.features.store import Store
-from tests.builders import ROOT
+from tests.builders import ROOT, write_site
 
 KEYS = [letter * 24 for letter in "ab"]
-SITE = {"name": "east", "data": {"format": "manifest", "root": "images"}, "state": "state"}
 
 Command = Callable[..., tuple[int, str]]
 
@@ -30,11 +28,9 @@ def command(
     return partial(run_main, cli.main)
 
 
-def site(folder: Path, **changes: object) -> Path:
+def cached(folder: Path, **limits: object) -> Path:
     """A site's file in `folder`, and its cache folder beside it."""
-    path = folder / "site.yaml"
-    path.write_text(yaml.safe_dump({**SITE, "cache": {"folder": "prepared", **changes}}))
-    return path
+    return write_site(folder, cache={"folder": "prepared", **limits})
 
 
 def fill(cache: Path) -> int:
@@ -49,7 +45,7 @@ def fill(cache: Path) -> int:
 
 def test_the_cache_is_shown_as_it_is(command: Command, tmp_path: Path) -> None:
     total = fill(tmp_path / "prepared")
-    code, text = command("cache", site(tmp_path, limit_gb=2, days=180))
+    code, text = command("cache", cached(tmp_path, limit_gb=2, days=180))
     assert code == 0, text
     new, old = (next(x for x in text.splitlines() if f"net-{word}" in x) for word in "ba")
     assert text.index(new) < text.index(old)
@@ -64,13 +60,13 @@ def test_the_cache_is_shown_as_it_is(command: Command, tmp_path: Path) -> None:
 
 
 def test_an_empty_cache_without_limits(command: Command, tmp_path: Path) -> None:
-    code, text = command("cache", site(tmp_path))
+    code, text = command("cache", cached(tmp_path))
     assert (code, text) == (0, f"total 0.0 kB in {tmp_path / 'prepared'}\n")
 
 
 def test_a_description_steers_no_terminal(command: Command, tmp_path: Path) -> None:
     Store(tmp_path / "prepared" / KEYS[0]).use({"backbone": "[red]x\x1b[2J"})
-    code, text = command("cache", site(tmp_path))
+    code, text = command("cache", cached(tmp_path))
     assert code == 0
     assert "[red]x\N{REPLACEMENT CHARACTER}[2J" in text
 
@@ -90,7 +86,7 @@ def test_a_purge_asks_first(
 ) -> None:
     fill(tmp_path / "prepared")
     (tmp_path / "prepared/mine.txt").write_text("mine")
-    found, text = command("purge", site(tmp_path), *options, typed=typed)
+    found, text = command("purge", cached(tmp_path), *options, typed=typed)
     assert (found, said in text) == (code, True), text
     for word in ("net-a", "patient data", "makes them again", "Other sites whose cache.folder"):
         assert word in text
@@ -101,8 +97,7 @@ def test_a_purge_asks_first(
 def test_a_purge_of_a_private_cache_touches_nothing_else_in_state(
     command: Command, tmp_path: Path
 ) -> None:
-    path = tmp_path / "site.yaml"
-    path.write_text(yaml.safe_dump(SITE))
+    path = write_site(tmp_path)
     (tmp_path / "state").mkdir(mode=0o700)
     (tmp_path / "state/secret").write_bytes(b"x" * 32)
     fill(tmp_path / "state/cache")
@@ -121,8 +116,7 @@ def test_a_wrong_site_file_ends_in_a_line(name: str, command: Command, tmp_path:
     code, text = command(name, tmp_path / "none.yaml")
     assert (code, text.count("\n")) == (1, 1)
     assert "none.yaml: expected a readable YAML file, got No such file" in text
-    path = tmp_path / "site.yaml"
-    path.write_text(yaml.safe_dump({**SITE, "cache": "/scratch"}))
+    path = write_site(tmp_path, cache="/scratch")
     code, text = command(name, path)
     assert code == 1
     assert "Write cache: {folder: /scratch}." in text

@@ -1,30 +1,25 @@
 """The hospital has the last word: it agrees or refuses by name, and holds to what it agreed to."""
 
-import csv
 import hashlib
 import logging
 import os
 import re
 import shutil
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
-import yaml
-from PIL import Image
 
 from client.consent.agreement import Agreement, check_holdout, keep_holdout
 from client.consent.policy import check_policy
 from client.privacy.plan import plan_privacy
 from client.site import Site
-from common.config.study import Study
-from common.config.yaml import dump
 from common.errors import ContractError, DataError, RefusedError, SiteError
 from common.protocol.ledger import LedgerHead
 from common.protocol.round import RoundRequest
 from common.protocol.tensors import to_arrays
-from tests.builders import session_of
+from tests.builders import edit_site, make_site, make_study, session_of, write_images
 
 CLASSES = ("dark", "bright")
 HEAD = LedgerHead(count=1, hash="0" * 64)
@@ -32,15 +27,7 @@ HEAD = LedgerHead(count=1, hash="0" * 64)
 PATIENT, PICTURE = "DOE_JANE_1970_{}", "scan-of-jane-{}.png"
 
 
-def study(**changes):
-    given = {
-        "name": "skin",
-        "classes": CLASSES,
-        "model": {"backbone": "shufflenet_v2_x0_5", "weights": "none"},
-        "images": {"size": 32},
-        "train": {"rounds": 3, "batch_size": 4},
-    }
-    return Study(**given | changes)
+study = partial(make_study, name="skin", classes=CLASSES, train={"rounds": 3, "batch_size": 4})
 
 
 def private(epsilon=4.0, delta=1e-6, **changes):
@@ -48,7 +35,7 @@ def private(epsilon=4.0, delta=1e-6, **changes):
 
 
 def model(**keys):
-    return study(model={"backbone": "shufflenet_v2_x0_5", "weights": "none"} | keys)
+    return study(model=keys)
 
 
 def train(**keys):
@@ -56,11 +43,9 @@ def train(**keys):
 
 
 def write(folder, **keys):
-    """The site file of a hospital, which may have no images at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    content = {"name": "ward", "data": {"format": "manifest", "root": "images"}, "state": "state"}
-    (folder / "site.yaml").write_text(dump(content | {"device": "cpu"} | keys))
-    return Site.read(folder / "site.yaml")
+    """A hospital, which may have no images at all."""
+    data = {"format": "manifest", "root": "images"}
+    return make_site(folder, **{"data": data} | keys)
 
 
 # --- what it agrees to ---
@@ -274,24 +259,20 @@ def test_a_delta_that_protects_few_is_warned_of(tmp_path, caplog, wanted, patien
 
 def hospital(folder, patients=12, **keys):
     """Every part has patients of each class; the manifest says who is in which."""
-    site, images = write(folder, **keys), folder / "images"
-    images.mkdir(exist_ok=True)
-    with (images / "manifest.csv").open("w", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(["image", "label", "patient", "split"])
-        for i in range(patients):
-            noise = np.random.default_rng(i).integers(0, 256, (32, 32, 3), np.uint8)
-            Image.fromarray(noise).save(images / PICTURE.format(i))
-            split = ("train", "validation", "test")[i % 3]
-            table.writerow([PICTURE.format(i), CLASSES[i % 2], PATIENT.format(i), split])
-    return site
+    splits = ("train", "validation", "test")
+    write_images(
+        folder / "images",
+        [
+            (PICTURE.format(i), CLASSES[i % 2], PATIENT.format(i), splits[i % 3])
+            for i in range(patients)
+        ],
+    )
+    return write(folder, **keys)
 
 
 def edit(site, **keys):
     """The same hospital with other keys in its site file."""
-    path = Path(site.source)
-    path.write_text(dump(yaml.safe_load(path.read_text()) | keys))
-    return Site.read(path)
+    return Site.read(edit_site(Path(site.source), **keys))
 
 
 def rows(site, change):
