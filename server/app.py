@@ -21,4 +21,4 @@ def main(grid: Grid, context: Context) -> None:
         raise RunError("run configuration: expected run=<run folder>, got nothing")
     folder = RunFolder.resume(Path(run))
     with folder.locked():
-        Run(grid, folder, Reporter(folder)).go()
+        Run(grid, folder, Reporter(folder)).run()

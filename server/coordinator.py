@@ -21,7 +21,7 @@ _LOOK = 1.0
 """Seconds between counts of the sites that are connected."""
 
 
-def begin(study: Study, folder: Path) -> RunFolder:
+def create_run(study: Study, folder: Path) -> RunFolder:
     """A new run folder, after everything is checked that needs no site.
 
     Raises:
@@ -29,12 +29,12 @@ def begin(study: Study, folder: Path) -> RunFolder:
       RunError: the folder is taken.
     """
     inspect(study)
-    run = RunFolder.claim(folder)
-    run.begin(study)
+    run = RunFolder.create(folder)
+    run.write_study(study)
     return run
 
 
-def go(run: RunFolder, database: Path, *, wait: float) -> None:
+def run_study(run: RunFolder, database: Path, *, wait: float) -> None:
     """Run a study, or go on with it, on the sites that are connected.
 
     Args:
@@ -49,7 +49,7 @@ def go(run: RunFolder, database: Path, *, wait: float) -> None:
         run.write("process", str(os.getpid()), durable=False)
         try:
             _await(grid, run.study.aggregate.quorum, wait)
-            Run(grid, run, Announcer(run)).go()
+            Run(grid, run, Announcer(run)).run()
         finally:
             (run.path / "process").unlink(missing_ok=True)
 
@@ -75,7 +75,7 @@ class Announcer(Reporter):
         console.print(shown)
 
 
-def show(run: RunFolder) -> None:
+def show_run(run: RunFolder) -> None:
     """The tables of a finished run."""
     results, facts = read_results(run.path, len(run.study.classes))
     show_results(results, run.study.classes, facts.get("withheld", {}), run.path)

@@ -51,13 +51,13 @@ def run(
         assert study is not None  # noqa: S101  (one of the two is there)
         name = f"{study.stem}-{datetime.now():%Y%m%d-%H%M%S}"
         wanted = Study.read(study, tuple(changes or ()))
-        folder = coordinator.begin(wanted, out or place.runs / name)
+        folder = coordinator.create_run(wanted, out or place.runs / name)
     log_to(folder.path / "run.log")
     again = f"consilium-server run --resume {folder.path}"
     try:
         if not (folder.path / "report.json").exists():
-            coordinator.go(folder, place.database, wait=wait)
-        coordinator.show(folder)
+            coordinator.run_study(folder, place.database, wait=wait)
+        coordinator.show_run(folder)
     except KeyboardInterrupt:
         raise StoppedError(f"Stopped. Go on with: {again}") from None
 

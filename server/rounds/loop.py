@@ -58,7 +58,7 @@ class Run:
         self._aggregator.restore(last.state)
         return last
 
-    def go(self) -> Outcome:
+    def run(self) -> Outcome:
         """Join, train whatever rounds are left, evaluate, report."""
         self._federation.join()
         heads = {member.name: member.reply.ledger for member in self._federation.members}

@@ -45,7 +45,7 @@ class RunFolder:
         self.path = path
 
     @classmethod
-    def claim(cls, path: Path) -> Self:
+    def create(cls, path: Path) -> Self:
         """A folder for a new run; raises `RunError` unless it is new or empty."""
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -58,7 +58,7 @@ class RunFolder:
             raise RunError(path, expected=expected, got=got, remedy=remedy)
         return cls(path)
 
-    def begin(self, study: Study) -> None:
+    def write_study(self, study: Study) -> None:
         """Make the folder a run: from here on it can be resumed."""
         self.write("study.yaml", study.yaml())
 

@@ -70,8 +70,8 @@ def measure(sites: int, rounds: int) -> Cost:
     }
     study = Study.parse(content, "bench", StudyError)
     with TemporaryDirectory() as scratch, _quiet(), _clock() as spent:
-        folder = RunFolder.claim(Path(scratch) / "run")
-        folder.begin(study)
+        folder = RunFolder.create(Path(scratch) / "run")
+        folder.write_study(study)
         found = [VirtualSite(name=f"s{i}", data=_data(Path(scratch), i)) for i in range(sites)]
         planned = virtual_sites.plan_sites(found, study)
         files = virtual_sites.write_sites(planned, study, folder.path, Path(scratch) / "cache")
@@ -79,7 +79,7 @@ def measure(sites: int, rounds: int) -> Cost:
         virtual_sites.prepare_sites(files, study, runtime)
         reporter = _Laps(folder, spent)
         began = time.perf_counter()
-        Run(InProcessGrid(make_app(runtime), files), folder, reporter).go()
+        Run(InProcessGrid(make_app(runtime), files), folder, reporter).run()
         whole = time.perf_counter() - began
         runtime.close()
     works = [after - before for before, after in pairwise(reporter.works)]

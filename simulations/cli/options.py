@@ -137,8 +137,8 @@ def stoppable(folder: Path, go_on: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        begun = [*folder.glob("study.yaml"), *folder.rglob("seed-*/study.yaml")]
-        text = f"Go on with: {go_on}" if begun else "Nothing was begun: there is no run to resume."
+        runs = [*folder.glob("study.yaml"), *folder.rglob("seed-*/study.yaml")]
+        text = f"Go on with: {go_on}" if runs else "Nothing was begun: there is no run to resume."
         raise StoppedError(f"Stopped. {text}") from None
 
 

@@ -138,14 +138,14 @@ class _Worker:
 def _all_done(jobs: dict[_Worker, Iterator[Job]]) -> Iterator[Any]:
     busy: set[_Worker] = set()
 
-    def begin(worker: _Worker) -> None:
+    def run_next(worker: _Worker) -> None:
         busy.discard(worker)
         if job := next(jobs[worker], None):
             worker.ask(job)
             busy.add(worker)
 
     for worker in jobs:
-        begin(worker)
+        run_next(worker)
     while busy:
         ready = wait([worker.line for worker in busy])
         for worker in [worker for worker in busy if worker.line in ready]:
@@ -155,7 +155,7 @@ def _all_done(jobs: dict[_Worker, Iterator[Job]]) -> Iterator[Any]:
                 case Exception() as error:
                     raise error
                 case result:
-                    begin(worker)
+                    run_next(worker)
                     yield result
 
 

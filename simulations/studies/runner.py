@@ -126,12 +126,12 @@ def _complete(study: Study, source: Source, path: Path, cache: Path, engine: Eng
     """Bring a run to its end, from wherever it is."""
     if not (path / "study.yaml").exists():
         return _new(study, source, path, cache, engine)
-    run = begun(study, source, path)
+    run = open_run(study, source, path)
     _go_on(run, engine)
     return run
 
 
-def begun(study: Study, source: Source, path: Path) -> RunFolder:
+def open_run(study: Study, source: Source, path: Path) -> RunFolder:
     """A run that is there already; raises `RunError` if it is of another study or virtual_sites."""
     run = RunFolder.resume(path, study)
     named, there = virtual_sites.describe_sites(source.hospitals(study)), path / _ROSTER
@@ -154,12 +154,12 @@ def _new(study: Study, source: Source, folder: Path, cache: Path, engine: Engine
     found = plan(study, named)
     if folder.is_dir() and {path.name for path in folder.iterdir()} == {"sites"}:
         shutil.rmtree(folder)  # a run that was killed before it began
-    run = RunFolder.claim(folder)
+    run = RunFolder.create(folder)
     try:
         site_files = virtual_sites.write_sites(found, study, folder, cache)
         engine.prepare(site_files, study)
         run.write(_ROSTER, json.dumps(virtual_sites.describe_sites(named)))
-        run.begin(study)
+        run.write_study(study)
     except BaseException:
         shutil.rmtree(folder)  # nothing half-written; prepared images stay in the cache
         raise

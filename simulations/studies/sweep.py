@@ -187,7 +187,7 @@ def _check(setting: Setting, source: Source) -> None:
     for study in setting.studies:
         path = setting.folder / f"seed-{study.seed}"
         if (path / "study.yaml").exists():
-            runner.begun(study, source, path)
+            runner.open_run(study, source, path)
 
 
 def _tried(study: Study, runs: Sequence[Path]) -> Tried:

@@ -56,7 +56,7 @@ def deployed(folder: Path, wanted: Study, phantoms: Path) -> Loopback:
 
 def simulated(folder: Path, wanted: Study, phantoms: Path) -> dict[str, torch.Tensor]:
     """The last tensors of the same study in this process."""
-    RunFolder.claim(folder).begin(wanted)
+    RunFolder.create(folder).write_study(wanted)
     found = [virtual_sites.from_folder(phantoms / name) for name in NAMES]
     files = write_sites(found, wanted, folder, folder / "cache")
     simulate(server_app, client_app, files, folder)
@@ -391,7 +391,7 @@ def test_a_real_study_runs_here_as_it_is_in_a_simulation(shared, tmp_path, name)
                 assert 0 <= ours - theirs <= 0.02
             return
         folder = tmp_path / "simulation"
-        RunFolder.claim(folder).begin(wanted)
+        RunFolder.create(folder).write_study(wanted)
         files = write_sites(found, wanted, folder, tmp_path / "real" / "cache")
         simulate(server_app, client_app, files, folder)
         same(run.last(), load_file(folder / "last.safetensors"))

@@ -66,7 +66,7 @@ def study(**changes: Any) -> Study:
 
 def settle(wanted: Study, phantoms: Path, folder: Path, **policies: dict[str, Any]) -> list[Path]:
     """Site files of the four phantoms in a run folder; some with a policy of their own."""
-    RunFolder.claim(folder).begin(wanted)
+    RunFolder.create(folder).write_study(wanted)
     found = [virtual_sites.from_folder(phantoms / name) for name in PHANTOMS]
     files = write_sites(found, wanted, folder, folder.parent / "cache")
     for path in files:

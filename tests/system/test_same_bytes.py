@@ -71,8 +71,8 @@ def main(folder, places, backbone, unfreeze, how, same):
         train={"rounds": 2, "batch_size": 12},
         aggregate={"quorum": 3},
     )
-    run = RunFolder.claim(folder)
-    run.begin(study)
+    run = RunFolder.create(folder)
+    run.write_study(study)
     found = [virtual_sites.from_folder(place) for place in places]
     planned = virtual_sites.plan_sites(found, study)
     site_files = virtual_sites.write_sites(planned, study, folder, folder / "cache")

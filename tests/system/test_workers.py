@@ -39,17 +39,17 @@ def crew() -> Iterator[Workers]:
     workers.close()
 
 
-def begun(folder: Path, places: list[Path], rounds: int = 3) -> tuple[Study, list[Path]]:
+def create_run(folder: Path, places: list[Path], rounds: int = 3) -> tuple[Study, list[Path]]:
     """A run that has just begun, with a cache of its own."""
     study = Study.read(DEMO, (f"train.rounds={rounds}",))
-    RunFolder.claim(folder).begin(study)
+    RunFolder.create(folder).write_study(study)
     found = [virtual_sites.from_folder(place) for place in places]
     return study, write_sites(found, study, folder, folder / "cache")
 
 
 def run(engine: Engine, folder: Path, phantoms: Path, rounds: int = 3) -> dict[str, bytes]:
     """What a whole run ends with."""
-    study, site_files = begun(folder, [phantoms / name for name in PHANTOMS], rounds)
+    study, site_files = create_run(folder, [phantoms / name for name in PHANTOMS], rounds)
     engine.prepare(site_files, study)
     engine.run(site_files, folder)
     return end(folder)
@@ -108,7 +108,7 @@ def test_a_killed_worker_ends_the_run_and_loses_nothing(
 def test_an_image_problem_is_the_same_error(crew: Workers, phantoms: Path, tmp_path: Path) -> None:
     hospital = Path(shutil.copytree(phantoms / "west", tmp_path / "west"))
     next((hospital / "images").iterdir()).write_bytes(b"not an image")
-    study, site_files = begun(tmp_path / "run", [hospital])
+    study, site_files = create_run(tmp_path / "run", [hospital])
     told = []
     for engine in (InProcess(), crew):
         with pytest.raises(DataError, match="cannot be read") as error:

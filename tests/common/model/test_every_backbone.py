@@ -56,7 +56,7 @@ def test_it_trains_a_round(
         for name in ("north", "south")
     ]
     folder = tmp_path / "run"
-    RunFolder.claim(folder).begin(study)
+    RunFolder.create(folder).write_study(study)
     simulate(server_app, client_app, write_sites(two, study, folder, tmp_path / "c"), folder)
 
     history = RunFolder(folder).history()

@@ -181,8 +181,8 @@ def test_a_release_is_remembered_by_key(tmp_path: Path) -> None:
 def test_a_run_s_state_is_told(project: Project) -> None:
     content = {"name": "s", "classes": ["a", "b"], "model": {"backbone": "shufflenet_v2_x0_5"}}
     study = Study.parse(content | {"train": {"rounds": 7}}, "study", StudyError)
-    first = RunFolder.claim(project.runs / "first")
-    first.begin(study)
+    first = RunFolder.create(project.runs / "first")
+    first.write_study(study)
     assert project.states() == [RunState("first", 0, 7, busy=False, finished=False)]
     first.save_last(Checkpoint(round=3, tensors={}, state={}))
     with first.locked():

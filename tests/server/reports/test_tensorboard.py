@@ -26,17 +26,17 @@ class Interrupted(BaseException):
     """As sudden as a killed process, as far as this process can tell."""
 
 
-def begin(folder: Path, sites: Sequence[Path], *changes: str) -> RunFolder:
+def create_run(folder: Path, sites: Sequence[Path], *changes: str) -> RunFolder:
     """A run of virtual hospitals that has not started."""
     study = Study.read(DEMO, ("train.local_epochs=1", *changes))
-    run = RunFolder.claim(folder)
+    run = RunFolder.create(folder)
     found = [virtual_sites.from_folder(site) for site in sites]
     write_sites(found, study, folder, sites[0].parent / "cache")
-    run.begin(study)
+    run.write_study(study)
     return run
 
 
-def go(run: RunFolder, app: ClientApp = client_app) -> None:
+def run_apps(run: RunFolder, app: ClientApp = client_app) -> None:
     simulate(server_app, app, virtual_sites.find_site_files(run.path), run.path)  # type: ignore[arg-type]
 
 
@@ -71,7 +71,7 @@ def recorded(run: RunFolder) -> dict[str, list[tuple[int, float]]]:
 
 
 def test_an_interrupted_run_shows_each_round_once(tmp_path: Path, four: list[Path]) -> None:
-    run = begin(tmp_path / "run", four, "train.rounds=5")
+    run = create_run(tmp_path / "run", four, "train.rounds=5")
 
     def stops(message: Message, context: Context) -> Message:
         config = message.content.config_records.get("config", {})
@@ -80,14 +80,14 @@ def test_an_interrupted_run_shows_each_round_once(tmp_path: Path, four: list[Pat
         return client_app(message, context)
 
     with pytest.raises(Interrupted):
-        go(run, stops)
+        run_apps(run, stops)
     (written,) = (run.path / "tensorboard").iterdir()
     assert curves(run) == recorded(run)
     assert [step for step, _ in curves(run)["training loss"]] == [1, 2, 3]
     # As after a SIGKILL in the middle of writing: the end of round 2 and all of 3 are missing.
     whole = written.read_bytes()
     written.write_bytes(whole[: len(whole) // 2])
-    go(run)
+    run_apps(run)
     told = curves(run)
     assert told == recorded(run)
     assert {"training loss/west", "validation balanced accuracy/north"} < set(told)
@@ -96,11 +96,11 @@ def test_an_interrupted_run_shows_each_round_once(tmp_path: Path, four: list[Pat
 
 
 def test_what_a_site_keeps_to_itself_is_absent(tmp_path: Path, four: list[Path]) -> None:
-    run = begin(tmp_path / "run", four, "train.rounds=1")
+    run = create_run(tmp_path / "run", four, "train.rounds=1")
     for name, tells in (("north", {"metrics": "none"}), ("south", {"counts": "rounded"})):
         path = run.path / f"sites/{name}/site.yaml"
         path.write_text(dump(yaml.safe_load(path.read_text()) | {"policy": {"disclose": tells}}))
-    go(run)
+    run_apps(run)
     told = curves(run)
     assert told == recorded(run)
     assert not [tag for tag in told if "north" in tag]
@@ -113,8 +113,8 @@ def test_what_a_site_keeps_to_itself_is_absent(tmp_path: Path, four: list[Path])
 
 def test_many_sites_are_shown_together_only(tmp_path: Path, phantoms: Path) -> None:
     copies = [shutil.copytree(phantoms / "north", tmp_path / f"copy-{i}") for i in range(7)]
-    run = begin(tmp_path / "run", copies, "train.rounds=1")
-    go(run)
+    run = create_run(tmp_path / "run", copies, "train.rounds=1")
+    run_apps(run)
     assert set(curves(run)) == {
         "training loss",
         "validation balanced accuracy",
@@ -125,9 +125,9 @@ def test_many_sites_are_shown_together_only(tmp_path: Path, phantoms: Path) -> N
 def test_a_run_goes_on_without_events(
     tmp_path: Path, four: list[Path], caplog: pytest.LogCaptureFixture
 ) -> None:
-    run = begin(tmp_path / "run", four, "train.rounds=2")
+    run = create_run(tmp_path / "run", four, "train.rounds=2")
     (run.path / "tensorboard").write_text("in the way")
-    go(run)
+    run_apps(run)
     assert (run.path / "report.json").exists()
     assert caplog.text.count("tensorboard: expected a folder for TensorBoard's events, got") == 1
 
@@ -136,7 +136,7 @@ def test_a_run_goes_on_without_events(
 def test_a_full_disk_is_said_once(
     tmp_path: Path, four: list[Path], caplog: pytest.LogCaptureFixture
 ) -> None:
-    run = begin(tmp_path / "run", four)
+    run = create_run(tmp_path / "run", four)
     events = Events(run, by_site=False)
     (written,) = (run.path / "tensorboard").iterdir()
     written.unlink()

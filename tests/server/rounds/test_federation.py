@@ -292,7 +292,7 @@ def settle(
     """Four phantom hospitals in a new run folder; those named tell less."""
     study = make_study(*changes)
     found = [virtual_sites.from_folder(phantoms / name) for name in PHANTOMS]
-    RunFolder.claim(folder).begin(study)
+    RunFolder.create(folder).write_study(study)
     site_files = write_sites(found, study, folder, phantoms / "cache")
     for path in site_files:
         if path.parent.name in disclose:

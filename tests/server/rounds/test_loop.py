@@ -53,7 +53,7 @@ def settle(
         virtual_sites.from_folder(phantoms / name, evaluates_only=name in evaluators)
         for name in PHANTOMS
     ]
-    RunFolder.claim(folder).begin(study)
+    RunFolder.create(folder).write_study(study)
     return write_sites(found, study, folder, phantoms / "cache")
 
 
@@ -324,8 +324,8 @@ def test_three_and_three_resumed_rounds_are_six(
 ) -> None:
     study = make_study("train.rounds=6", f"aggregate.strategy={strategy}", "aggregate.quorum=5")
 
-    def begin(folder: Path) -> list[Path]:
-        RunFolder.claim(folder).begin(study)
+    def create_run(folder: Path) -> list[Path]:
+        RunFolder.create(folder).write_study(study)
         five = virtual_sites.from_pool(phantoms / "north", study, spec="iid", sites=5)
         return write_sites(five, study, folder, phantoms / "cache")
 
@@ -336,12 +336,12 @@ def test_three_and_three_resumed_rounds_are_six(
 
     cut, whole = tmp_path / "cut", tmp_path / "whole"
     with pytest.raises(Interrupted):
-        simulate(server_app, stops, begin(cut), cut)  # type: ignore[arg-type]
+        simulate(server_app, stops, create_run(cut), cut)  # type: ignore[arg-type]
     last = RunFolder(cut).last()
     assert last is not None
     assert last.round == 3
     simulate(server_app, client_app, virtual_sites.find_site_files(cut), cut)
-    simulate(server_app, client_app, begin(whole), whole)
+    simulate(server_app, client_app, create_run(whole), whole)
     assert_same_end(RunFolder(cut), RunFolder(whole))
 
 
@@ -402,7 +402,7 @@ def test_a_run_of_another_study_is_not_resumed(tmp_path: Path, phantoms: Path) -
     with pytest.raises(RunError, match="another train"):
         RunFolder.resume(folder.path, make_study("train.lr=0.5"))
     with pytest.raises(RunError, match="expected a new or empty folder"):
-        RunFolder.claim(folder.path)
+        RunFolder.create(folder.path)
 
 
 def test_an_evaluating_site_only_tests(tmp_path: Path, phantoms: Path) -> None:
