@@ -29,17 +29,16 @@ from common.flower.supernode import (
     ActivateNodeRequest,
     ApiErrorCode,
     DeactivateNodeRequest,
-    FleetHttpClient,
     FlowerError,
     GetRunRequest,
     Node,
-    NodeAuthHttpInterceptor,
     PullMessagesRequest,
     PullMessagesResponse,
     PullObjectRequest,
     PushMessagesRequest,
     PushObjectRequest,
     SendNodeHeartbeatRequest,
+    open_client,
 )
 from common.support import keys
 
@@ -140,14 +139,7 @@ class Fleet:
         self.server, self._ca = server, ca
         self._public = keys.pem(key.public_key())
         self.heard: Heard | None = None
-        signing = NodeAuthHttpInterceptor(key, key.public_key())
-        self._client = FleetHttpClient(
-            f"https://{server}", interceptors=[signing], verify=tls.trusting(ca)
-        )
-        http = self._client._client
-        # Otherwise a coordinator could have this site send requests to anywhere it can reach.
-        http.follow_redirects = False
-        http.event_hooks = {"request": [_introduce], "response": [self._hear]}
+        self._client = open_client(server, key, tls.trusting(ca), _introduce, self._hear)
         self._pool = ThreadPoolExecutor(_AT_ONCE)
         self._node = Node()
 

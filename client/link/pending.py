@@ -9,7 +9,7 @@ from flwr.app import Message
 from google.protobuf.message import DecodeError
 
 from client.link.fleet_client import Envelope
-from common.flower.messages import ProtoMessage, message_from_proto, message_to_proto
+from common.flower.messages import message_from_bytes, message_to_bytes
 from common.support import files
 
 log = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ class PendingMessage:
     def finish(self, reply: Message) -> None:
         """It has been answered."""
         self.reply = reply
-        _write(self._reply, message_to_proto(reply).SerializeToString())
+        _write(self._reply, message_to_bytes(reply))
 
     def drop(self) -> None:
         """Its answer is with the coordinator, or nobody waits for one."""
@@ -56,7 +56,7 @@ class PendingMessage:
 
 def _message(data: bytes) -> Message:
     try:
-        return message_from_proto(ProtoMessage.FromString(data))
+        return message_from_bytes(data)
     except DecodeError:
         raise ValueError("no message") from None
 

@@ -2,8 +2,11 @@
 
 | private name | why |
 |---|---|
-| `*_to_proto`, `*_from_proto`, protos | the exact bytes of a reply are recorded, and sent again |
-| `inflatable_*`, `ObjectTree` | between machines a message travels as objects named by SHA-256 |
+| `*_to_proto`, `*_from_proto` | the exact bytes of a reply are recorded, and sent again |
+| `Message`, `RecordDict` (of `flwr.proto`) | those bytes are theirs |
+| `ObjectTree`, `*_object_tree` | between machines a message travels as objects named by SHA-256 |
+| `get_all_nested_objects`, `inflate_object_from_contents` | a message to such objects, and back |
+| `no_object_id_recompute` | otherwise Flower hashes an object each time it is named |
 | `remove_content_from_message` | the envelope of a message travels before its objects |
 | `Metadata._message_id` | no public name sets it, and a reply is matched to its question by it |
 | `Message._content`, `Message._error` | what arrives is what was sent, with other content |
@@ -57,7 +60,6 @@ __all__ = [
     "ProtoMessage",
     "Run",
     "Status",
-    "TaskIdentity",
     "copy_as_sent",
     "error_reply",
     "identify_task",

@@ -2,10 +2,17 @@
 
 | private name | why |
 |---|---|
-| requests and responses of the Fleet interface | the node speaks it over a connection of ours |
+| `*Request`, `*Response`, `Node` | the node speaks the Fleet interface over our own connection |
 | `FleetHttpClient`, `NodeAuthHttpInterceptor` | Flower's own client, and its signatures |
+| `FleetHttpClient._client` (changed) | its redirects and hooks have no public name |
 | `ApiErrorCode`, `FlowerError` | which refusal means that nobody waits any more |
 """
+
+import ssl
+from collections.abc import Callable
+
+import httpx
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 
 from common.flower.compat import pinned
 
@@ -33,11 +40,37 @@ __all__ = [
     "FlowerError",
     "GetRunRequest",
     "Node",
-    "NodeAuthHttpInterceptor",
     "PullMessagesRequest",
     "PullMessagesResponse",
     "PullObjectRequest",
     "PushMessagesRequest",
     "PushObjectRequest",
     "SendNodeHeartbeatRequest",
+    "open_client",
 ]
+
+
+def open_client(
+    server: str,
+    key: EllipticCurvePrivateKey,
+    trust: ssl.SSLContext,
+    on_request: Callable[[httpx.Request], None],
+    on_response: Callable[[httpx.Response], None],
+) -> FleetHttpClient:
+    """Flower's client of the Fleet interface, which signs every request.
+
+    Its HTTP client follows redirects: a coordinator could have a site send requests to anywhere the
+    site can reach. This one follows none.
+
+    Args:
+      server: `host:port`.
+      key: That signs.
+      trust: What TLS trusts.
+      on_request: Sees, and may change, each request.
+      on_response: Sees each response.
+    """
+    signing = NodeAuthHttpInterceptor(key, key.public_key())
+    client = FleetHttpClient(f"https://{server}", interceptors=[signing], verify=trust)
+    client._client.follow_redirects = False
+    client._client.event_hooks = {"request": [on_request], "response": [on_response]}
+    return client

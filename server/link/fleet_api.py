@@ -9,38 +9,30 @@ import logging
 import re
 from base64 import b64decode
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import cast
 
 from cryptography.exceptions import UnsupportedAlgorithm
 from fastapi import FastAPI, HTTPException, Request, Response
-from filelock import FileLock
 from starlette.concurrency import run_in_threadpool
 from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from common.flower.compat import RELEASE_HEADER
+from common.flower.database import LinkState, LinkStateFactory, offer_again, open_factory
 from common.flower.messages import ObjectTree
-from common.flower.superlink import (
+from common.flower.routes import (
     FLEET_HTTP_PUBLIC_KEY_HEADER,
-    TRANSPORT_TYPE_GRPC_RERE,
-    ActivateNodeRequest,
-    LinkState,
-    LinkStateFactory,
     NodeAuthMiddleware,
-    NoOpFederationManager,
     ProtobufTranslationMiddleware,
     PullMessagesRequest,
     PushMessagesRequest,
-    SqlLinkState,
-    authenticate_node,
+    add_routes,
     bytes_to_public_key,
-    fleet,
-    get_objectstore_linkstate_factories,
     http_error_translator,
-    offer_again,
-    uint64_to_int64,
+    read_request,
+    verify_signature,
 )
 from common.support import keys
 
@@ -69,19 +61,6 @@ _REMEMBERED = 1000
 """Unknown keys that are logged; more would only fill the log."""
 
 
-def open_state(database: Path) -> LinkState:
-    """The messages, sites and runs in a database that several processes may have open."""
-    return _factory(database).state()
-
-
-def _factory(database: Path) -> LinkStateFactory:
-    """Opens the database, one process at a time: two that make it at once would both fail."""
-    _, factory = get_objectstore_linkstate_factories(str(database), NoOpFederationManager())
-    with FileLock(database.with_name(f".{database.name}.lock"), mode=0o600):
-        factory.state()
-    return factory
-
-
 def fleet_app(database: Path, note: Callable[[str, str], None] = lambda _, __: None) -> FastAPI:
     """What hospitals can reach: every request is signed by the key of a site that was admitted.
 
@@ -89,7 +68,7 @@ def fleet_app(database: Path, note: Callable[[str, str], None] = lambda _, __: N
       database: Of the link.
       note: Is told a site's key, by fingerprint, and the release of Consilium that it says it runs.
     """
-    factory = _factory(database)
+    factory = open_factory(database)
     app = FastAPI(
         docs_url=None,
         redoc_url=None,
@@ -100,14 +79,10 @@ def fleet_app(database: Path, note: Callable[[str, str], None] = lambda _, __: N
             Middleware(ProtobufTranslationMiddleware),
             Middleware(NodeAuthMiddleware),
             Middleware(BaseHTTPMiddleware, dispatch=_own_replies),
-            Middleware(BaseHTTPMiddleware, dispatch=_offer_again),
+            Middleware(BaseHTTPMiddleware, dispatch=partial(_offer_again, factory)),
         ],
     )
-    app.state.linkstate_factory = factory
-    app.state.enable_supernode_auth = True
-    app.state.fleet_api_type = TRANSPORT_TYPE_GRPC_RERE
-    app.state.fleet_event_log_plugin = None
-    app.include_router(fleet)
+    add_routes(app, factory)
     return app
 
 
@@ -142,8 +117,7 @@ class _Door:
         request = Request({**scope, "state": {}})
         try:
             public = b64decode(request.headers[FLEET_HTTP_PUBLIC_KEY_HEADER], validate=True)
-            request.state.protobuf_request = ActivateNodeRequest(public_key=public)
-            authenticate_node(request)
+            verify_signature(request, public)
             fingerprint = keys.fingerprint(bytes_to_public_key(public))
         except (HTTPException, KeyError, ValueError, AttributeError, UnsupportedAlgorithm):
             return 401
@@ -161,15 +135,16 @@ class _Door:
             log.warning("refused: a key that is not admitted, %s", fingerprint)
 
 
-async def _offer_again(request: Request, call_next: RequestResponseEndpoint) -> Response:
+async def _offer_again(
+    factory: LinkStateFactory, request: Request, call_next: RequestResponseEndpoint
+) -> Response:
     """A site that asks for a message has none: what it was handed and did not answer was lost.
 
     Flower hands out a message once, and a connection may break just then.
     """
-    asked = getattr(request.state, "protobuf_request", None)
+    asked = read_request(request)
     if isinstance(asked, PullMessagesRequest):
-        state = cast(SqlLinkState, request.app.state.linkstate_factory.state())
-        await run_in_threadpool(offer_again, state, uint64_to_int64(asked.node.node_id))
+        await run_in_threadpool(offer_again, factory.state(), asked.node.node_id)
     return await call_next(request)
 
 
@@ -184,7 +159,7 @@ def _parts(tree: ObjectTree) -> int:
 
 async def _own_replies(request: Request, call_next: RequestResponseEndpoint) -> Response:
     """A site answers for itself, and sends nothing else: Flower believes what a message says."""
-    asked = getattr(request.state, "protobuf_request", None)
+    asked = read_request(request)
     if isinstance(asked, PushMessagesRequest):
         for message in asked.messages_list:
             told = message.metadata

@@ -13,6 +13,13 @@ from flwr.app import Message
 
 from common.errors import RunError
 from common.flower.compat import APP, RELEASE
+from common.flower.database import (
+    NOOP_FEDERATION_ID,
+    NOOP_FLWR_AID,
+    LinkState,
+    TaskType,
+    open_state,
+)
 from common.flower.messages import (
     NodeInfo,
     Run,
@@ -24,9 +31,7 @@ from common.flower.messages import (
     pack_message,
     unpack_message,
 )
-from common.flower.superlink import NOOP_FEDERATION_ID, NOOP_FLWR_AID, LinkState, TaskType
 from server.link.base_grid import OneRunGrid
-from server.link.fleet_api import open_state
 
 log = logging.getLogger(__name__)
 

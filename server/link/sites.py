@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common.errors import LinkError, did_you_mean
+from common.flower.database import NOOP_FLWR_AID, LinkState, NodeStatus, free_key, open_state
 from common.flower.messages import NodeInfo
-from common.flower.superlink import NOOP_FLWR_AID, LinkState, NodeStatus, free_key
 from common.support import files, keys
-from server.link.fleet_api import open_state
 from server.project.project import Project
 
 

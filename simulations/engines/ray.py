@@ -18,14 +18,11 @@ from flwr.serverapp import Grid, ServerApp
 
 from common.config.study import Study
 from common.errors import RunError
-from common.flower.compat import pinned
 from common.flower.messages import ErrorCode
+from common.flower.simulation import run_simulation
 from server.app import app as server_app
 from simulations.engines.base import InProcess
 from simulations.engines.ray_site import PACKAGES, Hospitals, fingerprint, look, place
-
-with pinned():
-    from flwr.simulation import run_simulation
 
 _LOOK = 0.02
 """Seconds between looks for replies."""

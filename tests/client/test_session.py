@@ -31,7 +31,7 @@ from common.errors import (
     SiteError,
     StudyError,
 )
-from common.flower.messages import TaskIdentity
+from common.flower.messages import identify_task, name_message
 from common.protocol.join import JoinRequest
 from common.protocol.ledger import LedgerHead
 from simulations.sites.pretrain import WEIGHTS
@@ -490,9 +490,9 @@ def test_a_full_disk_is_the_sites_mistake(tmp_path):
 
 @pytest.mark.parametrize("node", [{}, {"site": 5}, {"site": "/data/DOE_JOHN/site.yaml"}])
 def test_only_a_code_leaves_a_node_without_a_site_file(node):
-    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+    identify_task(1, 1)
     message = Message(JoinRequest(proposal=study().proposal()).record(), 1, "query")
-    message.metadata.__dict__["_message_id"] = "m"
+    name_message(message, "m")
     reply = client_app(message, Context(1, 1, node, RecordDict(), {}))
     assert reply.has_error()
     assert reply.error.reason == "site"

@@ -27,8 +27,8 @@ from common.config.study import Study
 from common.config.yaml import dump
 from common.errors import RunError, StudyError
 from common.flower.compat import APP, RELEASE
-from common.flower.messages import TaskIdentity, record_to_bytes
-from common.flower.superlink import NOOP_FEDERATION_ID, NOOP_FLWR_AID, TaskType
+from common.flower.database import NOOP_FEDERATION_ID, NOOP_FLWR_AID, TaskType, open_state
+from common.flower.messages import identify_task, record_to_bytes
 from common.model.network import assemble
 from common.protocol.fields import ARRAYS, CONFIG
 from common.protocol.join import JoinReply, JoinRequest
@@ -37,7 +37,6 @@ from common.protocol.tensors import to_arrays
 from common.support import keys
 from server.link import fleet_api as link_module
 from server.link import grid as grid_module
-from server.link.fleet_api import open_state
 from server.link.grid import LinkGrid, connected
 from server.link.sites import Sites
 from server.project import certificates
@@ -246,7 +245,7 @@ def _run(world: World, name: str, release: str, fab: str) -> Iterator[LinkGrid]:
         (task,) = grid._state.get_tasks(run_ids=[number])
         grid._state.claim_task(task.task_id)
         grid._state.activate_task(task.task_id)
-        TaskIdentity.run_id = number
+        identify_task(task.task_id, number)
         yield LinkGrid(grid._state, number)
         grid._state.stop_run(number)
 

@@ -6,7 +6,7 @@ from flwr.app import ConfigRecord
 
 from common.config.study import Study
 from common.errors import StudyError
-from common.flower.messages import SUPERLINK_NODE_ID, TaskIdentity
+from common.flower.messages import identify_task
 from common.protocol.tensors import Tensors, to_arrays
 from server.rounds.strategies import REGISTRY, Aggregator
 
@@ -19,7 +19,7 @@ SITES = 7
 
 @pytest.fixture(autouse=True)
 def _identity() -> None:
-    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, SUPERLINK_NODE_ID
+    identify_task(1, 1)
 
 
 def make_study(strategy: str, quorum: int = SITES, **options: float) -> Study:

@@ -16,7 +16,7 @@ from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 
 from client.ledger.ledger import Ledger
 from common.config.study import Study
-from common.flower.messages import TaskIdentity
+from common.flower.messages import identify_task
 from common.protocol.join import JoinReply, JoinRequest
 from simulations.cli.main import main
 from simulations.engines import ray
@@ -35,7 +35,7 @@ def _demo() -> Study:
 
 
 def _ask(nodes: Hospitals, content: RecordDict, kind: str = MessageType.QUERY) -> Message:
-    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+    identify_task(1, 1)
     context = Context(1, 1000, {"partition-id": 0}, RecordDict(), {})
     return nodes(Message(content, 1000, kind), context)
 
