@@ -153,5 +153,5 @@ def write_sites(found: Sequence[VirtualSite], study: Study, run: Path, cache: Pa
 
 def begin_run(found: Sequence[VirtualSite], study: Study, run: Path, cache: Path) -> list[Path]:
     """The site files of a run that has just begun."""
-    RunFolder.claim(run).begin(study)
+    RunFolder.create(run).write_study(study)
     return write_sites(found, study, run, cache)
