@@ -13,7 +13,7 @@ from server.link.grid import connected
 from server.reports.progress import Joined, Reporter
 from server.reports.tables import show_results
 from server.rounds.loop import Run
-from server.rounds.start import inspect
+from server.rounds.start import check_start
 from server.runs.results import read_results
 from server.runs.run_folder import RunFolder
 
@@ -28,7 +28,7 @@ def create_run(study: Study, folder: Path) -> RunFolder:
       StudyError: the study cannot be run as it is.
       RunError: the folder is taken.
     """
-    inspect(study)
+    check_start(study)
     run = RunFolder.create(folder)
     run.write_study(study)
     return run
@@ -57,9 +57,9 @@ def run_study(run: RunFolder, database: Path, *, wait: float) -> None:
 class Announcer(Reporter):
     """Shows a run to a coordinator: also what every site agreed to."""
 
-    def joined(self, joined: Joined) -> None:
+    def report_join(self, joined: Joined) -> None:
         """As a table, one row for each site."""
-        super().joined(joined)
+        super().report_join(joined)
         columns = "site", "role", "tells", "ledger", "software", "contract"
         shown = table(*columns)
         for reply in joined.replies:

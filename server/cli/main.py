@@ -65,7 +65,7 @@ def init(
 
     names, port = _hosts(host)
     project = Project.create(folder, names, port)
-    authority = certificates.authority_file(project.folder)
+    authority = certificates.find_authority_file(project.folder)
     at = f"--project {shlex.quote(str(project.folder))}"
     console.print(f"Made {project.folder}, which nobody but you can read. Back it up.")
     console.print(f"authority   {keys.fingerprint(keys.read_certificate(authority))}")
@@ -94,7 +94,7 @@ def renew(
     from server.project.project import Project
 
     opened = Project.open(project).renew(tuple(host or ()))
-    end = certificates.until(opened.folder)
+    end = certificates.read_expiry(opened.folder)
     console.print(f"New certificate for {', '.join(opened.settings.hosts)}, until {end:%Y-%m-%d}.")
     if opened.is_up():
         console.print("consilium-server start uses it when it is started anew.")
@@ -193,18 +193,18 @@ def status(project: Folder = HERE) -> None:
     opened = Project.open(project)
     up = opened.is_up()
     console.print(f"link         {'up' if up else 'down; consilium-server start'}")
-    end = certificates.until(opened.folder)
+    end = certificates.read_expiry(opened.folder)
     left = (end - datetime.now(UTC)).days
     console.print(f"certificate  until {end:%Y-%m-%d}, {left} days")
     found = Sites(opened).all()
     here = sum(site.connected for site in found)
     console.print(f"sites        {here} of {len(found)} connected")
-    if states := opened.states():
+    if states := opened.list_runs():
         shown = table("run", "round", "state")
         for state in states:
             shown.add_row(state.name, f"{state.round} of {state.rounds or '?'}", _doing(state))
         console.print(shown)
-    for warning in certificates.check(opened.folder, opened.settings.hosts):
+    for warning in certificates.check_certificate(opened.folder, opened.settings.hosts):
         console.print(warning, style="yellow")
 
 

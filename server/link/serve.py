@@ -41,7 +41,7 @@ def start(project: Project, host: str, port: int | None) -> None:
     """
     with project.locked("start"):
         log_to(project.log)
-        for warning in certificates.check(project.folder, project.settings.hosts):
+        for warning in certificates.check_certificate(project.folder, project.settings.hosts):
             log.warning("%s", warning)
         listening = listen(host, project.settings.port if port is None else port)
         at, on = listening.getsockname()[:2]

@@ -96,24 +96,24 @@ def _authority(folder: Path) -> tuple[x509.Certificate, keys.PrivateKey]:
         raise LinkError(path, expected="the authority's key", got="none", remedy=remedy)
     key = keys.read_private(path)
     if key.public_key() != certificate.public_key():
-        expected = f"the key of {authority_file(folder)}"
+        expected = f"the key of {find_authority_file(folder)}"
         raise LinkError(path, expected=expected, got="another")
     _refuse_expired_authority(folder, certificate)
     return certificate, key
 
 
-def authority_file(folder: Path) -> Path:
+def find_authority_file(folder: Path) -> Path:
     """The file that every hospital needs."""
     return folder / f"{AUTHORITY}.crt"
 
 
-def check(folder: Path, hosts: Sequence[str]) -> list[str]:
+def check_certificate(folder: Path, hosts: Sequence[str]) -> list[str]:
     """What should be mended about the server's certificate; nothing if all is well.
 
     Raises:
       LinkError: no hospital would accept it.
     """
-    authority, path = keys.read_certificate(authority_file(folder)), folder / f"{SERVER}.crt"
+    authority, path = keys.read_certificate(find_authority_file(folder)), folder / f"{SERVER}.crt"
     certificate, key = keys.read_certificate(path), keys.read_private(folder / f"{SERVER}.key")
     renew, now = f"consilium-server renew --project {folder}", datetime.now(UTC)
     _refuse_expired_authority(folder, authority)
@@ -137,7 +137,7 @@ def check(folder: Path, hosts: Sequence[str]) -> list[str]:
     return warnings
 
 
-def until(folder: Path) -> datetime:
+def read_expiry(folder: Path) -> datetime:
     """When the server's certificate expires."""
     return keys.read_certificate(folder / f"{SERVER}.crt").not_valid_after_utc
 
@@ -147,7 +147,7 @@ def _refuse_expired_authority(folder: Path, authority: x509.Certificate) -> None
     if end < datetime.now(UTC):
         expected, got = "an authority that is valid", f"one that expired on {end:%Y-%m-%d}"
         remedy = "Make a new project by consilium-server init; hospitals need its ca.crt."
-        where = authority_file(folder)
+        where = find_authority_file(folder)
         raise LinkError(where, expected=expected, got=got, remedy=remedy)
 
 

@@ -182,7 +182,7 @@ class Project:
         """Whether `consilium-server start` runs."""
         return files.held(self.folder / ".start.lock")
 
-    def states(self) -> list[RunState]:
+    def list_runs(self) -> list[RunState]:
         """Every run, by name."""
         return [_state(path.parent) for path in sorted(self.runs.glob("*/study.yaml"))]
 

@@ -14,7 +14,7 @@ from common.protocol.join import JoinReply
 from common.support.terminal import console, size
 from server.reports import plots
 from server.reports.tables import format_figure
-from server.runs.results import FEDERATED, Outcome, union, write_results
+from server.runs.results import FEDERATED, Outcome, unite_counts, write_results
 from server.runs.run_folder import RunFolder
 
 _FEW = 6
@@ -45,7 +45,7 @@ class Reporter:
     def __init__(self, folder: RunFolder) -> None:
         self._folder, self._study = folder, folder.study
 
-    def joined(self, joined: Joined) -> None:
+    def report_join(self, joined: Joined) -> None:
         """The sites that take part, and those that do not."""
         from server.reports.tensorboard import Events  # what it needs is slow to import
 
@@ -60,7 +60,7 @@ class Reporter:
             console.print(f"  {name} does not take part: {why}", style="yellow")
         self._events = Events(self._folder, by_site=len(joined.replies) <= _FEW)
 
-    def round(self, lines: Sequence[Mapping[str, Any]], seconds: float) -> None:
+    def report_round(self, lines: Sequence[Mapping[str, Any]], seconds: float) -> None:
         """One line of progress; the site lines come first, the overall line last."""
         self._events.add(lines)
         *sites, overall = lines
@@ -77,11 +77,11 @@ class Reporter:
         line = Text("  │ ").join([*map(Text, text), Text(cost, style="dim")])
         console.print(line, soft_wrap=True)
 
-    def finished(self, outcome: Outcome, model: nn.Module) -> None:
+    def report_end(self, outcome: Outcome, model: nn.Module) -> None:
         """Write the released model, the report and the plots."""
         tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
         self._folder.write("model.safetensors", save(tensors))
-        history = self._folder.history()
+        history = self._folder.read_history()
         self._events.add(x for x in history if x["round"] == history[-1]["round"])
         self._write_plots(outcome, history)
         # The report comes last: with it the run counts as finished.
@@ -97,7 +97,7 @@ class Reporter:
             for x in history
         ]
         plots.plot_curves(rows, self._folder.path / "curves.png")
-        total = union(outcome.test.values(), len(self._study.classes))
+        total = unite_counts(outcome.test.values(), len(self._study.classes))
         plots.plot_confusion(total, self._study.classes, self._folder.path / "confusion.png")
 
 

@@ -9,11 +9,11 @@ from common.metrics.metrics import METRICS, Counts, value
 from common.support.terminal import console, table
 from server.runs.results import (
     Results,
-    calibration_error,
+    compute_calibration_error,
+    compute_sensitivities,
     describe_gaps,
-    overall,
-    sensitivities,
-    sites_of,
+    list_sites,
+    unite_sites,
 )
 
 _COLUMNS = ("accuracy", "balanced_accuracy", "f1", "auroc")
@@ -42,11 +42,11 @@ def _results_tables(
     metrics = [*(METRICS[name].label for name in _COLUMNS), "calibration error"]
 
     def figures_of(counts: Counts) -> list[float | None]:
-        return [*(value(counts, name) for name in _COLUMNS), calibration_error(counts)]
+        return [*(value(counts, name) for name in _COLUMNS), compute_calibration_error(counts)]
 
     return (
         _table(results, withheld, len(classes), metrics, figures_of),
-        _table(results, withheld, len(classes), classes, sensitivities),
+        _table(results, withheld, len(classes), classes, compute_sensitivities),
     )
 
 
@@ -58,9 +58,9 @@ def _table(
     figures_of: Callable[[Counts], list[float | None]],
 ) -> Table:
     shown = table("site", "images", "trained", *columns, left=("site", "trained"))
-    sites = sorted(sites_of(results) | set(withheld))
+    sites = sorted(list_sites(results) | set(withheld))
     rows = [(site, {w: s[site] for w, s in results.items() if site in s}, "") for site in sites]
-    rows.append(("overall", overall(results, classes), "bold"))
+    rows.append(("overall", unite_sites(results, classes), "bold"))
     for site, ways, style in rows:
         if not ways:
             shown.add_row(site, *[format_figure(None)] * (len(columns) + 2), style=style)

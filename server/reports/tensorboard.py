@@ -37,7 +37,7 @@ class Events:
         self._figures = dict.fromkeys((folder.study.select, "auroc"))
         forget = SessionLog(status=SessionLog.START)
         self._append([Event(file_version="brain.Event:2"), Event(session_log=forget)])
-        self.add(folder.history())
+        self.add(folder.read_history())
 
     def add(self, lines: Iterable[Mapping[str, Any]]) -> None:
         """Write lines of `metrics.jsonl`, whose rounds are finished."""

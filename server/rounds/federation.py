@@ -117,7 +117,7 @@ class Federation:
     def _send_backbone(self, nodes: Sequence[int]) -> tuple[list[int], dict[int, str]]:
         """Send every node what it lacks, piece by piece; those that have it all, and why not."""
         backbone = Backbone(self._study)
-        pieces = dict.fromkeys(nodes, backbone.announcement())
+        pieces = dict.fromkeys(nodes, backbone.announce())
         done: list[int] = []
         failures: dict[int, str] = {}
         said = ""
@@ -135,7 +135,7 @@ class Federation:
             if growing and (text := _progress(growing, backbone.size)) != said:
                 log.info("sending the backbone: %s", text)
                 said = text
-            pieces = {node: backbone.after(now) for node, now in growing.items()}
+            pieces = {node: backbone.cut_part(now) for node, now in growing.items()}
         return done, failures
 
     def _check_ledgers(self) -> None:

@@ -22,7 +22,7 @@ ROLLED_BACK = (
 )
 
 
-def known(folder: RunFolder) -> Ledgers:
+def read_heads(folder: RunFolder) -> Ledgers:
     """What sites told when they joined this run before."""
     path: Path = folder.path / _FILE
     try:
@@ -33,9 +33,9 @@ def known(folder: RunFolder) -> Ledgers:
         raise RunError(path, expected=expected, got=got, remedy=remedy) from None
 
 
-def keep(folder: RunFolder, ledgers: Mapping[str, LedgerHead]) -> None:
+def keep_heads(folder: RunFolder, ledgers: Mapping[str, LedgerHead]) -> None:
     """Remember the furthest that each site told, now or before: an old reply may be sent again."""
-    before = known(folder)
+    before = read_heads(folder)
     further = {n: h for n, h in ledgers.items() if n not in before or h.count > before[n].count}
     told = {name: head.model_dump() for name, head in (before | further).items()}
     folder.write(_FILE, json.dumps(told, indent=1, sort_keys=True))

@@ -21,9 +21,9 @@ from server.reports.progress import Joined, Reporter
 from server.rounds import ledger_heads
 from server.rounds.admission import Member
 from server.rounds.federation import Federation
-from server.rounds.start import first_tensors, weights
+from server.rounds.start import describe_weights, load_first_tensors
 from server.rounds.strategies import Aggregator
-from server.runs.results import Outcome, union
+from server.runs.results import Outcome, unite_counts
 from server.runs.run_folder import Checkpoint, RunFolder
 
 log = logging.getLogger(__name__)
@@ -38,31 +38,31 @@ class Run:
     """One study on one set of sites, from join to report."""
 
     def __init__(self, grid: Grid, folder: RunFolder, reporter: Reporter) -> None:
-        self._folder, self._report = folder, reporter
+        self._folder, self._reporter = folder, reporter
         self._study = study = folder.study
         self._network = network = assemble(study, study.model.weights)
-        self._federation = Federation(grid, study, network, ledger_heads.known(folder))
+        self._federation = Federation(grid, study, network, ledger_heads.read_heads(folder))
         self._aggregator = Aggregator(study, network.trainable)
         self._last = self._restore()
-        overall = (line for line in folder.history() if line["site"] is None)
+        overall = (line for line in folder.read_history() if line["site"] is None)
         self._scores: list[float | None] = [line[study.select] for line in overall]
         self._bytes = count_bytes(to_arrays(network.tensors))
 
     def _restore(self) -> Checkpoint:
         """The last finished round, or the beginning."""
-        last = self._folder.last()
+        last = self._folder.read_last()
         if last is None:
-            tensors = first_tensors(self._study, self._network)
+            tensors = load_first_tensors(self._study, self._network)
             last = Checkpoint(round=0, tensors=tensors, state={})
-        self._folder.forget_after(last.round)
-        self._aggregator.restore(last.state)
+        self._folder.forget_rounds_after(last.round)
+        self._aggregator.restore_state(last.state)
         return last
 
     def run(self) -> Outcome:
         """Join, train whatever rounds are left, evaluate, report."""
         self._federation.join()
         heads = {member.name: member.reply.ledger for member in self._federation.members}
-        ledger_heads.keep(self._folder, heads)
+        ledger_heads.keep_heads(self._folder, heads)
         self._folder.write_facts(self._facts())
         whole = sum(tensor.nbytes for tensor in self._network.model.state_dict().values())
         joined = Joined(
@@ -72,7 +72,7 @@ class Run:
             sent=self._bytes,
             whole=whole,
         )
-        self._report.joined(joined)
+        self._reporter.report_join(joined)
         while self._last.round < self._study.train.rounds and not self._stalled():
             self._round(self._last.round + 1)
         return self._finish()
@@ -83,7 +83,7 @@ class Run:
         return {
             "fingerprint": self._network.contract.fingerprint,
             "contract": self._network.contract.model_dump(),
-            "weights": weights(self._study),
+            "weights": describe_weights(self._study),
             "versions": Versions.here().model_dump(),
             "sites": sites,
             "refused": self._federation.refusals,
@@ -106,18 +106,19 @@ class Run:
         self._scores.append(value(counts, self._study.select))
         weight = self._federation.weights
         updates = [(reply.arrays, weight[name]) for name, reply in replies.items()]
-        merged = self._aggregator.merge(number, updates)
+        merged = self._aggregator.merge_updates(number, updates)
         lines = [self._line(number, name, reply) for name, reply in replies.items()]
-        ledger_heads.keep(self._folder, {name: reply.ledger for name, reply in replies.items()})
+        heads = {name: reply.ledger for name, reply in replies.items()}
+        ledger_heads.keep_heads(self._folder, heads)
         losses = {n: f.train_loss for n, f in told.items() if f.train_loss is not None}
         total = sum(weight[name] for name in losses)
         mean = sum(weight[n] * x for n, x in losses.items()) / total if losses else None
         lines.append(_line(number, None, mean, self._bytes * len(replies), counts))
-        self._folder.log(lines)
-        state = self._aggregator.state()
+        self._folder.append_history(lines)
+        state = self._aggregator.save_state()
         self._last = Checkpoint(round=number, tensors=merged, state=state)
         self._folder.save_last(self._last)
-        self._report.round(lines, seconds=time.monotonic() - began)
+        self._reporter.report_round(lines, seconds=time.monotonic() - began)
 
     def _line(self, number: int, name: str, reply: RoundReply) -> dict[str, Any]:
         figures = reply.figures
@@ -126,7 +127,7 @@ class Run:
         return _line(number, name, figures.train_loss, self._bytes, figures.counts)
 
     def _pooled(self, counts: Sequence[Counts]) -> Counts:
-        return union(counts, len(self._study.classes))
+        return unite_counts(counts, len(self._study.classes))
 
     def _train(self, number: int) -> dict[str, RoundReply]:
         """Good replies of a round, by name: from all training sites, or a sample of them.
@@ -140,7 +141,7 @@ class Run:
 
         def messages(members: Sequence[Member]) -> list[Message]:
             config, nodes = make_round_config(self._study.id), [member.node for member in members]
-            return self._aggregator.requests(number, self._last.tensors, config, nodes)
+            return self._aggregator.make_requests(number, self._last.tensors, config, nodes)
 
         def read(member: Member, record: RecordDict) -> RoundReply:
             return RoundReply.read(record, self._network.shapes, member.reply)
@@ -202,7 +203,7 @@ class Run:
         self._network.load(self._last.tensors)
         withheld = {m.name: words for m in members if (words := m.reply.disclosure.withheld)}
         outcome = Outcome(study=self._study, round=self._last.round, test=test, withheld=withheld)
-        self._report.finished(outcome, self._network.model)
+        self._reporter.report_end(outcome, self._network.model)
         return outcome
 
     def _log_validation(self, told: dict[str, FinalCounts]) -> None:
@@ -211,7 +212,7 @@ class Run:
         there = [member for member in self._federation.training if member.name in told]
         lines = [_line(number, m.name, None, 0, told[m.name].validation) for m in there]
         counts = self._pooled([told[m.name].validation for m in there if m.scores])
-        self._folder.log([*lines, _line(number, None, None, 0, counts)])
+        self._folder.append_history([*lines, _line(number, None, None, 0, counts)])
 
 
 def _line(

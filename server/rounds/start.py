@@ -14,7 +14,7 @@ from server.runs.run_folder import RunFolder
 log = logging.getLogger(__name__)
 
 
-def inspect(study: Study) -> None:
+def check_start(study: Study) -> None:
     """Raise now what would otherwise stop the server later, of all that needs no site.
 
     Raises:
@@ -23,10 +23,10 @@ def inspect(study: Study) -> None:
     """
     network = assemble(study, study.model.weights)
     Aggregator(study, network.trainable)
-    first_tensors(study, network)
+    load_first_tensors(study, network)
 
 
-def first_tensors(study: Study, network: Network) -> Tensors:
+def load_first_tensors(study: Study, network: Network) -> Tensors:
     """The tensors of round 1: as assembled, or the released model of the run `model.init` names.
 
     Raises:
@@ -38,11 +38,11 @@ def first_tensors(study: Study, network: Network) -> Tensors:
     if study.model.init is None:
         return dict(network.initial)
     folder = RunFolder(Path(study.model.init))
-    released = folder.last() if (folder.path / "report.json").exists() else None
+    released = folder.read_last() if (folder.path / "report.json").exists() else None
     if released is None:
         raise study.error("model.init", expected="a finished run", got=study.model.init)
-    ours = {**_kinship(study), "weights": weights(study)}
-    theirs = {**_kinship(folder.study), "weights": folder.facts()["weights"]}
+    ours = {**_kinship(study), "weights": describe_weights(study)}
+    theirs = {**_kinship(folder.study), "weights": folder.read_facts()["weights"]}
     differ = [key for key in ours if ours[key] != theirs[key]]
     if differ:
         expected, got = "a run of the same " + ", ".join(ours), f"another {', '.join(differ)}"
@@ -71,7 +71,7 @@ def _kinship(study: Study) -> dict[str, Any]:
     }
 
 
-def weights(study: Study) -> dict[str, str]:
+def describe_weights(study: Study) -> dict[str, str]:
     """The backbone's weights by name, and by SHA-256 where they are a file."""
     path = study.model.weights_file
     if path is None:

@@ -143,7 +143,7 @@ class Aggregator:
             **options,  # type: ignore[arg-type]
         )
 
-    def requests(
+    def make_requests(
         self, round_number: int, tensors: Tensors, config: ConfigRecord, nodes: Sequence[int]
     ) -> list[Message]:
         """One message for each of `nodes`."""
@@ -153,8 +153,10 @@ class Aggregator:
         cohort = cast(Grid, _Cohort(nodes))
         return list(self._strategy.configure_train(round_number, arrays, config, cohort))
 
-    def merge(self, round_number: int, updates: Sequence[tuple[ArrayRecord, float]]) -> Tensors:
-        """The next tensors, float32, from checked replies to the last `requests`.
+    def merge_updates(
+        self, round_number: int, updates: Sequence[tuple[ArrayRecord, float]]
+    ) -> Tensors:
+        """The next tensors, float32, from checked replies to the last `make_requests`.
 
         Args:
           round_number: From 1.
@@ -178,7 +180,7 @@ class Aggregator:
         tensors = {name: torch.from_numpy(arrays[name].numpy()) for name in self._names}
         return to_arrays({name: tensors[name] - self._sent[name] for name in self._names})
 
-    def state(self) -> Tensors:
+    def save_state(self) -> Tensors:
         """What the strategy carries from round to round."""
         tensors: Tensors = {}
         for attribute in self._entry.state:
@@ -186,8 +188,8 @@ class Aggregator:
                 tensors[f"{attribute}/{name}"] = torch.from_numpy(array)
         return tensors
 
-    def restore(self, tensors: Tensors) -> None:
-        """Take up a saved `state`."""
+    def restore_state(self, tensors: Tensors) -> None:
+        """Take up a saved state."""
         for attribute in self._entry.state:
             names = [name for name in self._names if f"{attribute}/{name}" in tensors]
             arrays = {name: tensors[f"{attribute}/{name}"].numpy() for name in names}
@@ -218,14 +220,14 @@ def _options(study: Study, entry: Entry) -> Options:
     return {key: int(n) if entry.options[key].whole else n for key, n in chosen.items()}
 
 
-def least(study: Study) -> int:
+def count_least_replies(study: Study) -> int:
     """Fewest replies with which the study's strategy does what it promises."""
     entry = _entry(study)
     return entry.replies(_options(study, entry))
 
 
 def _enough(study: Study, options: Options) -> None:
-    fewest = least(study)
+    fewest = count_least_replies(study)
     if study.aggregate.quorum < fewest:
         told = ", ".join(f"{key}: {number:g}" for key, number in options.items())
         what = study.aggregate.strategy + (f" with {told}" if told else "")

@@ -34,11 +34,11 @@ class Backbone:
         """In bytes."""
         return len(self._data)
 
-    def announcement(self) -> BackbonePart:
+    def announce(self) -> BackbonePart:
         """Nothing of it yet: a site answers how much of it is there, from an earlier time."""
         return self._part(0, 0)
 
-    def after(self, held: BackboneHeld) -> BackbonePart:
+    def cut_part(self, held: BackboneHeld) -> BackbonePart:
         """The piece that follows on what a site has."""
         return self._part(held.bytes, held.bytes + _PIECE)
 

@@ -29,26 +29,29 @@ class Outcome:
     """What sites do not tell, in words; only those that withhold something."""
 
 
-def union(counts: Iterable[Counts], classes: int) -> Counts:
+def unite_counts(counts: Iterable[Counts], classes: int) -> Counts:
     """Counts of all sites together."""
     return sum(counts, Counts.zero(classes))
 
 
-def overall(results: Results, classes: int) -> dict[str, Counts]:
+def unite_sites(results: Results, classes: int) -> dict[str, Counts]:
     """Of each way of training, the union of the sites that all ways have figures for."""
-    shared = sorted(sites_of(results) - set(left_out(results)))
-    return {way: union((sites[name] for name in shared), classes) for way, sites in results.items()}
+    shared = sorted(list_sites(results) - set(find_left_out(results)))
+    return {
+        way: unite_counts((sites[name] for name in shared), classes)
+        for way, sites in results.items()
+    }
 
 
-def left_out(results: Results) -> list[str]:
-    """The sites that `overall` leaves out, since not every way of training has figures for them."""
-    return sorted(n for n in sites_of(results) if any(n not in way for way in results.values()))
+def find_left_out(results: Results) -> list[str]:
+    """The sites that `unite_sites` leaves out, as some way of training has no figures for them."""
+    return sorted(n for n in list_sites(results) if any(n not in way for way in results.values()))
 
 
 def describe_gaps(results: Results, withheld: Mapping[str, str]) -> str:
-    """In words, the sites that `overall` leaves out, and what each site withheld."""
+    """In words, the sites that `unite_sites` leaves out, and what each site withheld."""
     lines = []
-    if names := ", ".join(left_out(results)):
+    if names := ", ".join(find_left_out(results)):
         lines.append(f"overall leaves out {names}: not every way of training has figures for it")
     if withheld:
         told = "; ".join(f"{site}: {what}" for site, what in sorted(withheld.items()))
@@ -56,17 +59,17 @@ def describe_gaps(results: Results, withheld: Mapping[str, str]) -> str:
     return "\n".join(lines)
 
 
-def sites_of(results: Results) -> set[str]:
+def list_sites(results: Results) -> set[str]:
     """Every site that any way of training has figures for."""
     return {name for sites in results.values() for name in sites}
 
 
 def write_results(folder: RunFolder, results: Results, **facts: Any) -> None:
     """Write `report.json`: every metric, and the counts behind it."""
-    together = overall(results, len(folder.study.classes))
+    together = unite_sites(results, len(folder.study.classes))
     told = {
         way: {
-            "overall": {**_metrics(together[way]), "left_out": left_out(results)},
+            "overall": {**_metrics(together[way]), "left_out": find_left_out(results)},
             "sites": {
                 name: {**_metrics(counts), "counts": counts.sparse()}
                 for name, counts in sites.items()
@@ -102,17 +105,17 @@ def _metrics(counts: Counts) -> dict[str, Any]:
     return {
         "images": counts.n,
         **{name: value(counts, name) for name in METRICS},
-        "calibration_error": calibration_error(counts),
-        "sensitivity": sensitivities(counts),
+        "calibration_error": compute_calibration_error(counts),
+        "sensitivity": compute_sensitivities(counts),
     }
 
 
-def calibration_error(counts: Counts) -> float | None:
+def compute_calibration_error(counts: Counts) -> float | None:
     """Expected calibration error; None where scores were not told."""
     found = calibration(counts)
     return found.error if found else None
 
 
-def sensitivities(counts: Counts) -> list[float | None]:
+def compute_sensitivities(counts: Counts) -> list[float | None]:
     """Sensitivity of each class."""
     return [sensitivity(counts, k) for k in range(counts.classes)]

@@ -85,7 +85,7 @@ class RunFolder:
         """The study as resolved when the run began."""
         return Study.read(self.path / "study.yaml")
 
-    def last(self) -> Checkpoint | None:
+    def read_last(self) -> Checkpoint | None:
         """The newest finished round, if any."""
         path = self.path / _LAST
         if not path.exists():
@@ -128,7 +128,7 @@ class RunFolder:
         """Whether a process is on this run."""
         return files.held(self.path / _LOCK)
 
-    def log(self, lines: list[dict[str, Any]]) -> None:
+    def append_history(self, lines: list[dict[str, Any]]) -> None:
         """Append a finished round's lines to `metrics.jsonl`; raises `RunError` on a full disk."""
         path = self.path / "metrics.jsonl"
         try:
@@ -139,7 +139,7 @@ class RunFolder:
         except OSError as ex:
             raise _unwritable(path, ex) from None
 
-    def history(self) -> list[dict[str, Any]]:
+    def read_history(self) -> list[dict[str, Any]]:
         """Every line of `metrics.jsonl`."""
         path = self.path / "metrics.jsonl"
         if not path.exists():
@@ -152,9 +152,9 @@ class RunFolder:
                 break  # a crash while the last line was written
         return lines
 
-    def forget_after(self, round_number: int) -> None:
+    def forget_rounds_after(self, round_number: int) -> None:
         """Drop log lines of rounds that were not finished."""
-        kept = [line for line in self.history() if line["round"] <= round_number]
+        kept = [line for line in self.read_history() if line["round"] <= round_number]
         self.write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
 
     def write(self, name: str, content: bytes | str, *, durable: bool = True) -> None:
@@ -169,7 +169,7 @@ class RunFolder:
         """Versions, weights, contract and sites, in `run.yaml`."""
         self.write("run.yaml", yaml.safe_dump(dict(facts), sort_keys=False))
 
-    def facts(self) -> dict[str, Any]:
+    def read_facts(self) -> dict[str, Any]:
         """What `write_facts` wrote; nothing before the first join."""
         path = self.path / "run.yaml"
         facts: dict[str, Any] = yaml.safe_load(path.read_text("utf-8")) if path.exists() else {}

@@ -97,12 +97,12 @@ class _Laps(Reporter):
         self.works: list[float] = [0.0]
         self.memory: list[int] = []
 
-    def joined(self, joined: Joined) -> None:
-        super().joined(joined)
+    def report_join(self, joined: Joined) -> None:
+        super().report_join(joined)
         self._spent[0] = 0.0
 
-    def round(self, lines: Sequence[Mapping[str, Any]], seconds: float) -> None:
-        super().round(lines, seconds)
+    def report_round(self, lines: Sequence[Mapping[str, Any]], seconds: float) -> None:
+        super().report_round(lines, seconds)
         self.rounds.append(seconds)
         self.works.append(self._spent[0])
         self.memory.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // _IN_KB)

@@ -29,7 +29,7 @@ from common.config.yaml import dump
 from common.errors import DataError, RefusedError, RunError, SiteError
 from common.support import files
 from common.support.seeds import derive
-from server.rounds.strategies import least
+from server.rounds.strategies import count_least_replies
 from simulations.sites import partition
 
 log = logging.getLogger(__name__)
@@ -249,8 +249,8 @@ def choose_sites(planned: Sequence[PlannedSite], study: Study) -> list[PlannedSi
     if training < quorum:
         expected = f"at most {training}, as many hospitals as train"
         other = f"--set aggregate.quorum={max(training, 1)}."
-        if training < least(study):
-            other = f"choose another strategy: {study.aggregate.strategy} needs {least(study)}."
+        if training < (least := count_least_replies(study)):
+            other = f"choose another strategy: {study.aggregate.strategy} needs {least}."
         remedy = f"Add hospitals, or {other}"
         raise study.error("aggregate.quorum", expected=expected, got=quorum, remedy=remedy)
     return kept

@@ -21,7 +21,7 @@ from common.errors import RefusedError
 from common.metrics.metrics import Counts
 from common.protocol.tensors import Tensors
 from common.support.seeds import derive
-from server.rounds.start import first_tensors
+from server.rounds.start import load_first_tensors
 from server.runs.results import Results
 
 log = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ def _alone(study: Study, sessions: Sequence[Session], name: str) -> Tensors:
     if plan.local_steps:  # as many steps as these sites take in a round of the federation
         plan = plan.model_copy(update={"local_steps": plan.local_steps * len(sessions)})
     examples = _joined([session.prepared.examples["train"] for session in sessions])
-    network.load(first_tensors(study, network))
+    network.load(load_first_tensors(study, network))
     for number in range(1, plan.rounds + 1):
         with settled(sessions[0].prepared.site.threads):
             trainer.train(

@@ -15,7 +15,7 @@ from common.metrics.metrics import METRICS, Counts, class_auroc, value
 from common.metrics.statistics import t_interval
 from common.support import files
 from common.support.terminal import console, table
-from server.runs.results import FEDERATED, Results, overall, read_results
+from server.runs.results import FEDERATED, Results, read_results, unite_sites
 from simulations.engines.base import Engine
 from simulations.sites import virtual_sites
 from simulations.studies import plots, runner, summary
@@ -89,7 +89,7 @@ def _report(
         for epsilon, paths in runs.items()
     }
     together = {
-        epsilon: [overall(each, len(study.classes))[FEDERATED] for each in found]
+        epsilon: [unite_sites(each, len(study.classes))[FEDERATED] for each in found]
         for epsilon, found in results.items()
     }
     figures_of = {

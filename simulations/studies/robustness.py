@@ -11,9 +11,9 @@ from common.metrics.metrics import METRICS, value
 from common.metrics.statistics import Estimate
 from common.support import files
 from common.support.terminal import console, table
-from server.rounds.start import inspect
+from server.rounds.start import check_start
 from server.rounds.strategies import REGISTRY
-from server.runs.results import FEDERATED, read_results, union
+from server.runs.results import FEDERATED, read_results, unite_counts
 from simulations.engines.attacks import ATTACKS, Attacked, Attacks
 from simulations.studies import plots, runner, summary
 from simulations.studies.runner import Source
@@ -55,7 +55,7 @@ def show(
     studies = {name: _by(study, name, len(attacks.attackers)) for name in strategies}
     _check(source, study, attacks)
     for changed in studies.values():
-        inspect(changed)
+        check_start(changed)
     for known in folder.glob(f"*/*/seed-*/{ATTACKS}"):
         _check_same_attacks(known, attacks)
     ways = _ways(attacks)
@@ -135,7 +135,7 @@ def _ways(attacks: Attacks) -> dict[str, Attacks]:
 def _worth(run: Path, study: Study, attacks: Attacks) -> float | None:
     results, _ = read_results(run, len(study.classes))
     honest = [c for site, c in results[FEDERATED].items() if site not in attacks.attackers]
-    return value(union(honest, len(study.classes)), study.select)
+    return value(unite_counts(honest, len(study.classes)), study.select)
 
 
 def _report(study: Study, found: Found, folder: Path) -> None:

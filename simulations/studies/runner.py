@@ -11,7 +11,7 @@ from common.config.study import Study
 from common.errors import RunError, StudyError
 from common.support.terminal import console, table
 from server.reports.tables import show_results
-from server.rounds.start import inspect
+from server.rounds.start import check_start
 from server.runs.results import read_results, write_results
 from server.runs.run_folder import RunFolder
 from simulations.engines.attacks import ATTACKS
@@ -149,7 +149,7 @@ def open_run(study: Study, source: Source, path: Path) -> RunFolder:
 
 
 def _new(study: Study, source: Source, folder: Path, cache: Path, engine: Engine) -> RunFolder:
-    inspect(study)
+    check_start(study)
     named = source.hospitals(study)
     found = plan(study, named)
     if folder.is_dir() and {path.name for path in folder.iterdir()} == {"sites"}:
@@ -203,7 +203,7 @@ def _go_on(run: RunFolder, engine: Engine) -> None:
 def check(study_file: Path, source: Source, changes: tuple[str, ...]) -> None:
     """Everything that can be known without decoding an image."""
     study = Study.read(study_file, changes)
-    inspect(study)
+    check_start(study)
     if source.named:
         plan(study, source.hospitals(study))
     console.print(f"{study_file}: a valid study", style="green")
@@ -213,7 +213,7 @@ def plan(study: Study, found: Sequence[VirtualSite]) -> list[PlannedSite]:
     """The hospitals that can take part, after everything is checked that needs no image decoded.
 
     Args:
-      study: To take part in; see `inspect`.
+      study: To take part in; see `check_start`.
       found: All that were named; how many images each has is printed.
 
     Raises:

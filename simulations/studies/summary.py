@@ -10,7 +10,7 @@ from common.metrics.metrics import METRICS, Counts, value
 from common.metrics.statistics import Estimate, difference, gap_closed, intervals, t_interval
 from common.support import files
 from common.support.terminal import console, table
-from server.runs.results import FEDERATED, Results, describe_gaps, overall, read_results
+from server.runs.results import FEDERATED, Results, describe_gaps, read_results, unite_sites
 from server.runs.run_folder import RunFolder
 from simulations.studies import plots
 
@@ -19,7 +19,7 @@ _MOST_SITES_DRAWN = 20
 
 def plot_results(study: Study, results: Results, path: Path) -> None:
     """Each way of training by site, with bootstrap intervals."""
-    name, together = study.select, overall(results, len(study.classes))
+    name, together = study.select, unite_sites(results, len(study.classes))
     estimates: dict[str, dict[str | None, Estimate | None]] = {}
     for way, sites in results.items():
         shown: dict[str | None, Counts] = {None: together[way]}
@@ -38,7 +38,7 @@ def over_seeds(folder: Path, seeds: Sequence[int]) -> None:
     classes = len(study.classes)
     loaded = [read_results(folder / f"seed-{seed}", classes) for seed in seeds]
     runs = [results for results, _ in loaded]
-    together = [overall(run, classes) for run in runs]
+    together = [unite_sites(run, classes) for run in runs]
     figures_of = {
         way: {metric: [value(each[way], metric) for each in together] for metric in METRICS}
         for way in runs[0]
@@ -91,7 +91,7 @@ def _plot_seeds(study: Study, runs: Sequence[Results], path: Path) -> None:
         sites = sorted(set.intersection(*(set(run[way]) for run in runs)))
         shown = sites if len(sites) <= _MOST_SITES_DRAWN else []
         estimates[way] = {
-            None: t_interval([value(overall(run, classes)[way], name) for run in runs])
+            None: t_interval([value(unite_sites(run, classes)[way], name) for run in runs])
         }
         estimates[way] |= {s: t_interval([value(r[way][s], name) for r in runs]) for s in shown}
     plots.plot_comparison(estimates, name, path)

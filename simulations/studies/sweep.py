@@ -19,8 +19,8 @@ from common.metrics.metrics import METRICS, Counts, better, value
 from common.metrics.statistics import difference
 from common.support import files
 from common.support.terminal import console, table
-from server.rounds.start import inspect
-from server.runs.results import FEDERATED, read_results, union
+from server.rounds.start import check_start
+from server.runs.results import FEDERATED, read_results, unite_counts
 from server.runs.run_folder import RunFolder
 from simulations.engines.base import Engine
 from simulations.sites import virtual_sites
@@ -100,7 +100,7 @@ def show(
         runs = runner.series(
             setting.studies, source, place, cache, engine, title=title, results=False
         )
-        joined = [set(RunFolder(run).facts()["sites"]) for run in runs]
+        joined = [set(RunFolder(run).read_facts()["sites"]) for run in runs]
         sites = sites or joined
         if joined != sites:
             expected, got = "the sites of the other settings", "a setting that some of them refuse"
@@ -181,7 +181,7 @@ def _digest(text: str) -> str:
 def _check(setting: Setting, source: Source) -> None:
     """Find now what would stop the sweep later, of all that needs no image decoded."""
     study = setting.studies[0]
-    inspect(study)
+    check_start(study)
     planned = virtual_sites.plan_sites(source.hospitals(study), study)
     virtual_sites.choose_sites(planned, study)
     for study in setting.studies:
@@ -194,9 +194,9 @@ def _tried(study: Study, runs: Sequence[Path]) -> Tried:
     scores, test = [], []
     for path in runs:
         results, _ = read_results(path, len(study.classes))
-        overall = [line for line in RunFolder(path).history() if line["site"] is None]
+        overall = [line for line in RunFolder(path).read_history() if line["site"] is None]
         scores.append(overall[-1][study.select])  # the last line is about the released model
-        test.append(union(results[FEDERATED].values(), len(study.classes)))
+        test.append(unite_counts(results[FEDERATED].values(), len(study.classes)))
     return Tried(scores, test)
 
 

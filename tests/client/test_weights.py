@@ -48,7 +48,7 @@ def told(study):
 def send(source, site, study, held=0):
     """All that is left, as the server would."""
     while held < source.size:
-        held = receive(site, study, source.after(BackboneHeld(held)))
+        held = receive(site, study, source.cut_part(BackboneHeld(held)))
     return held
 
 
@@ -57,7 +57,7 @@ def test_what_was_sent_makes_the_same_network(study, site, monkeypatch):
     source, here = Backbone(study), told(study)
     with pytest.raises(MissingWeightsError, match=r"expected a folder with weights\.pth"):
         find(site, here)
-    assert receive(site, here, source.announcement()) == 0
+    assert receive(site, here, source.announce()) == 0
     send(source, site, here)
     theirs = assemble(study, study.model.weights).contract
     assert theirs.differences(assemble(here, find(site, here)).contract) == []
@@ -67,28 +67,30 @@ def test_what_was_sent_makes_the_same_network(study, site, monkeypatch):
 def test_a_transfer_goes_on_where_it_broke_off_and_serves_other_studies(study, site, monkeypatch):
     monkeypatch.setattr(sending, "_PIECE", 100_000)
     source, here = Backbone(study), told(study)
-    receive(site, here, source.after(BackboneHeld(0)))
-    assert receive(site, here, source.after(BackboneHeld(300_000))) == 100_000  # a piece is missing
-    assert receive(site, here, source.after(BackboneHeld(0))) == 100_000  # twice the same
+    receive(site, here, source.cut_part(BackboneHeld(0)))
+    assert (
+        receive(site, here, source.cut_part(BackboneHeld(300_000))) == 100_000
+    )  # a piece is missing
+    assert receive(site, here, source.cut_part(BackboneHeld(0))) == 100_000  # twice the same
     again = Backbone(study)  # a coordinator that was killed
-    send(again, site, here, receive(site, here, again.announcement()))
+    send(again, site, here, receive(site, here, again.announce()))
     find(site, here)
     other = told(study.model_copy(update={"seed": 5}))
     assert other.id != here.id
-    announced = Backbone(study.model_copy(update={"seed": 5})).announcement()
+    announced = Backbone(study.model_copy(update={"seed": 5})).announce()
     assert receive(site, other, announced) == source.size
     find(site, other)
 
 
 def test_what_is_not_what_was_announced_is_deleted(study, site):
     source, here = Backbone(study), told(study)
-    part = source.after(BackboneHeld(0))
+    part = source.cut_part(BackboneHeld(0))
     wrong = b"\0" * len(part.data)
     with pytest.raises(ContractError, match="SHA-256"):
         receive(site, here, BackbonePart(**{**vars(part), "data": wrong}))
     with pytest.raises(MissingWeightsError):
         find(site, here)
-    assert receive(site, here, source.announcement()) == 0
+    assert receive(site, here, source.announce()) == 0
 
 
 def test_more_than_the_backbone_can_be_is_refused(study, site):

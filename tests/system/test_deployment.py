@@ -88,7 +88,7 @@ class Run:
     def ended(self) -> None:
         assert self.process.wait(180) == 0, self.world.said("run")
 
-    def last(self) -> dict[str, torch.Tensor]:
+    def read_last(self) -> dict[str, torch.Tensor]:
         return load_file(self.path / "last.safetensors")
 
 
@@ -131,7 +131,7 @@ def test_over_tls_comes_out_what_a_simulation_gives(phantoms, tmp_path):
         run.ended()
         assert (run.path / "model.safetensors").exists()
         assert "test images" in world.said("run")
-        same(run.last(), simulated(tmp_path / "simulation", wanted, phantoms))
+        same(run.read_last(), simulated(tmp_path / "simulation", wanted, phantoms))
 
 
 @pytest.mark.slow
@@ -146,7 +146,7 @@ def test_a_hospital_killed_at_work_answers_when_it_is_back(phantoms, tmp_path):
         world.hospital("north")
         run.ended()
         assert all(run.rounds(name) == {1, 2, 3, 4} for name in NAMES)
-        same(run.last(), simulated(tmp_path / "simulation", wanted, phantoms))
+        same(run.read_last(), simulated(tmp_path / "simulation", wanted, phantoms))
 
 
 @pytest.mark.slow
@@ -184,7 +184,7 @@ def test_a_link_killed_in_a_round_is_only_a_pause(phantoms, tmp_path):
         world.kill("link")
         world.link()
         run.ended()
-        same(run.last(), simulated(tmp_path / "simulation", wanted, phantoms))
+        same(run.read_last(), simulated(tmp_path / "simulation", wanted, phantoms))
 
 
 @pytest.mark.slow
@@ -203,7 +203,7 @@ def test_a_run_killed_in_a_round_goes_on_where_it_was(phantoms, tmp_path, privac
         if wanted.private:  # sealed replies, sent again for free
             assert [spent(world, name) for name in NAMES] == [4, 4, 4]
         else:
-            same(run.last(), simulated(tmp_path / "simulation", wanted, phantoms))
+            same(run.read_last(), simulated(tmp_path / "simulation", wanted, phantoms))
 
 
 @pytest.mark.slow
@@ -305,7 +305,7 @@ def test_a_disk_that_is_full_at_a_checkpoint_stops_the_run_which_goes_on_later(
         run.resume()
         run.ended()
         assert all(run.rounds(name) == {1, 2, 3, 4, 5} for name in NAMES)
-        same(run.last(), simulated(tmp_path / "simulation", wanted, phantoms))
+        same(run.read_last(), simulated(tmp_path / "simulation", wanted, phantoms))
 
 
 EVIL = """
@@ -347,7 +347,7 @@ def test_a_hospital_that_sends_nonsense_is_left_out_and_nothing_else_happens(
         assert run.rounds("east") == {1, 2, 3, 4, 5, 6}
         assert world.said("run").count("south is left out: it sent") == 5
         assert "DOE_JOHN" not in world.said("run")
-        assert all(tensor.isfinite().all() for tensor in run.last().values())
+        assert all(tensor.isfinite().all() for tensor in run.read_last().values())
 
 
 @pytest.mark.slow
@@ -394,4 +394,4 @@ def test_a_real_study_runs_here_as_it_is_in_a_simulation(shared, tmp_path, name)
         RunFolder.create(folder).write_study(wanted)
         files = write_sites(found, wanted, folder, tmp_path / "real" / "cache")
         simulate(server_app, client_app, files, folder)
-        same(run.last(), load_file(folder / "last.safetensors"))
+        same(run.read_last(), load_file(folder / "last.safetensors"))

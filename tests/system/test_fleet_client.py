@@ -38,7 +38,7 @@ class Coordinator:
 
     def __init__(self, project: Project) -> None:
         self.project, self.sites = project, Sites(project)
-        self.ca = certificates.authority_file(project.folder)
+        self.ca = certificates.find_authority_file(project.folder)
         self.address = f"localhost:{project.settings.port}"
 
     def admitted(self) -> tuple[keys.PrivateKey, str]:
@@ -284,7 +284,7 @@ def test_a_knock_tells_and_changes_nothing(coordinator: Coordinator) -> None:
     assert fleet.heard is not None
     assert fleet.heard.release == RELEASE
     assert abs(fleet.heard.ahead or 0) < 2
-    assert fleet.heard.until == certificates.until(coordinator.project.folder)
+    assert fleet.heard.until == certificates.read_expiry(coordinator.project.folder)
     stranger = Fleet(coordinator.address, coordinator.ca, keys.new())
     with pytest.raises(NotAdmittedError):
         stranger.check_admitted()
@@ -311,7 +311,7 @@ def test_no_answer_and_no_name(coordinator: Coordinator) -> None:
 
 def test_another_authority_and_another_name(coordinator: Coordinator, tmp_path: Path) -> None:
     other = Project.create(tmp_path / "other", ("link.example.org",), free_port())
-    ca = certificates.authority_file(other.folder)
+    ca = certificates.find_authority_file(other.folder)
     told = refusal(Fleet(coordinator.address, ca, keys.new()))
     assert f"expected a certificate that {ca} vouches for, got" in told
     assert "compare fingerprints" in told
@@ -322,7 +322,7 @@ def test_another_authority_and_another_name(coordinator: Coordinator, tmp_path: 
 
 def test_a_certificate_that_expired_or_is_not_valid_yet(tmp_path: Path) -> None:
     project = Project.create(tmp_path / "project", ("localhost",), free_port())
-    ca = certificates.authority_file(project.folder)
+    ca = certificates.find_authority_file(project.folder)
     now = datetime.now(UTC)
     for begins, expected in (
         (now - timedelta(days=800), "consilium-server renew"),

@@ -74,7 +74,7 @@ class World:
         self.key = keys.new()
         keys.write_private(folder / "site.key", self.key)
         self.sites.admit(self.key.public_key(), "north")
-        ca = str(certificates.authority_file(self.project.folder))
+        ca = str(certificates.find_authority_file(self.project.folder))
         server_ = f"localhost:{self.project.settings.port}"
         content = {
             "name": "north",

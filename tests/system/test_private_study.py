@@ -142,7 +142,7 @@ def test_a_private_study_spends_what_it_promised_and_tells_nothing_beside(phanto
     )
     assert all(torch.equal(model[name], tensor) for name, tensor in last.items())
     assert any(tensor.any() for tensor in last.values())
-    lines = folder.history()
+    lines = folder.read_history()
     assert {line["train_loss"] for line in lines} == {None}
     assert {line["auroc"] for line in lines if line["model_round"] < 3} == {None}
     assert set(results["federated"]) == set(PHANTOMS)

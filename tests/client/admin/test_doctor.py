@@ -176,7 +176,7 @@ def settled(command: Command, project: Project, phantoms: Path, **changes: Any) 
     options = ("--name", "west", "--server", server_, "--data", phantoms / "west")
     command("init", "site.yaml", *options)
     path = Path("site.yaml").resolve()
-    shutil.copy(certificates.authority_file(project.folder), "ca.crt")
+    shutil.copy(certificates.find_authority_file(project.folder), "ca.crt")
     Sites(project).admit(keys.read_public(Path("site.pub")), f"west-{time.monotonic_ns()}")
     path.write_text(dump(yaml.safe_load(path.read_text()) | changes))
     return path
@@ -211,10 +211,10 @@ def test_all_is_well(command: Command, project: Project, phantoms: Path) -> None
         *("release", "site file", "state", "ledger", "study", "data", "images", "disk", "policy"),
         *("backbone", "key", "ca", "server", "certificate", "clocks", "its release", "admitted"),
     }
-    authority = keys.read_certificate(certificates.authority_file(project.folder))
+    authority = keys.read_certificate(certificates.find_authority_file(project.folder))
     assert keys.fingerprint(authority) in said["ca"][1]
     assert keys.fingerprint(keys.read_public(Path("site.pub"))) in said["key"][1]
-    assert f"{certificates.until(project.folder):%Y-%m-%d}" in said["certificate"][1]
+    assert f"{certificates.read_expiry(project.folder):%Y-%m-%d}" in said["certificate"][1]
     assert said["its release"][1] == f"Consilium {RELEASE}"
     assert not Sites(project).all()[0].connected  # a look, no visit
     for row in (phantoms / "west/manifest.csv").read_text().splitlines()[1:]:
@@ -285,7 +285,7 @@ def test_what_is_wrong_with_the_connection(
     assert said["server"][0]
     assert "expected a key that the coordinator admitted" in said["admitted"][1]
     other = Project.create(tmp_path / "other", ("localhost",), 4443)
-    shutil.copy(certificates.authority_file(other.folder), tmp_path / "ca.crt")
+    shutil.copy(certificates.find_authority_file(other.folder), tmp_path / "ca.crt")
     said = found(command("check", path)[1])
     assert "compare fingerprints by telephone" in said["server"][1]
     assert "admitted" not in said

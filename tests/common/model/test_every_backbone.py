@@ -59,7 +59,7 @@ def test_it_trains_a_round(
     RunFolder.create(folder).write_study(study)
     simulate(server_app, client_app, write_sites(two, study, folder, tmp_path / "c"), folder)
 
-    history = RunFolder(folder).history()
+    history = RunFolder(folder).read_history()
     assert {line["site"] for line in history if line["round"] == 1} == {"north", "south", None}
     network = assemble(study, "none")
     last = load_file(folder / "last.safetensors")

@@ -98,7 +98,7 @@ def test_renewal_adds_names_and_keeps_the_authority_and_the_key(project: Project
     assert changed == {"server.crt", "coordinator.yaml"}
     hosts = (*HOSTS, "new.example.org")
     assert renewed.settings.hosts == Project.open(project.folder).settings.hosts == hosts
-    assert certificates.check(project.folder, hosts) == []
+    assert certificates.check_certificate(project.folder, hosts) == []
 
 
 def test_renewal_needs_the_authority_s_key(project: Project) -> None:
@@ -114,28 +114,28 @@ def test_a_certificate_that_ends_soon_is_warned_of_and_one_that_ended_refused(
     project: Project,
 ) -> None:
     now = datetime.now(UTC)
-    assert certificates.check(project.folder, HOSTS) == []
+    assert certificates.check_certificate(project.folder, HOSTS) == []
     certificates.write_server(project.folder, HOSTS, now - timedelta(days=701))
-    (warning,) = certificates.check(project.folder, HOSTS)
+    (warning,) = certificates.check_certificate(project.folder, HOSTS)
     assert "consilium-server renew" in warning
     certificates.write_server(project.folder, HOSTS, now - timedelta(days=731))
     with pytest.raises(LinkError, match=r"expired on .* consilium-server renew"):
-        certificates.check(project.folder, HOSTS)
+        certificates.check_certificate(project.folder, HOSTS)
 
 
 def test_a_certificate_of_another_authority_key_or_name_is_noticed(
     project: Project, tmp_path: Path
 ) -> None:
-    (warning,) = certificates.check(project.folder, (*HOSTS, "new.example.org"))
+    (warning,) = certificates.check_certificate(project.folder, (*HOSTS, "new.example.org"))
     assert "new.example.org" in warning
     other = Project.create(tmp_path / "other", HOSTS, 443)
     (project.folder / "server.key").unlink()
     keys.write_private(project.folder / "server.key", keys.new())
     with pytest.raises(LinkError, match="one for another key"):
-        certificates.check(project.folder, HOSTS)
+        certificates.check_certificate(project.folder, HOSTS)
     (other.folder / "server.crt").replace(project.folder / "server.crt")
     with pytest.raises(LinkError, match="one by another"):
-        certificates.check(project.folder, HOSTS)
+        certificates.check_certificate(project.folder, HOSTS)
 
 
 def test_a_key_has_one_name_and_a_name_one_key(project: Project) -> None:
@@ -183,13 +183,13 @@ def test_a_run_s_state_is_told(project: Project) -> None:
     study = Study.parse(content | {"train": {"rounds": 7}}, "study", StudyError)
     first = RunFolder.create(project.runs / "first")
     first.write_study(study)
-    assert project.states() == [RunState("first", 0, 7, busy=False, finished=False)]
+    assert project.list_runs() == [RunState("first", 0, 7, busy=False, finished=False)]
     first.save_last(Checkpoint(round=3, tensors={}, state={}))
     with first.locked():
-        assert project.states() == [RunState("first", 3, 7, busy=True, finished=False)]
+        assert project.list_runs() == [RunState("first", 3, 7, busy=True, finished=False)]
     first.write("report.json", "{}")
     first.write("study.yaml", "{")
-    assert project.states() == [RunState("first", 3, None, busy=False, finished=True)]
+    assert project.list_runs() == [RunState("first", 3, None, busy=False, finished=True)]
 
 
 def test_a_lock_is_seen_from_outside(project: Project) -> None:

@@ -58,7 +58,7 @@ def curves(run: RunFolder) -> dict[str, list[tuple[int, float]]]:
 def recorded(run: RunFolder) -> dict[str, list[tuple[int, float]]]:
     """The same from `metrics.jsonl`."""
     found: dict[str, list[tuple[int, float]]] = {}
-    for line in run.history():
+    for line in run.read_history():
         of = f"/{line['site']}" if line["site"] else ""
         for tag, step, key in (
             ("training loss", "round", "train_loss"),

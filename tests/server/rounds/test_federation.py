@@ -264,18 +264,18 @@ def test_nobody_is_put_out_by_who_takes_its_name() -> None:
 
 def test_how_far_ledgers_went_outlives_the_process_and_who_did_not_come(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
-    assert ledger_heads.known(folder) == {}
-    ledger_heads.keep(folder, {"a": head(1), "b": head(2)})
-    ledger_heads.keep(folder, {"b": head(7, "c")})
-    ledger_heads.keep(folder, {"b": head(6)})  # an old reply, sent again
-    assert ledger_heads.known(folder) == {"a": head(1), "b": head(7, "c")}
+    assert ledger_heads.read_heads(folder) == {}
+    ledger_heads.keep_heads(folder, {"a": head(1), "b": head(2)})
+    ledger_heads.keep_heads(folder, {"b": head(7, "c")})
+    ledger_heads.keep_heads(folder, {"b": head(6)})  # an old reply, sent again
+    assert ledger_heads.read_heads(folder) == {"a": head(1), "b": head(7, "c")}
 
 
 @pytest.mark.parametrize("content", ["", "{", '{"a": 5}', '{"a": {"count": 0, "hash": "x"}}'])
 def test_a_damaged_list_of_ledgers_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "ledgers.json").write_text(content)
     with pytest.raises(RunError, match=r"ledgers\.json: expected how far.*Restore it"):
-        ledger_heads.known(RunFolder(tmp_path))
+        ledger_heads.read_heads(RunFolder(tmp_path))
 
 
 # --- real hospitals ---
@@ -357,7 +357,7 @@ def test_a_run_with_sites_that_tell_less_is_whole(
     results, _ = read_results(mixed.path, 4)
     assert (results["federated"]["west"].confusion % 10 == 0).all()
     assert results["federated"]["east"].positive.any()
-    sites = mixed.facts()["sites"]
+    sites = mixed.read_facts()["sites"]
     assert sites["north"]["images"]["train"] is None
     assert all(n % 10 == 0 for n in sites["west"]["images"]["train"])
 
@@ -387,7 +387,7 @@ def test_unknown_numbers_weigh_the_same(tmp_path: Path, phantoms: Path) -> None:
 
         path = tmp_path / case
         folder = run(path, settle(path, phantoms, disclose, "train.rounds=1"), watched)
-        last = folder.last()
+        last = folder.read_last()
         assert last is not None
         assert len(seen) == 4
         means[case] = all(
@@ -405,7 +405,7 @@ def test_without_any_figure_of_rounds_the_last_model_is_released(
     folder = run(
         path, settle(path, phantoms, dict.fromkeys(PHANTOMS, disclose), "train.patience=1")
     )
-    last = folder.last()
+    last = folder.read_last()
     assert last is not None
     assert last.round == 2
     released = load_file(path / "model.safetensors")
@@ -492,7 +492,7 @@ def test_who_tells_more_than_it_said_is_left_out(
     assert "south is left out: it sent" in caplog.text
     assert why in caplog.text
     if kind == "train":
-        assert not [x for x in folder.history() if x["round"] == 1 and x["site"] == "south"]
+        assert not [x for x in folder.read_history() if x["round"] == 1 and x["site"] == "south"]
     else:
         results, _ = read_results(path, 4)
         assert set(results["federated"]) == {"east", "north", "west"}
@@ -548,9 +548,9 @@ def backups(tmp_path: Path, phantoms: Path, new_process: Callable[[], None]) -> 
 
 def test_ledgers_that_only_grew_are_let_in_again(backups: Callable[..., RunFolder]) -> None:
     folder = backups()
-    assert set(folder.facts()["sites"]) == set(PHANTOMS)
-    assert folder.facts()["refused"] == {}
-    assert set(ledger_heads.known(folder)) == set(PHANTOMS)
+    assert set(folder.read_facts()["sites"]) == set(PHANTOMS)
+    assert folder.read_facts()["refused"] == {}
+    assert set(ledger_heads.read_heads(folder)) == set(PHANTOMS)
 
 
 @pytest.mark.parametrize("backup", ["before join 1", "before round 2"])
@@ -558,9 +558,9 @@ def test_a_ledger_restored_from_a_backup_is_refused_and_the_others_go_on(
     backups: Callable[..., RunFolder], backup: str
 ) -> None:
     folder = backups(backup)
-    assert folder.facts()["refused"] == {"south": ROLLED_BACK}
-    assert set(folder.facts()["sites"]) == {"east", "north", "west"}
-    assert {x["site"] for x in folder.history() if x["round"] == 3} == {
+    assert folder.read_facts()["refused"] == {"south": ROLLED_BACK}
+    assert set(folder.read_facts()["sites"]) == {"east", "north", "west"}
+    assert {x["site"] for x in folder.read_history() if x["round"] == 3} == {
         "east",
         "north",
         "west",
@@ -568,7 +568,7 @@ def test_a_ledger_restored_from_a_backup_is_refused_and_the_others_go_on(
     }
     assert (folder.path / "report.json").exists()
     # What it told before is not forgotten: it stays refused.
-    assert "south" in ledger_heads.known(folder)
+    assert "south" in ledger_heads.read_heads(folder)
 
 
 def test_an_adopted_ledger_is_let_in_once_its_entry_is_taken_out(
@@ -577,12 +577,12 @@ def test_an_adopted_ledger_is_let_in_once_its_entry_is_taken_out(
     state = tmp_path / "run/sites/south/state"
     ledger.adopt(state, epsilon=1.0, delta=1e-5)
     folder = backups()
-    assert folder.facts()["refused"] == {"south": ROLLED_BACK}
+    assert folder.read_facts()["refused"] == {"south": ROLLED_BACK}
     path = folder.path / "ledgers.json"
     kept = json.loads(path.read_text())
     del kept["south"]
     path.write_text(json.dumps(kept))
     (folder.path / "report.json").unlink()
     folder = backups()
-    assert folder.facts()["refused"] == {}
-    assert ledger_heads.known(folder)["south"].count < kept["north"]["count"]
+    assert folder.read_facts()["refused"] == {}
+    assert ledger_heads.read_heads(folder)["south"].count < kept["north"]["count"]

@@ -28,7 +28,7 @@ from common.protocol.fields import ARRAYS, METRICS
 from common.protocol.round import WEIGHT
 from server.app import app as server_app
 from server.rounds.strategies import REGISTRY
-from server.runs.results import read_results, union
+from server.runs.results import read_results, unite_counts
 from server.runs.run_folder import RunFolder
 from simulations.cli.main import main
 from simulations.engines.grid import simulate
@@ -93,7 +93,7 @@ def meddling(site: str, change: Callable[[Message], None], rounds: Sequence[int]
 
 def lines(folder: RunFolder, site: str | None) -> list[dict[str, Any]]:
     """A site's lines of `metrics.jsonl`, or the overall ones, of rounds that trained."""
-    history = folder.history()
+    history = folder.read_history()
     return [x for x in history if x["site"] == site and x["train_loss"] is not None]
 
 
@@ -110,7 +110,7 @@ def test_a_study_leaves_everything_a_person_needs(tmp_path: Path, phantoms: Path
     assert overall[-1]["train_loss"] < overall[0]["train_loss"]
     assert max(line["balanced_accuracy"] for line in overall) > overall[0]["balanced_accuracy"]
     # The last model is validated too: one more line each, without training.
-    assert [x["round"] for x in folder.history() if x["train_loss"] is None] == [7] * 5
+    assert [x["round"] for x in folder.read_history() if x["train_loss"] is None] == [7] * 5
 
 
 def test_the_last_is_released_whatever_its_validation(tmp_path: Path, phantoms: Path) -> None:
@@ -121,11 +121,11 @@ def test_the_last_is_released_whatever_its_validation(tmp_path: Path, phantoms: 
         return reply
 
     folder = run(make_study("train.rounds=5"), tmp_path / "run", phantoms, app)
-    scores = {x["model_round"]: x["loss"] for x in folder.history() if x["site"] is None}
+    scores = {x["model_round"]: x["loss"] for x in folder.read_history() if x["site"] is None}
     assert set(scores) == set(range(6))
     assert scores[5] == pytest.approx(np.log(4))
     assert scores[4] < scores[5]
-    last = folder.last()
+    last = folder.read_last()
     assert last is not None
     assert last.round == 5
     released = load_file(folder.path / "model.safetensors")
@@ -219,7 +219,7 @@ def test_an_odd_reply_is_left_out(
     assert not lines(folder, "south")
     assert len(lines(folder, "north")) == 3
     assert "south is left out: it sent" in caplog.text
-    last = folder.last()
+    last = folder.read_last()
     assert last is not None
     assert all(torch.isfinite(tensor).all() for tensor in last.tensors.values())
 
@@ -266,13 +266,13 @@ def test_too_few_good_replies_stop_the_run_and_it_can_go_on(tmp_path: Path, phan
 def assert_same_end(one: RunFolder, other: RunFolder) -> None:
     for name in ("last.safetensors", "model.safetensors", "report.json"):
         assert (one.path / name).read_bytes() == (other.path / name).read_bytes(), name
-    assert one.history() == other.history()
+    assert one.read_history() == other.read_history()
 
 
 def test_another_site_takes_the_place_of_one_that_fails(tmp_path: Path, phantoms: Path) -> None:
     study = make_study("aggregate.fraction=0.5", "aggregate.quorum=2", "train.rounds=6")
     folder = run(study, tmp_path / "run", phantoms, meddling("south", _nan))
-    rounds = [line["round"] for line in folder.history() if line["site"]]
+    rounds = [line["round"] for line in folder.read_history() if line["site"]]
     assert all(rounds.count(number) == 2 for number in range(1, 7))
     assert not lines(folder, "south")
 
@@ -282,7 +282,7 @@ def test_without_validation_patients_the_last_model_is_released(
 ) -> None:
     folder = run(make_study("holdout.validation=0"), tmp_path / "run", phantoms)
     assert json.loads((folder.path / "report.json").read_text())["released_round"] == 3
-    last = folder.last()
+    last = folder.read_last()
     assert last is not None
     released = load_file(folder.path / "model.safetensors")
     assert all(torch.equal(released[name], tensor) for name, tensor in last.tensors.items())
@@ -337,7 +337,7 @@ def test_three_and_three_resumed_rounds_are_six(
     cut, whole = tmp_path / "cut", tmp_path / "whole"
     with pytest.raises(Interrupted):
         simulate(server_app, stops, create_run(cut), cut)  # type: ignore[arg-type]
-    last = RunFolder(cut).last()
+    last = RunFolder(cut).read_last()
     assert last is not None
     assert last.round == 3
     simulate(server_app, client_app, virtual_sites.find_site_files(cut), cut)
@@ -373,7 +373,7 @@ def test_a_killed_process_resumes_to_the_same_end(
 
 def wait_for_round(folder: Path, number: int, process: subprocess.Popen[bytes]) -> None:
     for _ in range(6000):
-        history = RunFolder(folder).history()
+        history = RunFolder(folder).read_history()
         if process.poll() is not None or (history and history[-1]["round"] >= number):
             return
         time.sleep(0.01)
@@ -394,7 +394,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, phantoms: Path) -> None:
     folder = run(make_study(), tmp_path / "run", phantoms)
     (folder.path / "last.safetensors").write_bytes(b"not a checkpoint")
     with pytest.raises(RunError, match=r"last\.safetensors: expected an intact checkpoint"):
-        folder.last()
+        folder.read_last()
 
 
 def test_a_run_of_another_study_is_not_resumed(tmp_path: Path, phantoms: Path) -> None:
@@ -450,7 +450,7 @@ def test_early_stopping(tmp_path: Path, phantoms: Path) -> None:
         return client_app(message, context)
 
     whole = run(study, tmp_path / "whole", phantoms)
-    last = whole.last()
+    last = whole.read_last()
     assert last is not None
     scores = [line["balanced_accuracy"] for line in lines(whole, None)]
     assert last.round == len(scores) < 40
@@ -467,7 +467,9 @@ def test_a_fraction_of_the_sites_per_round(tmp_path: Path, phantoms: Path) -> No
     study = make_study("aggregate.fraction=0.5", "aggregate.quorum=2", "train.rounds=6")
     folder = run(study, tmp_path / "run", phantoms)
     cohorts = {
-        number: sorted(x["site"] for x in folder.history() if x["round"] == number and x["site"])
+        number: sorted(
+            x["site"] for x in folder.read_history() if x["round"] == number and x["site"]
+        )
         for number in range(1, 7)
     }
     assert all(len(cohort) == 2 for cohort in cohorts.values())
@@ -479,7 +481,7 @@ def test_a_warm_start_begins_where_the_other_run_ended(tmp_path: Path, phantoms:
     again = make_study(f"model.init={first.path}")
     second = run(again, tmp_path / "second", phantoms)
     # The same patients are held out, so the first scored model is exactly the released one.
-    released = first.history()[-1]["balanced_accuracy"]
+    released = first.read_history()[-1]["balanced_accuracy"]
     assert lines(second, None)[0]["balanced_accuracy"] == pytest.approx(released)
 
 
@@ -523,5 +525,5 @@ def test_the_released_model_predicts_as_the_federation_did(tmp_path: Path, phant
     counts = results["federated"]["north"]
     assert counts.n == len(images)
     assert int((predicted == truth).sum()) == int(np.trace(counts.confusion))
-    assert union(results["federated"].values(), 4).n > counts.n
+    assert unite_counts(results["federated"].values(), 4).n > counts.n
     assert json.loads((folder / "report.json").read_text())["released_round"] >= 0

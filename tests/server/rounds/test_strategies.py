@@ -44,10 +44,10 @@ def tensors(seed: int) -> Tensors:
 def step(
     aggregator: Aggregator, number: int, start: Tensors, updates: list[tuple[Tensors, float]]
 ) -> Tensors:
-    messages = aggregator.requests(number, start, ConfigRecord({"study": "s"}), [1, 2, 3])
+    messages = aggregator.make_requests(number, start, ConfigRecord({"study": "s"}), [1, 2, 3])
     assert sorted(message.metadata.dst_node_id for message in messages) == [1, 2, 3]
     sent = [(to_arrays(update), weight) for update, weight in updates]
-    return aggregator.merge(number, sent)
+    return aggregator.merge_updates(number, sent)
 
 
 def close(one: Tensors, other: Tensors, atol: float = 1e-6) -> bool:
@@ -88,9 +88,9 @@ def test_three_rounds_and_three_resumed_are_six(strategy: str) -> None:
     first, b = Aggregator(make_study(strategy), NAMES), tensors(0)
     for number in range(1, 4):
         b = step(first, number, b, updates(number))
-    saved = {name: tensor.clone() for name, tensor in first.state().items()}
+    saved = {name: tensor.clone() for name, tensor in first.save_state().items()}
     second = Aggregator(make_study(strategy), NAMES)
-    second.restore(saved)
+    second.restore_state(saved)
     for number in range(4, 7):
         b = step(second, number, b, updates(number))
     assert all(torch.equal(a[name], b[name]) for name in NAMES)
@@ -118,7 +118,7 @@ def test_fedavg_is_the_weighted_mean() -> None:
 
 def test_fedprox_asks_the_sites_for_its_term() -> None:
     aggregator = Aggregator(make_study("fedprox", proximal_mu=0.3), NAMES)
-    (message,) = aggregator.requests(1, tensors(0), ConfigRecord({"study": "s"}), [1])
+    (message,) = aggregator.make_requests(1, tensors(0), ConfigRecord({"study": "s"}), [1])
     assert message.content.config_records["config"]["proximal-mu"] == 0.3
 
 

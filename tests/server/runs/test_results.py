@@ -3,15 +3,15 @@
 import torch
 
 from common.metrics.metrics import Counts
-from server.runs.results import describe_gaps, left_out, overall
+from server.runs.results import describe_gaps, find_left_out, unite_sites
 
 
 def test_overall_names_the_sites_it_leaves_out() -> None:
     counts = Counts.of(torch.randn(4, 2), torch.tensor([0, 1, 0, 1]))
     results = {"local": {"a": counts}, "federated": {"a": counts, "b": counts}}
-    assert left_out(results) == ["b"]
+    assert find_left_out(results) == ["b"]
     assert "overall leaves out b" in describe_gaps(results, {})
-    assert overall(results, 2)["federated"].n == 4
+    assert unite_sites(results, 2)["federated"].n == 4
     assert not describe_gaps({"federated": {"a": counts, "b": counts}}, {})
 
 

@@ -44,11 +44,11 @@ def run(engine, phantoms, folder, *changes, sites=1):
 
 
 def test_a_scaled_update_is_what_training_changed_times_the_factor(phantoms, tmp_path):
-    honest = run(InProcess(), phantoms, tmp_path / "honest").last().tensors
+    honest = run(InProcess(), phantoms, tmp_path / "honest").read_last().tensors
     scaled = run(Attacked(Attacks(scales=frozenset({"site-1"}))), phantoms, tmp_path / "lies")
-    none = run(Attacked(Attacks()), phantoms, tmp_path / "none").last().tensors
+    none = run(Attacked(Attacks()), phantoms, tmp_path / "none").read_last().tensors
     start = start_of(make_study("aggregate.quorum=1"))
-    for name, tensor in scaled.last().tensors.items():
+    for name, tensor in scaled.read_last().tensors.items():
         assert torch.equal(none[name], honest[name])
         expected = start[name] - 10 * (honest[name] - start[name])
         torch.testing.assert_close(tensor, expected, rtol=1e-4, atol=1e-6)
@@ -63,7 +63,7 @@ def test_a_mislabelling_hospital_teaches_the_next_class_for_each(phantoms, tmp_p
     attacks = run(engine, phantoms, tmp_path / "lies", "train.local_epochs=20")
     # Its validation is honest, so the last model is not the one that is released.
     session = RUNTIME.open_session(attacks.path / "sites/site-1/site.yaml", attacks.study.id)
-    table = session.evaluate(attacks.last().tensors, "train").confusion
+    table = session.evaluate(attacks.read_last().tensors, "train").confusion
     right, next_ = (np.roll(table, -by, axis=1).trace() for by in (0, 1))
     assert next_ > 3 * right
 
@@ -118,7 +118,7 @@ def moved(folder):
     """How far the last model went from the start with attacks, by how far it went without."""
 
     def distance(run):
-        start, last = start_of(make_study()), RunFolder(run).last().tensors
+        start, last = start_of(make_study()), RunFolder(run).read_last().tensors
         return sum(((last[n] - start[n]) ** 2).sum().item() for n in last) ** 0.5
 
     return distance(folder / "scaled-update/seed-0") / distance(folder / "no-lies/seed-0")

@@ -103,7 +103,7 @@ def _the_better_is_shown(text: str) -> None:
     ]
     for name, setting in told()["settings"].items():
         for seed, score in zip((1, 0), setting["validation"], strict=True):
-            released = RunFolder(Path("s", name, f"seed-{seed}")).history()[-1]
+            released = RunFolder(Path("s", name, f"seed-{seed}")).read_history()[-1]
             assert released["model_round"] == 1  # the last
             assert score == released["loss"]
         assert setting["mean"] == pytest.approx(sum(setting["validation"]) / 2)
