@@ -40,10 +40,10 @@ def imported() -> Iterator[tuple[str, str, str]]:
 @pytest.mark.parametrize(("file", "module", "name"), list(imported()))
 def test_a_name_is_there(file: str, module: str, name: str) -> None:
     try:
-        found = hasattr(import_module(module), name)
-    except ImportError:
-        found = False
-    assert found, f"{FLWR} has no {module}.{name}, which common/flower/{file} needs"
+        found, why = hasattr(import_module(module), name), ""
+    except ImportError as ex:
+        found, why = False, f": {ex}"
+    assert found, f"{FLWR} has no {module}.{name}, which common/flower/{file} needs{why}"
 
 
 @pytest.mark.parametrize("room", sorted(path.stem for path in ROOM.glob("[a-z]*.py")))
