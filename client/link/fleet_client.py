@@ -44,8 +44,8 @@ from common.support import keys
 
 T = TypeVar("T")
 
-PULSE = 15
-"""Seconds that one sign of life is good for; after two of them without, a site counts as gone."""
+HEARTBEAT = 15
+"""Seconds that one heartbeat is good for; after two of them without, a site counts as gone."""
 AHEAD, BEHIND = 5.0, 300.0
 """Seconds that a hospital's clock may be off; signatures from the future are refused sooner."""
 
@@ -188,7 +188,7 @@ class Fleet:
                 if self.send_heartbeat():
                     return known
         try:
-            self._node = Node(node_id=self._activate(PULSE))
+            self._node = Node(node_id=self._activate(HEARTBEAT))
         except NotAdmittedError:
             self.check_admitted()
             expected, got = "this site to be away", "one that counts as connected"
@@ -196,13 +196,13 @@ class Fleet:
             raise LinkError(self.server, expected=expected, got=got, remedy=remedy) from None
         return int(self._node.node_id)
 
-    def _activate(self, pulse: int) -> int:
-        request = ActivateNodeRequest(public_key=self._public, heartbeat_interval=pulse)
+    def _activate(self, interval: int) -> int:
+        request = ActivateNodeRequest(public_key=self._public, heartbeat_interval=interval)
         return int(self._ask(self._client.ActivateNode, request).node_id)
 
     def send_heartbeat(self) -> bool:
-        """Give a sign of life."""
-        request = SendNodeHeartbeatRequest(node=self._node, heartbeat_interval=PULSE)
+        """Say that this site is still here."""
+        request = SendNodeHeartbeatRequest(node=self._node, heartbeat_interval=HEARTBEAT)
         return bool(self._ask(self._client.SendNodeHeartbeat, request).success)
 
     def deactivate(self) -> None:

@@ -1,8 +1,8 @@
 """The hospital's node: asks for messages, has this installation's own app answer, sends replies.
 
 One process that stays: what a study has loaded is there in the next round. No code comes over the
-connection. Whatever breaks it, the node begins anew and goes on with the message at hand: a lost
-connection, a coordinator that was restarted and a node that was killed are all the same to it.
+connection. Whatever breaks it, the node connects again and continues with the message at hand: a
+lost connection, a restarted coordinator and a killed node are all the same to it.
 """
 
 import logging
@@ -15,7 +15,7 @@ from pathlib import Path
 from flwr.app import Context, Message, RecordDict
 
 from client.app import make_app
-from client.link.fleet_client import PULSE, Envelope, Fleet, OverError
+from client.link.fleet_client import HEARTBEAT, Envelope, Fleet, OverError
 from client.link.pending import PendingMessage
 from client.runtime import Runtime
 from client.site import Site
@@ -38,7 +38,7 @@ _RUNS = 300.0
 _AGAIN = 5.0
 """Seconds before the next attempt to reach a coordinator that did not answer."""
 _OFTEN = 0.6
-"""Signs of life in each stretch that one is good for, inverted."""
+"""Heartbeats in each stretch that one is good for, inverted."""
 
 _NAMES = {
     "query": "the proposal",
@@ -104,21 +104,20 @@ class Node:
 
     @contextmanager
     def _alive(self) -> Iterator[None]:
-        """Give signs of life, also while the last message is being answered."""
+        """Send heartbeats, also while the last message is being answered."""
         done = threading.Event()
 
         def send_heartbeats() -> None:
-            while not done.wait(PULSE * _OFTEN):
+            while not done.wait(HEARTBEAT * _OFTEN):
                 try:
                     if self._number is not None:
                         self._fleet.send_heartbeat()
                 except LinkError:
                     pass  # whoever asks next says so
-                except Exception:  # without a pulse this site would count as gone
+                except Exception:  # without heartbeats this site would count as gone
                     log.exception("no sign of life could be given")
 
-        pulse = threading.Thread(target=send_heartbeats, daemon=True)
-        pulse.start()
+        threading.Thread(target=send_heartbeats, daemon=True).start()
         try:
             yield
         finally:
@@ -163,7 +162,7 @@ class Node:
         """Answer one message, unless nobody waits for the answer any more."""
         began, pending = time.monotonic(), self._pending
         if pending.envelope is None:
-            pending.begin(envelope)
+            pending.store_message(envelope)
         try:
             refusal = self._refusal(envelope)
             started = time.monotonic()
@@ -172,7 +171,7 @@ class Node:
             if reply is None:
                 raise OverError("nobody waits for an answer")
             if pending.reply is None:
-                pending.finish(reply)
+                pending.store_reply(reply)
             self._fleet.push_reply(envelope, reply)
             self._last = envelope
         except OverError:

@@ -37,12 +37,12 @@ class PendingMessage:
         if self.envelope is None or asked != self.envelope.identity:
             self.reply = None
 
-    def begin(self, envelope: Envelope) -> None:
+    def store_message(self, envelope: Envelope) -> None:
         """A message has come."""
         self.envelope, self.reply = envelope, None
         _write(self._envelope, envelope.to_bytes())
 
-    def finish(self, reply: Message) -> None:
+    def store_reply(self, reply: Message) -> None:
         """It has been answered."""
         self.reply = reply
         _write(self._reply, message_to_bytes(reply))

@@ -39,8 +39,8 @@ _LOOK = 0.05
 """Seconds between looks for replies."""
 _MARGIN = 64 * 2**20
 """Bytes that a reply may have beyond twice those it answers."""
-_PULSE = 10.0
-"""Seconds between signs of life; after a minute without any, the run counts as ended."""
+_HEARTBEAT = 10.0
+"""Seconds between heartbeats; after a minute without any, the run counts as ended."""
 
 
 @dataclass
@@ -184,18 +184,18 @@ def connected(database: Path) -> Iterator[LinkGrid]:
     identify_task(task.task_id, run_id)
     done = threading.Event()
 
-    def beat() -> None:
-        while not done.wait(_PULSE):
+    def send_heartbeats() -> None:
+        while not done.wait(_HEARTBEAT):
             try:
                 state.acknowledge_task_heartbeat(task.task_id)
             except Exception as ex:  # the next may succeed; if none does, the run says so
                 log.warning("no sign of life could be given: %s", type(ex).__name__)
 
-    pulse = threading.Thread(target=beat, daemon=True)
-    pulse.start()
+    heartbeats = threading.Thread(target=send_heartbeats, daemon=True)
+    heartbeats.start()
     try:
         yield LinkGrid(state, run_id)
     finally:
         done.set()
-        pulse.join()
+        heartbeats.join()
         state.stop_run(run_id)

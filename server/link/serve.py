@@ -24,7 +24,7 @@ _PATIENCE = 30.0
 """Seconds in which a new connection must have said what it wants."""
 _CONNECTIONS = 500
 """At once; each hospital has two or three."""
-_LEAVE = 10
+_GRACE = 10
 """Seconds that requests under way have when the link is stopped."""
 
 
@@ -76,7 +76,7 @@ def server(project: Project) -> uvicorn.Server:
         server_header=False,
         headers=[(RELEASE_HEADER, RELEASE)],
         proxy_headers=False,
-        timeout_graceful_shutdown=_LEAVE,
+        timeout_graceful_shutdown=_GRACE,
     )
     return uvicorn.Server(config)
 

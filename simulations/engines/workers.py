@@ -115,7 +115,7 @@ class _Worker:
         theirs.close()
 
     def ask(self, job: Job) -> None:
-        """Begin a job."""
+        """Start a job."""
         try:
             self.line.send(job)
         except ConnectionError:

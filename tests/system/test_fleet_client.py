@@ -236,11 +236,11 @@ def test_an_errand_survives_its_process(coordinator: Coordinator, tmp_path: Path
         asked = [ask(grid, node, content(n)) for n in (1, 2)]
         envelope = pulled(fleet)
         assert PendingMessage(tmp_path).envelope is None
-        PendingMessage(tmp_path).begin(envelope)
+        PendingMessage(tmp_path).store_message(envelope)
         again = PendingMessage(tmp_path)
         assert (again.envelope, again.reply) == (envelope, None)
         reply = Message(content(7), reply_to=fleet.pull_message(envelope))
-        again.finish(reply)
+        again.store_reply(reply)
         kept = PendingMessage(tmp_path)
         assert kept.reply is not None
         assert (
@@ -249,7 +249,7 @@ def test_an_errand_survives_its_process(coordinator: Coordinator, tmp_path: Path
         assert not any(path.stat().st_mode & 0o077 for path in tmp_path.iterdir())
         fleet.push_reply(envelope, kept.reply)
         assert numbers(hear(grid, asked[0])) == [*range(7)]
-        PendingMessage(tmp_path).begin(pulled(fleet))
+        PendingMessage(tmp_path).store_message(pulled(fleet))
         assert PendingMessage(tmp_path).reply is None
         (tmp_path / "letter").write_bytes(b"\xff" * 9)
         assert PendingMessage(tmp_path).envelope is None
@@ -275,7 +275,7 @@ def test_only_its_number_lets_a_killed_site_in_at_once(coordinator: Coordinator)
     killed.close()
 
 
-def test_a_knock_tells_and_changes_nothing(coordinator: Coordinator) -> None:
+def test_checking_the_admission_tells_and_changes_nothing(coordinator: Coordinator) -> None:
     key, name = coordinator.admitted()
     fleet = Fleet(coordinator.address, coordinator.ca, key)
     assert fleet.heard is None

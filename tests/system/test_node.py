@@ -236,7 +236,7 @@ def test_code_that_comes_with_a_run_is_neither_fetched_nor_run(
 
 @contextmanager
 def _run(world: World, name: str, release: str, fab: str) -> Iterator[LinkGrid]:
-    """A run as a coordinator with other software would begin it."""
+    """A run as a coordinator with other software would create it."""
     with connected(world.project.database) as grid:
         ours, create = grid.run, grid._state.create_run
         assert (ours.fab_id, ours.fab_version, ours.fab_hash) == (APP, RELEASE, "")
@@ -282,7 +282,7 @@ def kill(process: Process) -> None:
     assert ended(process) == -signal.SIGKILL
 
 
-def begun(world: World, what: str) -> None:
+def wait_for_file(world: World, what: str) -> None:
     until(lambda: (world.link / what).exists())
 
 
@@ -306,7 +306,7 @@ def test_killed_at_any_moment_it_answers_once(
             process = world.start(monkeypatch)
             exchange(grid, "query", join(wanted))
             first = ask(grid, "train", request(wanted, 1))
-            begun(world, "letter")
+            wait_for_file(world, "letter")
             time.sleep(0.1)  # at work
             kill(process)
             assert len(world.left()) == 1
@@ -314,10 +314,10 @@ def test_killed_at_any_moment_it_answers_once(
             process = world.start(monkeypatch)
             assert hear(grid, first).has_content()
             second = ask(grid, "train", request(wanted, 2))
-            begun(world, "letter")
+            wait_for_file(world, "letter")
             time.sleep(0.1)
             assert not (world.link / "reply").exists()
-        begun(world, "reply")  # the link is down: the reply cannot go
+        wait_for_file(world, "reply")  # the link is down: the reply cannot go
         kill(process)
         assert len(world.left()) == 3
         with world.up():
@@ -326,7 +326,7 @@ def test_killed_at_any_moment_it_answers_once(
             sent = hashlib.sha256(record_to_bytes(reply.content)).hexdigest()
             assert [one.contents.sha256 for one in world.left()][2:] == [sent]  # not made again
             ask(grid, "train", request(wanted, 3))
-            begun(world, "letter")
+            wait_for_file(world, "letter")
             kill(process)
             grid._withdraw(grid._state.get_message_ids_from_run_id(grid.run.run_id))
             process = world.start(monkeypatch)
@@ -345,14 +345,14 @@ def test_it_answers_before_it_stops_unless_told_twice(
         process = world.start(monkeypatch)
         exchange(grid, "query", join(wanted))
         first = ask(grid, "train", request(wanted, 1))
-        begun(world, "letter")
+        wait_for_file(world, "letter")
         os.kill(process.pid or 0, signal.SIGTERM)
         assert hear(grid, first).has_content()
         assert ended(process) == 0
         assert not world.connected
         process = world.start(monkeypatch)
         ask(grid, "train", request(wanted, 2))
-        begun(world, "letter")
+        wait_for_file(world, "letter")
         time.sleep(0.5)
         os.kill(process.pid or 0, signal.SIGINT)
         time.sleep(0.2)

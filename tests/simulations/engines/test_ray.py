@@ -207,10 +207,10 @@ def test_other_code_in_the_cluster_is_refused(cluster: str, phantoms: Path, tmp_
     assert not (tmp_path / "run/metrics.jsonl").exists()
 
 
-def _begin(phantoms: Path, run: Path) -> subprocess.Popen[str]:
+def _start(phantoms: Path, run: Path) -> subprocess.Popen[str]:
     """A run on Ray, as soon as its first round is finished."""
     command = [sys.executable, "-P", "-c", MAIN, *map(str, _run(phantoms, run, rounds=12))]
-    begun = subprocess.Popen(
+    started = subprocess.Popen(
         [*command, "--engine", "ray"],
         cwd=run.parent,
         env=_environment(),
@@ -220,9 +220,9 @@ def _begin(phantoms: Path, run: Path) -> subprocess.Popen[str]:
         start_new_session=True,
     )
     while not (run / "last.json").exists():
-        assert begun.poll() is None
+        assert started.poll() is None
         time.sleep(0.05)
-    return begun
+    return started
 
 
 @pytest.mark.system
@@ -232,10 +232,10 @@ def test_interrupted_it_goes_on(phantoms: Path, tmp_path: Path) -> None:
     plain = _command(tmp_path, *_run(phantoms, tmp_path / "plain", rounds=12))
     assert plain.returncode == 0, plain.stderr
     run = tmp_path / "run"
-    begun = _begin(phantoms, run)
-    os.killpg(begun.pid, signal.SIGINT)  # Ctrl-C reaches Ray's processes too
-    _, said = begun.communicate(timeout=60)
-    assert begun.returncode == 130
+    started = _start(phantoms, run)
+    os.killpg(started.pid, signal.SIGINT)  # Ctrl-C reaches Ray's processes too
+    _, said = started.communicate(timeout=60)
+    assert started.returncode == 130
     assert said.strip() == f"Stopped. Go on with: consilium-simulate run --resume {run}"
     again = _command(tmp_path, "run", "--resume", run, "--engine", "ray")
     assert again.returncode == 0, again.stderr
@@ -248,15 +248,15 @@ def test_interrupted_it_goes_on(phantoms: Path, tmp_path: Path) -> None:
 def test_a_killed_actor_ends_the_run(phantoms: Path, tmp_path: Path) -> None:
     """Else Flower would have hospital after hospital fail, and the average be of fewer."""
     pytest.importorskip("ray", reason=NO_RAY)
-    begun = _begin(phantoms, tmp_path / "run")
+    started = _start(phantoms, tmp_path / "run")
     actors = [
         int(path.parent.name)
         for path in Path("/proc").glob("[0-9]*/cmdline")
         if path.read_bytes().startswith(b"ray::ClientAppActor")
     ]
     os.kill(actors[0], signal.SIGKILL)
-    _, said = begun.communicate(timeout=120)
-    assert begun.returncode == 1
+    _, said = started.communicate(timeout=120)
+    assert started.returncode == 1
     (line,) = said.splitlines()
     assert "Ray: expected actors that stay until the end, got one that was killed" in line
 
