@@ -14,6 +14,11 @@ from server.link.serve import listen, server
 from server.project.project import Project
 
 
+def sleep(_: object, seconds: float) -> None:
+    """A long job of a worker."""
+    time.sleep(seconds)
+
+
 @contextmanager
 def limited(kind: int, most: int) -> Iterator[None]:
     """A limit of this process, lowered for a while; `RLIMIT_FSIZE` is as a full disk."""

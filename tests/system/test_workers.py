@@ -156,9 +156,10 @@ def test_ctrl_c_ends_all_in_one_line(phantoms: Path, tmp_path: Path) -> None:
 def test_workers_go_with_the_process_that_started_them() -> None:
     """Even with SIGKILL, and in the middle of long work."""
     code = (
-        "import time; from pathlib import Path; from simulations.engines.workers import Workers; "
+        "from pathlib import Path; from simulations.engines.workers import Workers; "
+        "from tests.processes import sleep; "
         "w = Workers(1); w._shared([Path()]); w.forget(); print('up', flush=True); "
-        "w._do([[(time.sleep, 600)]], '')"
+        "w._do([[(sleep, 600)]], '')"
     )
     process, workers = popen(code)
     assert process.stdout
