@@ -19,11 +19,11 @@ from simulations.cli.options import (
     CACHE,
     Cache,
     StudyFile,
-    asks,
-    computing,
-    hospitals,
-    numbers,
-    stoppable,
+    ask_for,
+    choose_engine,
+    explain_stop,
+    name_source,
+    parse_seeds,
 )
 
 if TYPE_CHECKING:
@@ -69,29 +69,29 @@ def deployment(
     They are processes of their own, with certificates and keys of their own. One hospital is killed
     at work and comes back.
     """
-    from simulations.demo.deployment import show
+    from simulations.demo.deployment import show_deployment
 
     if folder.exists() and any(folder.iterdir()):
         expected, got = "a new or empty folder", "one with files"
         raise RunError(folder, expected=expected, got=got)
-    with stoppable(folder, "the same command in a new folder"):
-        show(folder)
+    with explain_stop(folder, "the same command in a new folder"):
+        show_deployment(folder)
 
 
 @app.command(epilog="Example: consilium-simulate check configs/demo.yaml --site runs/phantom/north")
-@asks("source", hospitals)
+@ask_for("source", name_source)
 def check(study: StudyFile, *, source: "Source", changes: Changes = None) -> None:
     """Validate a study, its backbone and weights, and the hospitals' data, without training."""
     from simulations.studies import runner
 
-    runner.check(study, source, tuple(changes or ()))
+    runner.check_study(study, source, tuple(changes or ()))
 
 
 @app.command(
     epilog="Example: consilium-simulate run configs/demo.yaml --site runs/phantom/north --site …"
 )
-@asks("source", hospitals)
-@asks("engine", computing)
+@ask_for("source", name_source)
+@ask_for("engine", choose_engine)
 def run(
     study: Annotated[Path | None, typer.Argument(help="The study, a YAML file.")] = None,
     *,
@@ -115,21 +115,21 @@ def run(
     if resume is not None:
         if source.named or seeds or out or (changes and study is None):
             raise typer.BadParameter("--resume goes on with the run's own study and hospitals")
-        with stoppable(resume, f"consilium-simulate run --resume {resume}"):
+        with explain_stop(resume, f"consilium-simulate run --resume {resume}"):
             expected = Study.read(study, tuple(changes or ())) if study else None
-            runner.resume(resume, expected, engine, compare=compare)
+            runner.resume_run(resume, expected, engine, compare=compare)
         return
     if study is None:
         raise typer.BadParameter("name a study file, or a run with --resume")
     folder = out or Path("runs") / f"{study.stem}-{datetime.now():%Y%m%d-%H%M%S}"
     again = f"the same command with --out {folder}" if seeds else ""
-    with stoppable(folder, again or f"consilium-simulate run --resume {folder}"):
-        runner.start(
+    with explain_stop(folder, again or f"consilium-simulate run --resume {folder}"):
+        runner.run_study(
             study,
             source,
             folder,
             changes=tuple(changes or ()),
-            seeds=numbers(seeds),
+            seeds=parse_seeds(seeds),
             compare=compare,
             cache=cache,
             engine=engine,
@@ -159,7 +159,7 @@ def feature_mean(
     from common.config.study import Study
     from simulations.studies import feature_mean
 
-    count = feature_mean.write(Study.read(study, tuple(changes or ())), folder, out)
+    count = feature_mean.write_feature_mean(Study.read(study, tuple(changes or ())), folder, out)
     console.print(f"mean of {count} images → {out}")
 
 

@@ -28,7 +28,7 @@ SeriesFolder = Annotated[
 Command = Callable[..., None]
 
 
-def asks(name: str, build: Callable[..., Any]) -> Callable[[Command], Command]:
+def ask_for(name: str, build: Callable[..., Any]) -> Callable[[Command], Command]:
     """Put the options of `build` in place of a command's parameter `name`, which gets the result.
 
     Args:
@@ -55,7 +55,7 @@ def asks(name: str, build: Callable[..., Any]) -> Callable[[Command], Command]:
     return decorate
 
 
-def hospitals(
+def name_source(
     site: Annotated[
         list[Path] | None,
         typer.Option(help="A hospital: a folder of images, or one with a site.yaml. Repeat."),
@@ -87,7 +87,7 @@ def hospitals(
     )
 
 
-def computing(
+def choose_engine(
     workers: Annotated[
         int | None,
         typer.Option(
@@ -132,7 +132,7 @@ def computing(
 
 
 @contextmanager
-def stoppable(folder: Path, go_on: str) -> Iterator[None]:
+def explain_stop(folder: Path, go_on: str) -> Iterator[None]:
     """Ctrl-C ends what is done here in one line, which says how to go on."""
     try:
         yield
@@ -142,7 +142,7 @@ def stoppable(folder: Path, go_on: str) -> Iterator[None]:
         raise StoppedError(f"Stopped. {text}") from None
 
 
-def numbers(text: str | None) -> tuple[int, ...]:
+def parse_seeds(text: str | None) -> tuple[int, ...]:
     """Seeds, each once; none where nothing is said."""
     if text is None:
         return ()
@@ -152,7 +152,7 @@ def numbers(text: str | None) -> tuple[int, ...]:
         raise typer.BadParameter(f"--seeds: expected numbers such as 0,1,2, got {text!r}") from None
 
 
-def levels(text: str) -> list[float | None]:
+def parse_epsilons(text: str) -> list[float | None]:
     """Privacy to compare; None is without."""
     try:
         found = [None if part == "none" else float(part) for part in text.split(",")]

@@ -13,12 +13,12 @@ from simulations.cli.options import (
     Cache,
     SeriesFolder,
     StudyFile,
-    asks,
-    computing,
-    hospitals,
-    levels,
-    numbers,
-    stoppable,
+    ask_for,
+    choose_engine,
+    explain_stop,
+    name_source,
+    parse_epsilons,
+    parse_seeds,
 )
 
 if TYPE_CHECKING:
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from simulations.studies.runner import Source
 
 
-@asks("source", hospitals)
-@asks("engine", computing)
+@ask_for("source", name_source)
+@ask_for("engine", choose_engine)
 def utility(
     study: Annotated[Path, typer.Argument(help="A study with privacy, a YAML file.")],
     *,
@@ -50,21 +50,21 @@ def utility(
 
     read = Study.read(study, tuple(changes or ()))
     folder = out or Path("runs") / f"{study.stem}-utility-{datetime.now():%Y%m%d-%H%M%S}"
-    with stoppable(folder, f"the same command with --out {folder}"):
-        privacy_utility.show(
+    with explain_stop(folder, f"the same command with --out {folder}"):
+        privacy_utility.compare_epsilons(
             read,
             source,
             folder,
-            epsilons=levels(epsilons),
-            seeds=numbers(seeds),
+            epsilons=parse_epsilons(epsilons),
+            seeds=parse_seeds(seeds),
             of=of,
             cache=cache,
             engine=engine,
         )
 
 
-@asks("source", hospitals)
-@asks("engine", computing)
+@ask_for("source", name_source)
+@ask_for("engine", choose_engine)
 def sweep(
     study: StudyFile,
     *,
@@ -90,19 +90,19 @@ def sweep(
     from simulations.studies import sweep
 
     folder = out or Path("runs") / f"{study.stem}-sweep-{datetime.now():%Y%m%d-%H%M%S}"
-    with stoppable(folder, f"the same command with --out {folder}"):
-        sweep.show(
+    with explain_stop(folder, f"the same command with --out {folder}"):
+        sweep.run_sweep(
             study,
             source,
             folder,
             changes=changes or (),
-            seeds=numbers(seeds),
+            seeds=parse_seeds(seeds),
             cache=cache,
             engine=engine,
         )
 
 
-@asks("source", hospitals)
+@ask_for("source", name_source)
 def poison(
     study: StudyFile,
     *,
@@ -138,14 +138,14 @@ def poison(
         raise typer.BadParameter("name a hospital that attacks, with --mislabels or --scales")
     attacks = Attacks(frozenset(mislabels or ()), frozenset(scales or ()), factor)
     folder = out or Path("runs") / f"{study.stem}-poison-{datetime.now():%Y%m%d-%H%M%S}"
-    with stoppable(folder, f"the same command with --out {folder}"):
-        robustness.show(
+    with explain_stop(folder, f"the same command with --out {folder}"):
+        robustness.compare_strategies(
             Study.read(study, tuple(changes or ())),
             source,
             folder,
             attacks=attacks,
             strategies=strategies.split(",") if strategies else tuple(REGISTRY),
-            seeds=numbers(seeds),
+            seeds=parse_seeds(seeds),
             cache=cache,
         )
 

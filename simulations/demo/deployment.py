@@ -15,7 +15,7 @@ _ROUNDS = 20
 _UNLUCKY = "north"
 
 
-def show(folder: Path) -> None:
+def show_deployment(folder: Path) -> None:
     """Run it in a new folder, which keeps the certificates, the run, and what everybody printed.
 
     Raises:

@@ -20,7 +20,7 @@ from common.support.terminal import console
 _BATCH = 64
 
 
-def write(study: Study, folder: Path, out: Path) -> int:
+def write_feature_mean(study: Study, folder: Path, out: Path) -> int:
     """Write to `out` the mean of `study`'s pooled features over all images in `folder`.
 
     Returns:

@@ -24,7 +24,7 @@ from simulations.studies.runner import Source
 Figure = Callable[[Counts], float | None]
 
 
-def show(
+def compare_epsilons(
     study: Study,
     source: Source,
     folder: Path,
@@ -60,7 +60,7 @@ def show(
         privacy = study.privacy.model_copy(update={"epsilon": epsilon}) if epsilon else NoPrivacy()
         changed = [study.model_copy(update={"privacy": privacy, "seed": seed}) for seed in seeds]
         place, title = folder / _name(epsilon), _label(epsilon)
-        runs[epsilon] = runner.series(changed, source, place, cache, engine, title=title)
+        runs[epsilon] = runner.run_series(changed, source, place, cache, engine, title=title)
     console.print()
     _report(study, runs, wanted, folder)
 
@@ -122,7 +122,7 @@ def _table(
     plain = figures_of.get(None, {})
     for epsilon, by_name in figures_of.items():
         base = plain if epsilon else {}
-        cells = (summary.against(by_name[name], base.get(name)) for name in names)
+        cells = (summary.format_gain(by_name[name], base.get(name)) for name in names)
         shown.add_row(_label(epsilon), *cells)
     return shown
 

@@ -24,7 +24,7 @@ Found = dict[str, dict[str, list[float | None]]]
 """Strategy → attacks → the study's metric for each seed."""
 
 
-def show(
+def compare_strategies(
     study: Study,
     source: Source,
     folder: Path,
@@ -64,7 +64,7 @@ def show(
         for way, told in ways.items():
             seeded = [changed.model_copy(update={"seed": seed}) for seed in seeds]
             place, title = folder / name / _name(way), f"{name}, {way}"
-            runs = runner.series(
+            runs = runner.run_series(
                 seeded, source, place, cache, Attacked(told), title=title, results=False
             )
             found.setdefault(name, {})[way] = [_worth(run, study, attacks) for run in runs]
@@ -96,7 +96,7 @@ def _by(study: Study, strategy: str, attackers: int) -> Study:
 
 
 def _check(source: Source, study: Study, attacks: Attacks) -> None:
-    found = source.hospitals(study)
+    found = source.list_hospitals(study)
     training = [hospital.name for hospital in found if hospital.trains]
     where = "--mislabels, --scales"
     for name in sorted(attacks.attackers):
@@ -144,7 +144,7 @@ def _report(study: Study, found: Found, folder: Path) -> None:
     shown = table("strategy", *ways, left=("strategy",))
     for name, by_way in found.items():
         base = {way: by_way[HONEST] for way in ways if way != HONEST}
-        shown.add_row(name, *(summary.against(by_way[way], base.get(way)) for way in ways))
+        shown.add_row(name, *(summary.format_gain(by_way[way], base.get(way)) for way in ways))
     console.print(f"\n{label} on test images of the hospitals that never lie", style="bold")
     console.print(shown)
     if len(next(iter(found.values()))[HONEST]) > 1:

@@ -40,7 +40,7 @@ class Source:
         """Whether it names any."""
         return bool(self.folders or self.evaluators or self.pool)
 
-    def hospitals(self, study: Study) -> list[VirtualSite]:
+    def list_hospitals(self, study: Study) -> list[VirtualSite]:
         """The hospitals; raises `StudyError` where the options name none."""
         if bool(self.folders) == (self.pool is not None):
             expected, got = "--site folders or one --pool", "both" if self.folders else "neither"
@@ -52,7 +52,7 @@ class Source:
         return [*found, *extra]
 
 
-def start(
+def run_study(
     study_file: Path,
     source: Source,
     folder: Path,
@@ -74,11 +74,11 @@ def start(
         _conclude(run, engine, compare=compare)
         return
     studies = [Study.read(study_file, (*changes, f"seed={seed}")) for seed in seeds]
-    series(studies, source, folder, cache, engine, compare=compare)
-    summary.over_seeds(folder, seeds)
+    run_series(studies, source, folder, cache, engine, compare=compare)
+    summary.summarise_seeds(folder, seeds)
 
 
-def series(
+def run_series(
     studies: Sequence[Study],
     source: Source,
     folder: Path,
@@ -134,7 +134,7 @@ def _complete(study: Study, source: Source, path: Path, cache: Path, engine: Eng
 def open_run(study: Study, source: Source, path: Path) -> RunFolder:
     """A run that is there already; raises `RunError` if it is of another study or virtual_sites."""
     run = RunFolder.resume(path, study)
-    named, there = virtual_sites.describe_sites(source.hospitals(study)), path / _ROSTER
+    named, there = virtual_sites.describe_sites(source.list_hospitals(study)), path / _ROSTER
     known = json.loads(there.read_text(encoding="utf-8")) if there.exists() else {}
     told = {
         "without": known.keys() - named.keys(),
@@ -150,8 +150,8 @@ def open_run(study: Study, source: Source, path: Path) -> RunFolder:
 
 def _new(study: Study, source: Source, folder: Path, cache: Path, engine: Engine) -> RunFolder:
     check_start(study)
-    named = source.hospitals(study)
-    found = plan(study, named)
+    named = source.list_hospitals(study)
+    found = check_hospitals(study, named)
     if folder.is_dir() and {path.name for path in folder.iterdir()} == {"sites"}:
         shutil.rmtree(folder)  # a run that was killed before it began
     run = RunFolder.create(folder)
@@ -174,7 +174,7 @@ def _comparable(study: Study) -> None:
         raise StudyError("--compare", expected=expected, got=got, remedy=remedy)
 
 
-def resume(folder: Path, study: Study | None, engine: Engine, *, compare: bool) -> None:
+def resume_run(folder: Path, study: Study | None, engine: Engine, *, compare: bool) -> None:
     """Go on with an interrupted run; a finished one only shows its results again.
 
     Args:
@@ -200,16 +200,16 @@ def _go_on(run: RunFolder, engine: Engine) -> None:
         engine.run(site_files, run.path)
 
 
-def check(study_file: Path, source: Source, changes: tuple[str, ...]) -> None:
+def check_study(study_file: Path, source: Source, changes: tuple[str, ...]) -> None:
     """Everything that can be known without decoding an image."""
     study = Study.read(study_file, changes)
     check_start(study)
     if source.named:
-        plan(study, source.hospitals(study))
+        check_hospitals(study, source.list_hospitals(study))
     console.print(f"{study_file}: a valid study", style="green")
 
 
-def plan(study: Study, found: Sequence[VirtualSite]) -> list[PlannedSite]:
+def check_hospitals(study: Study, found: Sequence[VirtualSite]) -> list[PlannedSite]:
     """The hospitals that can take part, after everything is checked that needs no image decoded.
 
     Args:

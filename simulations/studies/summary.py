@@ -32,7 +32,7 @@ def plot_results(study: Study, results: Results, path: Path) -> None:
     plots.plot_comparison(estimates, name, path)
 
 
-def over_seeds(folder: Path, seeds: Sequence[int]) -> None:
+def summarise_seeds(folder: Path, seeds: Sequence[int]) -> None:
     """Mean ± sd over seeds of the overall figures, and what federating gained, paired by seed."""
     study = RunFolder(folder / f"seed-{seeds[0]}").study
     classes = len(study.classes)
@@ -46,7 +46,7 @@ def over_seeds(folder: Path, seeds: Sequence[int]) -> None:
     ways = f"{len(seeds)} seeds"
     shown = table(ways, *(metric.label for metric in METRICS.values()), left=(ways,))
     for way, by_metric in figures_of.items():
-        shown.add_row(way, *(mean_sd(values) for values in by_metric.values()))
+        shown.add_row(way, *(format_mean_sd(values) for values in by_metric.values()))
     console.print()
     console.print(shown)
     if below := describe_gaps(runs[0], loaded[0][1].get("withheld", {})):
@@ -97,7 +97,7 @@ def _plot_seeds(study: Study, runs: Sequence[Results], path: Path) -> None:
     plots.plot_comparison(estimates, name, path)
 
 
-def mean_sd(values: Sequence[float | None]) -> str:
+def format_mean_sd(values: Sequence[float | None]) -> str:
     """Mean ± standard deviation of the figures that are defined; a dash without any."""
     known = [v for v in values if v is not None]
     if not known:
@@ -106,7 +106,7 @@ def mean_sd(values: Sequence[float | None]) -> str:
     return f"{mean(known):.3f}{spread}"
 
 
-def against(values: Sequence[float | None], base: Sequence[float | None] | None) -> str:
+def format_gain(values: Sequence[float | None], base: Sequence[float | None] | None) -> str:
     """Mean of the figures, and how far it is from that of `base`, paired, with 95 % interval."""
     known = [figure for figure in values if figure is not None]
     text = f"{mean(known):.3f}" if known else "–"

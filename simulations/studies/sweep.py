@@ -62,7 +62,7 @@ class Tried:
         return mean(known) if len(known) == len(self.scores) else None
 
 
-def show(
+def run_sweep(
     study_file: Path,
     source: Source,
     folder: Path,
@@ -90,14 +90,14 @@ def show(
       StudyError: a setting cannot be run, or there is only one; nothing has run yet.
       RunError: a run failed, is of another study or other hospitals, or lacks some of them.
     """
-    settings = plan(study_file, changes, seeds, folder)
+    settings = plan_settings(study_file, changes, seeds, folder)
     for setting in settings:
         _check(setting, source)
     tried: dict[Setting, Tried] = {}
     sites: list[set[str]] = []
     for setting in settings:
         place, title = setting.folder, ", ".join(map("=".join, setting.values.items()))
-        runs = runner.series(
+        runs = runner.run_series(
             setting.studies, source, place, cache, engine, title=title, results=False
         )
         joined = [set(RunFolder(run).read_facts()["sites"]) for run in runs]
@@ -110,7 +110,7 @@ def show(
     _report(tried, seeds, folder)
 
 
-def plan(
+def plan_settings(
     study_file: Path, changes: Sequence[str], seeds: Sequence[int], folder: Path
 ) -> list[Setting]:
     """Every combination of values, those equal in meaning once; by number, if one number differs.
@@ -182,7 +182,7 @@ def _check(setting: Setting, source: Source) -> None:
     """Find now what would stop the sweep later, of all that needs no image decoded."""
     study = setting.studies[0]
     check_start(study)
-    planned = virtual_sites.plan_sites(source.hospitals(study), study)
+    planned = virtual_sites.plan_sites(source.list_hospitals(study), study)
     virtual_sites.choose_sites(planned, study)
     for study in setting.studies:
         path = setting.folder / f"seed-{study.seed}"
@@ -240,7 +240,7 @@ def _scores(tried: dict[Setting, Tried], chosen: Setting | None, select: str) ->
     keys = list(next(iter(tried)).values)
     shown = table(*keys, f"validation {METRICS[select].label}", "", left=(*keys, ""))
     for setting, found in tried.items():
-        score = "–" if found.score is None else summary.mean_sd(found.scores)
+        score = "–" if found.score is None else summary.format_mean_sd(found.scores)
         mark, style = ("chosen", "bold") if setting is chosen else ("", "")
         shown.add_row(*setting.values.values(), score, mark, style=style)
     return shown
@@ -269,7 +269,7 @@ def _show_test(chosen: Setting | None, tried: dict[Setting, Tried]) -> None:
     keys = list(chosen.values)
     shown = table(*keys, *(metric.label for metric in METRICS.values()), left=keys)
     test = tried[chosen].test
-    cells = (summary.mean_sd([value(counts, name) for counts in test]) for name in METRICS)
+    cells = (summary.format_mean_sd([value(counts, name) for counts in test]) for name in METRICS)
     shown.add_row(*chosen.values.values(), *cells)
     console.print("\ntest images of all sites", style="bold")
     console.print(shown)

@@ -369,7 +369,7 @@ def test_a_private_study_begins_with_no_model_that_was_trained_openly(phantoms, 
     private.write_text(dump(json.loads(study(train={"rounds": 1}).proposal())))
 
     def run(file: Path, folder: str, *changes: str, compare: bool = False) -> None:
-        runner.start(
+        runner.run_study(
             file,
             source,
             tmp_path / folder,

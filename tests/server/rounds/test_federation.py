@@ -362,7 +362,7 @@ def test_a_run_with_sites_that_tell_less_is_whole(
     assert all(n % 10 == 0 for n in sites["west"]["images"]["train"])
 
     capsys.readouterr()
-    runner.resume(mixed.path, None, InProcess(), compare=False)
+    runner.resume_run(mixed.path, None, InProcess(), compare=False)
     shown = capsys.readouterr().out
     rows = [line.split() for line in shown.splitlines() if line.startswith("north")]
     assert len(rows) == 2  # metrics, and sensitivities
@@ -412,13 +412,13 @@ def test_without_any_figure_of_rounds_the_last_model_is_released(
     assert all(torch.equal(released[name], tensor) for name, tensor in last.tensors.items())
     report = json.loads((path / "report.json").read_text(), parse_constant=strict)
     assert report["released_round"] == 2
-    runner.resume(path, None, InProcess(), compare=False)
+    runner.resume_run(path, None, InProcess(), compare=False)
     assert "overall" in capsys.readouterr().out
 
 
 def test_a_comparison_tells_no_more_than_the_federation(mixed: RunFolder, tmp_path: Path) -> None:
     path = Path(shutil.copytree(mixed.path, tmp_path / "run"))
-    runner.resume(path, None, InProcess(), compare=True)
+    runner.resume_run(path, None, InProcess(), compare=True)
     results, facts = read_results(path, 4)
     assert set(results) == {"local", "pooled", "federated"}
     for by_site in results.values():

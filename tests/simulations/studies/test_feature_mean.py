@@ -129,7 +129,7 @@ def test_a_proposal_reads_no_file_of_a_hospital(tmp_path):
 
 def test_no_image_no_mean(tmp_path):
     with pytest.raises(DataError, match="expected a folder with images, got none"):
-        feature_mean.write(study(), tmp_path, tmp_path / "mean.json")
+        feature_mean.write_feature_mean(study(), tmp_path, tmp_path / "mean.json")
 
 
 def test_the_released_model_subtracts_it_too(phantoms, tmp_path, new_process):

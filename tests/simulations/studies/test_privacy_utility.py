@@ -28,7 +28,7 @@ def _own_process(new_process):
 
 
 def show(phantoms, folder, study=CONTENT, of="nodule"):
-    privacy_utility.show(
+    privacy_utility.compare_epsilons(
         Study.parse(study, "cost", StudyError),
         Source(folders=(phantoms / "north", phantoms / "south")),
         folder,

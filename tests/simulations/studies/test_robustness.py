@@ -77,7 +77,7 @@ def show(
     factor=-10.0,
     pool="north",
 ):
-    robustness.show(
+    robustness.compare_strategies(
         make_study("aggregate.quorum=5", *changes),
         Source(pool=phantoms / pool, sites=5),
         folder,
@@ -111,7 +111,7 @@ def test_the_median_holds_where_the_mean_does_not(phantoms, tmp_path, capsys, mo
             show(phantoms, tmp_path / "p", **other)
     attacked = tmp_path / "p/fedavg/scaled-update/seed-0"
     with pytest.raises(RunError, match="expected a run whose hospitals are honest"):
-        runner.resume(attacked, None, InProcess(), compare=False)
+        runner.resume_run(attacked, None, InProcess(), compare=False)
 
 
 def moved(folder):

@@ -16,7 +16,7 @@ from common.errors import StudyError
 from common.support.terminal import console
 from server.runs.run_folder import RunFolder
 from simulations.cli.main import main
-from simulations.studies.sweep import plan
+from simulations.studies.sweep import plan_settings
 from tests.builders import DEMO
 
 CHANGES = ("train.rounds=1", "train.batch_size=4", "aggregate.quorum=2", "select=loss")
@@ -202,12 +202,12 @@ def test_what_is_no_list_of_values_is_refused(text: str) -> None:
 def test_folders_are_safe_and_tell_values_apart(tmp_path: Path) -> None:
     weights = f"model.weights={tmp_path / 'a.pth'},{tmp_path / 'x' / 'a.pth'}"
     lists = "train.class_weights=[1, 3, 1, 1],[1, 31, 1, 1],[13, 1, 1, 1]"
-    settings = plan(DEMO, (weights, lists, "model.unfreeze=last:1"), (0,), tmp_path)
+    settings = plan_settings(DEMO, (weights, lists, "model.unfreeze=last:1"), (0,), tmp_path)
     names = [setting.folder.name for setting in settings]
     assert len(set(names)) == 6
     for name in names:
         assert re.fullmatch(r"[\w.,=+-]{1,220}", name)
         assert "model.unfreeze=last-1" in name
         assert "a.pth-" in name
-    again = plan(DEMO, (lists, "model.unfreeze=last:1", weights), (3,), tmp_path)
+    again = plan_settings(DEMO, (lists, "model.unfreeze=last:1", weights), (3,), tmp_path)
     assert {setting.folder.name for setting in again} == set(names)
