@@ -30,7 +30,7 @@ from common.support.terminal import console
 from server.app import app as server_app
 from server.runs.run_folder import RunFolder
 from simulations.benchmarks.tutorial_baseline import Tutorial
-from simulations.engines.grid import simulate
+from simulations.engines.grid import simulate_run
 from simulations.sites import virtual_sites
 from simulations.sites.virtual_sites import VirtualSite
 
@@ -206,7 +206,7 @@ def _ours(task: Task, lap: Lap) -> dict[str, Any]:
         lap("cache")
         session = runtime.open_session(hospital, study.id)
         watched = _Watched(make_app(runtime), lap, study.train.rounds)
-        simulate(server_app, watched.app, [hospital], folder)
+        simulate_run(server_app, watched.app, [hospital], folder)
         lap("finish")
     spec = session.prepared.spec
     return {"bytes": watched.bytes, "activations": spec.activations, "dtype": spec.dtype}

@@ -7,7 +7,7 @@ from client.site import Site
 from common.config.study import Study
 from common.errors import RunError
 from common.support.terminal import console
-from simulations.demo.loopback import Loopback, until
+from simulations.demo.loopback import Loopback, wait_until
 from simulations.sites import phantom, virtual_sites
 
 _STUDY = Path(__file__).parents[2] / "configs" / "demo.yaml"
@@ -32,20 +32,20 @@ def show_deployment(folder: Path) -> None:
     found = [virtual_sites.from_folder(phantoms / name) for name in ("east", "north", "south")]
     with Loopback(folder, study, found) as world:
         tell(f"An authority, a server certificate, and a key of each hospital: {folder}")
-        world.link()
+        world.start_link()
         tell(f"The coordinator listens at https://127.0.0.1:{world.project.settings.port}")
         for name in world.sites:
-            world.hospital(name)
+            world.start_hospital(name)
         tell(f"Three hospitals start: {', '.join(world.sites)}")
         run = folder / "run"
-        process = world.run(str(world.study), "--out", str(run))
-        until(lambda: (run / "last.json").exists() or process.poll() is not None, 90)
+        process = world.start_run(str(world.study), "--out", str(run))
+        wait_until(lambda: (run / "last.json").exists() or process.poll() is not None, 90)
         tell("The first round is over")
         letter = Site.read(world.sites[_UNLUCKY]).state / "link" / "letter"
-        until(lambda: letter.exists() or process.poll() is not None, 30)
-        world.kill(_UNLUCKY)
+        wait_until(lambda: letter.exists() or process.poll() is not None, 30)
+        world.kill_process(_UNLUCKY)
         tell(f"{_UNLUCKY} is killed at work")
-        world.hospital(_UNLUCKY)
+        world.start_hospital(_UNLUCKY)
         tell(f"{_UNLUCKY} starts again, and answers what it was asked")
         if process.wait(150):
             remedy = "What everybody printed is there."
@@ -53,4 +53,4 @@ def show_deployment(folder: Path) -> None:
             where = folder / "logs"
             raise RunError(where, expected="a finished run", got=got, remedy=remedy)
         tell("The study is over")
-    console.print(world.said("run"))
+    console.print(world.read_output("run"))

@@ -42,7 +42,7 @@ class Loopback:
         self.folder = folder
         self.running: dict[str, subprocess.Popen[bytes]] = {}
         """By name."""
-        self.project = Project.create(folder / "coordinator", (_HOST,), free_port())
+        self.project = Project.create(folder / "coordinator", (_HOST,), find_free_port())
         self.study = folder / "study.yaml"
         files.write(self.study, study.yaml())
         planned = virtual_sites.plan_sites(found, study)
@@ -56,31 +56,31 @@ class Loopback:
         keys.write_private(path.with_name("site.key"), key)
         server = f"{_HOST}:{self.project.settings.port}"
         ca = str(self.project.folder / "ca.crt")
-        change(path, connect={"server": server, "ca": ca, "key": "site.key"})
+        change_site_file(path, connect={"server": server, "ca": ca, "key": "site.key"})
         Sites(self.project).admit(key.public_key(), name)
 
-    def link(self) -> subprocess.Popen[bytes]:
+    def start_link(self) -> subprocess.Popen[bytes]:
         """Start the coordinator's link; returns once it answers."""
         process = self._start("link", _SERVER, "start", "--host", _HOST)
-        until(lambda: _answers(self.project.settings.port), 60)
+        wait_until(lambda: _answers(self.project.settings.port), 60)
         return process
 
-    def hospital(self, name: str) -> subprocess.Popen[bytes]:
+    def start_hospital(self, name: str) -> subprocess.Popen[bytes]:
         """Start a hospital's client."""
         return self._start(name, _CLIENT, "start", str(self.sites[name]))
 
-    def run(self, *options: str) -> subprocess.Popen[bytes]:
+    def start_run(self, *options: str) -> subprocess.Popen[bytes]:
         """Start the study, or go on with it, by `run` and these options."""
         return self._start("run", _SERVER, "run", *options)
 
-    def kill(self, name: str) -> None:
+    def kill_process(self, name: str) -> None:
         """End a process as a power cut would."""
         process = self.running.pop(name)
         with suppress(ProcessLookupError):  # it had ended by itself
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
-    def said(self, name: str) -> str:
+    def read_output(self, name: str) -> str:
         """All that the processes of this name have printed."""
         path = self.folder / "logs" / f"{name}.txt"
         return path.read_text("utf-8", errors="replace") if path.exists() else ""
@@ -112,17 +112,17 @@ class Loopback:
         trace: TracebackType | None,
     ) -> None:
         for name in list(self.running):
-            self.kill(name)
+            self.kill_process(name)
 
 
-def change(site_file: Path, **keys_of_site: Any) -> None:
+def change_site_file(site_file: Path, **keys_of_site: Any) -> None:
     """Change a site file in place."""
     content = yaml.safe_load(site_file.read_text("utf-8"))
     files.write(site_file, dump(content | keys_of_site))
     Site.read(site_file)
 
 
-def until(condition: Any, seconds: float) -> None:
+def wait_until(condition: Any, seconds: float) -> None:
     """Wait for a condition; raises `RunError` if it does not come true in time."""
     limit = time.monotonic() + seconds
     while not condition():
@@ -132,7 +132,7 @@ def until(condition: Any, seconds: float) -> None:
         time.sleep(0.1)
 
 
-def free_port() -> int:
+def find_free_port() -> int:
     """A port of this machine that nobody listens at."""
     with socket.socket() as probe:
         probe.bind((_HOST, 0))

@@ -17,7 +17,7 @@ from common.protocol.tensors import to_arrays
 from server.app import app as server_app
 from server.runs.run_folder import RunFolder
 from simulations.engines.base import InProcess
-from simulations.engines.grid import simulate
+from simulations.engines.grid import simulate_run
 
 ATTACKS = "lies.json"
 """The file of a run in which hospitals may attack."""
@@ -42,7 +42,7 @@ class Attacks:
         """All of them."""
         return self.mislabels | self.scales
 
-    def told(self) -> str:
+    def to_json(self) -> str:
         """In JSON, as a run keeps them."""
         names = {"mislabels": sorted(self.mislabels), "scales": sorted(self.scales)}
         return json.dumps({**names, "factor": self.factor if self.scales else None})
@@ -58,7 +58,7 @@ class Attacked(InProcess):
     def run(self, site_files: Sequence[Path], folder: Path) -> None:
         """From the last finished round on."""
         run = RunFolder(folder)
-        run.write(ATTACKS, self._attacks.told())
+        run.write(ATTACKS, self._attacks.to_json())
         study = run.study
         names = {path: Site.read(path).name for path in site_files}
         self.forget()  # none is mislabelled twice
@@ -74,7 +74,7 @@ class Attacked(InProcess):
             return reply
 
         try:
-            simulate(server_app, app, site_files, folder)
+            simulate_run(server_app, app, site_files, folder)
         finally:
             self.runtime.close_sites()
 

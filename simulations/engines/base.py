@@ -8,7 +8,7 @@ from client.app import make_app
 from client.runtime import Runtime
 from common.config.study import Study
 from server.app import app as server_app
-from simulations.engines.grid import answer_bytes, simulate
+from simulations.engines.grid import answer_bytes, simulate_run
 from simulations.sites import virtual_sites
 
 
@@ -43,7 +43,7 @@ class InProcess:
     def run(self, site_files: Sequence[Path], folder: Path) -> None:
         """From the last finished round on; ledgers are open as long as it takes."""
         try:
-            simulate(server_app, self.app, site_files, folder)
+            simulate_run(server_app, self.app, site_files, folder)
         finally:
             self.runtime.close_sites()
 

@@ -83,7 +83,7 @@ class InProcessGrid(_SitesGrid):
 
     def _answers(self, messages: Sequence[tuple[Path, Message]]) -> list[Message]:
         return [
-            copy_as_sent(answer(self._app, copy_as_sent(message), _context(site, message)))
+            copy_as_sent(answer_message(self._app, copy_as_sent(message), _context(site, message)))
             for site, message in messages
         ]
 
@@ -95,7 +95,7 @@ class SiteMessage:
     site: Path
     message: Message
 
-    def data(self) -> bytes:
+    def to_bytes(self) -> bytes:
         """As it travels; what `answer_bytes` takes."""
         return message_to_bytes(self.message)
 
@@ -125,10 +125,10 @@ def answer_bytes(app: ClientAppCallable, site_file: Path, data: bytes) -> bytes:
     """The reply of a site to a message of a `RemoteGrid`."""
     identify_task(1, _RUN_ID)
     message = message_from_bytes(data)
-    return message_to_bytes(answer(app, message, _context(site_file, message)))
+    return message_to_bytes(answer_message(app, message, _context(site_file, message)))
 
 
-def answer(app: ClientAppCallable, message: Message, context: Context) -> Message:
+def answer_message(app: ClientAppCallable, message: Message, context: Context) -> Message:
     """What a node replies: as a SuperNode does, less an exception's text, which stays here."""
     try:
         return app(message, context)
@@ -142,14 +142,14 @@ def _context(site_file: Path, message: Message) -> Context:
     return Context(_RUN_ID, node, {"site": str(site_file)}, RecordDict(), {})
 
 
-def simulate(
+def simulate_run(
     server_app: ServerApp, client_app: ClientAppCallable, site_files: Sequence[Path], run: Path
 ) -> None:
     """Run the real ServerApp on the run folder `run` against virtual sites in this process."""
-    serve(server_app, InProcessGrid(client_app, site_files), run)
+    serve_run(server_app, InProcessGrid(client_app, site_files), run)
 
 
-def serve(server_app: ServerApp, grid: Grid, run: Path) -> None:
+def serve_run(server_app: ServerApp, grid: Grid, run: Path) -> None:
     """Run the real ServerApp on the run folder `run`."""
     context = Context(_RUN_ID, SUPERLINK_NODE_ID, {}, RecordDict(), {"run": str(run)})
     server_app(grid=grid, context=context)

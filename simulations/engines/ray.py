@@ -22,7 +22,13 @@ from common.flower.messages import ErrorCode
 from common.flower.simulation import run_simulation
 from server.app import app as server_app
 from simulations.engines.base import InProcess
-from simulations.engines.ray_site import PACKAGES, Hospitals, fingerprint, look, place
+from simulations.engines.ray_site import (
+    PACKAGES,
+    SitesApp,
+    check_machine,
+    find_package,
+    fingerprint_code,
+)
 
 _LOOK = 0.02
 """Seconds between looks for replies."""
@@ -64,7 +70,7 @@ class Ray(InProcess):
         try:
             with _cluster(self._address):
                 _inspect(files)
-                _simulate(Hospitals(files, fingerprint()), folder)
+                _simulate(SitesApp(files, fingerprint_code()), folder)
         except KeyboardInterrupt:
             # Flower's threads may wait for actors that are gone, and Python's end for them.
             end = Timer(_PATIENCE, os._exit, (130,))
@@ -86,7 +92,8 @@ def _cluster(address: str | None) -> Iterator[None]:
     own = {} if address else {"include_dashboard": False, "_temp_dir": files.name}
     with TemporaryDirectory() as code:
         for package in PACKAGES:
-            source, spared = place(package), shutil.ignore_patterns("__pycache__", "*.safetensors")
+            source = find_package(package)
+            spared = shutil.ignore_patterns("__pycache__", "*.safetensors")
             shutil.copytree(cast(Path, source), Path(code, package), ignore=spared)
         # A working directory of ours comes before any other place, and keeps this one's out.
         environment = {"working_dir": code, "env_vars": {"FLWR_TELEMETRY_ENABLED": "0"}}
@@ -129,7 +136,7 @@ def _inspect(site_files: tuple[str, ...]) -> None:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     machines = [node for node in ray.nodes() if node["Alive"]]
-    task = ray.remote(num_cpus=0, max_retries=0)(look)
+    task = ray.remote(num_cpus=0, max_retries=0)(check_machine)
     there = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in machines]
     asked = [task.options(scheduling_strategy=one).remote(site_files) for one in there]
     for machine, reference in zip(machines, asked, strict=True):
@@ -139,7 +146,7 @@ def _inspect(site_files: tuple[str, ...]) -> None:
         except ray.exceptions.RayError as ex:
             expected, got = "Consilium's own code", str(ex).strip().splitlines()[-1]
             raise RunError(where, expected=expected, got=got) from None
-        if code != fingerprint():
+        if code != fingerprint_code():
             expected, got = "Consilium's own code", "another common, client, server or simulations"
             remedy = "Start the command, and the cluster, in a folder without such packages."
             raise RunError(where, expected=expected, got=got, remedy=remedy)
@@ -149,7 +156,7 @@ def _inspect(site_files: tuple[str, ...]) -> None:
             raise RunError(where, expected=expected, got=got, remedy=remedy)
 
 
-def _simulate(hospitals: Hospitals, folder: Path) -> None:
+def _simulate(hospitals: SitesApp, folder: Path) -> None:
     """Flower runs the ServerApp in a thread of its own; it has ended when this returns."""
     over, ended, bound = Event(), Event(), ServerApp()
 

@@ -29,7 +29,7 @@ _KEPT = 8
 
 
 @dataclass(frozen=True)
-class Hospitals:
+class SitesApp:
     """The client app of all hospitals, for Flower's actors; Flower numbers hospitals from 0.
 
     Any actor may get any hospital's next message, so none keeps a hospital's ledger open. Sessions
@@ -38,27 +38,27 @@ class Hospitals:
 
     site_files: tuple[str, ...]
     code: str
-    """That may answer; see `fingerprint`."""
+    """That may answer; see `fingerprint_code`."""
 
     def __call__(self, message: Message, context: Context) -> Message:
         """What the hospital replies; texts of errors go to its own log, in its state folder."""
-        if fingerprint() != self.code:
+        if fingerprint_code() != self.code:
             raise ImportError("this process has imported other code than the simulation's")
-        from simulations.engines.grid import answer
+        from simulations.engines.grid import answer_message
 
-        app, runtime = resident()
+        app, runtime = open_resident()
         site_file = self.site_files[int(context.node_config["partition-id"])]
         context.node_config["site"] = site_file
         try:
             with _log_of(Path(site_file)):
-                return answer(app, message, context)
+                return answer_message(app, message, context)
         finally:
             runtime.close_sites()
             runtime.close_sessions(beyond=_KEPT)
 
 
 @cache
-def resident() -> "tuple[ClientApp, Runtime]":
+def open_resident() -> "tuple[ClientApp, Runtime]":
     """The app of this process and what it keeps open: Flower's actors keep nothing for us."""
     from client.app import make_app
     from client.runtime import Runtime
@@ -82,7 +82,7 @@ def _log_of(site_file: Path) -> Iterator[None]:
         file.close()
 
 
-def place(package: str) -> Path | None:
+def find_package(package: str) -> Path | None:
     """The folder that this process imports a package from, if any; imports nothing."""
     spec = find_spec(package)
     places = list(spec.submodule_search_locations or ()) if spec else []
@@ -90,16 +90,16 @@ def place(package: str) -> Path | None:
 
 
 @cache
-def fingerprint() -> str:
+def fingerprint_code() -> str:
     """SHA-256 over the sources of the packages as this process finds them."""
     total = hashlib.sha256()
-    for folder in filter(None, map(place, PACKAGES)):
+    for folder in filter(None, map(find_package, PACKAGES)):
         for path in sorted(folder.rglob("*.py")):
             name = f"{folder.name}/{path.relative_to(folder).as_posix()}"
             total.update(f"{name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
     return total.hexdigest()
 
 
-def look(site_files: Sequence[str]) -> tuple[str, list[str]]:
+def check_machine(site_files: Sequence[str]) -> tuple[str, list[str]]:
     """From one machine of the cluster: whose code it imports, and site files it cannot read."""
-    return fingerprint(), [file for file in site_files if not os.access(file, os.R_OK)]
+    return fingerprint_code(), [file for file in site_files if not os.access(file, os.R_OK)]

@@ -24,7 +24,7 @@ from common.config.study import Study
 from common.errors import RunError
 from server.app import app as server_app
 from simulations.engines.base import InProcess
-from simulations.engines.grid import RemoteGrid, SiteMessage, serve
+from simulations.engines.grid import RemoteGrid, SiteMessage, serve_run
 
 Job = tuple[Callable[..., Any], *tuple[Any, ...]]
 """A method of the `InProcess` that a worker holds, and its arguments."""
@@ -58,7 +58,7 @@ class Workers:
             each = [[message for message in messages if message.site in own] for own in shared]
             return self._results([map(_answering, own) for own in each], f"--resume {folder}")
 
-        serve(server_app, RemoteGrid(carry, site_files), folder)
+        serve_run(server_app, RemoteGrid(carry, site_files), folder)
 
     def forget(self) -> None:
         """Close the sessions of every worker."""
@@ -222,4 +222,4 @@ def _leave_with_parent() -> None:
 
 
 def _answering(message: SiteMessage) -> Job:
-    return InProcess.answer, message.site, message.data()
+    return InProcess.answer, message.site, message.to_bytes()

@@ -108,7 +108,7 @@ def _check(source: Source, study: Study, attacks: Attacks) -> None:
 
 
 def _check_same_attacks(known: Path, attacks: Attacks) -> None:
-    told = {_name(way): told.told() for way, told in _ways(attacks).items()}
+    told = {_name(way): told.to_json() for way, told in _ways(attacks).items()}
     way = known.parents[1].name
     if way in told and known.read_text(encoding="utf-8") != told[way]:
         remedy = "Choose another folder with --out."

@@ -23,8 +23,8 @@ from common.errors import StudyError
 from server.app import app as server_app
 from server.runs.run_folder import RunFolder
 from simulations.demo import loopback
-from simulations.demo.loopback import Loopback, until
-from simulations.engines.grid import simulate
+from simulations.demo.loopback import Loopback, wait_until
+from simulations.engines.grid import simulate_run
 from simulations.sites import virtual_sites
 from tests.builders import CONFIGS, client_app, write_sites
 
@@ -59,7 +59,7 @@ def simulated(folder: Path, wanted: Study, phantoms: Path) -> dict[str, torch.Te
     RunFolder.create(folder).write_study(wanted)
     found = [virtual_sites.from_folder(phantoms / name) for name in NAMES]
     files = write_sites(found, wanted, folder, folder / "cache")
-    simulate(server_app, client_app, files, folder)
+    simulate_run(server_app, client_app, files, folder)
     return load_file(folder / "last.safetensors")
 
 
@@ -68,10 +68,10 @@ class Run:
 
     def __init__(self, world: Loopback, path: Path | None = None) -> None:
         self.world, self.path = world, path or world.folder / "the-run"
-        self.process = world.run(str(world.study), "--out", str(self.path))
+        self.process = world.start_run(str(world.study), "--out", str(self.path))
 
     def resume(self) -> None:
-        self.process = self.world.run("--resume", str(self.path))
+        self.process = self.world.start_run("--resume", str(self.path))
 
     def lines(self) -> list[dict[str, Any]]:
         path = self.path / "metrics.jsonl"
@@ -83,10 +83,10 @@ class Run:
         return {x["round"] for x in self.lines() if x["site"] == site and x["bytes"]}
 
     def reached(self, number: int) -> None:
-        until(lambda: self.rounds() >= {number} or self.process.poll() is not None, 120)
+        wait_until(lambda: self.rounds() >= {number} or self.process.poll() is not None, 120)
 
     def ended(self) -> None:
-        assert self.process.wait(180) == 0, self.world.said("run")
+        assert self.process.wait(180) == 0, self.world.read_output("run")
 
     def read_last(self) -> dict[str, torch.Tensor]:
         return load_file(self.path / "last.safetensors")
@@ -102,9 +102,9 @@ def by_google(events: Any) -> float:
 
 
 def everybody(world: Loopback) -> None:
-    world.link()
+    world.start_link()
     for name in world.sites:
-        world.hospital(name)
+        world.start_hospital(name)
 
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
@@ -130,7 +130,7 @@ def test_over_tls_comes_out_what_a_simulation_gives(phantoms, tmp_path):
         run = Run(world)
         run.ended()
         assert (run.path / "model.safetensors").exists()
-        assert "test images" in world.said("run")
+        assert "test images" in world.read_output("run")
         same(run.read_last(), simulated(tmp_path / "simulation", wanted, phantoms))
 
 
@@ -141,9 +141,9 @@ def test_a_hospital_killed_at_work_answers_when_it_is_back(phantoms, tmp_path):
         everybody(world)
         run = Run(world)
         run.reached(1)
-        until(lambda: noted(world, "north"), 60)
-        world.kill("north")
-        world.hospital("north")
+        wait_until(lambda: noted(world, "north"), 60)
+        world.kill_process("north")
+        world.start_hospital("north")
         run.ended()
         assert all(run.rounds(name) == {1, 2, 3, 4} for name in NAMES)
         same(run.read_last(), simulated(tmp_path / "simulation", wanted, phantoms))
@@ -155,19 +155,19 @@ def test_a_hospital_killed_between_sealing_and_sending_spends_nothing_twice(phan
     with deployed(tmp_path / "real", wanted, phantoms) as world:
         everybody(world)
         run = Run(world)
-        until(lambda: spent(world, "east") >= 1, 120)
+        wait_until(lambda: spent(world, "east") >= 1, 120)
         link = world.running["link"]
         state = Site.read(world.sites["north"]).state
 
         def sealed() -> bool:
             return any(isinstance(entry, Sealed) for entry in read(state))
 
-        until(sealed, 60)
+        wait_until(sealed, 60)
         os.killpg(link.pid, signal.SIGSTOP)  # nothing more leaves
-        world.kill("north")
+        world.kill_process("north")
         before = spent(world, "north")
         os.killpg(link.pid, signal.SIGCONT)
-        world.hospital("north")
+        world.start_hospital("north")
         run.ended()
         assert before <= spent(world, "north") == 3
         assert run.rounds("north") == {1, 2, 3}
@@ -180,9 +180,9 @@ def test_a_link_killed_in_a_round_is_only_a_pause(phantoms, tmp_path):
         everybody(world)
         run = Run(world)
         run.reached(1)
-        until(lambda: noted(world, "south"), 60)
-        world.kill("link")
-        world.link()
+        wait_until(lambda: noted(world, "south"), 60)
+        world.kill_process("link")
+        world.start_link()
         run.ended()
         same(run.read_last(), simulated(tmp_path / "simulation", wanted, phantoms))
 
@@ -196,8 +196,8 @@ def test_a_run_killed_in_a_round_goes_on_where_it_was(phantoms, tmp_path, privac
         everybody(world)
         run = Run(world)
         run.reached(2)
-        until(lambda: noted(world, "east") or run.process.poll() is not None, 60)
-        world.kill("run")
+        wait_until(lambda: noted(world, "east") or run.process.poll() is not None, 60)
+        world.kill_process("run")
         run.resume()
         run.ended()
         if wanted.private:  # sealed replies, sent again for free
@@ -213,11 +213,11 @@ def test_a_hospital_that_is_gone_for_three_rounds_is_missed_and_welcome_back(pha
         everybody(world)
         run = Run(world)
         run.reached(1)
-        world.kill("north")
-        until(lambda: len(run.rounds() - run.rounds("north")) >= 3, 120)
-        world.hospital("north")
+        world.kill_process("north")
+        wait_until(lambda: len(run.rounds() - run.rounds("north")) >= 3, 120)
+        world.start_hospital("north")
         back = max(run.rounds())
-        until(lambda: max(run.rounds("north"), default=0) > back, 60)
+        wait_until(lambda: max(run.rounds("north"), default=0) > back, 60)
         assert run.process.poll() is None
 
 
@@ -233,11 +233,11 @@ def test_a_straggler_is_not_waited_for_beyond_the_rounds_time(phantoms, tmp_path
         run.reached(2)
         slow = world.running["south"]
         os.killpg(slow.pid, signal.SIGSTOP)
-        until(lambda: len(run.rounds() - run.rounds("south")) >= 2, 60)
+        wait_until(lambda: len(run.rounds() - run.rounds("south")) >= 2, 60)
         os.killpg(slow.pid, signal.SIGCONT)
         back = max(run.rounds())
-        until(lambda: max(run.rounds("south"), default=0) > back, 60)
-        assert "south is left out: it did not answer in time" in world.said("run")
+        wait_until(lambda: max(run.rounds("south"), default=0) > back, 60)
+        assert "south is left out: it did not answer in time" in world.read_output("run")
 
 
 @pytest.mark.slow
@@ -263,13 +263,13 @@ def test_a_coordinator_stops_a_run_reads_its_log_and_goes_on(phantoms, tmp_path)
         assert "run --resume" in command(world, "stop", str(run.path))
         assert run.process.wait(60) == 130
         os.killpg(waited_for.pid, signal.SIGCONT)
-        assert f"Go on with: consilium-server run --resume {run.path}" in world.said("run")
+        assert f"Go on with: consilium-server run --resume {run.path}" in world.read_output("run")
         done = len(run.rounds())
         assert done < 12
         run.resume()
         run.ended()
         assert run.rounds() == set(range(1, 13))
-        assert "run folder" in world.said("run")
+        assert "run folder" in world.read_output("run")
         assert "is left out" not in command(world, "logs", str(run.path))
         assert "serving hospitals" in command(world, "logs")
         assert "up" in command(world, "status")
@@ -298,7 +298,7 @@ def test_a_disk_that_is_full_at_a_checkpoint_stops_the_run_which_goes_on_later(
         (disk / "other").write_bytes(bytes(60_000))
         run = Run(world, disk / "the-run")
         assert run.process.wait(120) == 1
-        said = " ".join(world.said("run").split())
+        said = " ".join(world.read_output("run").split())
         assert "No space left on device. Free some space, then resume the run" in said
         (disk / "other").unlink()
         subprocess.run(["mount", "-o", "remount,size=20m", str(disk)], check=True)
@@ -336,17 +336,17 @@ def test_a_hospital_that_sends_nonsense_is_left_out_and_nothing_else_happens(
 ):
     wanted = study(train={"rounds": 6, "local_epochs": 1, "batch_size": 8})
     with deployed(tmp_path / "real", wanted, phantoms) as world:
-        world.link()
+        world.start_link()
         for name in ("east", "north"):
-            world.hospital(name)
+            world.start_hospital(name)
         monkeypatch.setattr(loopback, "_CLIENT", EVIL)
-        world.hospital("south")
+        world.start_hospital("south")
         run = Run(world)
         run.ended()
         assert run.rounds("south") == {6}
         assert run.rounds("east") == {1, 2, 3, 4, 5, 6}
-        assert world.said("run").count("south is left out: it sent") == 5
-        assert "DOE_JOHN" not in world.said("run")
+        assert world.read_output("run").count("south is left out: it sent") == 5
+        assert "DOE_JOHN" not in world.read_output("run")
         assert all(tensor.isfinite().all() for tensor in run.read_last().values())
 
 
@@ -356,18 +356,22 @@ def test_a_hospital_without_the_backbone_is_sent_it_once(phantoms, tmp_path, sha
     wanted = study(model={"backbone": "squeezenet1_0", "weights": str(weights)})
     with deployed(tmp_path / "real", wanted, phantoms) as world:
         for name in ("north", "south"):
-            loopback.change(world.sites[name], weights=None)
+            loopback.change_site_file(world.sites[name], weights=None)
         everybody(world)
         run = Run(world)
         run.ended()
-        assert "sending the backbone: 0 % of 5 MB to 2 sites" in " ".join(world.said("run").split())
+        assert "sending the backbone: 0 % of 5 MB to 2 sites" in " ".join(
+            world.read_output("run").split()
+        )
         assert all(run.rounds(name) == {1, 2, 3} for name in NAMES)
         held = list((Site.read(world.sites["north"]).state / "weights").rglob("*.pth"))
         assert [path.stat().st_size > 2e6 for path in held] == [True]
-        sent = world.said("run").count("sending the backbone")
-        second = world.run(str(world.study), "--set", "seed=9", "--out", str(tmp_path / "second"))
-        assert second.wait(120) == 0, world.said("run")
-        assert world.said("run").count("sending the backbone") == sent
+        sent = world.read_output("run").count("sending the backbone")
+        second = world.start_run(
+            str(world.study), "--set", "seed=9", "--out", str(tmp_path / "second")
+        )
+        assert second.wait(120) == 0, world.read_output("run")
+        assert world.read_output("run").count("sending the backbone") == sent
 
 
 @pytest.mark.slow
@@ -381,7 +385,7 @@ def test_a_real_study_runs_here_as_it_is_in_a_simulation(shared, tmp_path, name)
     with Loopback(tmp_path / "real", wanted, found) as world:
         everybody(world)
         run = Run(world)
-        assert run.process.wait(550) == 0, world.said("run")
+        assert run.process.wait(550) == 0, world.read_output("run")
         assert all(run.rounds(site) == {1, 2, 3} for site in SKIN)
         if wanted.private:
             assert [spent(world, site) for site in SKIN] == [3] * 4
@@ -393,5 +397,5 @@ def test_a_real_study_runs_here_as_it_is_in_a_simulation(shared, tmp_path, name)
         folder = tmp_path / "simulation"
         RunFolder.create(folder).write_study(wanted)
         files = write_sites(found, wanted, folder, tmp_path / "real" / "cache")
-        simulate(server_app, client_app, files, folder)
+        simulate_run(server_app, client_app, files, folder)
         same(run.read_last(), load_file(folder / "last.safetensors"))

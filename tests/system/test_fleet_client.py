@@ -29,7 +29,7 @@ from server.link.grid import LinkGrid, connected
 from server.link.sites import Releases, Sites
 from server.project import certificates
 from server.project.project import Project
-from simulations.demo.loopback import free_port
+from simulations.demo.loopback import find_free_port
 from tests.processes import link_up
 
 
@@ -62,7 +62,7 @@ class Coordinator:
 @pytest.fixture(scope="module")
 def coordinator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Coordinator]:
     folder = tmp_path_factory.mktemp("coordinator") / "project"
-    project = Project.create(folder, ("localhost",), free_port())
+    project = Project.create(folder, ("localhost",), find_free_port())
     with link_up(project):
         yield Coordinator(project)
 
@@ -303,14 +303,14 @@ def refusal(fleet: Fleet) -> str:
 
 def test_no_answer_and_no_name(coordinator: Coordinator) -> None:
     key = keys.new()
-    nobody = Fleet(f"localhost:{free_port()}", coordinator.ca, key)
+    nobody = Fleet(f"localhost:{find_free_port()}", coordinator.ca, key)
     assert "expected an answer, got none. Is the coordinator up" in refusal(nobody)
     nowhere = Fleet("no-such-host.invalid:443", coordinator.ca, key)
     assert "expected a name that this machine can look up" in refusal(nowhere)
 
 
 def test_another_authority_and_another_name(coordinator: Coordinator, tmp_path: Path) -> None:
-    other = Project.create(tmp_path / "other", ("link.example.org",), free_port())
+    other = Project.create(tmp_path / "other", ("link.example.org",), find_free_port())
     ca = certificates.find_authority_file(other.folder)
     told = refusal(Fleet(coordinator.address, ca, keys.new()))
     assert f"expected a certificate that {ca} vouches for, got" in told
@@ -321,7 +321,7 @@ def test_another_authority_and_another_name(coordinator: Coordinator, tmp_path: 
 
 
 def test_a_certificate_that_expired_or_is_not_valid_yet(tmp_path: Path) -> None:
-    project = Project.create(tmp_path / "project", ("localhost",), free_port())
+    project = Project.create(tmp_path / "project", ("localhost",), find_free_port())
     ca = certificates.find_authority_file(project.folder)
     now = datetime.now(UTC)
     for begins, expected in (

@@ -41,7 +41,7 @@ from server.link.grid import LinkGrid, connected
 from server.link.sites import Sites
 from server.project import certificates
 from server.project.project import Project
-from simulations.demo.loopback import free_port
+from simulations.demo.loopback import find_free_port
 from tests.processes import link_up
 
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -69,7 +69,7 @@ class World:
 
     def __init__(self, folder: Path, data: Path) -> None:
         self.folder = folder
-        self.project = Project.create(folder / "project", ("localhost",), free_port())
+        self.project = Project.create(folder / "project", ("localhost",), find_free_port())
         self.sites = Sites(self.project)
         self.key = keys.new()
         keys.write_private(folder / "site.key", self.key)

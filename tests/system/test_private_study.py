@@ -31,7 +31,7 @@ from server.app import app as server_app
 from server.runs.results import read_results
 from server.runs.run_folder import RunFolder
 from simulations.engines.base import InProcess
-from simulations.engines.grid import InProcessGrid, simulate
+from simulations.engines.grid import InProcessGrid, simulate_run
 from simulations.sites import virtual_sites
 from simulations.studies import runner
 from tests.builders import PHANTOMS, RUNTIME, client_app, write_sites
@@ -119,7 +119,7 @@ def arrays(reply: Any) -> dict[str, np.ndarray]:
 def test_a_private_study_spends_what_it_promised_and_tells_nothing_beside(phantoms, tmp_path):
     wanted = study()
     files = settle(wanted, phantoms, tmp_path / "run")
-    simulate(server_app, client_app, files, tmp_path / "run")
+    simulate_run(server_app, client_app, files, tmp_path / "run")
     for path in files:
         lines = entries(path)
         states = [type(line) for line in lines if getattr(line, "release", None)]
@@ -187,7 +187,7 @@ def test_who_cannot_pay_stays_out_and_the_study_goes_on(phantoms, tmp_path):
     earlier = Coordinator(north, before)
     earlier.join()
     assert not earlier.round().has_error()
-    simulate(server_app, client_app, files, tmp_path / "run")
+    simulate_run(server_app, client_app, files, tmp_path / "run")
     results, _ = read_results(tmp_path / "run", len(wanted.classes))
     assert set(results["federated"]) == {"east", "south", "west"}
     told = (tmp_path / "run" / "run.yaml").read_text()
@@ -209,11 +209,11 @@ def test_a_server_killed_before_its_checkpoint_gets_the_sealed_replies(
     with monkeypatch.context() as patch:
         patch.setattr(RunFolder, "save_last", killed)
         with pytest.raises(KeyboardInterrupt):
-            simulate(server_app, client_app, files, run)
+            simulate_run(server_app, client_app, files, run)
     before = {path: [e.contents for e in entries(path) if isinstance(e, Sealed)] for path in files}
     assert {len(sealed) for sealed in before.values()} == {2}
     new_process()
-    simulate(server_app, client_app, files, run)
+    simulate_run(server_app, client_app, files, run)
     for path in files:
         assert len(history(entries(path))) == 3
         sent = [e.contents for e in entries(path) if isinstance(e, Sent) and e.release.privacy]
@@ -256,7 +256,7 @@ def test_too_few_sites_that_can_pay_end_the_study_with_the_reason(phantoms, tmp_
     tight = {"max_epsilon": 3.0, "delta": DELTA}
     files = settle(wanted, phantoms, tmp_path / "run", north=tight)
     with pytest.raises(RunError, match=r"4 training sites .*policy refuses this study"):
-        simulate(server_app, client_app, files, tmp_path / "run")
+        simulate_run(server_app, client_app, files, tmp_path / "run")
 
 
 def test_the_unit_is_the_patient_however_many_images(phantoms, tmp_path, monkeypatch, new_process):

@@ -32,7 +32,7 @@ from server.link import serve
 from server.link.sites import Sites
 from server.project import certificates
 from server.project.project import Project
-from simulations.demo.loopback import free_port
+from simulations.demo.loopback import find_free_port
 from tests.builders import ROOT
 from tests.processes import link_up
 
@@ -94,7 +94,7 @@ class Up:
     """A project whose link is up, as another process."""
 
     def __init__(self, folder: Path, days_ago: int = 0) -> None:
-        self.port = free_port()
+        self.port = find_free_port()
         self.project = Project.create(folder, ("localhost",), self.port)
         issued = datetime.now(UTC) - timedelta(days=days_ago)
         certificates.write_server(self.project.folder, ("localhost",), issued)
@@ -204,7 +204,7 @@ def test_what_hinders_start_is_told_in_one_line(tmp_path: Path, said: Command) -
     assert "Another program has it" in out
     long_ago = datetime.now(UTC) - timedelta(days=800)
     certificates.write_server(project.folder, ("localhost",), long_ago)
-    code, out = said(project.folder, "start", "--host", "127.0.0.1", "--port", free_port())
+    code, out = said(project.folder, "start", "--host", "127.0.0.1", "--port", find_free_port())
     assert (code, out.count("\n")) == (1, 1), out
     assert "consilium-server renew" in out
 
@@ -218,7 +218,7 @@ def test_a_port_that_needs_rights_says_so(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_one_process_serves_a_project(up: Up, said: Command) -> None:
-    code, out = said(up.project.folder, "start", "--host", "127.0.0.1", "--port", free_port())
+    code, out = said(up.project.folder, "start", "--host", "127.0.0.1", "--port", find_free_port())
     assert (code, out.count("\n")) == (1, 1), out
     assert "no other consilium-server start" in out
     assert up.project.is_up()

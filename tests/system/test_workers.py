@@ -1,4 +1,4 @@
-"""Hospitals in worker processes: the same results, the same errors, and nobody left behind."""
+"""SitesApp in worker processes: the same results, the same errors, and nobody left behind."""
 
 import logging
 import os

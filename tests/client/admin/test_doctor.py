@@ -21,7 +21,7 @@ from common.support import keys
 from server.link.sites import Sites
 from server.project import certificates
 from server.project.project import Project
-from simulations.demo.loopback import free_port
+from simulations.demo.loopback import find_free_port
 from tests.builders import DEMO
 from tests.processes import link_up
 
@@ -44,7 +44,7 @@ def command(
 def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
     """A coordinator's, served by a thread."""
     folder = tmp_path_factory.mktemp("coordinator") / "project"
-    made = Project.create(folder, ("localhost",), free_port())
+    made = Project.create(folder, ("localhost",), find_free_port())
     with link_up(made):
         yield made
 

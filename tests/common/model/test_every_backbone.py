@@ -12,7 +12,7 @@ from common.model import backbones
 from common.model.network import assemble
 from server.app import app as server_app
 from server.runs.run_folder import RunFolder
-from simulations.engines.grid import simulate
+from simulations.engines.grid import simulate_run
 from simulations.sites import virtual_sites
 from tests.builders import DEMO, client_app, write_sites
 
@@ -57,7 +57,7 @@ def test_it_trains_a_round(
     ]
     folder = tmp_path / "run"
     RunFolder.create(folder).write_study(study)
-    simulate(server_app, client_app, write_sites(two, study, folder, tmp_path / "c"), folder)
+    simulate_run(server_app, client_app, write_sites(two, study, folder, tmp_path / "c"), folder)
 
     history = RunFolder(folder).read_history()
     assert {line["site"] for line in history if line["round"] == 1} == {"north", "south", None}

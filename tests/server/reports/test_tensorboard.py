@@ -15,7 +15,7 @@ from common.config.yaml import dump
 from server.app import app as server_app
 from server.reports.tensorboard import Events
 from server.runs.run_folder import RunFolder
-from simulations.engines.grid import simulate
+from simulations.engines.grid import simulate_run
 from simulations.sites import virtual_sites
 from tests.builders import DEMO, PHANTOMS, client_app, write_sites
 
@@ -37,7 +37,7 @@ def create_run(folder: Path, sites: Sequence[Path], *changes: str) -> RunFolder:
 
 
 def run_apps(run: RunFolder, app: ClientApp = client_app) -> None:
-    simulate(server_app, app, virtual_sites.find_site_files(run.path), run.path)  # type: ignore[arg-type]
+    simulate_run(server_app, app, virtual_sites.find_site_files(run.path), run.path)  # type: ignore[arg-type]
 
 
 @pytest.fixture

@@ -34,7 +34,7 @@ from server.rounds.ledger_heads import ROLLED_BACK
 from server.runs.results import read_results
 from server.runs.run_folder import RunFolder
 from simulations.engines.base import InProcess
-from simulations.engines.grid import InProcessGrid, simulate
+from simulations.engines.grid import InProcessGrid, simulate_run
 from simulations.sites import virtual_sites
 from simulations.studies import runner
 from tests.builders import DEMO, PHANTOMS, client_app, write_sites
@@ -302,7 +302,7 @@ def settle(
 
 
 def run(folder: Path, site_files: Sequence[Path], app: App = client_app) -> RunFolder:
-    simulate(server_app, app, site_files, folder)  # type: ignore[arg-type]
+    simulate_run(server_app, app, site_files, folder)  # type: ignore[arg-type]
     return RunFolder(folder)
 
 

@@ -31,7 +31,7 @@ from server.rounds.strategies import REGISTRY
 from server.runs.results import read_results, unite_counts
 from server.runs.run_folder import RunFolder
 from simulations.cli.main import main
-from simulations.engines.grid import simulate
+from simulations.engines.grid import simulate_run
 from simulations.sites import virtual_sites
 from tests.builders import DEMO, PHANTOMS, ROOT, client_app, write_sites
 
@@ -58,7 +58,7 @@ def settle(
 
 
 def run(study: Study, folder: Path, phantoms: Path, app: ClientApp = client_app) -> RunFolder:
-    simulate(server_app, app, settle(study, folder, phantoms), folder)  # type: ignore[arg-type]
+    simulate_run(server_app, app, settle(study, folder, phantoms), folder)  # type: ignore[arg-type]
     return RunFolder(folder)
 
 
@@ -245,7 +245,7 @@ def test_no_exception_text_reaches_the_server(tmp_path: Path, phantoms: Path) ->
         replies.append(reply)
         return reply
 
-    simulate(server_app, failing, site_files, folder)  # type: ignore[arg-type]
+    simulate_run(server_app, failing, site_files, folder)  # type: ignore[arg-type]
     errors = [reply.error for reply in replies if reply.has_error()]
     assert errors
     assert all(error.reason == "contract" for error in errors)
@@ -258,7 +258,7 @@ def test_too_few_good_replies_stop_the_run_and_it_can_go_on(tmp_path: Path, phan
     with pytest.raises(RunError, match=r"round 2: expected 4 good replies.*south: it sent.*resume"):
         run(study, folder, phantoms, meddling("south", _nan, rounds=[2]))
     assert not (folder / "report.json").exists()
-    simulate(server_app, client_app, virtual_sites.find_site_files(folder), folder)
+    simulate_run(server_app, client_app, virtual_sites.find_site_files(folder), folder)
     whole = run(study, tmp_path / "whole", phantoms)
     assert_same_end(RunFolder(folder), whole)
 
@@ -310,8 +310,8 @@ def test_two_processes_on_one_run_are_refused(tmp_path: Path, phantoms: Path) ->
     study, folder = make_study(), tmp_path / "run"
     site_files = settle(study, folder, phantoms)
     with RunFolder(folder).locked(), pytest.raises(RunError, match="one that runs it now"):
-        simulate(server_app, client_app, site_files, folder)
-    simulate(server_app, client_app, site_files, folder)
+        simulate_run(server_app, client_app, site_files, folder)
+    simulate_run(server_app, client_app, site_files, folder)
 
 
 class Interrupted(BaseException):
@@ -336,12 +336,12 @@ def test_three_and_three_resumed_rounds_are_six(
 
     cut, whole = tmp_path / "cut", tmp_path / "whole"
     with pytest.raises(Interrupted):
-        simulate(server_app, stops, create_run(cut), cut)  # type: ignore[arg-type]
+        simulate_run(server_app, stops, create_run(cut), cut)  # type: ignore[arg-type]
     last = RunFolder(cut).read_last()
     assert last is not None
     assert last.round == 3
-    simulate(server_app, client_app, virtual_sites.find_site_files(cut), cut)
-    simulate(server_app, client_app, create_run(whole), whole)
+    simulate_run(server_app, client_app, virtual_sites.find_site_files(cut), cut)
+    simulate_run(server_app, client_app, create_run(whole), whole)
     assert_same_end(RunFolder(cut), RunFolder(whole))
 
 
@@ -386,7 +386,7 @@ def test_a_torn_log_line_is_dropped_on_resume(tmp_path: Path, phantoms: Path) ->
         run(study, folder, phantoms, meddling("south", _nan, rounds=[3]))
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"round": 3, "site": "east"}\n{"round": 3, "si')
-    simulate(server_app, client_app, virtual_sites.find_site_files(folder), folder)
+    simulate_run(server_app, client_app, virtual_sites.find_site_files(folder), folder)
     assert_same_end(RunFolder(folder), run(study, tmp_path / "whole", phantoms))
 
 
@@ -408,7 +408,7 @@ def test_a_run_of_another_study_is_not_resumed(tmp_path: Path, phantoms: Path) -
 def test_an_evaluating_site_only_tests(tmp_path: Path, phantoms: Path) -> None:
     study, folder = make_study(), tmp_path / "run"
     site_files = settle(study, folder, phantoms, evaluators=["west"])
-    simulate(server_app, client_app, site_files, folder)
+    simulate_run(server_app, client_app, site_files, folder)
     assert not lines(RunFolder(folder), "west")
     results, _ = read_results(folder, 4)
     everyone = (phantoms / "west/manifest.csv").read_text().count("\n") - 1
@@ -428,7 +428,7 @@ def test_a_site_with_another_backbone_is_refused_by_name(tmp_path: Path, phantom
     other = text.replace(str(study.model.weights_file.parent), str(tmp_path / "other"))  # type: ignore[union-attr]
     assert other != text
     site_files[2].write_text(other)
-    simulate(server_app, client_app, site_files, folder)
+    simulate_run(server_app, client_app, site_files, folder)
     assert "south: its backbone differ from ours" in (folder / "run.yaml").read_text()
     assert not lines(RunFolder(folder), "south")
 
@@ -438,7 +438,7 @@ def test_a_join_below_the_quorum_tells_each_reason(tmp_path: Path, phantoms: Pat
     site_files = settle(study, folder, phantoms)
     edit(site_files[0], policy={"max_epsilon": 1.0, "delta": 1e-5})
     with pytest.raises(RunError, match=r"expected 4 training sites.*its policy refuses"):
-        simulate(server_app, client_app, site_files, folder)
+        simulate_run(server_app, client_app, site_files, folder)
 
 
 def test_early_stopping(tmp_path: Path, phantoms: Path) -> None:
@@ -459,7 +459,7 @@ def test_early_stopping(tmp_path: Path, phantoms: Path) -> None:
     cut = tmp_path / "cut"
     with pytest.raises(Interrupted):
         run(study, cut, phantoms, stops)
-    simulate(server_app, client_app, virtual_sites.find_site_files(cut), cut)
+    simulate_run(server_app, client_app, virtual_sites.find_site_files(cut), cut)
     assert_same_end(RunFolder(cut), whole)
 
 
@@ -507,7 +507,7 @@ def test_replies_in_another_order_change_nothing(tmp_path: Path, phantoms: Path)
     study = make_study()
     backwards = tmp_path / "backwards"
     site_files = settle(study, backwards, phantoms)
-    simulate(server_app, client_app, list(reversed(site_files)), backwards)
+    simulate_run(server_app, client_app, list(reversed(site_files)), backwards)
     assert_same_end(RunFolder(backwards), run(study, tmp_path / "forwards", phantoms))
 
 
@@ -515,7 +515,7 @@ def test_the_released_model_predicts_as_the_federation_did(tmp_path: Path, phant
     """Two lines of Python give the model, and its errors on test patients are the reported ones."""
     study, folder = make_study(), tmp_path / "run"
     site_files = settle(study, folder, phantoms)
-    simulate(server_app, client_app, site_files, folder)
+    simulate_run(server_app, client_app, site_files, folder)
     model = load_model(folder)
     tested = cut_records(Site.read(site_files[1]), study).test
     images = [record.image.path for record in tested]  # type: ignore[attr-defined]

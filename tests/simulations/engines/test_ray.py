@@ -20,7 +20,7 @@ from common.flower.messages import identify_task
 from common.protocol.join import JoinReply, JoinRequest
 from simulations.cli.main import main
 from simulations.engines import ray
-from simulations.engines.ray_site import Hospitals, fingerprint, look
+from simulations.engines.ray_site import SitesApp, check_machine, fingerprint_code
 from simulations.sites import virtual_sites
 from tests.builders import DEMO, PHANTOMS, ROOT, write_sites
 
@@ -34,7 +34,7 @@ def _demo() -> Study:
     return Study.read(DEMO, ())
 
 
-def _ask(nodes: Hospitals, content: RecordDict, kind: str = MessageType.QUERY) -> Message:
+def _ask(nodes: SitesApp, content: RecordDict, kind: str = MessageType.QUERY) -> Message:
     identify_task(1, 1)
     context = Context(1, 1000, {"partition-id": 0}, RecordDict(), {})
     return nodes(Message(content, 1000, kind), context)
@@ -49,7 +49,7 @@ def east(phantoms: Path, tmp_path: Path, new_process: Callable[[], None]) -> Pat
 
 
 def test_an_actor_lets_go_of_the_ledger_after_each_message(east: Path) -> None:
-    nodes = Hospitals((str(east),), fingerprint())
+    nodes = SitesApp((str(east),), fingerprint_code())
     joined = _ask(nodes, JoinRequest(proposal=_demo().proposal()).record())
     assert JoinReply.read(joined.content).name == "east"
     with Ledger(east.parent / "state") as ledger:  # as another actor would
@@ -57,7 +57,7 @@ def test_an_actor_lets_go_of_the_ledger_after_each_message(east: Path) -> None:
 
 
 def test_an_actor_replies_with_a_public_word_and_logs_the_text(east: Path) -> None:
-    nodes = Hospitals((str(east),), fingerprint())
+    nodes = SitesApp((str(east),), fingerprint_code())
     reply = _ask(nodes, RecordDict({"config": ConfigRecord({"doe": "jane"})}))
     assert reply.error.reason == "contract"
     assert "ERROR" in (east.parent / "state/logs/client.log").read_text()
@@ -65,13 +65,13 @@ def test_an_actor_replies_with_a_public_word_and_logs_the_text(east: Path) -> No
 
 def test_an_actor_with_other_code_does_nothing(east: Path) -> None:
     with pytest.raises(ImportError, match="other code"):
-        _ask(Hospitals((str(east),), "0" * 64), RecordDict())
+        _ask(SitesApp((str(east),), "0" * 64), RecordDict())
     assert not (east.parent / "state/logs").exists()
 
 
 def test_a_machine_tells_which_site_files_it_cannot_read(east: Path) -> None:
-    code, lacking = look([str(east), "/nowhere/site.yaml"])
-    assert code == fingerprint()
+    code, lacking = check_machine([str(east), "/nowhere/site.yaml"])
+    assert code == fingerprint_code()
     assert lacking == ["/nowhere/site.yaml"]
 
 

@@ -15,7 +15,7 @@ from common.model.network import assemble
 from server.app import app as server_app
 from server.runs.run_folder import RunFolder
 from simulations.cli.main import app
-from simulations.engines.grid import simulate
+from simulations.engines.grid import simulate_run
 from simulations.sites import virtual_sites
 from simulations.studies import feature_mean
 from tests.builders import client_app, write_sites
@@ -138,7 +138,7 @@ def test_the_released_model_subtracts_it_too(phantoms, tmp_path, new_process):
     found = [virtual_sites.from_folder(phantoms / name) for name in ("east", "north")]
     files = write_sites(found, wanted, tmp_path / "run", tmp_path / "cache")
     new_process()
-    simulate(server_app, client_app, files, tmp_path / "run")
+    simulate_run(server_app, client_app, files, tmp_path / "run")
     model = load_model(tmp_path / "run")
     image = next((phantoms / "east" / "images").iterdir())
     network = assemble(wanted, "none")
