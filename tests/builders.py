@@ -143,7 +143,7 @@ def session_of(site: Site, study: Study) -> Session:
 
 def find_phantoms(phantoms: Path, names: Sequence[str] = PHANTOMS) -> list[VirtualSite]:
     """Some of the hospitals in the fixture `phantoms`."""
-    return [virtual_sites.from_folder(phantoms / name) for name in names]
+    return [virtual_sites.find_site(phantoms / name) for name in names]
 
 
 def write_sites(found: Sequence[VirtualSite], study: Study, run: Path, cache: Path) -> list[Path]:

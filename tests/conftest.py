@@ -44,7 +44,7 @@ def shared() -> Path:
 def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four hospitals, one folder each, with 40 phantom patients between them."""
     folder = tmp_path_factory.mktemp("phantoms")
-    phantom.write(folder, patients=40)
+    phantom.write_phantoms(folder, patients=40)
     return folder
 
 

@@ -112,17 +112,17 @@ class Contender:
             raise RunError(what, expected="a step", got=got, remedy=remedy) from None
 
 
-def turns(contenders: Sequence[Contender]) -> int:
+def count_turns(contenders: Sequence[Contender]) -> int:
     """How many turns a race of these takes."""
     return max(contender.task.steps for contender in contenders)
 
 
-def race(contenders: Sequence[Contender]) -> Iterator[None]:
+def race_contenders(contenders: Sequence[Contender]) -> Iterator[None]:
     """Let them take turns until all are finished, evenly spread for those with fewer steps.
 
     Yields before every turn.
     """
-    total = turns(contenders)
+    total = count_turns(contenders)
     try:
         for contender in contenders:
             contender.ready()
@@ -139,7 +139,7 @@ def race(contenders: Sequence[Contender]) -> Iterator[None]:
             contender.stop()
 
 
-def device() -> torch.device:
+def choose_device() -> torch.device:
     """What contenders compute on: the accelerator if there is one, as for sites."""
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
@@ -159,7 +159,7 @@ def _work(pipe: Connection, task: Task) -> None:
         began = time.perf_counter()
 
     def lap(label: str) -> None:
-        if device().type != "cpu":
+        if choose_device().type != "cpu":
             torch.accelerator.synchronize()
         pipe.send((label, time.perf_counter() - began))
         turn()
@@ -171,14 +171,14 @@ def _work(pipe: Connection, task: Task) -> None:
 
 
 def _tutorial(task: Task, lap: Lap) -> dict[str, Any]:
-    tutorial = Tutorial(task.study, device())
-    images = tutorial.load(ImageFolder(root=task.images).records(task.study.classes))
+    tutorial = Tutorial(task.study, choose_device())
+    images = tutorial.load_images(ImageFolder(root=task.images).records(task.study.classes))
     lap("decode")
     sample = TensorDataset(*images[: task.sample])
     for _ in range(task.repeats):
-        tutorial.epoch(sample)
+        tutorial.train_epoch(sample)
         lap("epoch")
-        sent = tutorial.exchange() + tutorial.exchange()
+        sent = tutorial.exchange_model() + tutorial.exchange_model()
         lap("exchange")
     return {"bytes": sent}
 

@@ -25,7 +25,7 @@ _ROWS, _BATCH, _REPEATS = 256, 32, 3
 _SIDE = 224
 
 
-def show(backbone: str = "resnet18", depths: tuple[str, ...] = ("head", "last:1")) -> None:
+def show_cost(backbone: str = "resnet18", depths: tuple[str, ...] = ("head", "last:1")) -> None:
     """Print the seconds of an epoch, private and not, run in turns, and of each round's check."""
     columns = "without privacy", "with", "ratio", "check, each round"
     shown = table(backbone, *columns, left=(backbone,))

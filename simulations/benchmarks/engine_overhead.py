@@ -45,12 +45,12 @@ class Cost(NamedTuple):
     """Most that this process ever held, in kB, after each round."""
 
 
-def show(sizes: Sequence[int] = (10, 100, 1000), rounds: int = 20) -> None:
+def show_overhead(sizes: Sequence[int] = (10, 100, 1000), rounds: int = 20) -> None:
     """Print what a run costs, as sites grow, for a head on cached features of a small backbone."""
     first = ("sites", "round", "train + evaluate", "engine", "engine / (train + evaluate)")
     shown = table(*first, "whole run", "memory", left=())
     for sites in track(sizes, "engine", console=console, disable=not console.is_terminal):
-        cost = measure(sites, rounds)
+        cost = measure_run(sites, rounds)
         own = cost.round - cost.work
         times = (f"{ms:.2f}" for ms in (cost.round, cost.work, own, own / cost.work))
         shown.add_row(str(sites), *times, f"{cost.whole:.1f} s", size(1000 * cost.memory[-1]))
@@ -59,7 +59,7 @@ def show(sizes: Sequence[int] = (10, 100, 1000), rounds: int = 20) -> None:
     console.print(shown)
 
 
-def measure(sites: int, rounds: int) -> Cost:
+def measure_run(sites: int, rounds: int) -> Cost:
     """The cost of one run over so many virtual hospitals, whose images are prepared before."""
     content = {
         "name": "engine",

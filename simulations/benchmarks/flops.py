@@ -9,10 +9,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from common.config.study import Study
 from common.model.network import assemble
-from simulations.benchmarks.contenders import device
+from simulations.benchmarks.contenders import choose_device
 
 
-def operations(study: Study) -> tuple[int, int]:
+def count_operations(study: Study) -> tuple[int, int]:
     """FLOPs for one image: of the frozen prefix forward, of the rest forward and backward."""
     network = assemble(study, study.model.weights)
     prefix, suffix, _ = network.split
@@ -37,9 +37,9 @@ def _convolution_backward(gradient: Any, _inputs: Any, weight: Any, *rest: Any, 
     return int(2 * wanted * gradient[0] * prod(gradient[2:]) * prod(weight))
 
 
-def product(dtype: str) -> float:
+def measure_product(dtype: str) -> float:
     """10⁹ FLOP/s of one product of large square matrices."""
-    where = device()
+    where = choose_device()
     side = 2048 if where.type == "cpu" else 8192
     if where.type == "cuda":  # convolutions use TF32 unless told otherwise, products do not
         torch.backends.cuda.matmul.fp32_precision = "tf32"

@@ -21,8 +21,15 @@ from common.config.study import Study
 from common.errors import StudyError
 from common.model import backbones
 from common.support.terminal import console, size, table
-from simulations.benchmarks.contenders import Contender, Task, Way, device, race, turns
-from simulations.benchmarks.flops import operations, product
+from simulations.benchmarks.contenders import (
+    Contender,
+    Task,
+    Way,
+    choose_device,
+    count_turns,
+    race_contenders,
+)
+from simulations.benchmarks.flops import count_operations, measure_product
 
 log = logging.getLogger(__name__)
 
@@ -115,12 +122,12 @@ class Results:
     rows: list[Row]
     caching: list[Caching]
 
-    def json(self) -> str:
+    def to_json(self) -> str:
         """For programs: seconds, bytes and 10⁹ FLOP/s."""
         return json.dumps(asdict(self), indent=2)
 
 
-def run(plan: Plan) -> Results:
+def measure_ways(plan: Plan) -> Results:
     """Measure everything; at full size this takes minutes.
 
     Raises:
@@ -136,7 +143,7 @@ def run(plan: Plan) -> Results:
         for name in plan.backbones:
             contenders += _race_ways(plan, name, images, peaks)
     for dtype in {c.facts.get("dtype", "float32") for c in contenders} - set(peaks):
-        peaks[dtype] = max(product(dtype) for _ in range(_PRODUCTS))
+        peaks[dtype] = max(measure_product(dtype) for _ in range(_PRODUCTS))
     rows: list[Row] = []
     caching: list[Caching] = []
     for name in plan.backbones:
@@ -162,14 +169,14 @@ def _race_ways(plan: Plan, backbone: str, images: Path, peaks: dict[str, float])
         for way, unfreeze in _TASKS
     ]
     laps = track(
-        race(contenders),
+        race_contenders(contenders),
         backbone,
-        total=turns(contenders),
+        total=count_turns(contenders),
         console=console,
         disable=not console.is_terminal,
     )
     for _ in laps:
-        peaks["float32"] = max(peaks.get("float32", 0.0), product("float32"))
+        peaks["float32"] = max(peaks.get("float32", 0.0), measure_product("float32"))
     return contenders
 
 
@@ -178,7 +185,7 @@ def _rows(plan: Plan, group: Sequence[Contender], peak: float) -> Iterable[Row]:
     for contender in group:
         way, trains, facts = contender.task.way, _trains(contender), contender.facts
         seconds, study = _round_seconds(plan, contender), studies[way, trains]
-        before, after = operations(contender.task.study)
+        before, after = count_operations(contender.task.study)
         again = way != "ours" or not facts["activations"]
         gflops = plan.images * (before * again + after) / seconds / 1e9
         frozen = studies.get(("frozen", trains))
@@ -199,7 +206,7 @@ def _rows(plan: Plan, group: Sequence[Contender], peak: float) -> Iterable[Row]:
 
 def _caching(plan: Plan, contender: Contender, peaks: dict[str, float]) -> Caching:
     facts, (seconds,) = contender.facts, contender.seconds["cache"]
-    before, _ = operations(contender.task.study)
+    before, _ = count_operations(contender.task.study)
     gflops = plan.images * before * facts["activations"] / seconds / 1e9
     return Caching(
         backbone=contender.task.study.model.backbone,
@@ -232,7 +239,7 @@ def _study_seconds(plan: Plan, contender: Contender) -> float:
 
 
 def _machine(contenders: Sequence[Contender], peaks: dict[str, float]) -> dict[str, Any]:
-    where = device()
+    where = choose_device()
     name = torch.cuda.get_device_name() if where.type == "cuda" else where.type
     return {
         "device": name,
@@ -257,7 +264,7 @@ def _draw(folder: Path, plan: Plan) -> None:
         small.resize((plan.side, plan.side)).save(path, quality=90)
 
 
-def show(results: Results) -> None:
+def show_results(results: Results) -> None:
     """Print both tables, and how their figures came about."""
     for text in _caption(results):
         console.print(text, style="dim")

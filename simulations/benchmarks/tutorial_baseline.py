@@ -43,7 +43,7 @@ class Tutorial:
         self._preprocess = backbone.preprocess(weights).with_size(study.images.size)
         self._plan, self._device = study.train, device
 
-    def load(self, records: Sequence[Record]) -> TensorDataset:
+    def load_images(self, records: Sequence[Record]) -> TensorDataset:
         """Images as uint8 pixels [n, 3, crop, crop] with their labels, decoded on all cores."""
 
         def pixels(record: Record) -> Tensor:
@@ -53,7 +53,7 @@ class Tutorial:
             images = torch.stack(list(pool.map(pixels, records)))
         return TensorDataset(images, torch.tensor([record.label for record in records]))
 
-    def epoch(self, images: TensorDataset) -> None:
+    def train_epoch(self, images: TensorDataset) -> None:
         """Train on every image once, from a fresh optimizer."""
         plan = self._plan
         self.model.train() if self._whole else train_mode(self.model)
@@ -67,7 +67,7 @@ class Tutorial:
             loss.backward()
             optimizer.step()
 
-    def exchange(self) -> int:
+    def exchange_model(self) -> int:
         """Send the model through one Flower message and load what arrives; returns its bytes."""
         state = self.model.state_dict()
         arrays = to_arrays({name: state[name] for name in self._travels})

@@ -54,9 +54,9 @@ def phantom(
     patients: Annotated[int, typer.Option(min=40, help="Of all hospitals together.")] = 400,
 ) -> None:
     """Draw four phantom hospitals: synthetic chest films with something to find."""
-    from simulations.sites.phantom import HOSPITALS, write
+    from simulations.sites.phantom import HOSPITALS, write_phantoms
 
-    write(folder, seed=seed, patients=patients)
+    write_phantoms(folder, seed=seed, patients=patients)
     console.print("  ".join(f"{folder / hospital.name}" for hospital in HOSPITALS))
 
 
@@ -256,15 +256,15 @@ def bench(
     --backbone mobilenet_v3_small --images 128 --rounds 5.
     """
     if engine:
-        from simulations.benchmarks.engine_overhead import show
+        from simulations.benchmarks.engine_overhead import show_overhead
 
-        show()
+        show_overhead()
         return
     if privacy:
         from simulations.benchmarks import dp_cost
 
         for name in backbone:
-            dp_cost.show(name)
+            dp_cost.show_cost(name)
         return
     from simulations.benchmarks import frozen_prefix
 
@@ -273,7 +273,7 @@ def bench(
     plan = frozen_prefix.Plan(
         backbones=tuple(backbone), images=images, side=size, rounds=rounds, repeats=repeats
     )
-    results = frozen_prefix.run(plan)
-    frozen_prefix.show(results)
+    results = frozen_prefix.measure_ways(plan)
+    frozen_prefix.show_results(results)
     if json is not None:
-        files.write(json, results.json())
+        files.write(json, results.to_json())

@@ -27,9 +27,9 @@ def show_deployment(folder: Path) -> None:
         console.print(f"{time.monotonic() - began:5.1f} s  {text}")
 
     phantoms = folder / "phantoms"
-    phantom.write(phantoms)
+    phantom.write_phantoms(phantoms)
     study = Study.read(_STUDY, (f"train.rounds={_ROUNDS}",))
-    found = [virtual_sites.from_folder(phantoms / name) for name in ("east", "north", "south")]
+    found = [virtual_sites.find_site(phantoms / name) for name in ("east", "north", "south")]
     with Loopback(folder, study, found) as world:
         tell(f"An authority, a server certificate, and a key of each hospital: {folder}")
         world.start_link()

@@ -74,7 +74,7 @@ class Partition:
     amount: float = 0.0
 
 
-def parse(spec: str) -> Partition:
+def parse_partition(spec: str) -> Partition:
     """The partition a word such as `dirichlet:0.3` asks for.
 
     Raises:
@@ -96,7 +96,7 @@ def parse(spec: str) -> Partition:
     return Partition(rules[kind], amount)
 
 
-def patient_labels(records: Iterable[Record]) -> dict[str, int]:
+def label_patients(records: Iterable[Record]) -> dict[str, int]:
     """Each patient's most frequent label; of equals the lowest."""
     counts: dict[str, Counter[int]] = {}
     for record in records:
@@ -107,11 +107,11 @@ def patient_labels(records: Iterable[Record]) -> dict[str, int]:
     }
 
 
-def partition(labels: Mapping[str, int], sites: int, spec: str, seed: int) -> list[list[str]]:
+def cut_patients(labels: Mapping[str, int], sites: int, spec: str, seed: int) -> list[list[str]]:
     """Every patient to exactly one of `sites` sites, none of them empty.
 
     Args:
-      labels: each patient's label, see `patient_labels`.
+      labels: each patient's label, see `label_patients`.
       sites: how many virtual hospitals.
       spec: `iid`, `dirichlet:<α>`, `label:<k>` or `quantity:<α>`.
       seed: decides the cut, whatever the order of `labels`.
@@ -123,7 +123,7 @@ def partition(labels: Mapping[str, int], sites: int, spec: str, seed: int) -> li
     Raises:
       StudyError: a bad spec, or more sites than patients.
     """
-    chosen = parse(spec)
+    chosen = parse_partition(spec)
     if not 1 <= sites <= len(labels):
         expected = f"1 to {len(labels)} sites, one patient at least in each"
         raise StudyError("sites", expected=expected, got=sites)

@@ -103,7 +103,7 @@ HOSPITALS = (
 )
 
 
-def write(folder: Path, *, seed: int = 0, patients: int = 400) -> None:
+def write_phantoms(folder: Path, *, seed: int = 0, patients: int = 400) -> None:
     """Write each hospital's images and `manifest.csv` into a folder of its name under `folder`.
 
     The same seed and number give the same files. A hospital already there is left alone; one whose

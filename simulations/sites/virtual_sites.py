@@ -74,7 +74,7 @@ class PlannedSite:
     training: int
 
 
-def from_folder(path: Path, *, evaluates_only: bool = False) -> VirtualSite:
+def find_site(path: Path, *, evaluates_only: bool = False) -> VirtualSite:
     """A hospital from a folder of images, or from a folder that holds a `site.yaml`."""
     own = path / "site.yaml" if path.is_dir() else path
     if own.suffix == ".yaml" and own.is_file():
@@ -90,12 +90,12 @@ def from_folder(path: Path, *, evaluates_only: bool = False) -> VirtualSite:
     return VirtualSite(name=name, data=data, evaluates_only=evaluates_only)
 
 
-def from_pool(path: Path, study: Study, *, spec: str, sites: int) -> list[VirtualSite]:
+def cut_pool(path: Path, study: Study, *, spec: str, sites: int) -> list[VirtualSite]:
     """One data set cut into `sites` hospitals by patient; see `simulations.sites.partition`."""
     data = guess(path.resolve())
     records = data.records(study.classes)
-    labels = partition.patient_labels(records)
-    groups = partition.partition(labels, sites=sites, spec=spec, seed=study.seed)
+    labels = partition.label_patients(records)
+    groups = partition.cut_patients(labels, sites=sites, spec=spec, seed=study.seed)
     width = len(str(sites))
     return [
         VirtualSite(name=f"site-{i:0{width}}", data=data, patients=tuple(group), listed=records)

@@ -45,10 +45,10 @@ class Source:
         if bool(self.folders) == (self.pool is not None):
             expected, got = "--site folders or one --pool", "both" if self.folders else "neither"
             raise StudyError("hospitals", expected=expected, got=got)
-        found = [virtual_sites.from_folder(path) for path in self.folders]
+        found = [virtual_sites.find_site(path) for path in self.folders]
         if self.pool is not None:
-            found = virtual_sites.from_pool(self.pool, study, spec=self.partition, sites=self.sites)
-        extra = [virtual_sites.from_folder(path, evaluates_only=True) for path in self.evaluators]
+            found = virtual_sites.cut_pool(self.pool, study, spec=self.partition, sites=self.sites)
+        extra = [virtual_sites.find_site(path, evaluates_only=True) for path in self.evaluators]
         return [*found, *extra]
 
 

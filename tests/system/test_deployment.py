@@ -51,13 +51,13 @@ SKIN = ("rosendahl", "vidir_modern", "vidir_molemax", "vienna_dias")
 
 
 def deployed(folder: Path, wanted: Study, phantoms: Path) -> Loopback:
-    return Loopback(folder, wanted, [virtual_sites.from_folder(phantoms / name) for name in NAMES])
+    return Loopback(folder, wanted, [virtual_sites.find_site(phantoms / name) for name in NAMES])
 
 
 def simulated(folder: Path, wanted: Study, phantoms: Path) -> dict[str, torch.Tensor]:
     """The last tensors of the same study in this process."""
     RunFolder.create(folder).write_study(wanted)
-    found = [virtual_sites.from_folder(phantoms / name) for name in NAMES]
+    found = [virtual_sites.find_site(phantoms / name) for name in NAMES]
     files = write_sites(found, wanted, folder, folder / "cache")
     simulate_run(server_app, client_app, files, folder)
     return load_file(folder / "last.safetensors")
@@ -381,7 +381,7 @@ def test_a_real_study_runs_here_as_it_is_in_a_simulation(shared, tmp_path, name)
     weights = shared / "weights" / "squeezenet1_0.pth"
     changes = ("train.rounds=3", f"model.weights={weights}")
     wanted = Study.read(CONFIGS / f"{name}.yaml", changes)
-    found = [virtual_sites.from_folder(shared / "data" / "skin_sites" / site) for site in SKIN]
+    found = [virtual_sites.find_site(shared / "data" / "skin_sites" / site) for site in SKIN]
     with Loopback(tmp_path / "real", wanted, found) as world:
         everybody(world)
         run = Run(world)

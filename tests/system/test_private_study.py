@@ -67,7 +67,7 @@ def study(**changes: Any) -> Study:
 def settle(wanted: Study, phantoms: Path, folder: Path, **policies: dict[str, Any]) -> list[Path]:
     """Site files of the four phantoms in a run folder; some with a policy of their own."""
     RunFolder.create(folder).write_study(wanted)
-    found = [virtual_sites.from_folder(phantoms / name) for name in PHANTOMS]
+    found = [virtual_sites.find_site(phantoms / name) for name in PHANTOMS]
     files = write_sites(found, wanted, folder, folder.parent / "cache")
     for path in files:
         if policy := policies.get(path.parent.name):
@@ -284,7 +284,7 @@ def test_the_unit_is_the_patient_however_many_images(phantoms, tmp_path, monkeyp
             (folder / "manifest.csv").write_text("\n".join([head, *others, *_files(folder, some)]))
             wanted = study(holdout={"validation": 0, "test": 0})
             (file,) = write_sites(
-                [virtual_sites.from_folder(folder)], wanted, folder.parent, tmp_path / "cache"
+                [virtual_sites.find_site(folder)], wanted, folder.parent, tmp_path / "cache"
             )
             content = Site.read(file).model_dump(mode="json", exclude_none=True)
             content["data"]["enrolled_patients"] = 100

@@ -73,7 +73,7 @@ def main(folder, places, backbone, unfreeze, how, same):
     )
     run = RunFolder.create(folder)
     run.write_study(study)
-    found = [virtual_sites.from_folder(place) for place in places]
+    found = [virtual_sites.find_site(place) for place in places]
     planned = virtual_sites.plan_sites(found, study)
     site_files = virtual_sites.write_sites(planned, study, folder, folder / "cache")
     if how["half"]:

@@ -43,7 +43,7 @@ def create_run(folder: Path, places: list[Path], rounds: int = 3) -> tuple[Study
     """A run that has just begun, with a cache of its own."""
     study = Study.read(DEMO, (f"train.rounds={rounds}",))
     RunFolder.create(folder).write_study(study)
-    found = [virtual_sites.from_folder(place) for place in places]
+    found = [virtual_sites.find_site(place) for place in places]
     return study, write_sites(found, study, folder, folder / "cache")
 
 

@@ -30,7 +30,7 @@ def create_run(folder: Path, sites: Sequence[Path], *changes: str) -> RunFolder:
     """A run of virtual hospitals that has not started."""
     study = Study.read(DEMO, ("train.local_epochs=1", *changes))
     run = RunFolder.create(folder)
-    found = [virtual_sites.from_folder(site) for site in sites]
+    found = [virtual_sites.find_site(site) for site in sites]
     write_sites(found, study, folder, sites[0].parent / "cache")
     run.write_study(study)
     return run

@@ -291,7 +291,7 @@ def settle(
 ) -> list[Path]:
     """Four phantom hospitals in a new run folder; those named tell less."""
     study = make_study(*changes)
-    found = [virtual_sites.from_folder(phantoms / name) for name in PHANTOMS]
+    found = [virtual_sites.find_site(phantoms / name) for name in PHANTOMS]
     RunFolder.create(folder).write_study(study)
     site_files = write_sites(found, study, folder, phantoms / "cache")
     for path in site_files:

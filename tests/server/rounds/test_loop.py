@@ -50,7 +50,7 @@ def settle(
 ) -> list[Path]:
     """Four phantom hospitals in a new run folder."""
     found = [
-        virtual_sites.from_folder(phantoms / name, evaluates_only=name in evaluators)
+        virtual_sites.find_site(phantoms / name, evaluates_only=name in evaluators)
         for name in PHANTOMS
     ]
     RunFolder.create(folder).write_study(study)
@@ -326,7 +326,7 @@ def test_three_and_three_resumed_rounds_are_six(
 
     def create_run(folder: Path) -> list[Path]:
         RunFolder.create(folder).write_study(study)
-        five = virtual_sites.from_pool(phantoms / "north", study, spec="iid", sites=5)
+        five = virtual_sites.cut_pool(phantoms / "north", study, spec="iid", sites=5)
         return write_sites(five, study, folder, phantoms / "cache")
 
     def stops(message: Message, context: Context) -> Message:

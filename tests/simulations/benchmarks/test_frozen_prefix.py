@@ -17,7 +17,7 @@ from common.errors import RunError, StudyError
 from common.model import backbones
 from common.protocol.tensors import count_bytes, to_arrays
 from simulations.benchmarks.contenders import Contender, Task
-from simulations.benchmarks.flops import operations
+from simulations.benchmarks.flops import count_operations
 from simulations.benchmarks.frozen_prefix import Plan
 from simulations.benchmarks.tutorial_baseline import Tutorial
 from simulations.cli.main import app
@@ -86,7 +86,7 @@ def test_ours_spares_the_prefix_in_every_round(told: Told) -> None:
         work = {
             w: rows[w, trains]["gflops"] * rows[w, trains]["round_seconds"] for w, _ in WAYS[1:3]
         }
-        before, after = (16 * each / 1e9 for each in operations(PLAN.study(SMALL, trains)))
+        before, after = (16 * each / 1e9 for each in count_operations(PLAN.study(SMALL, trains)))
         assert work["ours"] == pytest.approx(after)
         assert work["frozen"] == pytest.approx(before + after)
 
@@ -97,7 +97,7 @@ def test_naive_trains_and_sends_everything() -> None:
     _train(tutorial)
     state = tutorial.model.state_dict()
     assert not [name for name in state if torch.equal(state[name], before[name])]
-    assert tutorial.exchange() == count_bytes(to_arrays(state))
+    assert tutorial.exchange_model() == count_bytes(to_arrays(state))
 
 
 @pytest.mark.parametrize("unfreeze", ["head", "last:1"])
@@ -109,14 +109,14 @@ def test_frozen_leaves_the_frozen_part_as_it_was(unfreeze: str) -> None:
     state = tutorial.model.state_dict()
     assert {name for name in state if not torch.equal(state[name], before[name])} == set(trained)
     arrays = to_arrays({name: state[name] for name in trained})
-    assert tutorial.exchange() == count_bytes(arrays)
+    assert tutorial.exchange_model() == count_bytes(arrays)
 
 
 def test_a_message_brings_back_what_was_sent() -> None:
     tutorial = Tutorial(_study("all"), torch.device("cpu"))
     _train(tutorial)
     before = _copy(tutorial)
-    tutorial.exchange()
+    tutorial.exchange_model()
     after = tutorial.model.state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
@@ -129,9 +129,9 @@ def test_operations_count_two_backward_for_one_forward() -> None:
         model(torch.zeros(1, 3, 32, 32))
     forward = counter.get_total_flops()
     first = 2 * prod(model.conv1[0].weight.shape) * 16 * 16
-    assert operations(study) == (0, 3 * forward - first)
+    assert count_operations(study) == (0, 3 * forward - first)
     head = model.fc.linear.weight.numel()
-    assert operations(PLAN.study(SMALL, "head")) == (forward - 2 * head, 2 * 2 * head)
+    assert count_operations(PLAN.study(SMALL, "head")) == (forward - 2 * head, 2 * 2 * head)
 
 
 def test_epochs_are_timed_on_whole_batches() -> None:
@@ -164,7 +164,7 @@ def _train(tutorial: Tutorial) -> None:
     pixels = torch.randint(256, (16, 3, 32, 32), dtype=torch.uint8)
     labels = (torch.arange(16) % 4 == 0).long()
     for _ in range(3):  # from a zero head, the first step moves nothing before it
-        tutorial.epoch(TensorDataset(pixels, labels))
+        tutorial.train_epoch(TensorDataset(pixels, labels))
 
 
 def _copy(tutorial: Tutorial) -> dict[str, Tensor]:

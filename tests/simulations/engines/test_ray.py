@@ -43,7 +43,7 @@ def _ask(nodes: SitesApp, content: RecordDict, kind: str = MessageType.QUERY) ->
 @pytest.fixture
 def east(phantoms: Path, tmp_path: Path, new_process: Callable[[], None]) -> Path:
     """The site file of one virtual hospital."""
-    found = [virtual_sites.from_folder(phantoms / "east")]
+    found = [virtual_sites.find_site(phantoms / "east")]
     (file,) = write_sites(found, _demo(), tmp_path, tmp_path / "cache")
     return file
 

@@ -30,7 +30,7 @@ Row = dict[str, str]
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("phantoms")
-    phantom.write(folder, patients=240)
+    phantom.write_phantoms(folder, patients=240)
     return folder
 
 
@@ -150,19 +150,19 @@ def test_pretraining_never_sees_the_demos_findings() -> None:
 
 def test_the_seed_alone_decides(tmp_path: Path) -> None:
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        phantom.write(tmp_path / name, seed=seed, patients=40)
+        phantom.write_phantoms(tmp_path / name, seed=seed, patients=40)
     assert content(tmp_path / "a") == content(tmp_path / "b")
     assert content(tmp_path / "a") != content(tmp_path / "c")
 
 
 def test_writing_again_touches_nothing(demo: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in demo.rglob("*")}
-    phantom.write(demo, patients=240)
+    phantom.write_phantoms(demo, patients=240)
     assert {path: path.stat().st_mtime_ns for path in demo.rglob("*")} == before
 
 
 def test_an_interrupted_write_is_redone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    phantom.write(tmp_path / "whole", patients=40)
+    phantom.write_phantoms(tmp_path / "whole", patients=40)
     save, calls = Image.Image.save, 0
 
     def dies(self: Image.Image, *args: object) -> None:
@@ -175,20 +175,20 @@ def test_an_interrupted_write_is_redone(tmp_path: Path, monkeypatch: pytest.Monk
     with monkeypatch.context() as patched:
         patched.setattr(Image.Image, "save", dies)
         with pytest.raises(KeyboardInterrupt):
-            phantom.write(tmp_path / "torn", patients=40)
+            phantom.write_phantoms(tmp_path / "torn", patients=40)
     assert not (tmp_path / "torn" / "west").exists()
-    phantom.write(tmp_path / "torn", patients=40)
+    phantom.write_phantoms(tmp_path / "torn", patients=40)
     assert content(tmp_path / "torn") == content(tmp_path / "whole")
 
 
 def test_other_phantoms_in_the_folder_are_refused(demo: Path, tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"expected phantoms .*'seed': 5.* Remove the folder"):
-        phantom.write(demo, seed=5, patients=240)
+        phantom.write_phantoms(demo, seed=5, patients=240)
     (tmp_path / "north").mkdir()
     with pytest.raises(RunError, match="got none"):
-        phantom.write(tmp_path)
+        phantom.write_phantoms(tmp_path)
     with pytest.raises(RunError, match="at least 40 patients, got 4"):
-        phantom.write(tmp_path, patients=4)
+        phantom.write_phantoms(tmp_path, patients=4)
 
 
 def test_the_backbone_file_is_small_and_says_how_it_was_made() -> None:

@@ -25,7 +25,7 @@ def test_hospitals_of_one_machine_compute_alike(phantoms, tmp_path):
         data = {"format": "manifest", "root": str(phantoms / name)}
         content = {"name": name, "data": data, "state": "state", "keep": keep}
         path.write_text(yaml.safe_dump(content), encoding="utf-8")
-        found.append(virtual_sites.from_folder(path))
+        found.append(virtual_sites.find_site(path))
     study = Study.parse(CONTENT, "two", SiteError)
     with pytest.raises(SiteError, match=r"same keep and threads.*auto/1 and images/1"):
         write_sites(found, study, tmp_path / "run", tmp_path / "cache")
@@ -42,7 +42,7 @@ def test_the_records_of_a_pool_are_listed_once(phantoms, monkeypatch):
 
     monkeypatch.setattr(Format, "records", counted)
     study = Study.parse(CONTENT, "two", SiteError)
-    found = virtual_sites.from_pool(phantoms / "north", study, spec="iid", sites=3)
+    found = virtual_sites.cut_pool(phantoms / "north", study, spec="iid", sites=3)
     planned = virtual_sites.plan_sites(found, study)
     assert listed == [(phantoms / "north").resolve()]
     everyone = records(found[0].data, study.classes)

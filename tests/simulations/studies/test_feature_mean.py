@@ -135,7 +135,7 @@ def test_no_image_no_mean(tmp_path):
 def test_the_released_model_subtracts_it_too(phantoms, tmp_path, new_process):
     wanted = study(feature_mean=[0.1] * WIDTH)
     RunFolder.create(tmp_path / "run").write_study(wanted)
-    found = [virtual_sites.from_folder(phantoms / name) for name in ("east", "north")]
+    found = [virtual_sites.find_site(phantoms / name) for name in ("east", "north")]
     files = write_sites(found, wanted, tmp_path / "run", tmp_path / "cache")
     new_process()
     simulate_run(server_app, client_app, files, tmp_path / "run")

@@ -71,7 +71,7 @@ def test_what_cannot_be_compared_is_refused_before_anything_runs(phantoms, tmp_p
 
 
 def test_the_time_of_privacy_is_a_ratio_of_one_run(capsys):
-    dp_cost.show("shufflenet_v2_x0_5", ("head",))
+    dp_cost.show_cost("shufflenet_v2_x0_5", ("head",))
     out = capsys.readouterr().out
     assert "without privacy" in out
     assert "check, each round" in out

@@ -35,7 +35,7 @@ def make_study(*changes):
 def run(engine, phantoms, folder, *changes, sites=1):
     study = make_study("train.rounds=1", f"aggregate.quorum={sites}", *changes)
     RunFolder.create(folder).write_study(study)
-    found = virtual_sites.from_pool(phantoms / "north", study, spec="iid", sites=sites)
+    found = virtual_sites.cut_pool(phantoms / "north", study, spec="iid", sites=sites)
     files = write_sites(found, study, folder, phantoms / "cache")
     engine.prepare(files, study)
     engine.run(files, folder)
