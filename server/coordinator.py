@@ -22,7 +22,7 @@ _LOOK = 1.0
 
 
 def create_run(study: Study, folder: Path) -> RunFolder:
-    """A new run folder, after everything is checked that needs no site.
+    """Create a run folder, after everything is checked that needs no site.
 
     Raises:
       StudyError: the study cannot be run as it is.
@@ -38,9 +38,9 @@ def run_study(run: RunFolder, database: Path, *, wait: float) -> None:
     """Run a study, or go on with it, on the sites that are connected.
 
     Args:
-      run: Its folder; one process at a time.
-      database: Of the link.
-      wait: Seconds for as many sites as the quorum to connect.
+      run: The run; one process at a time can be on it.
+      database: The file in which the link keeps its messages.
+      wait: The seconds within which as many sites as the quorum must connect.
 
     Raises:
       RunError: too few sites, or too few that can take part; the run can be resumed.
@@ -55,10 +55,10 @@ def run_study(run: RunFolder, database: Path, *, wait: float) -> None:
 
 
 class Announcer(Reporter):
-    """Shows a run to a coordinator: also what every site agreed to."""
+    """A reporter that also shows a coordinator the terms that every site agreed to."""
 
     def report_join(self, joined: Joined) -> None:
-        """As a table, one row for each site."""
+        """Also print a table with one row for each site."""
         super().report_join(joined)
         columns = "site", "role", "tells", "ledger", "software", "contract"
         shown = table(*columns)
@@ -76,7 +76,7 @@ class Announcer(Reporter):
 
 
 def show_run(run: RunFolder) -> None:
-    """The tables of a finished run."""
+    """Print the tables of a finished run."""
     results, facts = read_results(run.path, len(run.study.classes))
     show_results(results, run.study.classes, facts.get("withheld", {}), run.path)
 

@@ -28,7 +28,7 @@ def write_authority(folder: Path, name: str) -> None:
     """Make `ca.key` and `ca.crt`, valid for ten years; raises `LinkError` if there is a key.
 
     Args:
-      folder: Of the project.
+      folder: The project's folder.
       name: A host of the coordinator, for people to read.
     """
     keys.write_private(folder / f"{AUTHORITY}.key", key := keys.new())
@@ -57,9 +57,9 @@ def write_server(folder: Path, hosts: Sequence[str], now: datetime | None = None
     """Make `server.crt`, valid for two years, and `server.key` unless there is one.
 
     Args:
-      folder: Of the project.
+      folder: The project's folder.
       hosts: Names and addresses by which hospitals reach this machine.
-      now: When it begins; by default now.
+      now: The time at which it begins; by default the present.
 
     Raises:
       LinkError: the authority's key is not here, or the authority has expired.
@@ -103,12 +103,12 @@ def _authority(folder: Path) -> tuple[x509.Certificate, keys.PrivateKey]:
 
 
 def find_authority_file(folder: Path) -> Path:
-    """The file that every hospital needs."""
+    """Find the certificate file that every hospital needs."""
     return folder / f"{AUTHORITY}.crt"
 
 
 def check_certificate(folder: Path, hosts: Sequence[str]) -> list[str]:
-    """What should be mended about the server's certificate; nothing if all is well.
+    """List the defects of the server's certificate; the list is empty if all is well.
 
     Raises:
       LinkError: no hospital would accept it.
@@ -138,7 +138,7 @@ def check_certificate(folder: Path, hosts: Sequence[str]) -> list[str]:
 
 
 def read_expiry(folder: Path) -> datetime:
-    """When the server's certificate expires."""
+    """Read the time at which the server's certificate expires."""
     return keys.read_certificate(folder / f"{SERVER}.crt").not_valid_after_utc
 
 

@@ -76,7 +76,7 @@ class Settings(YamlFile):
 
 
 class RunState(NamedTuple):
-    """How far one run is."""
+    """The progress of one run."""
 
     name: str
     round: int
@@ -91,8 +91,8 @@ class Project:
     """A coordinator's folder.
 
     Args:
-      folder: Made by `create`.
-      settings: What `coordinator.yaml` says.
+      folder: The folder that `create` made.
+      settings: The content of `coordinator.yaml`.
     """
 
     def __init__(self, folder: Path, settings: Settings) -> None:
@@ -146,22 +146,22 @@ class Project:
 
     @property
     def database(self) -> Path:
-        """Messages that are under way, and the admitted sites."""
+        """The database of the messages under way and of the admitted sites."""
         return self.folder / "link.db"
 
     @property
     def releases(self) -> Path:
-        """What release each site was last seen with."""
+        """The file with the software release that each site was last seen with."""
         return self.folder / "releases.json"
 
     @property
     def runs(self) -> Path:
-        """One folder for each run."""
+        """The folder that holds one folder for each run."""
         return self.folder / "runs"
 
     @property
     def log(self) -> Path:
-        """Of `consilium-server start`."""
+        """The log of `consilium-server start`."""
         return self.folder / "coordinator.log"
 
     @contextmanager
@@ -183,7 +183,7 @@ class Project:
         return files.held(self.folder / ".start.lock")
 
     def list_runs(self) -> list[RunState]:
-        """Every run, by name."""
+        """List every run, sorted by name."""
         return [_state(path.parent) for path in sorted(self.runs.glob("*/study.yaml"))]
 
     def _write_settings(self) -> None:

@@ -1,4 +1,4 @@
-"""What a run shows: progress, tables, plots, TensorBoard.
+"""The views of a run: progress, tables, plots, TensorBoard.
 
 Nothing here changes a run.
 """

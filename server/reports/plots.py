@@ -18,7 +18,7 @@ _NOT_FIGURES = ("round", "model_round", "site")
 
 
 def plot_curves(rows: Sequence[Row], path: Path) -> None:
-    """Every measured key over the rounds: overall thick, each site thin.
+    """Plot every measured key over the rounds: overall in a thick line, each site in a thin one.
 
     Args:
       rows: one per round and site, with the keys `round`, `site` (None for overall), `loss` (of
@@ -74,7 +74,7 @@ def _line(axes: Axes, rows: Sequence[Row], key: str, **style: Any) -> None:
 
 
 def plot_confusion(counts: Counts, classes: Sequence[str], path: Path) -> None:
-    """Who is taken for whom: shares of each true class as colour, images as numbers."""
+    """Plot the confusion matrix: shares of each true class as colour, images as numbers."""
     table = counts.confusion
     totals = table.sum(axis=1)
     shares = table / np.maximum(totals, 1)[:, None]

@@ -1,4 +1,4 @@
-"""What a person sees of a run while it goes, and the plots and files at its end."""
+"""The progress of a run on the terminal, and the plots and files at its end."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,11 +22,11 @@ _FEW = 6
 
 @dataclass(frozen=True, kw_only=True)
 class Joined:
-    """Who takes part in a run, and what a round of it sends.
+    """The members of a run, and the size of the messages in a round.
 
     Attributes:
-      replies: What each member told about itself, by name.
-      refusals: Why other nodes are not members, by name.
+      replies: The reply of each member to the question to join, by name.
+      refusals: The reasons why other nodes are not members, by name.
       resumed: The last finished round; 0 at the beginning.
       sent: Bytes that each site sends in a round.
       whole: Bytes of the whole model.
@@ -46,7 +46,7 @@ class Reporter:
         self._folder, self._study = folder, folder.study
 
     def report_join(self, joined: Joined) -> None:
-        """The sites that take part, and those that do not."""
+        """Print the sites that take part, and those that do not."""
         from server.reports.tensorboard import Events  # what it needs is slow to import
 
         names = ", ".join(reply.name for reply in joined.replies)
@@ -61,7 +61,7 @@ class Reporter:
         self._events = Events(self._folder, by_site=len(joined.replies) <= _FEW)
 
     def report_round(self, lines: Sequence[Mapping[str, Any]], seconds: float) -> None:
-        """One line of progress; the site lines come first, the overall line last."""
+        """Print one line of progress; `lines` has the sites first and the overall line last."""
         self._events.add(lines)
         *sites, overall = lines
         label = METRICS[self._study.select].label

@@ -30,7 +30,7 @@ class Events:
     """
 
     def __init__(self, folder: RunFolder, *, by_site: bool) -> None:
-        """Begin with the rounds that are finished; `by_site` tells of each site as well."""
+        """Write the rounds that are finished; with `by_site`, those of each site as well."""
         # TensorBoard wants "tfevents" in the name, and reads files in the order of names.
         self._path = folder.path / "tensorboard" / f"events.out.tfevents.{time.time_ns()}"
         self._by_site, self._writable = by_site, True

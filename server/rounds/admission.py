@@ -1,4 +1,4 @@
-"""Who is admitted to a study, and why others are not. Every reply is hostile until checked."""
+"""Admission of sites to a study, and the reasons for refusals. A reply is hostile until checked."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -39,13 +39,13 @@ def admit_sites(
     """Admit the sites whose replies hold to the study.
 
     Args:
-      replies: What sites answered when they were asked to join, by node.
+      replies: The replies of sites to the question to join, by node.
       names: The name that each node was admitted by; empty where it has none.
-      study: The one to join.
-      contract: The server's own.
+      study: The study to join.
+      contract: The server's own contract.
 
     Returns:
-      The members, sorted by name; and by name, why other sites are not members.
+      The members, sorted by name; and the reasons why other sites are not members, by name.
     """
     members: list[Member] = []
     refusals: dict[str, str] = {}
@@ -65,12 +65,12 @@ def admit_sites(
 
 
 def name_node(node: int, names: Mapping[int, str]) -> str:
-    """The name that a node was admitted by, or else its number."""
+    """Return the name that a node was admitted by, or else its number."""
     return names.get(node) or f"node {node}"
 
 
 def _refuse_reply(member: Member, study: Study, contract: Contract) -> str:
-    """Why this reply does not hold to the study; empty if it does."""
+    """Say why this reply does not hold to the study; the text is empty if it does."""
     reply, private = member.reply, study.private
     untold = private or reply.disclosure.counts == "none"
     if differ := contract.differences(reply.contract):
@@ -92,7 +92,7 @@ def _trains_on_nothing(member: Member, study: Study) -> bool:
 def find_short_ledgers(
     members: Sequence[Member], before: Mapping[str, LedgerHead]
 ) -> dict[str, str]:
-    """Why members are left out whose ledgers go no further than when they last joined, by name.
+    """Find members whose ledgers go no further than when they last joined; the reasons, by name.
 
     Joining adds a line, so a ledger must go further by now.
     """
@@ -104,6 +104,6 @@ def find_short_ledgers(
 def find_changed_ledgers(
     replies: Mapping[str, LedgerReply], before: Mapping[str, LedgerHead]
 ) -> dict[str, str]:
-    """Why members are left out whose ledgers hold another line where they once ended, by name."""
+    """Find members whose ledgers hold another line where they once ended; the reasons, by name."""
     changed = [name for name, told in replies.items() if told.hash != before[name].hash]
     return dict.fromkeys(changed, ROLLED_BACK)

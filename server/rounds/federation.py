@@ -45,10 +45,10 @@ class Federation:
     """The joined sites of a study, sorted by name, and the exchanges with them.
 
     Args:
-      grid: To reach them by.
-      study: That they are asked to join.
-      network: Of the study.
-      ledgers: How far the ledgers of sites went when they last joined, by name.
+      grid: The Flower grid by which sites are reached.
+      study: The study that sites are asked to join.
+      network: The study's network.
+      ledgers: The last line of each site's ledger when it last joined, by name.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Federation:
         self._names: dict[int, str] = {}
         self.members: list[Member] = []
         self.refusals: dict[str, str] = {}
-        """Why nodes that answered are not members."""
+        """The reasons why nodes that answered are not members, by name."""
 
     @property
     def training(self) -> list[Member]:
@@ -68,7 +68,7 @@ class Federation:
 
     @property
     def weights(self) -> dict[str, float]:
-        """Weight in FedAvg of each site that trains: its training images, or else all the same.
+        """The weight of each training site in FedAvg: its training images, or else one for all.
 
         Told by all of them exactly, without privacy, they are a fair weight; told by some, or
         coarsely, they are none. With privacy it is the number of patients that each declares.
@@ -103,7 +103,7 @@ class Federation:
     def _propose(
         self, content: RecordDict, nodes: Sequence[int]
     ) -> tuple[dict[int, JoinReply], dict[int, str]]:
-        """Ask to join; sites without a copy of the backbone get one, and are asked again."""
+        """Ask nodes to join; sites without a copy of the backbone get one, and are asked again."""
         messages = [Message(content, node, MessageType.QUERY) for node in nodes]
         told, failures = self._exchange(messages, lambda _, record: read_join(record))
         replies = {node: reply for node, reply in told.items() if reply is not None}
@@ -115,7 +115,7 @@ class Federation:
         return replies, failures
 
     def _send_backbone(self, nodes: Sequence[int]) -> tuple[list[int], dict[int, str]]:
-        """Send every node what it lacks, piece by piece; those that have it all, and why not."""
+        """Send the backbone in pieces; returns the nodes that have all of it, and failures."""
         backbone = Backbone(self._study)
         pieces = dict.fromkeys(nodes, backbone.announce())
         done: list[int] = []
@@ -163,12 +163,12 @@ class Federation:
         """Send one message to each member and read the replies.
 
         Args:
-          members: Whom to ask.
-          messages: One for each of them.
+          members: The members to ask.
+          messages: One message for each of them.
           read: Turns a reply's content into a value; raises `ContractError` on anything odd.
 
         Returns:
-          The good replies by site name, in the order of names; and for every other member why not.
+          The good replies by site name, in the order of names; and the reason for every other.
         """
         by_node = {member.node: member for member in members}
         replies, failures = self._exchange(

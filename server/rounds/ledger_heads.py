@@ -1,4 +1,4 @@
-"""How far each site's ledger went when it last replied, so that one that was rolled back shows."""
+"""The last line of each site's ledger when it last replied, so that a rollback shows."""
 
 import json
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from common.protocol.ledger import LedgerHead
 from server.runs.run_folder import RunFolder
 
 Ledgers = dict[str, LedgerHead]
-"""By site name."""
+"""The last line of each ledger, by site name."""
 
 _FILE = "ledgers.json"
 _LEDGERS: TypeAdapter[Ledgers] = TypeAdapter(Ledgers)
@@ -23,7 +23,7 @@ ROLLED_BACK = (
 
 
 def read_heads(folder: RunFolder) -> Ledgers:
-    """What sites told when they joined this run before."""
+    """Read the ledger heads that sites told when they joined this run before."""
     path: Path = folder.path / _FILE
     try:
         return _LEDGERS.validate_json(path.read_bytes()) if path.exists() else {}
@@ -34,7 +34,7 @@ def read_heads(folder: RunFolder) -> Ledgers:
 
 
 def keep_heads(folder: RunFolder, ledgers: Mapping[str, LedgerHead]) -> None:
-    """Remember the furthest that each site told, now or before: an old reply may be sent again."""
+    """Keep the furthest head that each site told, now or before: an old reply may come again."""
     before = read_heads(folder)
     further = {n: h for n, h in ledgers.items() if n not in before or h.count > before[n].count}
     told = {name: head.model_dump() for name, head in (before | further).items()}

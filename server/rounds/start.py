@@ -1,4 +1,4 @@
-"""Where a study begins: with the backbone as loaded, or where an earlier run ended."""
+"""The start of a study: the backbone as loaded, or the model that an earlier run released."""
 
 import hashlib
 import logging
@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 
 def check_start(study: Study) -> None:
-    """Raise now what would otherwise stop the server later, of all that needs no site.
+    """Raise the errors now that would otherwise stop the server later, if they need no site.
 
     Raises:
       StudyError: the study cannot be run as it is.
@@ -27,13 +27,12 @@ def check_start(study: Study) -> None:
 
 
 def load_first_tensors(study: Study, network: Network) -> Tensors:
-    """The tensors of round 1: as assembled, or the released model of the run `model.init` names.
+    """Load the tensors of round 1: as assembled, or those of the run that `model.init` names.
 
     Raises:
       StudyError: that run is unfinished, not private where this study is, or of another backbone,
-        classes, holdout or seed. With
-        another holdout it would have trained on patients that this study tests on; in a
-        simulation the seed decides who they are.
+        classes, holdout or seed. With another holdout it would have trained on patients that this
+        study tests on; in a simulation the seed decides who they are.
     """
     if study.model.init is None:
         return dict(network.initial)
@@ -72,7 +71,7 @@ def _kinship(study: Study) -> dict[str, Any]:
 
 
 def describe_weights(study: Study) -> dict[str, str]:
-    """The backbone's weights by name, and by SHA-256 where they are a file."""
+    """Describe the backbone's weights by name, and by SHA-256 where they are a file."""
     path = study.model.weights_file
     if path is None:
         return {"name": study.model.weights}

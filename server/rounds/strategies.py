@@ -51,10 +51,10 @@ class Entry:
     """A Flower strategy: its class and its options.
 
     Attributes:
-      make: The class.
-      options: Its own parameters, by name.
-      state: Attributes it carries from round to round.
-      replies: Fewest replies with which it does what it promises, given its options.
+      make: Flower's class.
+      options: The strategy's own parameters, by name.
+      state: The attributes that it carries from round to round.
+      replies: The fewest replies with which it does what it promises, given its options.
       differences: Whether it compares replies with each other. It then gets what changed since the
         round began: in float32, models that hardly differ are told apart by that alone.
     """
@@ -108,7 +108,7 @@ REGISTRY: dict[str, Entry] = {
 
 
 class _Cohort:
-    """All that strategies look at in a Flower grid: the nodes of one round."""
+    """The part of a Flower grid that strategies look at: the nodes of one round."""
 
     def __init__(self, nodes: Sequence[int]) -> None:
         self._nodes = list(nodes)
@@ -118,7 +118,7 @@ class _Cohort:
 
 
 class Aggregator:
-    """A Flower strategy as the round loop uses it: who to send what, and what the replies become.
+    """A Flower strategy as the round loop uses it: it makes requests and merges replies.
 
     Raises:
       StudyError: a strategy or option that is not in the registry, or a quorum too small for it.
@@ -146,7 +146,7 @@ class Aggregator:
     def make_requests(
         self, round_number: int, tensors: Tensors, config: ConfigRecord, nodes: Sequence[int]
     ) -> list[Message]:
-        """One message for each of `nodes`."""
+        """Make one message for each of `nodes`."""
         # FedAvgM tells arrays apart by their position alone.
         self._sent = {name: tensors[name] for name in self._names}
         arrays = to_arrays(self._sent)
@@ -156,11 +156,11 @@ class Aggregator:
     def merge_updates(
         self, round_number: int, updates: Sequence[tuple[ArrayRecord, float]]
     ) -> Tensors:
-        """The next tensors, float32, from checked replies to the last `make_requests`.
+        """Merge checked replies to the last `make_requests` into the next tensors, float32.
 
         Args:
-          round_number: From 1.
-          updates: Each site's tensors and weight; some strategies take no weights.
+          round_number: The number of the round, from 1.
+          updates: The tensors and the weight of each site; some strategies take no weights.
         """
         records = [make_strategy_record(self._seen(arrays), weight) for arrays, weight in updates]
         # Strategies read a reply's content alone, so the address does not matter.
@@ -181,7 +181,7 @@ class Aggregator:
         return to_arrays({name: tensors[name] - self._sent[name] for name in self._names})
 
     def save_state(self) -> Tensors:
-        """What the strategy carries from round to round."""
+        """Save the tensors that the strategy carries from round to round."""
         tensors: Tensors = {}
         for attribute in self._entry.state:
             for name, array in read_carried(self._strategy, attribute, self._names).items():
@@ -189,7 +189,7 @@ class Aggregator:
         return tensors
 
     def restore_state(self, tensors: Tensors) -> None:
-        """Take up a saved state."""
+        """Restore a saved state."""
         for attribute in self._entry.state:
             names = [name for name in self._names if f"{attribute}/{name}" in tensors]
             arrays = {name: tensors[f"{attribute}/{name}"].numpy() for name in names}
@@ -221,7 +221,7 @@ def _options(study: Study, entry: Entry) -> Options:
 
 
 def count_least_replies(study: Study) -> int:
-    """Fewest replies with which the study's strategy does what it promises."""
+    """Count the fewest replies with which the study's strategy does what it promises."""
     entry = _entry(study)
     return entry.replies(_options(study, entry))
 

@@ -14,7 +14,7 @@ _PIECE = 2 * 2**20
 
 
 class Backbone:
-    """What this machine loads for a study, in one format whatever file it came from."""
+    """The weights that this machine loads for a study, in one format for any file."""
 
     def __init__(self, study: Study) -> None:
         self._study = study
@@ -31,15 +31,15 @@ class Backbone:
 
     @property
     def size(self) -> int:
-        """In bytes."""
+        """The size in bytes."""
         return len(self._data)
 
     def announce(self) -> BackbonePart:
-        """Nothing of it yet: a site answers how much of it is there, from an earlier time."""
+        """Announce the backbone by an empty part; a site answers how many bytes it has already."""
         return self._part(0, 0)
 
     def cut_part(self, held: BackboneHeld) -> BackbonePart:
-        """The piece that follows on what a site has."""
+        """Cut the part that follows the bytes that a site has."""
         return self._part(held.bytes, held.bytes + _PIECE)
 
     def _part(self, start: int, end: int) -> BackbonePart:

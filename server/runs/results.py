@@ -20,22 +20,22 @@ Results = dict[str, dict[str, Counts]]
 
 @dataclass(frozen=True)
 class Outcome:
-    """The released model: after how many rounds, and its counts on each site's test patients."""
+    """The released model: its number of rounds, and its counts on each site's test patients."""
 
     study: Study
     round: int
     test: dict[str, Counts]
     withheld: dict[str, str]
-    """What sites do not tell, in words; only those that withhold something."""
+    """The figures that a site does not tell, in words; only sites that withhold something."""
 
 
 def unite_counts(counts: Iterable[Counts], classes: int) -> Counts:
-    """Counts of all sites together."""
+    """Add the counts of all sites."""
     return sum(counts, Counts.zero(classes))
 
 
 def unite_sites(results: Results, classes: int) -> dict[str, Counts]:
-    """Of each way of training, the union of the sites that all ways have figures for."""
+    """Unite, for each way of training, the sites that all ways have figures for."""
     shared = sorted(list_sites(results) - set(find_left_out(results)))
     return {
         way: unite_counts((sites[name] for name in shared), classes)
@@ -44,12 +44,12 @@ def unite_sites(results: Results, classes: int) -> dict[str, Counts]:
 
 
 def find_left_out(results: Results) -> list[str]:
-    """The sites that `unite_sites` leaves out, as some way of training has no figures for them."""
+    """Find the sites that `unite_sites` leaves out, as a way of training lacks figures for them."""
     return sorted(n for n in list_sites(results) if any(n not in way for way in results.values()))
 
 
 def describe_gaps(results: Results, withheld: Mapping[str, str]) -> str:
-    """In words, the sites that `unite_sites` leaves out, and what each site withheld."""
+    """Say in words which sites `unite_sites` leaves out, and which figures each site withheld."""
     lines = []
     if names := ", ".join(find_left_out(results)):
         lines.append(f"overall leaves out {names}: not every way of training has figures for it")
@@ -60,7 +60,7 @@ def describe_gaps(results: Results, withheld: Mapping[str, str]) -> str:
 
 
 def list_sites(results: Results) -> set[str]:
-    """Every site that any way of training has figures for."""
+    """List every site that any way of training has figures for."""
     return {name for sites in results.values() for name in sites}
 
 
@@ -111,11 +111,11 @@ def _metrics(counts: Counts) -> dict[str, Any]:
 
 
 def compute_calibration_error(counts: Counts) -> float | None:
-    """Expected calibration error; None where scores were not told."""
+    """Compute the expected calibration error; None where scores were not told."""
     found = calibration(counts)
     return found.error if found else None
 
 
 def compute_sensitivities(counts: Counts) -> list[float | None]:
-    """Sensitivity of each class."""
+    """Compute the sensitivity of each class."""
     return [sensitivity(counts, k) for k in range(counts.classes)]

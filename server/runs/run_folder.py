@@ -1,4 +1,4 @@
-"""The run folder: everything a run leaves behind, and all it needs to go on.
+"""The run folder: the files that a run leaves behind, and needs to go on.
 
 A round is finished once `last.safetensors`, which holds the model and the strategy's state, has
 been renamed into place; whatever a crash left beyond it is dropped on resume.
@@ -30,12 +30,12 @@ _LAST = "last.safetensors"
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A finished round: what the next one begins with, or what is released."""
+    """A finished round: the next one begins with it, or it is released."""
 
     round: int
     tensors: Tensors
     state: Tensors
-    """The strategy's."""
+    """The state of the strategy."""
 
 
 class RunFolder:
@@ -46,7 +46,7 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Path) -> Self:
-        """A folder for a new run; raises `RunError` unless it is new or empty."""
+        """Create a folder for a new run; raises `RunError` unless it is new or empty."""
         try:
             path.mkdir(parents=True, exist_ok=True)
             taken = any(path.iterdir())
@@ -59,12 +59,12 @@ class RunFolder:
         return cls(path)
 
     def write_study(self, study: Study) -> None:
-        """Make the folder a run: from here on it can be resumed."""
+        """Write the study, which makes the folder a run that can be resumed."""
         self.write("study.yaml", study.yaml())
 
     @classmethod
     def resume(cls, path: Path, study: Study | None = None) -> Self:
-        """A run to go on with; raises `RunError` if there is none or it is of another study."""
+        """Open a run to go on with; raises `RunError` if there is none, or one of another study."""
         if not (path / "study.yaml").is_file():
             raise RunError(path, expected="a run folder", got="no study.yaml in it")
         folder = cls(path)
@@ -86,7 +86,7 @@ class RunFolder:
         return Study.read(self.path / "study.yaml")
 
     def read_last(self) -> Checkpoint | None:
-        """The newest finished round, if any."""
+        """Read the newest finished round, if there is any."""
         path = self.path / _LAST
         if not path.exists():
             return None
@@ -101,7 +101,7 @@ class RunFolder:
         return Checkpoint(round=facts["round"], tensors=tensors, state=state)
 
     def save_last(self, checkpoint: Checkpoint) -> None:
-        """Finish a round."""
+        """Save the checkpoint, which finishes its round."""
         facts = {"round": checkpoint.round}
         state = {f"{_STATE}{key}": tensor for key, tensor in checkpoint.state.items()}
         data = save({**checkpoint.tensors, **state}, {_META: json.dumps(facts)})
@@ -140,7 +140,7 @@ class RunFolder:
             raise _unwritable(path, ex) from None
 
     def read_history(self) -> list[dict[str, Any]]:
-        """Every line of `metrics.jsonl`."""
+        """Read every line of `metrics.jsonl`."""
         path = self.path / "metrics.jsonl"
         if not path.exists():
             return []
@@ -166,11 +166,11 @@ class RunFolder:
             raise _unwritable(path, ex) from None
 
     def write_facts(self, facts: Mapping[str, Any]) -> None:
-        """Versions, weights, contract and sites, in `run.yaml`."""
+        """Write versions, weights, contract and sites to `run.yaml`."""
         self.write("run.yaml", yaml.safe_dump(dict(facts), sort_keys=False))
 
     def read_facts(self) -> dict[str, Any]:
-        """What `write_facts` wrote; nothing before the first join."""
+        """Read the facts that `write_facts` wrote; there are none before the first join."""
         path = self.path / "run.yaml"
         facts: dict[str, Any] = yaml.safe_load(path.read_text("utf-8")) if path.exists() else {}
         return facts

@@ -1,4 +1,4 @@
-"""What the frozen prefix saves, and what engines and privacy cost in time.
+"""Measurements: the time that the frozen prefix saves, and that engines and privacy cost.
 
 Each prints ratios against a baseline of the same run.
 """

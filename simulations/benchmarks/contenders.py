@@ -1,6 +1,6 @@
 """Contenders: each trains in its own way, in a process of its own, one step at a time on command.
 
-So that their times can be taken in turn, and the memory of each is its own.
+Their times can so be taken in turn, and the memory of each is its own.
 """
 
 import multiprocessing
@@ -44,14 +44,14 @@ Way = Literal["naive", "frozen", "ours"]
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What one contender does.
+    """The work of one contender.
 
     Attributes:
       way: `naive` and `frozen` are tutorials, `ours` is the real thing.
-      study: With its backbone, `unfreeze` and rounds.
+      study: The study, with its backbone, `unfreeze` and rounds.
       images: A folder of images per class, all of them to train on; beside it is room for a run.
-      sample: How many of the images an epoch of a tutorial sees.
-      repeats: How many epochs a tutorial runs; the real thing runs all of its rounds.
+      sample: The number of images that an epoch of a tutorial sees.
+      repeats: The number of epochs of a tutorial; the real thing runs all of its rounds.
     """
 
     way: Way
@@ -62,7 +62,7 @@ class Task:
 
     @property
     def steps(self) -> int:
-        """Laps that it takes."""
+        """The number of laps that it takes."""
         return self.study.train.rounds + 4 if self.way == "ours" else 1 + 2 * self.repeats
 
 
@@ -70,8 +70,8 @@ class Contender:
     """The process of one task.
 
     Attributes:
-      seconds: Of every lap so far, by its label.
-      facts: What it told of itself; after `finish` all of it.
+      seconds: The seconds of every lap so far, by its label.
+      facts: The facts that it told of itself; after `finish`, all of them.
     """
 
     def __init__(self, task: Task) -> None:
@@ -113,7 +113,7 @@ class Contender:
 
 
 def count_turns(contenders: Sequence[Contender]) -> int:
-    """How many turns a race of these takes."""
+    """Count the turns that a race of these takes."""
     return max(contender.task.steps for contender in contenders)
 
 
@@ -140,7 +140,7 @@ def race_contenders(contenders: Sequence[Contender]) -> Iterator[None]:
 
 
 def choose_device() -> torch.device:
-    """What contenders compute on: the accelerator if there is one, as for sites."""
+    """Choose the device of contenders: the accelerator if there is one, as for sites."""
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 

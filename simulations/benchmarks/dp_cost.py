@@ -1,4 +1,4 @@
-"""What privacy costs in time: an epoch of DP-SGD beside one without, on kept activations."""
+"""The cost of privacy in time: an epoch of DP-SGD beside one without, on kept activations."""
 
 import time
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What the engine itself costs, in time and memory, as virtual hospitals grow."""
+"""The cost of the engine itself, in time and memory, as virtual hospitals grow."""
 
 import resource
 import sys
@@ -33,20 +33,20 @@ _IN_KB = 1000 if sys.platform == "darwin" else 1  # there it counts bytes
 
 
 class Cost(NamedTuple):
-    """Of one run: join, rounds, report."""
+    """The cost of one run: join, rounds, report."""
 
     round: float
     """Wall time of the median round, in ms per site."""
     work: float
-    """That inside train and evaluate, in ms per site and round."""
+    """The time inside train and evaluate, in ms per site and round."""
     whole: float
-    """Wall time of it all, in s."""
+    """Wall time of the whole run, in s."""
     memory: tuple[int, ...]
-    """Most that this process ever held, in kB, after each round."""
+    """The most memory that this process ever held, in kB, after each round."""
 
 
 def show_overhead(sizes: Sequence[int] = (10, 100, 1000), rounds: int = 20) -> None:
-    """Print what a run costs, as sites grow, for a head on cached features of a small backbone."""
+    """Print the cost of a run as sites grow, for a head on cached features of a small backbone."""
     first = ("sites", "round", "train + evaluate", "engine", "engine / (train + evaluate)")
     shown = table(*first, "whole run", "memory", left=())
     for sites in track(sizes, "engine", console=console, disable=not console.is_terminal):
@@ -60,7 +60,7 @@ def show_overhead(sizes: Sequence[int] = (10, 100, 1000), rounds: int = 20) -> N
 
 
 def measure_run(sites: int, rounds: int) -> Cost:
-    """The cost of one run over so many virtual hospitals, whose images are prepared before."""
+    """Measure one run over so many virtual hospitals, whose images are prepared before."""
     content = {
         "name": "engine",
         "classes": ["a", "b"],
@@ -88,7 +88,7 @@ def measure_run(sites: int, rounds: int) -> Cost:
 
 
 class _Laps(Reporter):
-    """Notes, after each round, how long it took, what was spent inside, and the memory."""
+    """A reporter that notes the time, the time inside the trainer and the memory of each round."""
 
     def __init__(self, folder: RunFolder, spent: list[float]) -> None:
         super().__init__(folder)
@@ -121,7 +121,7 @@ def _data(folder: Path, seed: int) -> Npz:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """What a run would print is not of interest."""
+    """Keep a run from printing."""
     quiet, console.quiet = console.quiet, True
     try:
         yield
@@ -131,7 +131,7 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _clock() -> Iterator[list[float]]:
-    """Adds up the time inside the trainer's two functions."""
+    """Add up the time inside the trainer's two functions."""
     spent = [0.0]
 
     def timed(work: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""FLOPs: how many a network asks for, and how many a second this machine can do."""
+"""FLOPs: the number that a network asks for, and the number that this machine does a second."""
 
 import time
 from math import prod
@@ -13,7 +13,7 @@ from simulations.benchmarks.contenders import choose_device
 
 
 def count_operations(study: Study) -> tuple[int, int]:
-    """FLOPs for one image: of the frozen prefix forward, of the rest forward and backward."""
+    """Count the FLOPs of one image: the prefix forward, the rest forward and backward."""
     network = assemble(study, study.model.weights)
     prefix, suffix, _ = network.split
     side = network.preprocess.crop
@@ -32,13 +32,13 @@ def _counter() -> FlopCounterMode:
 
 
 def _convolution_backward(gradient: Any, _inputs: Any, weight: Any, *rest: Any, **_: Any) -> int:
-    """As many as forward, for each of the two gradients that is asked for."""
+    """Count as many as forward, for each of the two gradients that is asked for."""
     wanted = sum(rest[-1][:2])
     return int(2 * wanted * gradient[0] * prod(gradient[2:]) * prod(weight))
 
 
 def measure_product(dtype: str) -> float:
-    """10⁹ FLOP/s of one product of large square matrices."""
+    """Measure one product of large square matrices, in 10⁹ FLOP/s."""
     where = choose_device()
     side = 2048 if where.type == "cpu" else 8192
     if where.type == "cuda":  # convolutions use TF32 unless told otherwise, products do not

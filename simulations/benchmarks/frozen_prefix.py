@@ -1,4 +1,4 @@
-"""What running the frozen prefix once is worth: the real thing beside two tutorials, in one run."""
+"""The worth of running the frozen prefix once: the real thing beside two tutorials, in one run."""
 
 import json
 import logging
@@ -47,12 +47,12 @@ _PRODUCTS = 5
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What is measured."""
+    """The backbones, images and rounds to measure."""
 
     backbones: tuple[str, ...]
     images: int
     side: int
-    """Of an image, in pixels."""
+    """The side of an image, in pixels."""
     rounds: int
     repeats: int
     """Epochs that each tutorial is timed on."""
@@ -90,13 +90,13 @@ class Row:
     frozen_ratio: float | None
     """Study seconds of the `frozen` that trains as much over those of this one."""
     memory: int | None
-    """Bytes at most held by its process."""
+    """The most bytes that its process held."""
     wire: int
     """Bytes of tensors in a round, both ways."""
     gflops: float
     """10⁹ FLOP/s over a whole round."""
     peak_share: float
-    """Of the machine's float32 peak."""
+    """The share of the machine's float32 peak."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,12 +110,12 @@ class Caching:
     gflops: float
     dtype: str
     peak_share: float
-    """Of the machine's peak in `dtype`."""
+    """The share of the machine's peak in `dtype`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Results:
-    """Everything that was measured."""
+    """The whole result of the benchmark."""
 
     machine: dict[str, Any]
     plan: Plan
@@ -123,7 +123,7 @@ class Results:
     caching: list[Caching]
 
     def to_json(self) -> str:
-        """For programs: seconds, bytes and 10⁹ FLOP/s."""
+        """Write the results as JSON, in seconds, bytes and 10⁹ FLOP/s."""
         return json.dumps(asdict(self), indent=2)
 
 
@@ -154,7 +154,7 @@ def measure_ways(plan: Plan) -> Results:
 
 
 def _race_ways(plan: Plan, backbone: str, images: Path, peaks: dict[str, float]) -> list[Contender]:
-    """All contenders of one backbone, finished; the machine's peak is taken in turn with them."""
+    """Run all contenders of one backbone; the machine's peak is taken in turn with them."""
     log.info("%s", backbone)
     contenders = [
         Contender(
@@ -232,7 +232,7 @@ def _round_seconds(plan: Plan, contender: Contender) -> float:
 
 
 def _study_seconds(plan: Plan, contender: Contender) -> float:
-    """As it was run, or of a tutorial one decoding and as many median rounds."""
+    """Add up the laps of a study; for a tutorial, one decoding and as many median rounds."""
     if contender.task.way == "ours":
         return sum(map(sum, contender.seconds.values()))
     return contender.seconds["decode"][0] + plan.rounds * _round_seconds(plan, contender)

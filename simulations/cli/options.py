@@ -32,7 +32,7 @@ def ask_for(name: str, build: Callable[..., Any]) -> Callable[[Command], Command
     """Put the options of `build` in place of a command's parameter `name`, which gets the result.
 
     Args:
-      name: Of the parameter.
+      name: The name of the parameter.
       build: Its own parameters are options of the command line.
     """
 
@@ -75,7 +75,7 @@ def name_source(
     ] = "iid",
     sites: Annotated[int, typer.Option(min=1, help="Hospitals to cut the pool into.")] = 4,
 ) -> "Source":
-    """The hospitals that a command is about."""
+    """Name the source of the hospitals that a command is about."""
     from simulations.studies.runner import Source
 
     return Source(
@@ -114,7 +114,7 @@ def choose_engine(
         ),
     ] = None,
 ) -> "Engine":
-    """Where a command has hospitals compute."""
+    """Choose the engine in which a command has hospitals compute."""
     if ray_address is not None:
         host, _, port = ray_address.rpartition(":")
         if engine != "ray" or not (host and port.isdecimal() and int(port) < 65536):
@@ -133,7 +133,7 @@ def choose_engine(
 
 @contextmanager
 def explain_stop(folder: Path, go_on: str) -> Iterator[None]:
-    """Ctrl-C ends what is done here in one line, which says how to go on."""
+    """End the block in one line at Ctrl-C; the line says how to go on."""
     try:
         yield
     except KeyboardInterrupt:
@@ -143,7 +143,7 @@ def explain_stop(folder: Path, go_on: str) -> Iterator[None]:
 
 
 def parse_seeds(text: str | None) -> tuple[int, ...]:
-    """Seeds, each once; none where nothing is said."""
+    """Parse seeds, each once; there are none where nothing is said."""
     if text is None:
         return ()
     try:
@@ -153,7 +153,7 @@ def parse_seeds(text: str | None) -> tuple[int, ...]:
 
 
 def parse_epsilons(text: str) -> list[float | None]:
-    """Privacy to compare; None is without."""
+    """Parse the values of ε to compare; None is without privacy."""
     try:
         found = [None if part == "none" else float(part) for part in text.split(",")]
     except ValueError:

@@ -158,4 +158,4 @@ COMMANDS: dict[Callable[..., None], str] = {
     poison: "configs/poisoned.yaml --pool runs/many/north --partition dirichlet:5 --sites 9 "
     "--mislabels site-1 --scales site-2",
 }
-"""With an example of each."""
+"""The commands, with an example of each."""

@@ -34,14 +34,14 @@ class Loopback:
 
     Args:
       folder: New; holds the coordinator's project, the hospitals, and what every process printed.
-      study: Whose seed keys the hospitals' holdouts, as in a simulation.
+      study: The study whose seed keys the hospitals' holdouts, as in a simulation.
       found: The hospitals.
     """
 
     def __init__(self, folder: Path, study: Study, found: Sequence[VirtualSite]) -> None:
         self.folder = folder
         self.running: dict[str, subprocess.Popen[bytes]] = {}
-        """By name."""
+        """The processes, by name."""
         self.project = Project.create(folder / "coordinator", (_HOST,), find_free_port())
         self.study = folder / "study.yaml"
         files.write(self.study, study.yaml())
@@ -81,7 +81,7 @@ class Loopback:
         process.wait()
 
     def read_output(self, name: str) -> str:
-        """All that the processes of this name have printed."""
+        """Read all that the processes of this name have printed."""
         path = self.folder / "logs" / f"{name}.txt"
         return path.read_text("utf-8", errors="replace") if path.exists() else ""
 
@@ -133,7 +133,7 @@ def wait_until(condition: Any, seconds: float) -> None:
 
 
 def find_free_port() -> int:
-    """A port of this machine that nobody listens at."""
+    """Find a port of this machine that nobody listens at."""
     with socket.socket() as probe:
         probe.bind((_HOST, 0))
         return int(probe.getsockname()[1])

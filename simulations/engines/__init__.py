@@ -1,4 +1,4 @@
-"""Where virtual hospitals compute: this process, resident workers, or Ray.
+"""Engines, in which virtual hospitals compute: this process, resident workers, or Ray.
 
 The way in is `base`. Every engine runs the real apps on the real messages.
 """

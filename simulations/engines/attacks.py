@@ -25,12 +25,12 @@ ATTACKS = "lies.json"
 
 @dataclass(frozen=True)
 class Attacks:
-    """Who attacks, by name, and how.
+    """The hospitals that attack, by name, and their ways.
 
     Attributes:
       mislabels: Hospitals that take each class for the next when they train.
       scales: Hospitals that send `factor` times the change that training made.
-      factor: Below 0 the change is reversed.
+      factor: The factor of `scales`; below 0 the change is reversed.
     """
 
     mislabels: frozenset[str] = frozenset()
@@ -39,24 +39,24 @@ class Attacks:
 
     @property
     def attackers(self) -> frozenset[str]:
-        """All of them."""
+        """All hospitals that attack."""
         return self.mislabels | self.scales
 
     def to_json(self) -> str:
-        """In JSON, as a run keeps them."""
+        """Write the attacks as JSON, as a run keeps them."""
         names = {"mislabels": sorted(self.mislabels), "scales": sorted(self.scales)}
         return json.dumps({**names, "factor": self.factor if self.scales else None})
 
 
 class Attacked(InProcess):
-    """All in this process, with the real ClientApp; but some hospitals attack."""
+    """An engine in this process, with the real ClientApp, in which some hospitals attack."""
 
     def __init__(self, attacks: Attacks) -> None:
         super().__init__()
         self._attacks = attacks
 
     def run(self, site_files: Sequence[Path], folder: Path) -> None:
-        """From the last finished round on."""
+        """Run from the last finished round on."""
         run = RunFolder(folder)
         run.write(ATTACKS, self._attacks.to_json())
         study = run.study

@@ -1,4 +1,4 @@
-"""Where virtual hospitals compute."""
+"""The engine, in which virtual hospitals compute."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ class Engine(Protocol):
 
     @property
     def runtime(self) -> Runtime:
-        """What this process itself keeps open of the hospitals."""
+        """The sites and sessions that this process itself keeps open."""
 
     def prepare(self, site_files: Sequence[Path], study: Study) -> None:
         """Prepare every hospital's images, so that what is wrong with them is said at once."""
@@ -26,29 +26,29 @@ class Engine(Protocol):
         """Bring the run in this folder to its end."""
 
     def forget(self) -> None:
-        """Let go of what is kept of the hospitals so far; others come."""
+        """Forget the hospitals so far, as others come."""
 
 
 class InProcess:
-    """All in this process, one hospital after the other."""
+    """An engine in this process, one hospital after the other."""
 
     def __init__(self) -> None:
         self.runtime = Runtime()
         self.app = make_app(self.runtime)
 
     def prepare(self, site_files: Sequence[Path], study: Study) -> None:
-        """Every image decoded, and through the frozen layers."""
+        """Decode every image, and run it through the frozen layers."""
         virtual_sites.prepare_sites(site_files, study, self.runtime)
 
     def run(self, site_files: Sequence[Path], folder: Path) -> None:
-        """From the last finished round on; ledgers are open as long as it takes."""
+        """Run from the last finished round on; ledgers are open as long as it takes."""
         try:
             simulate_run(server_app, self.app, site_files, folder)
         finally:
             self.runtime.close_sites()
 
     def answer(self, site_file: Path, message: bytes) -> bytes:
-        """The reply of one hospital to one message, both as they travel."""
+        """Answer one message to one hospital, both as they travel."""
         return answer_bytes(self.app, site_file, message)
 
     def forget(self) -> None:

@@ -96,7 +96,7 @@ class SiteMessage:
     message: Message
 
     def to_bytes(self) -> bytes:
-        """As it travels; what `answer_bytes` takes."""
+        """Serialise the message as it travels; `answer_bytes` takes it."""
         return message_to_bytes(self.message)
 
 
@@ -105,7 +105,7 @@ class RemoteGrid(_SitesGrid):
 
     Args:
       carry: Takes messages to their sites and yields the replies that `answer_bytes` gives there.
-      site_files: Of the sites.
+      site_files: The site files.
     """
 
     def __init__(
@@ -122,14 +122,14 @@ class RemoteGrid(_SitesGrid):
 
 
 def answer_bytes(app: ClientAppCallable, site_file: Path, data: bytes) -> bytes:
-    """The reply of a site to a message of a `RemoteGrid`."""
+    """Answer a message of a `RemoteGrid` at a site."""
     identify_task(1, _RUN_ID)
     message = message_from_bytes(data)
     return message_to_bytes(answer_message(app, message, _context(site_file, message)))
 
 
 def answer_message(app: ClientAppCallable, message: Message, context: Context) -> Message:
-    """What a node replies: as a SuperNode does, less an exception's text, which stays here."""
+    """Answer as a SuperNode does, without the text of an exception, which stays here."""
     try:
         return app(message, context)
     except Exception:

@@ -58,14 +58,14 @@ class Ray(InProcess):
         self._address = address
 
     def prepare(self, site_files: Sequence[Path], study: Study) -> None:
-        """Every image decoded, and through the frozen layers, here; actors find the results."""
+        """Decode every image and run it through the frozen layers here; actors find the results."""
         if self._address is not None:
             _answers(self._address)
         super().prepare(site_files, study)
         self.forget()
 
     def run(self, site_files: Sequence[Path], folder: Path) -> None:
-        """From the last finished round on."""
+        """Run from the last finished round on."""
         files = tuple(str(path.resolve()) for path in site_files)
         try:
             with _cluster(self._address):
@@ -181,7 +181,7 @@ def _simulate(hospitals: SitesApp, folder: Path) -> None:
 
 
 def _share() -> dict[str, Any]:
-    """Of each actor: a core and, where the cluster has any, a GPU."""
+    """The share of each actor: a core and, where the cluster has any, a GPU."""
     import ray
 
     there = ray.cluster_resources()

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from client.runtime import Runtime
 
 PACKAGES = ("common", "client", "server", "simulations")
-"""Those that a hospital's process imports."""
+"""The packages that a hospital's process imports."""
 
 _KEPT = 8
 """Sessions at most that a process keeps: each holds a network."""
@@ -38,10 +38,10 @@ class SitesApp:
 
     site_files: tuple[str, ...]
     code: str
-    """That may answer; see `fingerprint_code`."""
+    """The fingerprint of the code that may answer; see `fingerprint_code`."""
 
     def __call__(self, message: Message, context: Context) -> Message:
-        """What the hospital replies; texts of errors go to its own log, in its state folder."""
+        """Answer for the hospital; texts of errors go to its own log, in its state folder."""
         if fingerprint_code() != self.code:
             raise ImportError("this process has imported other code than the simulation's")
         from simulations.engines.grid import answer_message
@@ -59,7 +59,7 @@ class SitesApp:
 
 @cache
 def open_resident() -> "tuple[ClientApp, Runtime]":
-    """The app of this process and what it keeps open: Flower's actors keep nothing for us."""
+    """Open the app and the runtime of this process: Flower's actors keep nothing for us."""
     from client.app import make_app
     from client.runtime import Runtime
 
@@ -83,7 +83,7 @@ def _log_of(site_file: Path) -> Iterator[None]:
 
 
 def find_package(package: str) -> Path | None:
-    """The folder that this process imports a package from, if any; imports nothing."""
+    """Find the folder that this process imports a package from, if any; imports nothing."""
     spec = find_spec(package)
     places = list(spec.submodule_search_locations or ()) if spec else []
     return Path(places[0]) if places else None
@@ -91,7 +91,7 @@ def find_package(package: str) -> Path | None:
 
 @cache
 def fingerprint_code() -> str:
-    """SHA-256 over the sources of the packages as this process finds them."""
+    """Compute the SHA-256 over the sources of the packages as this process finds them."""
     total = hashlib.sha256()
     for folder in filter(None, map(find_package, PACKAGES)):
         for path in sorted(folder.rglob("*.py")):
@@ -101,5 +101,5 @@ def fingerprint_code() -> str:
 
 
 def check_machine(site_files: Sequence[str]) -> tuple[str, list[str]]:
-    """From one machine of the cluster: whose code it imports, and site files it cannot read."""
+    """Tell, on one machine of a cluster, its code's fingerprint and the files it cannot read."""
     return fingerprint_code(), [file for file in site_files if not os.access(file, os.R_OK)]

@@ -45,13 +45,13 @@ class Workers:
         self._workers: list[_Worker] = []
 
     def prepare(self, site_files: Sequence[Path], study: Study) -> None:
-        """Every image decoded, and through the frozen layers; the first error ends it."""
+        """Decode every image and run it through the frozen layers; the first error ends it."""
         shared = self._shared(site_files)
         jobs = [[(InProcess.prepare, [path], study) for path in own] for own in shared]
         self._do(jobs, "Start again; prepared images are kept")
 
     def run(self, site_files: Sequence[Path], folder: Path) -> None:
-        """From the last finished round on; the server works in this process."""
+        """Run from the last finished round on; the server works in this process."""
         shared = [frozenset(own) for own in self._shared(site_files)]
 
         def carry(messages: Sequence[SiteMessage]) -> Iterator[bytes]:
@@ -85,8 +85,8 @@ class Workers:
         """Results as they come: every worker does its own jobs, one after the other.
 
         Args:
-          jobs: Of each worker.
-          go_on: What to do if one is killed.
+          jobs: The jobs of each worker.
+          go_on: The remedy if a worker is killed.
         """
         try:
             yield from _all_done(dict(zip(self._workers, map(iter, jobs), strict=False)))
@@ -122,7 +122,7 @@ class _Worker:
             raise _KilledError from None
 
     def hear(self) -> Any:
-        """What it says next: a log record, an error, or a result."""
+        """Receive the next message: a log record, an error, or a result."""
         try:
             return self.line.recv()
         except (EOFError, ConnectionError):
@@ -160,7 +160,7 @@ def _all_done(jobs: dict[_Worker, Iterator[Job]]) -> Iterator[Any]:
 
 
 def _log(record: logging.LogRecord) -> None:
-    """As if it had been logged in this process."""
+    """Log a record as if it had been made in this process."""
     logger = logging.getLogger(record.name)
     if logger.isEnabledFor(record.levelno):
         logger.handle(record)
@@ -168,7 +168,7 @@ def _log(record: logging.LogRecord) -> None:
 
 @contextmanager
 def _deaf() -> Iterator[None]:
-    """Processes started meanwhile never hear Ctrl-C: this one does, and ends them."""
+    """Keep Ctrl-C from processes that start meanwhile: this one hears it, and ends them."""
     resource_tracker.ensure_running()  # which would unblock it
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
@@ -215,7 +215,7 @@ class _Told(logging.Handler):
 
 
 def _leave_with_parent() -> None:
-    """Nobody is left to work for once the process that started this one has gone."""
+    """End this process when the process that started it has gone."""
     if parent := parent_process():
         wait([parent.sentinel])
         os._exit(1)

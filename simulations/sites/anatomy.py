@@ -133,12 +133,12 @@ class Chest:
 
 
 Finding = Callable[[Chest, Traits], Array]
-"""What a finding adds to the attenuation of the chests it is in, given its LESION traits."""
+"""A finding adds to the attenuation of the chests it is in, given its LESION traits."""
 
 
 @dataclass(frozen=True)
 class Scanner:
-    """How attenuation becomes a film. Each number may also be an array [n, 1, 1]."""
+    """A scanner makes films of attenuation. Each number may also be an array [n, 1, 1]."""
 
     blur: float | Array = 0.6
     """Standard deviation of the point spread, in pixels."""

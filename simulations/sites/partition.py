@@ -68,14 +68,14 @@ def _shared(members: int, shares: NDArray[np.float64]) -> Numbers:
 
 @dataclass(frozen=True)
 class Partition:
-    """How a pool becomes sites: a rule and its one number."""
+    """The way in which a pool becomes sites: a rule and its one number."""
 
     rule: Callable[[Numbers, int, float, np.random.Generator], Numbers]
     amount: float = 0.0
 
 
 def parse_partition(spec: str) -> Partition:
-    """The partition a word such as `dirichlet:0.3` asks for.
+    """Parse the partition that a word such as `dirichlet:0.3` asks for.
 
     Raises:
       StudyError: no such word, or a number it cannot take.
@@ -97,7 +97,7 @@ def parse_partition(spec: str) -> Partition:
 
 
 def label_patients(records: Iterable[Record]) -> dict[str, int]:
-    """Each patient's most frequent label; of equals the lowest."""
+    """Label each patient by its most frequent label; of equals the lowest."""
     counts: dict[str, Counter[int]] = {}
     for record in records:
         counts.setdefault(record.patient, Counter())[record.label] += 1
@@ -108,7 +108,7 @@ def label_patients(records: Iterable[Record]) -> dict[str, int]:
 
 
 def cut_patients(labels: Mapping[str, int], sites: int, spec: str, seed: int) -> list[list[str]]:
-    """Every patient to exactly one of `sites` sites, none of them empty.
+    """Give every patient to exactly one of `sites` sites, none of them empty.
 
     Args:
       labels: each patient's label, see `label_patients`.

@@ -33,14 +33,14 @@ EDITION = 1
 """Raised whenever the films change, so that older folders are not taken for these."""
 
 RECIPE = "phantom.json"
-"""Beside each manifest: what it was drawn from."""
+"""The file beside each manifest that says from which numbers it was drawn."""
 
 MOST_IMAGES = 9
 """Images of one patient: 1 to this many."""
 
 
 def clear(chest: Chest, lesion: Traits) -> Array:
-    """Nothing to find."""
+    """A chest without a finding."""
     return np.zeros_like(chest.u)
 
 
@@ -82,7 +82,7 @@ class PhantomHospital:
 
     name: str
     share: float
-    """Of all patients."""
+    """The share of all patients."""
     mix: tuple[float, ...]
     """Share of each class among its patients."""
     scanner: Scanner

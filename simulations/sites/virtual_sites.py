@@ -39,12 +39,12 @@ _RULE = "letters, digits, . _ -, starting with a letter or digit, at most 64"
 
 @dataclass(frozen=True, kw_only=True)
 class VirtualSite:
-    """What a simulation knows of one virtual hospital before it has files."""
+    """A virtual hospital, as a simulation knows it before it has files."""
 
     name: str
     data: Data
     patients: tuple[str, ...] | None = None
-    """Only these patients, where a data set is cut into hospitals."""
+    """The hospital's patients, where a data set is cut into hospitals."""
     site: Site | None = None
     """The folder's own site file, if it has one: its role, policy and ways to compute count."""
     evaluates_only: bool = False
@@ -62,10 +62,10 @@ class PlannedSite:
     """A virtual hospital whose patients have their parts.
 
     Attributes:
-      hospital: Which one.
-      secret: What keys its holdout, from the study's seed.
-      images: How many of each class, by part.
-      training: How many patients train.
+      hospital: The virtual hospital.
+      secret: The secret that keys its holdout, from the study's seed.
+      images: The number of images of each class, by part.
+      training: The number of patients that train.
     """
 
     hospital: VirtualSite
@@ -75,7 +75,7 @@ class PlannedSite:
 
 
 def find_site(path: Path, *, evaluates_only: bool = False) -> VirtualSite:
-    """A hospital from a folder of images, or from a folder that holds a `site.yaml`."""
+    """Find the hospital in a folder of images, or in a folder that holds a `site.yaml`."""
     own = path / "site.yaml" if path.is_dir() else path
     if own.suffix == ".yaml" and own.is_file():
         site = Site.read(own)
@@ -91,7 +91,7 @@ def find_site(path: Path, *, evaluates_only: bool = False) -> VirtualSite:
 
 
 def cut_pool(path: Path, study: Study, *, spec: str, sites: int) -> list[VirtualSite]:
-    """One data set cut into `sites` hospitals by patient; see `simulations.sites.partition`."""
+    """Cut one data set into `sites` hospitals by patient; see `simulations.sites.partition`."""
     data = guess(path.resolve())
     records = data.records(study.classes)
     labels = partition.label_patients(records)
@@ -104,7 +104,7 @@ def cut_pool(path: Path, study: Study, *, spec: str, sites: int) -> list[Virtual
 
 
 def describe_sites(hospitals: Sequence[VirtualSite]) -> dict[str, Any]:
-    """Who takes part, by name, as far as it decides what a run gives: data, patients, role."""
+    """Describe the hospitals by name, as far as it decides the results of a run."""
     return {
         hospital.name: {
             "data": hospital.data.model_dump(mode="json", exclude_none=True),
@@ -116,7 +116,7 @@ def describe_sites(hospitals: Sequence[VirtualSite]) -> dict[str, Any]:
 
 
 def plan_sites(hospitals: Sequence[VirtualSite], study: Study) -> list[PlannedSite]:
-    """Who trains, validates and tests at each hospital, before any file is written.
+    """Plan who trains, validates and tests at each hospital, before any file is written.
 
     The records of each data set are listed once, unless they are listed already.
 
@@ -169,7 +169,7 @@ def write_sites(planned: Sequence[PlannedSite], study: Study, run: Path, cache: 
 
 
 def find_site_files(run: Path) -> list[Path]:
-    """The site files of a run that began before."""
+    """Find the site files of a run that began before."""
     found = sorted(run.glob("sites/*/site.yaml"), key=lambda path: path.parent.name)
     if not found:
         raise RunError(run, expected="a simulated run", got="no sites/ in it")
@@ -177,7 +177,7 @@ def find_site_files(run: Path) -> list[Path]:
 
 
 def read_spending(site_files: Sequence[Path]) -> dict[str, float]:
-    """ε that the ledger of each site adds up to, by name."""
+    """Read the ε that the ledger of each site adds up to, by name."""
     sites = [Site.read(path) for path in site_files]
     return {site.name: Spending.of(read(site.state)).total() for site in sites}
 
@@ -214,7 +214,7 @@ def _write(plan: PlannedSite, study: Study, folder: Path, cache: Path) -> Path:
 
 
 def prepare_sites(site_files: Sequence[Path], study: Study, runtime: Runtime) -> None:
-    """Open every hospital's session, so that what is wrong with its data is said here and now.
+    """Open every hospital's session, so that an error in its data is said here and now.
 
     A hospital whose policy refuses the study is left to refuse it at join.
     """
@@ -227,7 +227,9 @@ def prepare_sites(site_files: Sequence[Path], study: Study, runtime: Runtime) ->
 
 
 def choose_sites(planned: Sequence[PlannedSite], study: Study) -> list[PlannedSite]:
-    """The hospitals that can take part; one cut from a pool with nothing to train on is left out.
+    """Choose the hospitals that can take part.
+
+    A hospital that was cut from a pool, and has nothing to train on, is left out.
 
     Raises:
       DataError: another hospital has nothing to train on.

@@ -1,4 +1,4 @@
-"""What a backbone's features look like on public images: the mean a study may subtract."""
+"""The mean of a backbone's features on public images, which a study may subtract."""
 
 import json
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ def write_feature_mean(study: Study, folder: Path, out: Path) -> int:
     """Write to `out` the mean of `study`'s pooled features over all images in `folder`.
 
     Returns:
-      How many images it is the mean of; those that cannot be read are named and left out.
+      The number of images behind the mean; those that cannot be read are named and left out.
 
     Raises:
       DataError: no readable image.

@@ -19,14 +19,14 @@ def plot_comparison(
     *,
     spread: str = "95 % interval",
 ) -> None:
-    """One metric by site and way of training: dots with their 95 % intervals.
+    """Plot one metric by site and way of training: dots with their 95 % intervals.
 
     Args:
       results: way of training ("local", "federated", "pooled", …; at most six) → site (None for
         overall, if there is one) → estimate, None where it is undefined.
       metric: its name in METRICS, or in words.
       path: the PNG to write.
-      spread: what `low` and `high` of the estimates are.
+      spread: the meaning of `low` and `high` of the estimates, in words.
     """
     found = dict.fromkeys(site for by_site in results.values() for site in by_site)
     rows = sorted(found, key=lambda site: site is not None)
@@ -53,7 +53,7 @@ def plot_comparison(
 def plot_privacy_utility(
     results: Mapping[str, Mapping[float | None, Estimate | None]], path: Path
 ) -> None:
-    """What each ε costs: a line for each figure, with 95 % intervals.
+    """Plot the cost of each ε: a line for each figure, with 95 % intervals.
 
     Args:
       results: figure → ε (None without privacy) → estimate, None where it is undefined.
@@ -88,13 +88,13 @@ def plot_sweep(
     keys: str,
     chosen: str | None,
 ) -> None:
-    """Validation score by setting: a dot for each seed, a diamond for their mean.
+    """Plot the validation score by setting: a dot for each seed, a diamond for their mean.
 
     Args:
       scores: setting → score of each seed, None where it was not disclosed.
       metric: its name in METRICS.
       path: the PNG to write.
-      keys: what the settings are values of.
+      keys: the keys of the study whose values the settings are.
       chosen: the best setting.
     """
 

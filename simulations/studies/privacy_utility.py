@@ -1,4 +1,4 @@
-"""What privacy costs: one study at several ε and without, on the same holdouts."""
+"""The cost of privacy: one study at several ε and without, on the same holdouts."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -35,19 +35,19 @@ def compare_epsilons(
     cache: Path,
     engine: Engine,
 ) -> None:
-    """Run the study at each ε, on each seed; print and draw what the released models are worth.
+    """Run the study at each ε, on each seed; print and plot the results of the released models.
 
     Runs that are there already are only read, so that an interrupted series goes on.
 
     Args:
-      study: With privacy; everything but ε is the same in all runs.
-      source: Of the hospitals.
+      study: A study with privacy; everything but ε is the same in all runs.
+      source: The source of the hospitals.
       folder: One folder in it for each ε, and in that one for each seed.
       epsilons: None is the study without privacy.
       seeds: Each draws another holdout.
       of: A class whose own AUROC is wanted as well.
-      cache: Of prepared images.
-      engine: Where the hospitals compute.
+      cache: The folder of prepared images.
+      engine: The engine in which the hospitals compute.
 
     Raises:
       StudyError: the study is not private, or has no such class.
@@ -66,7 +66,7 @@ def compare_epsilons(
 
 
 def _figures(study: Study, of: str | None) -> dict[str, Figure]:
-    """What is measured, by name: on the test images of all sites together."""
+    """The figures to measure, by name, on the test images of all sites together."""
     shown = ("balanced_accuracy", "auroc")
     found: dict[str, Figure] = {METRICS[name].label: partial(value, name=name) for name in shown}
     if of is not None:

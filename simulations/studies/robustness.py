@@ -1,4 +1,4 @@
-"""Which strategies hold when some hospitals attack: each strategy, with and without the attacks."""
+"""The robustness of strategies when some hospitals attack: each with and without the attacks."""
 
 import json
 from collections.abc import Sequence
@@ -34,19 +34,19 @@ def compare_strategies(
     seeds: Sequence[int],
     cache: Path,
 ) -> None:
-    """Run the study by each strategy, with each attack; print and draw what the models are worth.
+    """Run the study by each strategy, with each attack; print and plot the results.
 
     Models are tested on the test patients of the hospitals that never attack, the same in all runs
     of a seed. Runs that are there already are only read, so that an interrupted series goes on.
 
     Args:
       study: Its strategy is replaced by each of those, in turn.
-      source: Of the hospitals.
+      source: The source of the hospitals.
       folder: One folder in it for each strategy, one in that for each attack, one in that a seed.
-      attacks: Who attacks, and how.
-      strategies: By name.
+      attacks: The hospitals that attack, and their ways.
+      strategies: The names of the strategies.
       seeds: Each draws another holdout, and other hospitals where a pool is cut.
-      cache: Of prepared images.
+      cache: The folder of prepared images.
 
     Raises:
       StudyError: no such strategy or hospital, or too small a quorum.

@@ -22,12 +22,12 @@ from simulations.studies import baselines, summary
 
 _MOST_SITES_SHOWN = 40
 _ROSTER = "sites/virtual_sites.json"
-"""In a run: the hospitals it began with, so that none is taken for another's."""
+"""The file of a run with the hospitals it began with, so that none is taken for another."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Where virtual hospitals come from: folders, or one pool to cut."""
+    """The source of virtual hospitals: folders, or one pool to cut."""
 
     folders: tuple[Path, ...] = ()
     evaluators: tuple[Path, ...] = ()
@@ -41,7 +41,7 @@ class Source:
         return bool(self.folders or self.evaluators or self.pool)
 
     def list_hospitals(self, study: Study) -> list[VirtualSite]:
-        """The hospitals; raises `StudyError` where the options name none."""
+        """List the hospitals; raises `StudyError` where the options name none."""
         if bool(self.folders) == (self.pool is not None):
             expected, got = "--site folders or one --pool", "both" if self.folders else "neither"
             raise StudyError("hospitals", expected=expected, got=got)
@@ -93,11 +93,11 @@ def run_series(
 
     Args:
       studies: Alike but for their seeds.
-      source: Of the virtual_sites.
+      source: The source of the hospitals.
       folder: One folder in it for each seed.
-      cache: Of prepared images.
-      engine: Where the hospitals compute.
-      title: What tells these runs from others.
+      cache: The folder of prepared images.
+      engine: The engine in which the hospitals compute.
+      title: The words that tell these runs from others.
       compare: Whether to train locally and pooled as well.
       results: Whether to show each run's test figures.
 
@@ -132,7 +132,7 @@ def _complete(study: Study, source: Source, path: Path, cache: Path, engine: Eng
 
 
 def open_run(study: Study, source: Source, path: Path) -> RunFolder:
-    """A run that is there already; raises `RunError` if it is of another study or virtual_sites."""
+    """Open a run that is there; raises `RunError` if it is of another study or other hospitals."""
     run = RunFolder.resume(path, study)
     named, there = virtual_sites.describe_sites(source.list_hospitals(study)), path / _ROSTER
     known = json.loads(there.read_text(encoding="utf-8")) if there.exists() else {}
@@ -178,9 +178,9 @@ def resume_run(folder: Path, study: Study | None, engine: Engine, *, compare: bo
     """Go on with an interrupted run; a finished one only shows its results again.
 
     Args:
-      folder: Of the run.
-      study: That it should be of, if anything was said about it.
-      engine: Where the hospitals compute.
+      folder: The folder of the run.
+      study: The study that it should be of, if anything was said about it.
+      engine: The engine in which the hospitals compute.
       compare: Whether to train locally and pooled as well.
     """
     run = RunFolder.resume(folder, study)
@@ -201,7 +201,7 @@ def _go_on(run: RunFolder, engine: Engine) -> None:
 
 
 def check_study(study_file: Path, source: Source, changes: tuple[str, ...]) -> None:
-    """Everything that can be known without decoding an image."""
+    """Check everything that can be known without decoding an image."""
     study = Study.read(study_file, changes)
     check_start(study)
     if source.named:
@@ -210,11 +210,11 @@ def check_study(study_file: Path, source: Source, changes: tuple[str, ...]) -> N
 
 
 def check_hospitals(study: Study, found: Sequence[VirtualSite]) -> list[PlannedSite]:
-    """The hospitals that can take part, after everything is checked that needs no image decoded.
+    """Choose the hospitals that can take part, and check all that needs no image decoded.
 
     Args:
-      study: To take part in; see `check_start`.
-      found: All that were named; how many images each has is printed.
+      study: The study to take part in; see `check_start`.
+      found: All hospitals that were named; the number of images of each is printed.
 
     Raises:
       ConsiliumError: the hospitals' data cannot be used as they are.

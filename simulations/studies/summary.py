@@ -1,4 +1,4 @@
-"""What several runs, or several ways of training, say together: tables and plots."""
+"""Tables and plots of several runs, or of several ways of training, together."""
 
 import json
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ _MOST_SITES_DRAWN = 20
 
 
 def plot_results(study: Study, results: Results, path: Path) -> None:
-    """Each way of training by site, with bootstrap intervals."""
+    """Plot each way of training by site, with bootstrap intervals."""
     name, together = study.select, unite_sites(results, len(study.classes))
     estimates: dict[str, dict[str | None, Estimate | None]] = {}
     for way, sites in results.items():
@@ -33,7 +33,7 @@ def plot_results(study: Study, results: Results, path: Path) -> None:
 
 
 def summarise_seeds(folder: Path, seeds: Sequence[int]) -> None:
-    """Mean ± sd over seeds of the overall figures, and what federating gained, paired by seed."""
+    """Print mean ± sd over seeds of the overall figures, and the gain of federating, by seed."""
     study = RunFolder(folder / f"seed-{seeds[0]}").study
     classes = len(study.classes)
     loaded = [read_results(folder / f"seed-{seed}", classes) for seed in seeds]
@@ -98,7 +98,7 @@ def _plot_seeds(study: Study, runs: Sequence[Results], path: Path) -> None:
 
 
 def format_mean_sd(values: Sequence[float | None]) -> str:
-    """Mean ± standard deviation of the figures that are defined; a dash without any."""
+    """Format mean ± standard deviation of the figures that are defined; a dash without any."""
     known = [v for v in values if v is not None]
     if not known:
         return "–"
@@ -107,7 +107,7 @@ def format_mean_sd(values: Sequence[float | None]) -> str:
 
 
 def format_gain(values: Sequence[float | None], base: Sequence[float | None] | None) -> str:
-    """Mean of the figures, and how far it is from that of `base`, paired, with 95 % interval."""
+    """Format the mean of figures, and its paired difference to `base` with a 95 % interval."""
     known = [figure for figure in values if figure is not None]
     text = f"{mean(known):.3f}" if known else "–"
     gain = difference(values, base) if base else None

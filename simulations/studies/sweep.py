@@ -37,7 +37,7 @@ class Setting:
     """One choice of values: the study on each seed, and the folder of its runs."""
 
     values: dict[str, str]
-    """Those that differ between settings, by key, as they were given."""
+    """The values that differ between settings, by key, as they were given."""
     studies: tuple[Study, ...]
     folder: Path
 
@@ -49,7 +49,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Tried:
-    """What the released models of one setting are worth, on each seed."""
+    """The figures of the released models of one setting, on each seed."""
 
     scores: list[float | None]
     """The study's `select` on validation patients; None where it was not disclosed."""
@@ -72,19 +72,19 @@ def run_sweep(
     cache: Path,
     engine: Engine,
 ) -> None:
-    """Run a study at every combination of values, on each seed; print and draw which does best.
+    """Run a study at every combination of values, on each seed; print and plot which does best.
 
     Runs that are there already are only read, so that the same command goes on, and more values or
     seeds add to it.
 
     Args:
       study_file: The study.
-      source: Of the hospitals.
+      source: The source of the hospitals.
       folder: One folder in it for each setting, and in that one for each seed.
       changes: `key=value` or `key=value,value,…`.
       seeds: Each draws another holdout.
-      cache: Of prepared images.
-      engine: Where the hospitals compute.
+      cache: The folder of prepared images.
+      engine: The engine in which the hospitals compute.
 
     Raises:
       StudyError: a setting cannot be run, or there is only one; nothing has run yet.
@@ -113,7 +113,7 @@ def run_sweep(
 def plan_settings(
     study_file: Path, changes: Sequence[str], seeds: Sequence[int], folder: Path
 ) -> list[Setting]:
-    """Every combination of values, those equal in meaning once; by number, if one number differs.
+    """Plan every combination of values, those of equal meaning once; sorted if one number differs.
 
     Raises:
       StudyError: a change or seed is wrong, or nothing differs.
@@ -247,7 +247,7 @@ def _scores(tried: dict[Setting, Tried], chosen: Setting | None, select: str) ->
 
 
 def _lead(tried: dict[Setting, Tried], chosen: Setting, select: str) -> str:
-    """How far the chosen setting is from the next best: by less than seeds tell apart?"""
+    """Say how far the chosen setting is from the next best, with an interval over seeds."""
     next_best: Setting | None = None
     for setting, found in tried.items():
         score = tried[next_best].score if next_best else None
