@@ -24,7 +24,7 @@ from common.errors import (
 )
 from common.flower.messages import (
     ClientAppCallable,
-    error_reply,
+    make_error_reply,
     record_from_bytes,
     record_to_bytes,
 )
@@ -58,10 +58,10 @@ def boundary(message: Message, context: Context, work: ClientAppCallable) -> Mes
         return work(message, context)
     except ConsiliumError as ex:
         log.error("%s: %s", context.node_config.get("site"), ex)
-        return error_reply(message, ex.code)
+        return make_error_reply(message, ex.code)
     except Exception:
         log.exception("an error nobody foresaw")
-        return error_reply(message, ConsiliumError.code)
+        return make_error_reply(message, ConsiliumError.code)
 
 
 class Handlers:

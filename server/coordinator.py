@@ -9,7 +9,7 @@ from flwr.serverapp import Grid
 from common.config.study import Study
 from common.errors import RunError
 from common.support.terminal import console, table
-from server.link.grid import connected
+from server.link.grid import open_grid
 from server.reports.progress import Joined, Reporter
 from server.reports.tables import show_results
 from server.rounds.loop import Run
@@ -45,7 +45,7 @@ def run_study(run: RunFolder, database: Path, *, wait: float) -> None:
     Raises:
       RunError: too few sites, or too few that can take part; the run can be resumed.
     """
-    with run.locked(), connected(database) as grid:
+    with run.locked(), open_grid(database) as grid:
         run.write("process", str(os.getpid()), durable=False)
         try:
             _await(grid, run.study.aggregate.quorum, wait)

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 
 import uvicorn
 
-from server.link.serve import listen, server
+from server.link.serve import make_server, open_socket
 from server.project.project import Project
 
 
@@ -55,8 +55,8 @@ def another(work: Callable[[], object]) -> Iterator[None]:
 @contextmanager
 def link_up(project: Project, port: int | None = None) -> Iterator[int]:
     """The link of a project in a thread of this process, at its port or another; that port."""
-    link: uvicorn.Server = server(project)
-    listening = listen("127.0.0.1", project.settings.port if port is None else port)
+    link: uvicorn.Server = make_server(project)
+    listening = open_socket("127.0.0.1", project.settings.port if port is None else port)
     thread = threading.Thread(target=link.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     try:

@@ -25,7 +25,7 @@ from common.errors import (
     RefusedError,
     SiteError,
 )
-from common.flower.compat import RELEASE, same_release
+from common.flower.compat import RELEASE, is_same_release
 from common.model import backbones
 from common.model.contract import Versions
 from common.model.images import Preprocess
@@ -198,7 +198,7 @@ def _connection(site: Site) -> Iterator[Finding]:
     if connect is not None:
         yield _try("key", lambda: _key(connect))[1]
         yield _try("ca", lambda: _authority(connect))[1]
-    fleet, finding = _try("server", lambda: Fleet.of(site))
+    fleet, finding = _try("server", lambda: Fleet.from_site(site))
     if fleet is None:
         yield finding
         return
@@ -222,7 +222,7 @@ def _key(connect: Connect) -> str:
 
 
 def _authority(connect: Connect) -> str:
-    return f"{connect.ca}, fingerprint {keys.fingerprint(tls.authority(connect.ca))}"
+    return f"{connect.ca}, fingerprint {keys.fingerprint(tls.read_authority(connect.ca))}"
 
 
 def _server(heard: Heard, trouble: LinkError | None) -> Iterator[Finding]:
@@ -233,7 +233,7 @@ def _server(heard: Heard, trouble: LinkError | None) -> Iterator[Finding]:
     on_time = trouble is None or -BEHIND < ahead < AHEAD
     apart = f"{ahead:+.0f} s here" if abs(ahead) >= _CLOSE else "both agree"
     yield Finding("clocks", on_time, apart if on_time else str(trouble))
-    same = theirs is None or same_release(theirs)
+    same = theirs is None or is_same_release(theirs)
     text = f"Consilium {theirs or 'of an untold release'}"
     text += "" if same else f", and {RELEASE} here: install the same on both sides"
     yield Finding("its release", same, text)

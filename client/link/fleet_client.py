@@ -99,7 +99,7 @@ class Envelope(NamedTuple):
         return bytes(whole.SerializeToString())
 
     @classmethod
-    def of(cls, data: bytes) -> "Envelope":
+    def from_bytes(cls, data: bytes) -> "Envelope":
         """From what was kept; raises `ValueError` if it is damaged."""
         try:
             whole = PullMessagesResponse.FromString(data)
@@ -139,12 +139,12 @@ class Fleet:
         self.server, self._ca = server, ca
         self._public = keys.pem(key.public_key())
         self.heard: Heard | None = None
-        self._client = open_client(server, key, tls.trusting(ca), _introduce, self._hear)
+        self._client = open_client(server, key, tls.make_context(ca), _introduce, self._hear)
         self._pool = ThreadPoolExecutor(_AT_ONCE)
         self._node = Node()
 
     @classmethod
-    def of(cls, site: Site) -> "Fleet":
+    def from_site(cls, site: Site) -> "Fleet":
         """The connection that a site file describes; nothing is sent yet.
 
         Raises:
@@ -215,7 +215,7 @@ class Fleet:
         if not answer.messages_list:
             return None
         try:
-            return Envelope.of(answer.SerializeToString())
+            return Envelope.from_bytes(answer.SerializeToString())
         except ValueError:
             raise LinkError(f"{self.server}: a message that cannot be read") from None
 
@@ -308,7 +308,7 @@ class Fleet:
     def _hear(self, response: httpx.Response) -> None:
         self.heard = Heard(
             ahead=_ahead(response.headers.get("date", "")),
-            until=tls.expiry(response),
+            until=tls.read_expiry(response),
             release=response.headers.get(RELEASE_HEADER),
         )
 
@@ -318,7 +318,7 @@ class Fleet:
         except httpx.HTTPStatusError as ex:
             raise self._refused(ex.response) from None
         except httpx.RequestError as ex:
-            raise tls.explained(ex, self.server, self._ca) from None
+            raise tls.explain_failure(ex, self.server, self._ca) from None
         except ValueError:
             raise LinkError(f"{self.server}: what answered is no coordinator") from None
 

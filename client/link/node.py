@@ -21,8 +21,8 @@ from client.runtime import Runtime
 from client.site import Site
 from common.config.study import Study
 from common.errors import ConsiliumError, ContractError, LinkError
-from common.flower.compat import RELEASE, same_release
-from common.flower.messages import error_reply
+from common.flower.compat import RELEASE, is_same_release
+from common.flower.messages import make_error_reply
 from common.protocol.backbone import BACKBONE
 from common.protocol.join import JoinRequest
 from common.protocol.ledger import LEDGER
@@ -63,7 +63,7 @@ class Node:
 
     def __init__(self, site_file: Path, stop: threading.Event) -> None:
         site = Site.read(site_file)
-        self._fleet = Fleet.of(site)
+        self._fleet = Fleet.from_site(site)
         runtime = Runtime()
         runtime.open_site(site)  # keeps every other process out as long as this one lives
         self._app = make_app(runtime)
@@ -186,14 +186,14 @@ class Node:
         """No to whatever another release asks for, before anything of it is fetched."""
         try:
             theirs = self._fleet.read_release(envelope)
-            if not same_release(theirs):
+            if not is_same_release(theirs):
                 expected, got = f"release {RELEASE}, as here", theirs or "none"
                 remedy = "Both sides must install the same release."
                 where = f"the coordinator at {self._fleet.server}"
                 raise ContractError(where, expected=expected, got=got, remedy=remedy)
         except ContractError as ex:
             log.error("refused: %s", ex)
-            return error_reply(envelope.empty, ex.code)
+            return make_error_reply(envelope.empty, ex.code)
         return None
 
     def _work(self, envelope: Envelope) -> Message | None:
@@ -209,10 +209,10 @@ class Node:
             raise
         except ContractError as ex:
             log.error("%s", ex)
-            return error_reply(envelope.empty, ex.code)
+            return make_error_reply(envelope.empty, ex.code)
         except Exception:  # the app answers every failure itself; this is what it cannot
             log.exception("the app failed")
-            return error_reply(envelope.empty, ConsiliumError.code)
+            return make_error_reply(envelope.empty, ConsiliumError.code)
 
     def _introduce(self, message: Message) -> None:
         """Know what is asked, for the log."""

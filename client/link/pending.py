@@ -31,7 +31,7 @@ class PendingMessage:
         self._envelope, self._reply = folder / "letter", folder / "reply"
         for torn in folder.glob(".*.part"):  # of a node that was killed while it wrote
             torn.unlink()
-        self.envelope = _read(self._envelope, Envelope.of)
+        self.envelope = _read(self._envelope, Envelope.from_bytes)
         self.reply = _read(self._reply, _message)
         asked = self.reply.metadata.reply_to_message_id if self.reply else ""
         if self.envelope is None or asked != self.envelope.identity:

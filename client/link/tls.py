@@ -21,28 +21,28 @@ _CERTIFICATE = {
 _ANOTHER = "Ask the coordinator for ca.crt; compare fingerprints by telephone: this may be another."
 
 
-def authority(ca: Path) -> x509.Certificate:
+def read_authority(ca: Path) -> x509.Certificate:
     """The coordinator's own, in the file he gave out; raises `LinkError` if it holds none."""
     remedy = "Ask the coordinator for ca.crt."
     return keys.read_certificate(ca, "the coordinator's certificate, PEM", remedy)
 
 
-def trusting(ca: Path) -> ssl.SSLContext:
-    """TLS that trusts one authority, and none of the system's; raises as `authority` does."""
-    authority(ca)
+def make_context(ca: Path) -> ssl.SSLContext:
+    """TLS that trusts one authority, and none of the system's; raises as `read_authority` does."""
+    read_authority(ca)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.load_verify_locations(cafile=ca)
     return context
 
 
-def expiry(response: httpx.Response) -> datetime:
+def read_expiry(response: httpx.Response) -> datetime:
     """When the certificate expires of the server that answers, while it does."""
     stream = response.extensions["network_stream"]
     certificate = stream.get_extra_info("ssl_object").getpeercert()
     return datetime.fromtimestamp(ssl.cert_time_to_seconds(certificate["notAfter"]), UTC)
 
 
-def explained(failure: httpx.RequestError, server: str, ca: Path) -> LinkError:
+def explain_failure(failure: httpx.RequestError, server: str, ca: Path) -> LinkError:
     """What it means that there was no answer.
 
     Args:

@@ -20,7 +20,7 @@ RELEASE_HEADER = "consilium-release"
 
 
 @contextmanager
-def pinned() -> Iterator[None]:
+def require_flwr() -> Iterator[None]:
     """Around imports of private names of flwr: what lacks one is a wrong flwr, in fixed words."""
     installed = "none"
     try:
@@ -35,6 +35,6 @@ def pinned() -> Iterator[None]:
         raise ImportError(text) from None
 
 
-def same_release(theirs: str) -> bool:
+def is_same_release(theirs: str) -> bool:
     """Whether a release of Consilium and this one understand each other."""
     return theirs.split(".")[:2] == RELEASE.split(".")[:2]

@@ -17,9 +17,9 @@ from typing import cast
 from filelock import FileLock
 from sqlalchemy import select, update
 
-from common.flower.compat import pinned
+from common.flower.compat import require_flwr
 
-with pinned():
+with require_flwr():
     from flwr.common.constant import NOOP_FLWR_AID
     from flwr.server.superlink.linkstate import LinkState, LinkStateFactory, SqlLinkState
     from flwr.supercore import sql_mixin

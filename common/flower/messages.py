@@ -20,9 +20,9 @@ import logging
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from common.flower.compat import pinned
+from common.flower.compat import require_flwr
 
-with pinned():
+with require_flwr():
     from flwr.app import Error, Message, RecordDict
     from flwr.app.message import remove_content_from_message
     from flwr.clientapp.typing import ClientAppCallable
@@ -61,9 +61,9 @@ __all__ = [
     "Run",
     "Status",
     "copy_as_sent",
-    "error_reply",
     "identify_task",
     "list_objects",
+    "make_error_reply",
     "mark_lost",
     "message_from_bytes",
     "message_from_proto",
@@ -90,7 +90,7 @@ def name_message(message: Message, name: str) -> None:
     message.metadata.__dict__["_message_id"] = name
 
 
-def error_reply(message: Message, reason: str) -> Message:
+def make_error_reply(message: Message, reason: str) -> Message:
     """A reply that says no, with a public code as its only text."""
     return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
 

@@ -13,10 +13,10 @@
 
 from fastapi import FastAPI, Request
 
-from common.flower.compat import pinned
+from common.flower.compat import require_flwr
 from common.flower.database import LinkStateFactory
 
-with pinned():
+with require_flwr():
     from flwr.common.constant import TRANSPORT_TYPE_GRPC_RERE
     from flwr.proto.fleet_pb2 import (
         ActivateNodeRequest,

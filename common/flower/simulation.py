@@ -5,9 +5,9 @@
 | `run_simulation` | the engine's only way in from a program, though Flower advises against it |
 """
 
-from common.flower.compat import pinned
+from common.flower.compat import require_flwr
 
-with pinned():
+with require_flwr():
     from flwr.simulation import run_simulation
 
 __all__ = ["run_simulation"]

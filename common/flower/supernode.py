@@ -14,9 +14,9 @@ from collections.abc import Callable
 import httpx
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 
-from common.flower.compat import pinned
+from common.flower.compat import require_flwr
 
-with pinned():
+with require_flwr():
     from flwr.proto.fleet_pb2 import (
         ActivateNodeRequest,
         DeactivateNodeRequest,

@@ -150,7 +150,7 @@ def sites(project: Folder = HERE) -> None:
     from server.link.sites import Sites
     from server.project.project import Project
 
-    found = Sites(Project.open(project)).all()
+    found = Sites(Project.open(project)).list_sites()
     if not found:
         console.print(
             "No site is admitted. Begin with: consilium-server admit SITE.pub --name NAME"
@@ -180,7 +180,7 @@ def start(
     from server.link import serve
     from server.project.project import Project
 
-    serve.start(Project.open(project), host, port)
+    serve.serve_hospitals(Project.open(project), host, port)
 
 
 @app.command(epilog="Example: consilium-server status")
@@ -196,7 +196,7 @@ def status(project: Folder = HERE) -> None:
     end = certificates.read_expiry(opened.folder)
     left = (end - datetime.now(UTC)).days
     console.print(f"certificate  until {end:%Y-%m-%d}, {left} days")
-    found = Sites(opened).all()
+    found = Sites(opened).list_sites()
     here = sum(site.connected for site in found)
     console.print(f"sites        {here} of {len(found)} connected")
     if states := opened.list_runs():

@@ -61,7 +61,9 @@ _REMEMBERED = 1000
 """Unknown keys that are logged; more would only fill the log."""
 
 
-def fleet_app(database: Path, note: Callable[[str, str], None] = lambda _, __: None) -> FastAPI:
+def make_fleet_app(
+    database: Path, note: Callable[[str, str], None] = lambda _, __: None
+) -> FastAPI:
     """What hospitals can reach: every request is signed by the key of a site that was admitted.
 
     Args:

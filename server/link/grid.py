@@ -172,7 +172,7 @@ class LinkGrid(OneRunGrid):
 
 
 @contextmanager
-def connected(database: Path) -> Iterator[LinkGrid]:
+def open_grid(database: Path) -> Iterator[LinkGrid]:
     """A grid for one new run, which ends with the block; sites drop what was left of it."""
     state = open_state(database)
     run_id = state.create_run(

@@ -13,7 +13,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from common.errors import LinkError
 from common.flower.compat import RELEASE, RELEASE_HEADER
 from common.support.terminal import log_to
-from server.link.fleet_api import fleet_app
+from server.link.fleet_api import make_fleet_app
 from server.link.sites import Releases
 from server.project import certificates
 from server.project.project import Project
@@ -28,7 +28,7 @@ _GRACE = 10
 """Seconds that requests under way have when the link is stopped."""
 
 
-def start(project: Project, host: str, port: int | None) -> None:
+def serve_hospitals(project: Project, host: str, port: int | None) -> None:
     """Serve hospitals until SIGTERM or Ctrl-C.
 
     Args:
@@ -43,17 +43,17 @@ def start(project: Project, host: str, port: int | None) -> None:
         log_to(project.log)
         for warning in certificates.check_certificate(project.folder, project.settings.hosts):
             log.warning("%s", warning)
-        listening = listen(host, project.settings.port if port is None else port)
+        listening = open_socket(host, project.settings.port if port is None else port)
         at, on = listening.getsockname()[:2]
         log.info("serving hospitals at https://%s:%d", at, on)
-        serving = server(project)
+        serving = make_server(project)
         for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn's own would end in a traceback
             signal.signal(number, serving.handle_exit)
         serving.run(sockets=[listening])
         log.info("stopped")
 
 
-def server(project: Project) -> uvicorn.Server:
+def make_server(project: Project) -> uvicorn.Server:
     """The server of a project, whatever its certificate is worth; `run(sockets=…)` serves."""
 
     def context(config: uvicorn.Config, default: Callable[[], ssl.SSLContext]) -> ssl.SSLContext:
@@ -62,7 +62,7 @@ def server(project: Project) -> uvicorn.Server:
         return made
 
     config = uvicorn.Config(
-        fleet_app(project.database, Releases(project.releases).note),
+        make_fleet_app(project.database, Releases(project.releases).note_release),
         ssl_certfile=project.folder / f"{certificates.SERVER}.crt",
         ssl_keyfile=project.folder / f"{certificates.SERVER}.key",
         ssl_context_factory=context,
@@ -81,7 +81,7 @@ def server(project: Project) -> uvicorn.Server:
     return uvicorn.Server(config)
 
 
-def listen(host: str, port: int) -> socket.socket:
+def open_socket(host: str, port: int) -> socket.socket:
     """A socket that listens; raises `LinkError` if it cannot be had."""
     where, expected = f"{host}:{port}", "a port to listen at"
     try:

@@ -47,7 +47,7 @@ class Releases:
             known = {}
         return known if isinstance(known, dict) else {}
 
-    def note(self, fingerprint: str, release: str) -> None:
+    def note_release(self, fingerprint: str, release: str) -> None:
         """Remember what a site says."""
         if self._known.get(fingerprint) != release:
             self._known[fingerprint] = release
@@ -66,7 +66,7 @@ class Sites:
         self._project = project
         self._state: LinkState = open_state(project.database)
 
-    def all(self) -> list[AdmittedSite]:
+    def list_sites(self) -> list[AdmittedSite]:
         """By name."""
         releases = Releases.read(self._project.releases)
         return sorted(_admitted(info, releases) for info in self._infos())
@@ -78,7 +78,7 @@ class Sites:
           LinkError: the key or the name is admitted already.
         """
         with self._project.locked("admit"):
-            for known in self.all():
+            for known in self.list_sites():
                 if known.fingerprint == keys.fingerprint(key):
                     remedy = f"consilium-server remove {known.name} lets it go."
                     got = f"one that is admitted as {known.name}"
@@ -92,7 +92,7 @@ class Sites:
 
     def remove(self, name: str) -> None:
         """Let a site connect no more, from now on; raises `LinkError` if there is none."""
-        numbers = {known.name: known.number for known in self.all()}
+        numbers = {known.name: known.number for known in self.list_sites()}
         if name not in numbers:
             remedy = did_you_mean(name, numbers) if numbers else "No site is admitted."
             got = repr(name)

@@ -15,8 +15,8 @@ from common.flower.messages import (
     ClientAppCallable,
     Run,
     copy_as_sent,
-    error_reply,
     identify_task,
+    make_error_reply,
     message_from_bytes,
     message_to_bytes,
     name_message,
@@ -134,7 +134,7 @@ def answer_message(app: ClientAppCallable, message: Message, context: Context) -
         return app(message, context)
     except Exception:
         log.exception("%s: the client app failed", context.node_config["site"])
-        return error_reply(message, ConsiliumError.code)
+        return make_error_reply(message, ConsiliumError.code)
 
 
 def _context(site_file: Path, message: Message) -> Context:

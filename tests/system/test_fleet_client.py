@@ -25,7 +25,7 @@ from common.errors import ContractError, LinkError, SiteError
 from common.flower.compat import RELEASE
 from common.flower.messages import message_from_proto, pack_message
 from common.support import keys
-from server.link.grid import LinkGrid, connected
+from server.link.grid import LinkGrid, open_grid
 from server.link.sites import Releases, Sites
 from server.project import certificates
 from server.project.project import Project
@@ -128,7 +128,7 @@ def pulled(fleet: Fleet) -> Envelope:
 
 
 def test_a_message_comes_whole_and_its_reply_arrives(coordinator: Coordinator) -> None:
-    with coordinator.fleet() as fleet, connected(coordinator.project.database) as grid:
+    with coordinator.fleet() as fleet, open_grid(coordinator.project.database) as grid:
         assert fleet.pull_envelope() is None
         (node,) = grid.get_node_ids()
         identity = ask(grid, node, content(3_000_000))  # in parts of 5 MiB
@@ -155,7 +155,7 @@ def test_a_reply_whose_answers_are_lost_is_sent_again_and_counts_once(
     wire = Wire(coordinator.project.settings.port)
     with (
         coordinator.fleet(address=wire.address) as fleet,
-        connected(coordinator.project.database) as grid,
+        open_grid(coordinator.project.database) as grid,
     ):
         (node,) = grid.get_node_ids()
         losses = 0
@@ -181,7 +181,7 @@ def test_a_message_that_was_lost_on_its_way_comes_again(coordinator: Coordinator
     wire = Wire(coordinator.project.settings.port)
     with (
         coordinator.fleet(address=wire.address) as fleet,
-        connected(coordinator.project.database) as grid,
+        open_grid(coordinator.project.database) as grid,
     ):
         (node,) = grid.get_node_ids()
         identity = ask(grid, node, content())
@@ -192,7 +192,7 @@ def test_a_message_that_was_lost_on_its_way_comes_again(coordinator: Coordinator
 
 
 def test_a_message_that_is_still_being_laid_out_is_waited_for(coordinator: Coordinator) -> None:
-    with coordinator.fleet() as fleet, connected(coordinator.project.database) as grid:
+    with coordinator.fleet() as fleet, open_grid(coordinator.project.database) as grid:
         (node,) = grid.get_node_ids()
         packed = pack_message(grid.create_message(content(), "query", node, ""))
         state, run = grid._state, grid.run.run_id
@@ -215,7 +215,7 @@ def test_a_message_that_is_still_being_laid_out_is_waited_for(coordinator: Coord
 
 
 def test_what_is_no_message_is_said_to_be_none(coordinator: Coordinator) -> None:
-    with coordinator.fleet() as fleet, connected(coordinator.project.database) as grid:
+    with coordinator.fleet() as fleet, open_grid(coordinator.project.database) as grid:
         (node,) = grid.get_node_ids()
         packed = pack_message(grid.create_message(content(), "query", node, ""))
         part = packed.tree.children[0]
@@ -231,7 +231,7 @@ def test_what_is_no_message_is_said_to_be_none(coordinator: Coordinator) -> None
 
 
 def test_an_errand_survives_its_process(coordinator: Coordinator, tmp_path: Path) -> None:
-    with coordinator.fleet() as fleet, connected(coordinator.project.database) as grid:
+    with coordinator.fleet() as fleet, open_grid(coordinator.project.database) as grid:
         (node,) = grid.get_node_ids()
         asked = [ask(grid, node, content(n)) for n in (1, 2)]
         envelope = pulled(fleet)
@@ -280,7 +280,7 @@ def test_checking_the_admission_tells_and_changes_nothing(coordinator: Coordinat
     fleet = Fleet(coordinator.address, coordinator.ca, key)
     assert fleet.heard is None
     fleet.check_admitted()
-    assert not next(site for site in coordinator.sites.all() if site.name == name).connected
+    assert not next(site for site in coordinator.sites.list_sites() if site.name == name).connected
     assert fleet.heard is not None
     assert fleet.heard.release == RELEASE
     assert abs(fleet.heard.ahead or 0) < 2
@@ -447,10 +447,10 @@ def test_files_that_cannot_be_used(
     keys.write_private(key, keys.new())
     ca.write_bytes(coordinator.ca.read_bytes())
     site = site_in(tmp_path, {"server": coordinator.address, "ca": "ca.crt", "key": "site.key"})
-    Fleet.of(site).close()
+    Fleet.from_site(site).close()
     spoil(key, ca)
     with pytest.raises(LinkError) as caught:
-        Fleet.of(site)
+        Fleet.from_site(site)
     assert expected in str(caught.value)
 
 
@@ -463,7 +463,7 @@ def site_in(folder: Path, connect: dict[str, str] | None) -> Site:
 
 def test_a_site_file_must_say_where(tmp_path: Path) -> None:
     with pytest.raises(SiteError, match="connect: expected server, ca and key, got nothing"):
-        Fleet.of(site_in(tmp_path, None))
+        Fleet.from_site(site_in(tmp_path, None))
     for server_ in ("localhost", "localhost:0", "localhost:70000", "https://x:1", "a b:1", ":443"):
         with pytest.raises(SiteError, match="expected host:port"):
             site_in(tmp_path, {"server": server_, "ca": "ca.crt", "key": "site.key"})

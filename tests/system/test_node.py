@@ -37,7 +37,7 @@ from common.protocol.tensors import to_arrays
 from common.support import keys
 from server.link import fleet_api as link_module
 from server.link import grid as grid_module
-from server.link.grid import LinkGrid, connected
+from server.link.grid import LinkGrid, open_grid
 from server.link.sites import Sites
 from server.project import certificates
 from server.project.project import Project
@@ -92,7 +92,7 @@ class World:
 
     @property
     def connected(self) -> bool:
-        return self.sites.all()[0].connected
+        return self.sites.list_sites()[0].connected
 
     @contextmanager
     def node(self) -> Iterator[threading.Event]:
@@ -172,7 +172,7 @@ def test_it_answers_with_its_own_app_and_says_so(
 ) -> None:
     caplog.set_level(logging.INFO, "client")
     wanted = study()
-    with world.up(), world.node(), connected(world.project.database) as grid:
+    with world.up(), world.node(), open_grid(world.project.database) as grid:
         joined = JoinReply.read(exchange(grid, "query", join(wanted)).content)
         assert joined.name == "north"
         for number in (1, 2):
@@ -237,7 +237,7 @@ def test_code_that_comes_with_a_run_is_neither_fetched_nor_run(
 @contextmanager
 def _run(world: World, name: str, release: str, fab: str) -> Iterator[LinkGrid]:
     """A run as a coordinator with other software would create it."""
-    with connected(world.project.database) as grid:
+    with open_grid(world.project.database) as grid:
         ours, create = grid.run, grid._state.create_run
         assert (ours.fab_id, ours.fab_version, ours.fab_hash) == (APP, RELEASE, "")
         rest = ({}, NOOP_FEDERATION_ID, None, NOOP_FLWR_AID, TaskType.SERVER_APP)
@@ -259,7 +259,7 @@ def test_it_outlives_its_coordinator_and_its_own_admission(
         until(lambda: "expected an answer, got none" in caplog.text)
         with world.up():
             until(lambda: world.connected)
-            with connected(world.project.database) as grid:
+            with open_grid(world.project.database) as grid:
                 exchange(grid, "query", join(study()))
             world.sites.remove("north")
             until(lambda: "expected a key that the coordinator admitted" in caplog.text)
@@ -267,7 +267,7 @@ def test_it_outlives_its_coordinator_and_its_own_admission(
         world.sites.admit(world.key.public_key(), "north")
         with world.up():
             until(lambda: world.connected)
-            with connected(world.project.database) as grid:
+            with open_grid(world.project.database) as grid:
                 exchange(grid, "query", join(study()))
     assert caplog.text.count("connected to") == 2
 
@@ -301,7 +301,7 @@ def test_killed_at_any_moment_it_answers_once(
 ) -> None:
     """In training; between its reply and the coordinator; and while nobody waits any more."""
     wanted = study(train={"rounds": 9, "local_epochs": 1000, "batch_size": 2})
-    with connected(world.project.database) as grid:
+    with open_grid(world.project.database) as grid:
         with world.up():
             process = world.start(monkeypatch)
             exchange(grid, "query", join(wanted))
@@ -341,7 +341,7 @@ def test_it_answers_before_it_stops_unless_told_twice(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted = study(train={"rounds": 9, "local_epochs": 300, "batch_size": 2})
-    with connected(world.project.database) as grid, world.up():
+    with open_grid(world.project.database) as grid, world.up():
         process = world.start(monkeypatch)
         exchange(grid, "query", join(wanted))
         first = ask(grid, "train", request(wanted, 1))
@@ -369,7 +369,7 @@ def test_a_site_admitted_anew_forgets_what_it_was_asked_before(
 ) -> None:
     """What it then answered would be another site's reply, refused again and again."""
     monkeypatch.setattr(node_module, "_AGAIN", 0.2)
-    with world.up(), connected(world.project.database) as grid, world.node():
+    with world.up(), open_grid(world.project.database) as grid, world.node():
         until(lambda: world.connected)
         wanted = study()
         assert not exchange(grid, "query", join(wanted)).has_error()
@@ -384,7 +384,7 @@ def test_a_site_admitted_anew_forgets_what_it_was_asked_before(
 
 
 def test_a_run_that_was_paused_too_long_says_how_to_go_on(world: World) -> None:
-    with world.up(), connected(world.project.database) as grid, world.node():
+    with world.up(), open_grid(world.project.database) as grid, world.node():
         until(lambda: world.connected)
         grid._state.stop_run(grid._run_id)
         with pytest.raises(RunError, match=r"counts as ended.*run --resume"):
@@ -406,7 +406,7 @@ def test_a_reply_beyond_all_measure_is_left_out(
     monkeypatch.setattr(grid_module, "_MARGIN", 1_000)
     huge = RecordDict({"config": ConfigRecord({"json": "x" * 1_000_000})})
     _answer_all(monkeypatch, huge)
-    with world.up(), connected(world.project.database) as grid, world.node():
+    with world.up(), open_grid(world.project.database) as grid, world.node():
         until(lambda: world.connected)
         assert exchange(grid, "query", join(study())).has_error()
 
@@ -415,7 +415,7 @@ def test_many_parts_are_refused_at_the_door(world: World, monkeypatch: pytest.Mo
     monkeypatch.setattr(link_module, "_MOST_PARTS", 3)
     monkeypatch.setattr(node_module, "_AGAIN", 0.2)
     _answer_all(monkeypatch, RecordDict({f"c{i}": ConfigRecord({"x": i}) for i in range(9)}))
-    with world.up(), connected(world.project.database) as grid, world.node():
+    with world.up(), open_grid(world.project.database) as grid, world.node():
         until(lambda: world.connected)
         asked = ask(grid, "query", join(study()))
         time.sleep(1)

@@ -116,7 +116,7 @@ class Up:
         key = keys.new()
         sites = Sites(self.project)
         sites.admit(key.public_key(), name)
-        return key, next(site.number for site in sites.all() if site.name == name)
+        return key, next(site.number for site in sites.list_sites() if site.name == name)
 
     def signed(self, key: keys.PrivateKey) -> FleetHttpClient:
         """Flower's own client, which sends whatever it is told."""
@@ -323,7 +323,7 @@ def test_a_removed_key_is_out_at_once_and_may_come_back(up: Up) -> None:
 def test_no_key_registers_itself_and_none_speaks_for_another(up: Up) -> None:
     key, number = up.admitted("center")
     _, other = up.admitted("border")
-    before = len(Sites(up.project).all())
+    before = len(Sites(up.project).list_sites())
     with up.signed(key) as client:
         for method, request in (
             (client.PullMessages, PullMessagesRequest(node=Node(node_id=other))),
@@ -340,7 +340,7 @@ def test_no_key_registers_itself_and_none_speaks_for_another(up: Up) -> None:
             with pytest.raises(httpx.HTTPStatusError) as caught:
                 client.PushMessages(forged)
             assert caught.value.response.status_code == 403
-    assert len(Sites(up.project).all()) == before
+    assert len(Sites(up.project).list_sites()) == before
 
 
 def test_a_release_that_a_site_says_is_listed(up: Up) -> None:
@@ -349,7 +349,7 @@ def test_a_release_that_a_site_says_is_listed(up: Up) -> None:
         for said_to_be in ("0.1.0", "<script>"):
             client._client.headers["consilium-release"] = said_to_be
             client.ActivateNode(_activation(key)) if said_to_be == "0.1.0" else _beat(client, up)
-    (site,) = [site for site in Sites(up.project).all() if site.name == "inland"]
+    (site,) = [site for site in Sites(up.project).list_sites() if site.name == "inland"]
     assert site.release == "0.1.0"
 
 
@@ -426,5 +426,5 @@ def _activation(key: keys.PrivateKey) -> ActivateNodeRequest:
 
 
 def _beat(client: FleetHttpClient, up: Up) -> None:
-    (site,) = [site for site in Sites(up.project).all() if site.name == "inland"]
+    (site,) = [site for site in Sites(up.project).list_sites() if site.name == "inland"]
     client.PullMessages(PullMessagesRequest(node=Node(node_id=site.number)))

@@ -216,7 +216,7 @@ def test_all_is_well(command: Command, project: Project, phantoms: Path) -> None
     assert keys.fingerprint(keys.read_public(Path("site.pub"))) in said["key"][1]
     assert f"{certificates.read_expiry(project.folder):%Y-%m-%d}" in said["certificate"][1]
     assert said["its release"][1] == f"Consilium {RELEASE}"
-    assert not Sites(project).all()[0].connected  # a look, no visit
+    assert not Sites(project).list_sites()[0].connected  # a look, no visit
     for row in (phantoms / "west/manifest.csv").read_text().splitlines()[1:]:
         image, patient = row.split(",")[0], row.split(",")[2]
         assert image not in text
@@ -279,7 +279,7 @@ def test_what_is_wrong_with_the_connection(
     command: Command, project: Project, phantoms: Path, tmp_path: Path
 ) -> None:
     path = settled(command, project, phantoms)
-    name = Sites(project).all()[-1].name
+    name = Sites(project).list_sites()[-1].name
     Sites(project).remove(name)
     said = found(command("check", path)[1])
     assert said["server"][0]

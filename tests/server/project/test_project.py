@@ -145,7 +145,7 @@ def test_a_key_has_one_name_and_a_name_one_key(project: Project) -> None:
         with pytest.raises(LinkError, match=why):
             sites.admit(key, name)
     sites.admit(west, "west")
-    found = Sites(project).all()
+    found = Sites(project).list_sites()
     assert [(site.name, site.fingerprint) for site in found] == [
         ("east", keys.fingerprint(east)),
         ("west", keys.fingerprint(west)),
@@ -157,21 +157,21 @@ def test_a_removed_key_and_its_name_are_free_again(project: Project) -> None:
     sites, first, second = Sites(project), keys.new().public_key(), keys.new().public_key()
     sites.admit(first, "east")
     sites.remove("east")
-    assert sites.all() == []
+    assert sites.list_sites() == []
     sites.admit(second, "east")
     sites.admit(first, "west")
-    assert [site.name for site in sites.all()] == ["east", "west"]
+    assert [site.name for site in sites.list_sites()] == ["east", "west"]
     sites.remove("west")
     sites.admit(first, "west")
-    assert [site.name for site in sites.all()] == ["east", "west"]
+    assert [site.name for site in sites.list_sites()] == ["east", "west"]
     with pytest.raises(LinkError, match="Did you mean 'west'"):
         sites.remove("wets")
 
 
 def test_a_release_is_remembered_by_key(tmp_path: Path) -> None:
     path = tmp_path / "releases.json"
-    Releases(path).note("ab", "0.1.0")
-    Releases(path).note("cd", "0.2.0")
+    Releases(path).note_release("ab", "0.1.0")
+    Releases(path).note_release("cd", "0.2.0")
     assert Releases.read(path) == {"ab": "0.1.0", "cd": "0.2.0"}
     assert mode(path) == 0o600
     path.write_text("{")

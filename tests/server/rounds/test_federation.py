@@ -18,7 +18,7 @@ from client.ledger import ledger
 from common.config.study import Study
 from common.config.yaml import dump
 from common.errors import RunError
-from common.flower.messages import error_reply
+from common.flower.messages import make_error_reply
 from common.metrics.metrics import Counts
 from common.model.contract import Contract, Versions
 from common.model.network import assemble
@@ -102,7 +102,7 @@ class Sites:
         if isinstance(answer, RecordDict):
             return Message(answer, reply_to=message)
         if answer == "error":
-            return error_reply(message, "site")
+            return make_error_reply(message, "site")
         return Message(LedgerReply(answer).record(), reply_to=message)
 
     def join(self, study: Study = STUDY, known: Mapping[str, LedgerHead] = {}) -> Federation:
