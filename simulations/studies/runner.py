@@ -21,7 +21,7 @@ from simulations.sites.virtual_sites import PlannedSite, VirtualSite
 from simulations.studies import baselines, summary
 
 _MOST_SITES_SHOWN = 40
-_ROSTER = "sites/virtual_sites.json"
+_ROSTER = "sites/hospitals.json"
 """The file of a run with the hospitals it began with, so that none is taken for another."""
 
 

@@ -73,6 +73,7 @@ def test_run_compare_predict(command: Command, site_options: list[str], phantoms
         assert word in text
     report = json.loads(Path("run/report.json").read_text())
     assert set(report["results"]) == {"local", "pooled", "federated"}
+    assert set(json.loads(Path("run/sites/hospitals.json").read_text())) == set(PHANTOMS)
     assert Path("run/comparison.png").exists()
     code, text = command("predict", "run", phantoms / "west/images", "--out", "p.csv")
     assert code == 0, text
