@@ -214,7 +214,7 @@ def test_a_port_that_needs_rights_says_so(monkeypatch: pytest.MonkeyPatch) -> No
     if os.geteuid() == 0 or not low.exists() or int(low.read_text()) <= 443:
         pytest.skip("every port is free for all here")
     with pytest.raises(LinkError, match="systemd unit"):
-        serve.listen("127.0.0.1", 443)
+        serve.open_socket("127.0.0.1", 443)
 
 
 def test_one_process_serves_a_project(up: Up, said: Command) -> None:
