@@ -155,3 +155,16 @@ def begin_run(found: Sequence[VirtualSite], study: Study, run: Path, cache: Path
     """The site files of a run that has just begun."""
     RunFolder.create(run).write_study(study)
     return write_sites(found, study, run, cache)
+
+
+# --- plots ---
+
+
+def pixels_of(path: Path) -> NDArray[np.uint8]:
+    """The pixels of the only file in its folder, which must be a PNG with something drawn on it."""
+    assert list(path.parent.iterdir()) == [path]
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        pixels = np.asarray(image.convert("RGB"))
+    assert (pixels < 128).any()
+    return pixels

@@ -8,24 +8,12 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
-from PIL import Image
 
 from common.metrics.metrics import Counts
-from common.metrics.statistics import Estimate
 from common.support import plot_style
 from server.reports.plots import plot_confusion, plot_curves
 from simulations.studies import plots
-from simulations.studies.plots import plot_comparison, plot_sweep
-
-
-def pixels_of(path: Path) -> np.ndarray[Any, Any]:
-    """The pixels of the only file in its folder, which must be a PNG with something drawn on it."""
-    assert list(path.parent.iterdir()) == [path]
-    with Image.open(path) as image:
-        assert image.format == "PNG"
-        pixels = np.asarray(image.convert("RGB"))
-    assert (pixels < 128).any()
-    return pixels
+from tests.builders import pixels_of
 
 
 def rows(sites: int, rounds: int, **changes: float | None) -> list[dict[str, Any]]:
@@ -80,22 +68,6 @@ def test_confusion_with_an_absent_class_and_odd_names(tmp_path: Path, classes: i
     pixels_of(path)
 
 
-@pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("sites", [1, 4, 20])
-@pytest.mark.parametrize("metric", ["auroc", "loss"])
-def test_comparison(tmp_path: Path, sites: int, metric: str) -> None:
-    path = tmp_path / "comparison.png"
-    results = {
-        setting: {
-            None: Estimate(0.8, 0.7, 0.85),
-            **{f"$site-{k}$": Estimate(0.7, 0.6, 0.8) if k % 3 else None for k in range(sites)},
-        }
-        for setting in ("local", "federated", "pooled")
-    }
-    plot_comparison(results, metric, path)
-    pixels_of(path)
-
-
 def test_a_plot_replaces_the_old_one_only_when_whole(tmp_path: Path) -> None:
     path = tmp_path / "confusion.png"
     plot_confusion(Counts.zero(2), ["a", "b"], path)
@@ -130,14 +102,3 @@ def test_a_plot_of_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         plot_confusion(Counts.zero(2), ["a", "b"], tmp_path / "no folder" / "confusion.png")
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("chosen", ["0.1 · $x_1$", None])
-def test_a_sweep_with_gaps(tmp_path: Path, chosen: str | None) -> None:
-    scores = {"0.1 · $x_1$": [0.5, 0.6], "1 · head": [None, 0.4], "[1, 3] · head": [None, None]}
-    plot_sweep(
-        scores, "auroc", tmp_path / "sweep.png", keys="train.lr · " + "k" * 60, chosen=chosen
-    )
-    blue = (pixels_of(tmp_path / "sweep.png") == (0x00, 0x72, 0xB2)).all(axis=2)
-    assert blue.any() == bool(chosen)
