@@ -151,8 +151,8 @@ def write_sites(found: Sequence[VirtualSite], study: Study, run: Path, cache: Pa
     return virtual_sites.write_sites(virtual_sites.plan_sites(found, study), study, run, cache)
 
 
-def begin_run(found: Sequence[VirtualSite], study: Study, run: Path, cache: Path) -> list[Path]:
-    """The site files of a run that has just begun."""
+def create_run(found: Sequence[VirtualSite], study: Study, run: Path, cache: Path) -> list[Path]:
+    """The site files of a run that was just created."""
     RunFolder.create(run).write_study(study)
     return write_sites(found, study, run, cache)
 

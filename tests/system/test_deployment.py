@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,18 @@ from client.ledger.ledger import read
 from client.ledger.spending import Spending
 from client.site import Site
 from common.config.study import Study
-from common.errors import StudyError
 from server.app import app as server_app
-from server.runs.run_folder import RunFolder
 from simulations.demo import loopback
 from simulations.demo.loopback import Loopback, wait_until
 from simulations.engines.grid import simulate_run
-from simulations.sites import virtual_sites
-from tests.builders import CONFIGS, client_app, write_sites
+from tests.builders import (
+    PHANTOM_CLASSES,
+    client_app,
+    create_run,
+    find_phantoms,
+    make_study,
+    read_study,
+)
 
 pytestmark = pytest.mark.numbers
 
@@ -34,31 +39,26 @@ NAMES = ("east", "north", "south")
 PRIVATE = {"mechanism": "dp_sgd", "preset": "head", "epsilon": 4.0, "delta": 1e-5}
 
 
-def study(**changes: Any) -> Study:
-    content: dict[str, Any] = {
-        "name": "together",
-        "classes": ["clear", "nodule", "consolidation", "effusion"],
-        "model": {"backbone": "shufflenet_v2_x0_5", "weights": "none"},
-        "images": {"size": 32},
-        "train": {"rounds": 3, "local_epochs": 1, "batch_size": 8},
-        "holdout": {"validation": 0.2, "test": 0.2},
-        "aggregate": {"quorum": 2, "round_timeout": 120},
-    }
-    return Study.parse(content | changes, "study", StudyError)
+study = partial(
+    make_study,
+    name="together",
+    classes=PHANTOM_CLASSES,
+    train={"rounds": 3, "local_epochs": 1, "batch_size": 8},
+    holdout={"validation": 0.2, "test": 0.2},
+    aggregate={"quorum": 2, "round_timeout": 120},
+)
 
 
 SKIN = ("rosendahl", "vidir_modern", "vidir_molemax", "vienna_dias")
 
 
 def deployed(folder: Path, wanted: Study, phantoms: Path) -> Loopback:
-    return Loopback(folder, wanted, [virtual_sites.find_site(phantoms / name) for name in NAMES])
+    return Loopback(folder, wanted, find_phantoms(phantoms, NAMES))
 
 
 def simulated(folder: Path, wanted: Study, phantoms: Path) -> dict[str, torch.Tensor]:
     """The last tensors of the same study in this process."""
-    RunFolder.create(folder).write_study(wanted)
-    found = [virtual_sites.find_site(phantoms / name) for name in NAMES]
-    files = write_sites(found, wanted, folder, folder / "cache")
+    files = create_run(find_phantoms(phantoms, NAMES), wanted, folder, folder / "cache")
     simulate_run(server_app, client_app, files, folder)
     return load_file(folder / "last.safetensors")
 
@@ -380,8 +380,8 @@ def test_a_real_study_runs_here_as_it_is_in_a_simulation(shared, tmp_path, name)
     """Four real sites, the study file unchanged but for its rounds and where the weights are."""
     weights = shared / "weights" / "squeezenet1_0.pth"
     changes = ("train.rounds=3", f"model.weights={weights}")
-    wanted = Study.read(CONFIGS / f"{name}.yaml", changes)
-    found = [virtual_sites.find_site(shared / "data" / "skin_sites" / site) for site in SKIN]
+    wanted = read_study(name, *changes)
+    found = find_phantoms(shared / "data" / "skin_sites", SKIN)
     with Loopback(tmp_path / "real", wanted, found) as world:
         everybody(world)
         run = Run(world)
@@ -395,7 +395,6 @@ def test_a_real_study_runs_here_as_it_is_in_a_simulation(shared, tmp_path, name)
                 assert 0 <= ours - theirs <= 0.02
             return
         folder = tmp_path / "simulation"
-        RunFolder.create(folder).write_study(wanted)
-        files = write_sites(found, wanted, folder, tmp_path / "real" / "cache")
+        files = create_run(found, wanted, folder, tmp_path / "real" / "cache")
         simulate_run(server_app, client_app, files, folder)
         same(run.read_last(), load_file(folder / "last.safetensors"))

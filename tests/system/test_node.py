@@ -10,9 +10,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from multiprocessing.context import ForkServerProcess as Process
 from pathlib import Path
-from typing import Any
 
 import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
@@ -24,8 +24,7 @@ from client.ledger.ledger import read
 from client.link import node as node_module
 from client.link.node import Node
 from common.config.study import Study
-from common.config.yaml import dump
-from common.errors import RunError, StudyError
+from common.errors import RunError
 from common.flower.compat import APP, RELEASE
 from common.flower.database import NOOP_FEDERATION_ID, NOOP_FLWR_AID, TaskType, open_state
 from common.flower.messages import identify_task, record_to_bytes
@@ -42,19 +41,19 @@ from server.link.sites import Sites
 from server.project import certificates
 from server.project.project import Project
 from simulations.demo.loopback import find_free_port
+from tests.builders import PHANTOM_CLASSES, make_study, write_site
 from tests.processes import link_up
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["client.link.node"])  # seconds, once
-STUDY: dict[str, Any] = {
-    "name": "together",
-    "classes": ["clear", "nodule", "consolidation", "effusion"],
-    "model": {"backbone": "shufflenet_v2_x0_5", "weights": "none"},
-    "images": {"size": 32},
-    "train": {"rounds": 9, "local_epochs": 1, "batch_size": 8},
-    "holdout": {"validation": 0.2, "test": 0.2},
-    "aggregate": {"quorum": 1},
-}
+study = partial(
+    make_study,
+    name="together",
+    classes=PHANTOM_CLASSES,
+    train={"rounds": 9, "local_epochs": 1, "batch_size": 8},
+    holdout={"validation": 0.2, "test": 0.2},
+    aggregate={"quorum": 1},
+)
 
 
 def until(there: Callable[[], object], seconds: float = 60) -> None:
@@ -76,14 +75,12 @@ class World:
         self.sites.admit(self.key.public_key(), "north")
         ca = str(certificates.find_authority_file(self.project.folder))
         server_ = f"localhost:{self.project.settings.port}"
-        content = {
-            "name": "north",
-            "data": {"format": "manifest", "root": str(data)},
-            "state": "state",
-            "connect": {"server": server_, "ca": ca, "key": "site.key"},
-        }
-        self.site = folder / "site.yaml"
-        self.site.write_text(dump(content))
+        self.site = write_site(
+            folder,
+            name="north",
+            data={"format": "manifest", "root": str(data)},
+            connect={"server": server_, "ca": ca, "key": "site.key"},
+        )
         self.link = folder / "state" / "link"
 
     def up(self) -> AbstractContextManager[int]:
@@ -133,10 +130,6 @@ def world(
     new_process()
     monkeypatch.setattr(node_module, "_IDLE", 0.1)
     return World(tmp_path, phantoms / "west")
-
-
-def study(**changes: Any) -> Study:
-    return Study.parse(STUDY | changes, "study", StudyError)
 
 
 def request(wanted: Study, number: int) -> RecordDict:

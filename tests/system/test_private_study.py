@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,17 @@ from simulations.engines.base import InProcess
 from simulations.engines.grid import InProcessGrid, simulate_run
 from simulations.sites import virtual_sites
 from simulations.studies import runner
-from tests.builders import PHANTOMS, RUNTIME, client_app, write_sites
+from tests.builders import (
+    PHANTOM_CLASSES,
+    PHANTOMS,
+    RUNTIME,
+    client_app,
+    create_run,
+    edit_site,
+    find_phantoms,
+    make_study,
+    write_sites,
+)
 
 pytestmark = pytest.mark.numbers
 
@@ -46,33 +57,27 @@ def _own_process(new_process: Any) -> None:
     new_process()
 
 
-def study(**changes: Any) -> Study:
-    content: dict[str, Any] = {
-        "name": "private",
-        "classes": ["clear", "nodule", "consolidation", "effusion"],
-        "model": {"backbone": "shufflenet_v2_x0_5", "weights": "none"},
-        "images": {"size": 32},
-        "train": {"rounds": 3},
-        "privacy": {
-            "mechanism": "dp_sgd",
-            "preset": "head",
-            "epsilon": 4.0,
-            "delta": DELTA,
-            "spare_rounds": 1,
-        },
-    }
-    return Study.parse(content | changes, "private", StudyError)
+study = partial(
+    make_study,
+    name="private",
+    classes=PHANTOM_CLASSES,
+    train={"rounds": 3},
+    privacy={
+        "mechanism": "dp_sgd",
+        "preset": "head",
+        "epsilon": 4.0,
+        "delta": DELTA,
+        "spare_rounds": 1,
+    },
+)
 
 
 def settle(wanted: Study, phantoms: Path, folder: Path, **policies: dict[str, Any]) -> list[Path]:
     """Site files of the four phantoms in a run folder; some with a policy of their own."""
-    RunFolder.create(folder).write_study(wanted)
-    found = [virtual_sites.find_site(phantoms / name) for name in PHANTOMS]
-    files = write_sites(found, wanted, folder, folder.parent / "cache")
+    files = create_run(find_phantoms(phantoms), wanted, folder, folder.parent / "cache")
     for path in files:
         if policy := policies.get(path.parent.name):
-            content = Site.read(path).model_dump(mode="json", exclude_none=True)
-            path.write_text(dump(content | {"policy": policy}))
+            edit_site(path, policy=policy)
     return files
 
 

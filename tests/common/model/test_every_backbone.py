@@ -7,14 +7,13 @@ import pytest
 from safetensors.torch import load_file
 
 from client.data.manifest import Manifest
-from common.config.study import Study
 from common.model import backbones
 from common.model.network import assemble
 from server.app import app as server_app
 from server.runs.run_folder import RunFolder
 from simulations.engines.grid import simulate_run
 from simulations.sites import virtual_sites
-from tests.builders import DEMO, client_app, write_sites
+from tests.builders import client_app, create_run, read_study
 
 pytestmark = pytest.mark.numbers
 
@@ -48,16 +47,14 @@ def test_it_trains_a_round(
         "train.batch_size": 4,
         "aggregate.quorum": 2,
     }
-    changed = tuple(f"{key}={value}" for key, value in changes.items())
-    study = Study.read(DEMO, changed)
+    study = read_study("demo", *(f"{key}={value}" for key, value in changes.items()))
     few = tuple(f"p{i:03d}" for i in range(6))
     two = [
         virtual_sites.VirtualSite(name=name, data=Manifest(root=phantoms / name), patients=few)
         for name in ("north", "south")
     ]
     folder = tmp_path / "run"
-    RunFolder.create(folder).write_study(study)
-    simulate_run(server_app, client_app, write_sites(two, study, folder, tmp_path / "c"), folder)
+    simulate_run(server_app, client_app, create_run(two, study, folder, tmp_path / "c"), folder)
 
     history = RunFolder(folder).read_history()
     assert {line["site"] for line in history if line["round"] == 1} == {"north", "south", None}

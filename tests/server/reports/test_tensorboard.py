@@ -10,14 +10,13 @@ import yaml
 from flwr.app import Context, Message
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from common.config.study import Study
 from common.config.yaml import dump
 from server.app import app as server_app
 from server.reports.tensorboard import Events
 from server.runs.run_folder import RunFolder
 from simulations.engines.grid import simulate_run
 from simulations.sites import virtual_sites
-from tests.builders import DEMO, PHANTOMS, client_app, write_sites
+from tests.builders import PHANTOMS, client_app, create_run, read_study
 
 ClientApp = Callable[[Message, Context], Message]
 
@@ -26,14 +25,12 @@ class Interrupted(BaseException):
     """As sudden as a killed process, as far as this process can tell."""
 
 
-def create_run(folder: Path, sites: Sequence[Path], *changes: str) -> RunFolder:
+def create_demo(folder: Path, sites: Sequence[Path], *changes: str) -> RunFolder:
     """A run of virtual hospitals that has not started."""
-    study = Study.read(DEMO, ("train.local_epochs=1", *changes))
-    run = RunFolder.create(folder)
+    study = read_study("demo", "train.local_epochs=1", *changes)
     found = [virtual_sites.find_site(site) for site in sites]
-    write_sites(found, study, folder, sites[0].parent / "cache")
-    run.write_study(study)
-    return run
+    create_run(found, study, folder, sites[0].parent / "cache")
+    return RunFolder(folder)
 
 
 def run_apps(run: RunFolder, app: ClientApp = client_app) -> None:
@@ -71,7 +68,7 @@ def recorded(run: RunFolder) -> dict[str, list[tuple[int, float]]]:
 
 
 def test_an_interrupted_run_shows_each_round_once(tmp_path: Path, four: list[Path]) -> None:
-    run = create_run(tmp_path / "run", four, "train.rounds=5")
+    run = create_demo(tmp_path / "run", four, "train.rounds=5")
 
     def stops(message: Message, context: Context) -> Message:
         config = message.content.config_records.get("config", {})
@@ -96,7 +93,7 @@ def test_an_interrupted_run_shows_each_round_once(tmp_path: Path, four: list[Pat
 
 
 def test_what_a_site_keeps_to_itself_is_absent(tmp_path: Path, four: list[Path]) -> None:
-    run = create_run(tmp_path / "run", four, "train.rounds=1")
+    run = create_demo(tmp_path / "run", four, "train.rounds=1")
     for name, tells in (("north", {"metrics": "none"}), ("south", {"counts": "rounded"})):
         path = run.path / f"sites/{name}/site.yaml"
         path.write_text(dump(yaml.safe_load(path.read_text()) | {"policy": {"disclose": tells}}))
@@ -113,7 +110,7 @@ def test_what_a_site_keeps_to_itself_is_absent(tmp_path: Path, four: list[Path])
 
 def test_many_sites_are_shown_together_only(tmp_path: Path, phantoms: Path) -> None:
     copies = [shutil.copytree(phantoms / "north", tmp_path / f"copy-{i}") for i in range(7)]
-    run = create_run(tmp_path / "run", copies, "train.rounds=1")
+    run = create_demo(tmp_path / "run", copies, "train.rounds=1")
     run_apps(run)
     assert set(curves(run)) == {
         "training loss",
@@ -125,7 +122,7 @@ def test_many_sites_are_shown_together_only(tmp_path: Path, phantoms: Path) -> N
 def test_a_run_goes_on_without_events(
     tmp_path: Path, four: list[Path], caplog: pytest.LogCaptureFixture
 ) -> None:
-    run = create_run(tmp_path / "run", four, "train.rounds=2")
+    run = create_demo(tmp_path / "run", four, "train.rounds=2")
     (run.path / "tensorboard").write_text("in the way")
     run_apps(run)
     assert (run.path / "report.json").exists()
@@ -136,7 +133,7 @@ def test_a_run_goes_on_without_events(
 def test_a_full_disk_is_said_once(
     tmp_path: Path, four: list[Path], caplog: pytest.LogCaptureFixture
 ) -> None:
-    run = create_run(tmp_path / "run", four)
+    run = create_demo(tmp_path / "run", four)
     events = Events(run, by_site=False)
     (written,) = (run.path / "tensorboard").iterdir()
     written.unlink()

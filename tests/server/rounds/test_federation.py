@@ -4,19 +4,17 @@ and a ledger that was rolled back is not taken for the site's."""
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 from flwr.app import Context, Message, MetricRecord, RecordDict
 from safetensors.torch import load_file
 
 from client.ledger import ledger
 from common.config.study import Study
-from common.config.yaml import dump
 from common.errors import RunError
 from common.flower.messages import make_error_reply
 from common.metrics.metrics import Counts
@@ -35,9 +33,16 @@ from server.runs.results import read_results
 from server.runs.run_folder import RunFolder
 from simulations.engines.base import InProcess
 from simulations.engines.grid import InProcessGrid, simulate_run
-from simulations.sites import virtual_sites
 from simulations.studies import runner
-from tests.builders import DEMO, PHANTOMS, client_app, write_sites
+from tests.builders import (
+    PHANTOMS,
+    client_app,
+    create_run,
+    edit_site,
+    find_phantoms,
+    make_study,
+    read_study,
+)
 
 pytestmark = pytest.mark.numbers
 
@@ -47,14 +52,11 @@ App = Callable[[Message, Context], Message]
 
 EXACT = Disclosure(counts="exact")
 FINAL = Disclosure(counts="exact", metrics="final")
-STUDY = Study(
+STUDY = make_study(name="t", classes=["dark", "bright"])
+PRIVATE = make_study(
     name="t",
-    classes=("dark", "bright"),
-    model={"backbone": "shufflenet_v2_x0_5", "weights": "none"},
-    train={"rounds": 1},
-)
-PRIVATE = Study.model_validate(
-    STUDY.model_dump() | {"privacy": {"mechanism": "dp_sgd", "epsilon": 1.0, "delta": 1e-6}}
+    classes=["dark", "bright"],
+    privacy={"mechanism": "dp_sgd", "epsilon": 1.0, "delta": 1e-6},
 )
 
 
@@ -281,23 +283,25 @@ def test_a_damaged_list_of_ledgers_is_named(tmp_path: Path, content: str) -> Non
 # --- real hospitals ---
 
 
-def make_study(*changes: str) -> Study:
-    few = ("train.rounds=2", "train.local_epochs=1", "aggregate.quorum=1", "holdout.validation=0.4")
-    return Study.read(DEMO, (*few, *changes))
+demo = partial(
+    read_study,
+    "demo",
+    "train.rounds=2",
+    "train.local_epochs=1",
+    "aggregate.quorum=1",
+    "holdout.validation=0.4",
+)
 
 
 def settle(
     folder: Path, phantoms: Path, disclose: Mapping[str, object], *changes: str
 ) -> list[Path]:
     """Four phantom hospitals in a new run folder; those named tell less."""
-    study = make_study(*changes)
-    found = [virtual_sites.find_site(phantoms / name) for name in PHANTOMS]
-    RunFolder.create(folder).write_study(study)
-    site_files = write_sites(found, study, folder, phantoms / "cache")
+    study, found = demo(*changes), find_phantoms(phantoms)
+    site_files = create_run(found, study, folder, phantoms / "cache")
     for path in site_files:
         if path.parent.name in disclose:
-            tells = {"policy": {"disclose": disclose[path.parent.name]}}
-            path.write_text(dump(yaml.safe_load(path.read_text()) | tells))
+            edit_site(path, policy={"disclose": disclose[path.parent.name]})
     return site_files
 
 

@@ -7,20 +7,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import yaml
 from flwr.app import Array, Context, Message
 from safetensors.torch import load_file
 
 from client.consent.cohort import cut_records
 from client.site import Site
 from common.config.study import Study
-from common.config.yaml import dump
 from common.errors import RunError, StudyError
 from common.model.inference import load_model
 from common.model.network import assemble
@@ -33,38 +32,33 @@ from server.runs.run_folder import RunFolder
 from simulations.cli.main import main
 from simulations.engines.grid import simulate_run
 from simulations.sites import virtual_sites
-from tests.builders import DEMO, PHANTOMS, ROOT, client_app, write_sites
+from tests.builders import (
+    DEMO,
+    PHANTOMS,
+    ROOT,
+    client_app,
+    create_run,
+    edit_site,
+    find_phantoms,
+    read_study,
+)
 
 pytestmark = pytest.mark.numbers
 
 ClientApp = Callable[[Message, Context], Message]
 
 
-def make_study(*changes: str) -> Study:
-    few = ("train.rounds=3", "train.local_epochs=1")
-    return Study.read(DEMO, (*few, *changes))
+demo = partial(read_study, "demo", "train.rounds=3", "train.local_epochs=1")
 
 
-def settle(
-    study: Study, folder: Path, phantoms: Path, *, evaluators: Sequence[str] = ()
-) -> list[Path]:
+def settle(study: Study, folder: Path, phantoms: Path) -> list[Path]:
     """Four phantom hospitals in a new run folder."""
-    found = [
-        virtual_sites.find_site(phantoms / name, evaluates_only=name in evaluators)
-        for name in PHANTOMS
-    ]
-    RunFolder.create(folder).write_study(study)
-    return write_sites(found, study, folder, phantoms / "cache")
+    return create_run(find_phantoms(phantoms), study, folder, phantoms / "cache")
 
 
 def run(study: Study, folder: Path, phantoms: Path, app: ClientApp = client_app) -> RunFolder:
     simulate_run(server_app, app, settle(study, folder, phantoms), folder)  # type: ignore[arg-type]
     return RunFolder(folder)
-
-
-def edit(site_file: Path, **keys: object) -> None:
-    """Edit a site file, as a hospital would."""
-    site_file.write_text(dump(yaml.safe_load(site_file.read_text()) | keys))
 
 
 def site_of(context: Context) -> str:
@@ -98,7 +92,7 @@ def lines(folder: RunFolder, site: str | None) -> list[dict[str, Any]]:
 
 
 def test_a_study_leaves_everything_a_person_needs(tmp_path: Path, phantoms: Path) -> None:
-    folder = run(make_study("train.rounds=6"), tmp_path / "run", phantoms)
+    folder = run(demo("train.rounds=6"), tmp_path / "run", phantoms)
     names = {path.name for path in folder.path.iterdir()}
     expected = {"study.yaml", "run.yaml", "metrics.jsonl", "report.json", "model.safetensors"}
     expected |= {"last.safetensors", "last.json"}
@@ -120,7 +114,7 @@ def test_the_last_is_released_whatever_its_validation(tmp_path: Path, phantoms: 
             _zero(reply)
         return reply
 
-    folder = run(make_study("train.rounds=5"), tmp_path / "run", phantoms, app)
+    folder = run(demo("train.rounds=5"), tmp_path / "run", phantoms, app)
     scores = {x["model_round"]: x["loss"] for x in folder.read_history() if x["site"] is None}
     assert set(scores) == set(range(6))
     assert scores[5] == pytest.approx(np.log(4))
@@ -138,7 +132,7 @@ def test_the_last_is_released_whatever_its_validation(tmp_path: Path, phantoms: 
 
 
 def test_only_float32_tensors_of_the_suffix_travel(tmp_path: Path, phantoms: Path) -> None:
-    study = make_study("model.unfreeze=last:1", "train.rounds=1")
+    study = demo("model.unfreeze=last:1", "train.rounds=1")
     seen: list[tuple[set[str], set[str]]] = []
 
     def watched(message: Message, context: Context) -> Message:
@@ -215,7 +209,7 @@ def test_an_odd_reply_is_left_out(
     phantoms: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    folder = run(make_study(), tmp_path / "run", phantoms, meddling("south", change))
+    folder = run(demo(), tmp_path / "run", phantoms, meddling("south", change))
     assert not lines(folder, "south")
     assert len(lines(folder, "north")) == 3
     assert "south is left out: it sent" in caplog.text
@@ -225,13 +219,13 @@ def test_an_odd_reply_is_left_out(
 
 
 def test_a_site_that_errs_once_comes_back(tmp_path: Path, phantoms: Path) -> None:
-    folder = run(make_study(), tmp_path / "run", phantoms, meddling("south", _nan, rounds=[2]))
+    folder = run(demo(), tmp_path / "run", phantoms, meddling("south", _nan, rounds=[2]))
     assert [line["round"] for line in lines(folder, "south")] == [1, 3]
 
 
 def test_no_exception_text_reaches_the_server(tmp_path: Path, phantoms: Path) -> None:
     """The site's images vanish after join; its log says which, the wire only that it failed."""
-    study = make_study()
+    study = demo()
     folder = tmp_path / "run"
     site_files = settle(study, folder, phantoms)
     secret = "/data/patients/DOE_JOHN_1961.png"  # noqa: S105
@@ -254,7 +248,7 @@ def test_no_exception_text_reaches_the_server(tmp_path: Path, phantoms: Path) ->
 
 
 def test_too_few_good_replies_stop_the_run_and_it_can_go_on(tmp_path: Path, phantoms: Path) -> None:
-    study, folder = make_study("aggregate.quorum=4"), tmp_path / "run"
+    study, folder = demo("aggregate.quorum=4"), tmp_path / "run"
     with pytest.raises(RunError, match=r"round 2: expected 4 good replies.*south: it sent.*resume"):
         run(study, folder, phantoms, meddling("south", _nan, rounds=[2]))
     assert not (folder / "report.json").exists()
@@ -270,7 +264,7 @@ def assert_same_end(one: RunFolder, other: RunFolder) -> None:
 
 
 def test_another_site_takes_the_place_of_one_that_fails(tmp_path: Path, phantoms: Path) -> None:
-    study = make_study("aggregate.fraction=0.5", "aggregate.quorum=2", "train.rounds=6")
+    study = demo("aggregate.fraction=0.5", "aggregate.quorum=2", "train.rounds=6")
     folder = run(study, tmp_path / "run", phantoms, meddling("south", _nan))
     rounds = [line["round"] for line in folder.read_history() if line["site"]]
     assert all(rounds.count(number) == 2 for number in range(1, 7))
@@ -280,7 +274,7 @@ def test_another_site_takes_the_place_of_one_that_fails(tmp_path: Path, phantoms
 def test_without_validation_patients_the_last_model_is_released(
     tmp_path: Path, phantoms: Path
 ) -> None:
-    folder = run(make_study("holdout.validation=0"), tmp_path / "run", phantoms)
+    folder = run(demo("holdout.validation=0"), tmp_path / "run", phantoms)
     assert json.loads((folder.path / "report.json").read_text())["released_round"] == 3
     last = folder.read_last()
     assert last is not None
@@ -300,14 +294,14 @@ def test_the_last_message_is_asked_again(tmp_path: Path, phantoms: Path) -> None
             reply.content.clear()
         return reply
 
-    folder = run(make_study(), tmp_path / "run", phantoms, app)
+    folder = run(demo(), tmp_path / "run", phantoms, app)
     results, _ = read_results(folder.path, 4)
     assert failed
     assert set(results["federated"]) == set(PHANTOMS)
 
 
 def test_two_processes_on_one_run_are_refused(tmp_path: Path, phantoms: Path) -> None:
-    study, folder = make_study(), tmp_path / "run"
+    study, folder = demo(), tmp_path / "run"
     site_files = settle(study, folder, phantoms)
     with RunFolder(folder).locked(), pytest.raises(RunError, match="one that runs it now"):
         simulate_run(server_app, client_app, site_files, folder)
@@ -322,12 +316,11 @@ class Interrupted(BaseException):
 def test_three_and_three_resumed_rounds_are_six(
     strategy: str, tmp_path: Path, phantoms: Path
 ) -> None:
-    study = make_study("train.rounds=6", f"aggregate.strategy={strategy}", "aggregate.quorum=5")
+    study = demo("train.rounds=6", f"aggregate.strategy={strategy}", "aggregate.quorum=5")
 
-    def create_run(folder: Path) -> list[Path]:
-        RunFolder.create(folder).write_study(study)
+    def begin(folder: Path) -> list[Path]:
         five = virtual_sites.cut_pool(phantoms / "north", study, spec="iid", sites=5)
-        return write_sites(five, study, folder, phantoms / "cache")
+        return create_run(five, study, folder, phantoms / "cache")
 
     def stops(message: Message, context: Context) -> Message:
         if round_of(message) == 4 and site_of(context) == "site-4":
@@ -336,12 +329,12 @@ def test_three_and_three_resumed_rounds_are_six(
 
     cut, whole = tmp_path / "cut", tmp_path / "whole"
     with pytest.raises(Interrupted):
-        simulate_run(server_app, stops, create_run(cut), cut)  # type: ignore[arg-type]
+        simulate_run(server_app, stops, begin(cut), cut)  # type: ignore[arg-type]
     last = RunFolder(cut).read_last()
     assert last is not None
     assert last.round == 3
     simulate_run(server_app, client_app, virtual_sites.find_site_files(cut), cut)
-    simulate_run(server_app, client_app, create_run(whole), whole)
+    simulate_run(server_app, client_app, begin(whole), whole)
     assert_same_end(RunFolder(cut), RunFolder(whole))
 
 
@@ -381,7 +374,7 @@ def wait_for_round(folder: Path, number: int, process: subprocess.Popen[bytes]) 
 
 
 def test_a_torn_log_line_is_dropped_on_resume(tmp_path: Path, phantoms: Path) -> None:
-    study, folder = make_study("aggregate.quorum=4"), tmp_path / "run"
+    study, folder = demo("aggregate.quorum=4"), tmp_path / "run"
     with pytest.raises(RunError):
         run(study, folder, phantoms, meddling("south", _nan, rounds=[3]))
     with (folder / "metrics.jsonl").open("a") as file:
@@ -391,23 +384,25 @@ def test_a_torn_log_line_is_dropped_on_resume(tmp_path: Path, phantoms: Path) ->
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path: Path, phantoms: Path) -> None:
-    folder = run(make_study(), tmp_path / "run", phantoms)
+    folder = run(demo(), tmp_path / "run", phantoms)
     (folder.path / "last.safetensors").write_bytes(b"not a checkpoint")
     with pytest.raises(RunError, match=r"last\.safetensors: expected an intact checkpoint"):
         folder.read_last()
 
 
 def test_a_run_of_another_study_is_not_resumed(tmp_path: Path, phantoms: Path) -> None:
-    folder = run(make_study(), tmp_path / "run", phantoms)
+    folder = run(demo(), tmp_path / "run", phantoms)
     with pytest.raises(RunError, match="another train"):
-        RunFolder.resume(folder.path, make_study("train.lr=0.5"))
+        RunFolder.resume(folder.path, demo("train.lr=0.5"))
     with pytest.raises(RunError, match="expected a new or empty folder"):
         RunFolder.create(folder.path)
 
 
 def test_an_evaluating_site_only_tests(tmp_path: Path, phantoms: Path) -> None:
-    study, folder = make_study(), tmp_path / "run"
-    site_files = settle(study, folder, phantoms, evaluators=["west"])
+    study, folder = demo(), tmp_path / "run"
+    found = find_phantoms(phantoms, PHANTOMS[:-1])
+    found.append(virtual_sites.find_site(phantoms / "west", evaluates_only=True))
+    site_files = create_run(found, study, folder, phantoms / "cache")
     simulate_run(server_app, client_app, site_files, folder)
     assert not lines(RunFolder(folder), "west")
     results, _ = read_results(folder, 4)
@@ -416,7 +411,7 @@ def test_an_evaluating_site_only_tests(tmp_path: Path, phantoms: Path) -> None:
 
 
 def test_a_site_with_another_backbone_is_refused_by_name(tmp_path: Path, phantoms: Path) -> None:
-    study, folder = make_study(), tmp_path / "run"
+    study, folder = demo(), tmp_path / "run"
     site_files = settle(study, folder, phantoms)
     from safetensors.torch import save_file
 
@@ -434,15 +429,15 @@ def test_a_site_with_another_backbone_is_refused_by_name(tmp_path: Path, phantom
 
 
 def test_a_join_below_the_quorum_tells_each_reason(tmp_path: Path, phantoms: Path) -> None:
-    study, folder = make_study("aggregate.quorum=4"), tmp_path / "run"
+    study, folder = demo("aggregate.quorum=4"), tmp_path / "run"
     site_files = settle(study, folder, phantoms)
-    edit(site_files[0], policy={"max_epsilon": 1.0, "delta": 1e-5})
+    edit_site(site_files[0], policy={"max_epsilon": 1.0, "delta": 1e-5})
     with pytest.raises(RunError, match=r"expected 4 training sites.*its policy refuses"):
         simulate_run(server_app, client_app, site_files, folder)
 
 
 def test_early_stopping(tmp_path: Path, phantoms: Path) -> None:
-    study = make_study("train.rounds=40", "train.patience=2", "train.lr=1.0e-9")
+    study = demo("train.rounds=40", "train.patience=2", "train.lr=1.0e-9")
 
     def stops(message: Message, context: Context) -> Message:
         if round_of(message) == 3:
@@ -464,7 +459,7 @@ def test_early_stopping(tmp_path: Path, phantoms: Path) -> None:
 
 
 def test_a_fraction_of_the_sites_per_round(tmp_path: Path, phantoms: Path) -> None:
-    study = make_study("aggregate.fraction=0.5", "aggregate.quorum=2", "train.rounds=6")
+    study = demo("aggregate.fraction=0.5", "aggregate.quorum=2", "train.rounds=6")
     folder = run(study, tmp_path / "run", phantoms)
     cohorts = {
         number: sorted(
@@ -477,8 +472,8 @@ def test_a_fraction_of_the_sites_per_round(tmp_path: Path, phantoms: Path) -> No
 
 
 def test_a_warm_start_begins_where_the_other_run_ended(tmp_path: Path, phantoms: Path) -> None:
-    first = run(make_study("train.rounds=6"), tmp_path / "first", phantoms)
-    again = make_study(f"model.init={first.path}")
+    first = run(demo("train.rounds=6"), tmp_path / "first", phantoms)
+    again = demo(f"model.init={first.path}")
     second = run(again, tmp_path / "second", phantoms)
     # The same patients are held out, so the first scored model is exactly the released one.
     released = first.read_history()[-1]["balanced_accuracy"]
@@ -486,7 +481,7 @@ def test_a_warm_start_begins_where_the_other_run_ended(tmp_path: Path, phantoms:
 
 
 def test_a_warm_start_that_does_not_fit(tmp_path: Path, phantoms: Path) -> None:
-    deeper = make_study("model.unfreeze=last:1", "train.rounds=1")
+    deeper = demo("model.unfreeze=last:1", "train.rounds=1")
     first = run(deeper, tmp_path / "first", phantoms)
     for change, reason in (
         ("seed=0", "trained no deeper than this study"),
@@ -495,16 +490,16 @@ def test_a_warm_start_that_does_not_fit(tmp_path: Path, phantoms: Path) -> None:
         ("classes=[nodule, clear, consolidation, effusion]", "another classes"),
         ("model.weights=none", "another weights"),
     ):
-        study = make_study(f"model.init={first.path}", change)
+        study = demo(f"model.init={first.path}", change)
         with pytest.raises(StudyError, match=rf"model\.init: expected a run.*{reason}"):
             run(study, tmp_path / change, phantoms)
-    study = make_study(f"model.init={tmp_path / 'nowhere'}")
+    study = demo(f"model.init={tmp_path / 'nowhere'}")
     with pytest.raises(StudyError, match=r"model\.init: expected a finished run"):
         run(study, tmp_path / "nothing", phantoms)
 
 
 def test_replies_in_another_order_change_nothing(tmp_path: Path, phantoms: Path) -> None:
-    study = make_study()
+    study = demo()
     backwards = tmp_path / "backwards"
     site_files = settle(study, backwards, phantoms)
     simulate_run(server_app, client_app, list(reversed(site_files)), backwards)
@@ -513,7 +508,7 @@ def test_replies_in_another_order_change_nothing(tmp_path: Path, phantoms: Path)
 
 def test_the_released_model_predicts_as_the_federation_did(tmp_path: Path, phantoms: Path) -> None:
     """Two lines of Python give the model, and its errors on test patients are the reported ones."""
-    study, folder = make_study(), tmp_path / "run"
+    study, folder = demo(), tmp_path / "run"
     site_files = settle(study, folder, phantoms)
     simulate_run(server_app, client_app, site_files, folder)
     model = load_model(folder)

@@ -15,23 +15,17 @@ import pytest
 from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 
 from client.ledger.ledger import Ledger
-from common.config.study import Study
 from common.flower.messages import identify_task
 from common.protocol.join import JoinReply, JoinRequest
 from simulations.cli.main import main
 from simulations.engines import ray
 from simulations.engines.ray_site import SitesApp, check_machine, fingerprint_code
-from simulations.sites import virtual_sites
-from tests.builders import DEMO, PHANTOMS, ROOT, write_sites
+from tests.builders import DEMO, PHANTOMS, ROOT, find_phantoms, read_study, write_sites
 
 pytestmark = pytest.mark.numbers
 
 NO_RAY = "needs Ray: pip install '.[ray]'"
 MAIN = "from simulations.cli.main import main; main()"
-
-
-def _demo() -> Study:
-    return Study.read(DEMO, ())
 
 
 def _ask(nodes: SitesApp, content: RecordDict, kind: str = MessageType.QUERY) -> Message:
@@ -43,14 +37,14 @@ def _ask(nodes: SitesApp, content: RecordDict, kind: str = MessageType.QUERY) ->
 @pytest.fixture
 def east(phantoms: Path, tmp_path: Path, new_process: Callable[[], None]) -> Path:
     """The site file of one virtual hospital."""
-    found = [virtual_sites.find_site(phantoms / "east")]
-    (file,) = write_sites(found, _demo(), tmp_path, tmp_path / "cache")
+    found = find_phantoms(phantoms, ["east"])
+    (file,) = write_sites(found, read_study("demo"), tmp_path, tmp_path / "cache")
     return file
 
 
 def test_an_actor_lets_go_of_the_ledger_after_each_message(east: Path) -> None:
     nodes = SitesApp((str(east),), fingerprint_code())
-    joined = _ask(nodes, JoinRequest(proposal=_demo().proposal()).record())
+    joined = _ask(nodes, JoinRequest(proposal=read_study("demo").proposal()).record())
     assert JoinReply.read(joined.content).name == "east"
     with Ledger(east.parent / "state") as ledger:  # as another actor would
         assert ledger.head.count == 2

@@ -1,32 +1,23 @@
 """One machine that plays many hospitals."""
 
 import pytest
-import yaml
 
 from client.data.records import Format
-from common.config.study import Study
 from common.errors import SiteError
 from simulations.sites import virtual_sites
-from tests.builders import write_sites
+from tests.builders import PHANTOM_CLASSES, make_study, write_site, write_sites
 
-CONTENT = {
-    "name": "two",
-    "classes": ["clear", "nodule", "consolidation", "effusion"],
-    "model": {"backbone": "squeezenet1_0", "weights": "none"},
-    "train": {"rounds": 1},
-}
+CONTENT = {"classes": PHANTOM_CLASSES, "model": {"backbone": "squeezenet1_0"}}
 
 
 def test_hospitals_of_one_machine_compute_alike(phantoms, tmp_path):
     """Local and pooled training put the hospitals' prepared images together."""
     found = []
     for name, keep in (("north", "images"), ("south", "auto")):
-        path = tmp_path / f"{name}.yaml"
         data = {"format": "manifest", "root": str(phantoms / name)}
-        content = {"name": name, "data": data, "state": "state", "keep": keep}
-        path.write_text(yaml.safe_dump(content), encoding="utf-8")
+        path = write_site(tmp_path / name, name=name, data=data, keep=keep)
         found.append(virtual_sites.find_site(path))
-    study = Study.parse(CONTENT, "two", SiteError)
+    study = make_study(**CONTENT)
     with pytest.raises(SiteError, match=r"same keep and threads.*auto/1 and images/1"):
         write_sites(found, study, tmp_path / "run", tmp_path / "cache")
     assert not (tmp_path / "run").exists()
@@ -41,7 +32,7 @@ def test_the_records_of_a_pool_are_listed_once(phantoms, monkeypatch):
         return records(data, classes)
 
     monkeypatch.setattr(Format, "records", counted)
-    study = Study.parse(CONTENT, "two", SiteError)
+    study = make_study(**CONTENT)
     found = virtual_sites.cut_pool(phantoms / "north", study, spec="iid", sites=3)
     planned = virtual_sites.plan_sites(found, study)
     assert listed == [(phantoms / "north").resolve()]

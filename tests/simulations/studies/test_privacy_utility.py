@@ -4,19 +4,16 @@ import json
 
 import pytest
 
-from common.config.study import Study
 from common.errors import StudyError
 from common.support.terminal import console
 from simulations.benchmarks import dp_cost
 from simulations.engines.base import InProcess
 from simulations.studies import privacy_utility
 from simulations.studies.runner import Source
+from tests.builders import PHANTOM_CLASSES, make_study
 
 CONTENT = {
-    "name": "cost",
-    "classes": ["clear", "nodule", "consolidation", "effusion"],
-    "model": {"backbone": "shufflenet_v2_x0_5", "weights": "none"},
-    "images": {"size": 32},
+    "classes": PHANTOM_CLASSES,
     "train": {"rounds": 2},
     "privacy": {"mechanism": "dp_sgd", "preset": "head", "epsilon": 8.0, "delta": 1e-5},
 }
@@ -29,7 +26,7 @@ def _own_process(new_process):
 
 def show(phantoms, folder, study=CONTENT, of="nodule"):
     privacy_utility.compare_epsilons(
-        Study.parse(study, "cost", StudyError),
+        make_study(**study),
         Source(folders=(phantoms / "north", phantoms / "south")),
         folder,
         epsilons=(None, 2.0),

@@ -1,12 +1,12 @@
 """Hospitals that attack do so, and the table tells which strategies hold."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
-from common.config.study import Study
 from common.errors import RunError, StudyError
 from common.model.network import assemble
 from common.support.terminal import console
@@ -16,11 +16,9 @@ from simulations.engines.base import InProcess
 from simulations.sites import virtual_sites
 from simulations.studies import robustness, runner
 from simulations.studies.runner import Source
-from tests.builders import CONFIGS, RUNTIME, write_sites
+from tests.builders import RUNTIME, create_run, read_study
 
 pytestmark = pytest.mark.numbers
-
-FEW = ("train.rounds=4", "train.local_epochs=1")
 
 
 @pytest.fixture(autouse=True)
@@ -28,15 +26,13 @@ def _own_process(new_process):
     new_process()
 
 
-def make_study(*changes):
-    return Study.read(CONFIGS / "poisoned.yaml", (*FEW, *changes))
+poisoned = partial(read_study, "poisoned", "train.rounds=4", "train.local_epochs=1")
 
 
 def run(engine, phantoms, folder, *changes, sites=1):
-    study = make_study("train.rounds=1", f"aggregate.quorum={sites}", *changes)
-    RunFolder.create(folder).write_study(study)
+    study = poisoned("train.rounds=1", f"aggregate.quorum={sites}", *changes)
     found = virtual_sites.cut_pool(phantoms / "north", study, spec="iid", sites=sites)
-    files = write_sites(found, study, folder, phantoms / "cache")
+    files = create_run(found, study, folder, phantoms / "cache")
     engine.prepare(files, study)
     engine.run(files, folder)
     engine.forget()
@@ -47,7 +43,7 @@ def test_a_scaled_update_is_what_training_changed_times_the_factor(phantoms, tmp
     honest = run(InProcess(), phantoms, tmp_path / "honest").read_last().tensors
     scaled = run(Attacked(Attacks(scales=frozenset({"site-1"}))), phantoms, tmp_path / "lies")
     none = run(Attacked(Attacks()), phantoms, tmp_path / "none").read_last().tensors
-    start = start_of(make_study("aggregate.quorum=1"))
+    start = start_of(poisoned("aggregate.quorum=1"))
     for name, tensor in scaled.read_last().tensors.items():
         assert torch.equal(none[name], honest[name])
         expected = start[name] - 10 * (honest[name] - start[name])
@@ -78,7 +74,7 @@ def show(
     pool="north",
 ):
     robustness.compare_strategies(
-        make_study("aggregate.quorum=5", *changes),
+        poisoned("aggregate.quorum=5", *changes),
         Source(pool=phantoms / pool, sites=5),
         folder,
         attacks=Attacks(scales=frozenset(scales), factor=factor),
@@ -118,7 +114,7 @@ def moved(folder):
     """How far the last model went from the start with attacks, by how far it went without."""
 
     def distance(run):
-        start, last = start_of(make_study()), RunFolder(run).read_last().tensors
+        start, last = start_of(poisoned()), RunFolder(run).read_last().tensors
         return sum(((last[n] - start[n]) ** 2).sum().item() for n in last) ** 0.5
 
     return distance(folder / "scaled-update/seed-0") / distance(folder / "no-lies/seed-0")
