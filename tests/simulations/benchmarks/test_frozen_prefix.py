@@ -22,6 +22,8 @@ from simulations.benchmarks.frozen_prefix import Plan
 from simulations.benchmarks.tutorial_baseline import Tutorial
 from simulations.cli.main import app
 
+pytestmark = pytest.mark.system
+
 SMALL = "shufflenet_v2_x0_5"
 PLAN = Plan(backbones=(SMALL,), images=16, side=32, rounds=2, repeats=1)
 WAYS = [

@@ -23,6 +23,8 @@ from common.support.terminal import PlainConsole
 from simulations.cli.main import main
 from tests.builders import CONFIGS, DEMO, PHANTOMS, ROOT
 
+pytestmark = pytest.mark.system
+
 SHORT = ("--set", "train.rounds=2", "--set", "train.local_epochs=1")
 
 Command = Callable[..., tuple[int, str]]

@@ -19,6 +19,8 @@ from simulations.cli.main import main
 from simulations.studies.sweep import plan_settings
 from tests.builders import DEMO
 
+pytestmark = pytest.mark.system
+
 CHANGES = ("train.rounds=1", "train.batch_size=4", "aggregate.quorum=2", "select=loss")
 SHORT = [part for change in CHANGES for part in ("--set", change)]
 
