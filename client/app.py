@@ -13,7 +13,7 @@ from client.ledger.release import Reply, release
 from client.runtime import Runtime, SiteRuntime
 from client.session import Session
 from client.site import Site
-from client.weights import receive
+from client.weights import receive_part
 from common.errors import (
     ConsiliumError,
     ContractError,
@@ -73,14 +73,14 @@ class Handlers:
     def join(self, message: Message, context: Context) -> Message:
         """Read the proposal, agree or refuse, prepare every image."""
         request = JoinRequest.read(message.content)
-        site = Site.read(site_file(context))
+        site = Site.read(find_site_file(context))
         opened = self._runtime.open_site(site)
         study = keep_proposal(site, request.proposal)
         for ended in opened.ledger.ends.keys() - {study.id}:
             opened.outbox.purge(ended)
         what = Release(study=study.id, name=study.name, kind="join")
         try:
-            session = self._runtime.open_session(site_file(context), study.id)
+            session = self._runtime.open_session(find_site_file(context), study.id)
         except MissingWeightsError as ex:
             log.info("%s", ex)
             return Message(lack_backbone(), reply_to=message)
@@ -98,21 +98,21 @@ class Handlers:
     def take_backbone(self, message: Message, context: Context) -> Message:
         """A piece of the backbone, for a site without a copy; nothing of a patient leaves."""
         part = BackbonePart.read(message.content)
-        site = Site.read(site_file(context))
-        held = receive(site, read_proposal(site, part.study), part)
+        site = Site.read(find_site_file(context))
+        held = receive_part(site, read_proposal(site, part.study), part)
         return Message(BackboneHeld(held).record(), reply_to=message)
 
     def tell_ledger(self, message: Message, context: Context) -> Message:
         """The hash of one line of this site's ledger; of no patient, and so not a line itself."""
         request = LedgerRequest.read(message.content)
-        opened = self._runtime.open_site(Site.read(site_file(context)))
+        opened = self._runtime.open_site(Site.read(find_site_file(context)))
         reply = LedgerReply(opened.ledger.hash_at(request.count))
         return Message(reply.record(), reply_to=message)
 
     def work_round(self, message: Message, context: Context) -> Message:
         """One round: evaluate what came on validation patients, then train it and send it back."""
         request = RoundRequest.read(message.content)
-        session = self._runtime.open_session(site_file(context), request.study)
+        session = self._runtime.open_session(find_site_file(context), request.study)
         study = session.prepared.study
         if request.round > study.train.rounds:
             raise ContractError(f"round {request.round} of a study of {study.train.rounds}")
@@ -138,7 +138,7 @@ class Handlers:
     def finish(self, message: Message, context: Context) -> Message:
         """The final message: counts of the released model."""
         request = FinalRequest.read(message.content)
-        session = self._runtime.open_session(site_file(context), request.study)
+        session = self._runtime.open_session(find_site_file(context), request.study)
         released = from_arrays(request.arrays, session.prepared.network.shapes)
         study, received = session.prepared.study, digest(released)
         self._check_end(session, received)
@@ -190,7 +190,7 @@ def _figures(answer: Answer, record: RecordDict) -> Iterator[str]:
         yield from (f"{part}.{name}" for name, told in metrics.items() if told != [])
 
 
-def site_file(context: Context) -> Path:
+def find_site_file(context: Context) -> Path:
     """The site file of the hospital this app runs in, from the node's own configuration."""
     path = context.node_config.get("site")
     if not isinstance(path, str):

@@ -7,19 +7,19 @@ from pathlib import Path
 
 import torch
 
-from client.consent.agreement import Agreement, check_holdout, identify
+from client.consent.agreement import Agreement, check_holdout, name_record
 from client.consent.cohort import PARTS, count_patients, list_cohort
 from client.consent.policy import check_policy
 from client.data.records import Record
-from client.features.cache import prune
-from client.features.extract import FeatureSpec, prepare
-from client.features.precision import chosen
+from client.features.cache import prune_stores
+from client.features.extract import FeatureSpec, prepare_images
+from client.features.precision import choose_device
 from client.features.store import Stores
 from client.privacy.plan import PrivacyPlan, plan_privacy
 from client.privacy.sampling import Patients
 from client.site import Keep, Site
 from client.training.dataset import Examples
-from client.weights import find
+from client.weights import find_weights
 from common.config.study import Augment, DpSgd, Study
 from common.errors import DataError
 from common.model.network import Network, assemble
@@ -111,10 +111,10 @@ def prepare_site(site: Site, study: Study, workspace: Workspace) -> PreparedSite
     check_holdout(site, study)
     cohort = list_cohort(site, study, agreed)
     _check(site, study, privacy_plan, cohort["train"])
-    network = workspace.network(study, find(site, study))
+    network = workspace.network(study, find_weights(site, study))
     if network.frozen:
         log.info("not trained with privacy: %s", ", ".join(network.frozen))
-    network.model.to(chosen(site.device))
+    network.model.to(choose_device(site.device))
     spec = workspace.spec(network, study, site.keep)
     _make_room(site, spec)
     prepared = {
@@ -157,7 +157,7 @@ def _check(
 def _make_room(site: Site, spec: FeatureSpec) -> None:
     """Delete prepared images of other studies, as far as the site asks for it."""
     folder: Path = site.cache_folder
-    prune(folder, limit=site.cache.limit, days=site.cache.days, keep={folder / spec.key})
+    prune_stores(folder, limit=site.cache.limit, days=site.cache.days, keep={folder / spec.key})
 
 
 def _prepare(
@@ -169,7 +169,7 @@ def _prepare(
     stores: Stores,
 ) -> tuple[Examples, list[Record]]:
     """The examples of one part, and the records that they come from; the images may go."""
-    prepared, kept = prepare(
+    prepared, kept = prepare_images(
         [record.image for record in records],
         spec=spec,
         augment=study.images.augment if part == "train" else Augment(),
@@ -189,7 +189,7 @@ def _offer(
     agreed: Agreement | None,
 ) -> Agreement:
     secret, classes = site.secret(), range(len(study.classes))
-    names = [identify(r, part, site, secret) for part, found in kept.items() for r in found]
+    names = [name_record(r, part, site, secret) for part, found in kept.items() for r in found]
     images = {
         part: tuple(sum(r.label == k for r in records) for k in classes)
         for part, records in kept.items()

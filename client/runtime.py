@@ -12,7 +12,7 @@ from client.ledger.outbox import Outbox
 from client.preparation import Workspace, prepare_site
 from client.session import Session
 from client.site import Site
-from client.storage import usable
+from client.storage import explain_disk_errors
 from common.errors import SiteError
 
 _AWAKE = 128
@@ -68,7 +68,7 @@ class Runtime:
         Raises:
           ContractError: this site was never sent that study.
         """
-        with usable(site_file, SiteError):
+        with explain_disk_errors(site_file, SiteError):
             now = site_file.stat()
         key = site_file, (now.st_mtime_ns, now.st_size, now.st_ino), study_id
         if key not in self._sessions:

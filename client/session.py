@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 from client.consent.agreement import Agreement, check_agreement, keep_holdout
-from client.features.precision import settled
-from client.ledger.budget import afford
+from client.features.precision import fix_numerics
+from client.ledger.budget import check_budget
 from client.ledger.entries import Entry
 from client.preparation import PreparedSite
 from client.privacy import dp_sgd
@@ -103,7 +103,7 @@ class Session:
             check_noise(privacy_plan)
             self._noise_checked = True
         prepared.network.load(tensors)
-        with settled(prepared.site.threads):
+        with fix_numerics(prepared.site.threads):
             check_rows(prepared.network.split.suffix, prepared.examples["train"], privacy_plan)
 
     def _afford(self, entries: Sequence[Entry], *, whole: bool) -> None:
@@ -111,7 +111,7 @@ class Session:
         privacy_plan, privacy = prepared.privacy_plan, prepared.study.privacy
         if privacy_plan and isinstance(privacy, DpSgd):
             planned = privacy_plan.whole if whole else privacy_plan.round.event
-            afford(entries, prepared.site, prepared.study, privacy, planned)
+            check_budget(entries, prepared.site, prepared.study, privacy, planned)
 
     def work(self, request: RoundRequest, tensors: Tensors, ledger: LedgerHead) -> RoundReply:
         """One round: evaluate what came on validation patients, then train it; tell as agreed.
@@ -153,7 +153,7 @@ class Session:
         """
         prepared, study = self.prepared, self.prepared.study
         prepared.network.load(tensors)
-        with settled(prepared.site.threads):
+        with fix_numerics(prepared.site.threads):
             return trainer.train(
                 prepared.network.split.suffix,
                 prepared.examples["train"],
@@ -174,7 +174,7 @@ class Session:
         """
         prepared, plan = self.prepared, self.prepared.study.train
         prepared.network.load(tensors)
-        with settled(prepared.site.threads):
+        with fix_numerics(prepared.site.threads):
             dp_sgd.train(
                 prepared.network.split.suffix,
                 prepared.examples["train"],
@@ -189,5 +189,5 @@ class Session:
         """Counts of the received tensors on one part of this site's patients."""
         prepared, classes = self.prepared, len(self.prepared.study.classes)
         prepared.network.load(tensors)
-        with settled(prepared.site.threads):
+        with fix_numerics(prepared.site.threads):
             return trainer.evaluate(prepared.network.split.suffix, prepared.examples[part], classes)

@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, StrictInt, field_validator, model_validator
 
 from client.data.registry import Data
-from client.storage import secret, usable
+from client.storage import explain_disk_errors, read_secret
 from common.config.study import Name, Number, Positive, Unfreeze, Word
 from common.config.yaml import Section, YamlFile
 from common.errors import SiteError
@@ -144,7 +144,7 @@ class Site(YamlFile):
         folder = self.cache.folder
         if folder is None:
             return self.private("cache")
-        with usable(f"{self.source}: cache.folder", SiteError):
+        with explain_disk_errors(f"{self.source}: cache.folder", SiteError):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         return folder
 
@@ -155,7 +155,7 @@ class Site(YamlFile):
           SiteError: it cannot be made, or `state` was open to others before.
         """
         folder, where = self.state, f"{self.source}: state"
-        with usable(where, SiteError):
+        with explain_disk_errors(where, SiteError):
             folder.parent.mkdir(parents=True, exist_ok=True)
             folder.mkdir(mode=0o700, exist_ok=True)
             rights = folder.stat().st_mode & 0o777
@@ -175,4 +175,4 @@ class Site(YamlFile):
           SiteError: the file cannot be made or read, or does not hold 256 bits.
         """
         remedy = "Restore it from a backup: a new secret holds out other patients."
-        return secret(self.private() / "secret", SiteError, remedy)
+        return read_secret(self.private() / "secret", SiteError, remedy)

@@ -9,13 +9,13 @@ from common.errors import ConsiliumError
 from common.support import files
 
 
-def secret(path: Path, error: type[ConsiliumError], remedy: str) -> bytes:
+def read_secret(path: Path, error: type[ConsiliumError], remedy: str) -> bytes:
     """256 bits in a file of this user's alone, drawn once from the operating system.
 
     Raises:
       error: the file cannot be made or read or, with `remedy`, does not hold 256 bits.
     """
-    with usable(path, error):
+    with explain_disk_errors(path, error):
         if not path.exists():
             files.create(path, secrets.token_bytes(32), mode=0o600)
         drawn = path.read_bytes()
@@ -26,7 +26,7 @@ def secret(path: Path, error: type[ConsiliumError], remedy: str) -> bytes:
 
 
 @contextmanager
-def usable(where: object, error: type[ConsiliumError]) -> Iterator[None]:
+def explain_disk_errors(where: object, error: type[ConsiliumError]) -> Iterator[None]:
     """Raise `error` with a remedy where the system refuses a file: a full disk, missing rights."""
     try:
         yield

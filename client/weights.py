@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from client.site import Site
-from client.storage import usable
+from client.storage import explain_disk_errors
 from common.config.study import Study
 from common.errors import ContractError, MissingWeightsError, SiteError
 from common.model import backbones
@@ -16,7 +16,7 @@ from common.support import files
 log = logging.getLogger(__name__)
 
 
-def find(site: Site, study: Study) -> str:
+def find_weights(site: Site, study: Study) -> str:
     """Where this machine has the study's weights: `DEFAULT`, `none` or a path.
 
     The hospital's own file comes first, then one that was sent; a study names the file only. That
@@ -47,7 +47,7 @@ def _sent(site: Site, study: Study) -> Path | None:
     return path if path.is_file() else None
 
 
-def receive(site: Site, study: Study, part: BackbonePart) -> int:
+def receive_part(site: Site, study: Study, part: BackbonePart) -> int:
     """Keep a piece of the backbone; returns how many bytes there are by now, from the beginning.
 
     A piece that does not follow on what is there changes nothing: the answer says where to go on.
@@ -62,7 +62,7 @@ def receive(site: Site, study: Study, part: BackbonePart) -> int:
         raise ContractError(f"a backbone of {part.size} bytes, where {most} are plenty")
     folder = site.private("weights", part.sha256)
     whole, growing = folder / Path(study.model.weights).name, folder.with_suffix(".part")
-    with usable(folder, SiteError):
+    with explain_disk_errors(folder, SiteError):
         for other in {*folder.parent.glob("*.part")} - {growing}:
             other.unlink()  # one at a time: what was given up does not fill the disk
         held = growing.stat().st_size if growing.is_file() else 0

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from client.consent.agreement import check_holdout
 from client.consent.cohort import count_patients, cut_records
 from client.consent.policy import check_policy
-from client.ledger.budget import afford
-from client.ledger.ledger import read
+from client.ledger.budget import check_budget
+from client.ledger.ledger import read_ledger
 from client.ledger.spending import Spending
 from client.privacy.plan import PrivacyPlan, plan_privacy
 from client.site import Site
@@ -104,9 +104,9 @@ def estimate_cost(site: Site, study: Study) -> Cost:
 
 
 def _noise(site: Site, study: Study, privacy: DpSgd) -> Noise:
-    entries, privacy_plan = read(site.state), plan_privacy(site, study, privacy)
+    entries, privacy_plan = read_ledger(site.state), plan_privacy(site, study, privacy)
     try:
-        afford(entries, site, study, privacy, privacy_plan.whole)
+        check_budget(entries, site, study, privacy, privacy_plan.whole)
         unaffordable = None
     except BudgetError as ex:
         unaffordable = str(ex)

@@ -8,14 +8,14 @@ from typing import Any, NamedTuple, TypeVar
 
 from client import weights
 from client.admin.cost import estimate_cost
-from client.admin.speed import Gain, gain
+from client.admin.speed import Gain, measure_gain
 from client.data.records import Record, Row
-from client.features.precision import chosen, computes
+from client.features.precision import can_compute, choose_device
 from client.ledger import ledger
 from client.link import tls
 from client.link.fleet_client import AHEAD, BEHIND, Fleet, Heard
 from client.site import Connect, Site
-from client.storage import usable
+from client.storage import explain_disk_errors
 from common.config.study import Study
 from common.errors import (
     ConsiliumError,
@@ -103,7 +103,7 @@ def _releases() -> str:
 def _state(site: Site) -> str:
     folder = site.private()
     probe = folder / "check"
-    with usable(f"{site.source}: state", SiteError):
+    with explain_disk_errors(f"{site.source}: state", SiteError):
         files.write(probe, b"", mode=0o600)
         probe.unlink()
         free = shutil.disk_usage(folder).free
@@ -111,7 +111,7 @@ def _state(site: Site) -> str:
 
 
 def _ledger(site: Site) -> str:
-    lines = len(ledger.read(site.state))
+    lines = len(ledger.read_ledger(site.state))
     return f"{lines} lines, as they were written" if lines else "none yet"
 
 
@@ -155,7 +155,7 @@ def _room(site: Site, study: Study | None, images: int) -> str:
     views = study.images.augment.views if study else 1
     needed, limit = 3 * side * side * images * views, site.cache.limit
     folder = site.cache_folder
-    with usable(folder, SiteError):
+    with explain_disk_errors(folder, SiteError):
         free = shutil.disk_usage(folder).free
     if free < min(needed, limit or needed):
         expected, got = f"about {size(needed)} for prepared images", f"{size(free)} free"
@@ -175,19 +175,19 @@ def _agreed(site: Site, study: Study) -> str:
 def _backbone(site: Site, study: Study) -> str:
     name = backbones.get(study.model.backbone).name
     try:
-        return f"{name}, weights: {weights.find(site, study)}"
+        return f"{name}, weights: {weights.find_weights(site, study)}"
     except MissingWeightsError:
         return f"{name}, no weights here: the coordinator sends them at join"
 
 
 def _speed(site: Site, study: Study) -> Gain:
-    device = chosen(site.device)
-    if not computes("bfloat16", device):
+    device = choose_device(site.device)
+    if not can_compute("bfloat16", device):
         where, expected = f"{site.source}: device", "one that computes in bfloat16"
         raise SiteError(where, expected=expected, got=device.type)
     network = assemble(study, "none")  # random ones take as long
     network.model.to(device)
-    return gain(network, private=study.private)
+    return measure_gain(network, private=study.private)
 
 
 # --- towards the coordinator ---

@@ -8,9 +8,9 @@ from typing import Any
 
 import yaml
 
-from client.data.registry import guess
+from client.data.registry import guess_format
 from client.site import Site
-from client.storage import usable
+from client.storage import explain_disk_errors
 from common.errors import SiteError
 from common.support import files, keys
 from common.support.systemd import quoted
@@ -106,7 +106,7 @@ def write_site(path: Path, answers: Answers) -> None:
         raise SiteError(path, expected=expected, got="one", remedy=remedy)
     text = _site(path, answers)
     Site.parse(yaml.safe_load(text), str(path), SiteError)
-    with usable(path, SiteError):
+    with explain_disk_errors(path, SiteError):
         path.parent.mkdir(parents=True, exist_ok=True)
         files.create(path, text)
 
@@ -114,7 +114,7 @@ def write_site(path: Path, answers: Answers) -> None:
 def _site(path: Path, answers: Answers) -> str:
     home = path.resolve().parent
     place = answers.data.expanduser()
-    data: dict[str, Any] = {"format": answers.format or guess(place).format}
+    data: dict[str, Any] = {"format": answers.format or guess_format(place).format}
     data["root"] = _from(home, place)
     if answers.enrolled is not None:
         data["enrolled_patients"] = answers.enrolled
@@ -157,7 +157,7 @@ def write_keys(site_file: Path) -> tuple[Path, keys.PublicKey]:
       LinkError: there is one that cannot be used; it is never replaced.
     """
     private, public = key_of(site_file), site_file.with_suffix(".pub")
-    with usable(private, SiteError):
+    with explain_disk_errors(private, SiteError):
         if not private.exists():
             keys.write_private(private, keys.new())
         key = keys.read_private(private).public_key()
@@ -178,6 +178,6 @@ def write_unit(site_file: Path, name: str) -> Path | None:
         command=quoted(Path(sys.executable).with_name("consilium-client")),
         file=quoted(site_file.resolve()),
     )
-    with usable(path, SiteError):
+    with explain_disk_errors(path, SiteError):
         files.write(path, text)
     return path

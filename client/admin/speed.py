@@ -43,7 +43,7 @@ class Gain(NamedTuple):
         return f"bfloat16 beside float32: {', '.join(told) or 'the same'}: {advice}"
 
 
-def gain(network: Network, *, private: bool) -> Gain:
+def measure_gain(network: Network, *, private: bool) -> Gain:
     """Measured on batches of a usual size; a few seconds, in which nothing else should run.
 
     Args:
@@ -59,7 +59,7 @@ def gain(network: Network, *, private: bool) -> Gain:
 
 def _ratio(network: Network, make: Callable[[Network, Dtype], Callable[[], object]]) -> float:
     device = next(network.model.parameters()).device
-    full, half = (seconds(make(network, dtype), device) for dtype in get_args(Dtype))
+    full, half = (measure_seconds(make(network, dtype), device) for dtype in get_args(Dtype))
     return full / half
 
 
@@ -89,7 +89,7 @@ def _pixels(network: Network) -> torch.Tensor:
     return torch.zeros(BATCH, 3, side, side, dtype=torch.uint8, device=device)
 
 
-def seconds(work: Callable[[], object], device: torch.device) -> float:
+def measure_seconds(work: Callable[[], object], device: torch.device) -> float:
     """Median time of three runs of `work` on `device`, after one to warm up."""
     taken = []
     for _ in range(4):

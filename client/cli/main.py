@@ -51,11 +51,11 @@ def cache(site_file: SiteFile) -> None:
     Images are prepared once and kept, so that no study prepares them again. Keep fewer of them with
     limit_gb and days, under cache in site.yaml; delete them all with purge.
     """
-    from client.features.cache import stores
+    from client.features.cache import list_stores
     from client.site import Site
 
     site = Site.read(site_file)
-    found = stores(site.cache_folder)
+    found = list_stores(site.cache_folder)
     if found:
         console.print(_table(found))
     console.print(f"{_total(found, site)} in {site.cache_folder}")
@@ -78,7 +78,7 @@ def purge(site_file: SiteFile, yes: Yes = False) -> None:
     from client.site import Site
 
     site = Site.read(site_file)
-    found, sealed = cache.stores(site.cache_folder), _sealed(site)
+    found, sealed = cache.list_stores(site.cache_folder), _sealed(site)
     if not found and not sealed:
         console.print(f"No prepared images in {site.cache_folder}: nothing to delete.")
         return
@@ -92,7 +92,7 @@ def purge(site_file: SiteFile, yes: Yes = False) -> None:
     if not yes and not typer.confirm("Delete them all?"):
         console.print("Nothing was deleted.")
         raise typer.Exit(1)
-    deleted = cache.purge(site.cache_folder)
+    deleted = cache.purge_stores(site.cache_folder)
     _unseal(site)
     console.print(f"Deleted {size(sum(kept.bytes for kept in deleted))}.")
 
@@ -112,8 +112,8 @@ def forget(
     """
     from client.consent import exclusions
     from client.features import cache
-    from client.features.extract import namer
-    from client.ledger.ledger import locked
+    from client.features.extract import make_namer
+    from client.ledger.ledger import lock_state
     from client.site import Site
 
     site = Site.read(site_file)
@@ -127,11 +127,11 @@ def forget(
     if not yes and not typer.confirm("Leave this patient out for good?"):
         console.print("Nothing was changed.")
         raise typer.Exit(1)
-    with locked(site.private()):  # a process at work would go on with what it has in memory
-        name = namer(site.cache_folder)
+    with lock_state(site.private()):  # a process at work would go on with what it has in memory
+        name = make_namer(site.cache_folder)
         names = [name(image.digest()) for image in images]
-        exclusions.leave_out(site, patient)
-        rows = cache.forget(site.cache_folder, names)
+        exclusions.exclude_patient(site, patient)
+        rows = cache.forget_rows(site.cache_folder, names)
         sealed = _unseal(site)
     console.print(f"Left out for good. Deleted {rows} prepared images, {sealed} sealed replies.")
 

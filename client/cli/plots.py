@@ -8,12 +8,12 @@ from typing import Any
 from matplotlib.dates import AutoDateLocator, ConciseDateFormatter, date2num
 from matplotlib.figure import Figure
 
-from client.storage import usable
+from client.storage import explain_disk_errors
 from common.errors import SiteError
 from common.support.plot_style import COLOURS, INK, write_plot
 
 
-def spending(
+def plot_spending(
     points: Sequence[tuple[datetime, float]],
     unaccounted: Sequence[datetime],
     path: Path,
@@ -57,5 +57,5 @@ def spending(
         if axes.get_legend_handles_labels()[0]:
             figure.legend(loc="outside upper left", ncols=3)
 
-    with usable(path, SiteError):
+    with explain_disk_errors(path, SiteError):
         write_plot(draw, path)

@@ -42,11 +42,11 @@ def ledger(
     or rolled back is an error.
     """
     from client.ledger import spending
-    from client.ledger.ledger import read
+    from client.ledger.ledger import read_ledger
     from client.site import Site
 
     site = Site.read(site_file)
-    entries = read(site.state)
+    entries = read_ledger(site.state)
     spent = spending.Spending.of(entries, site.policy.delta, site.policy.max_epsilon)
     studies = spent.studies
     if not studies:
@@ -104,11 +104,11 @@ def _draw(spent: "Spending", site: "Site", path: Path) -> None:
     from client.ledger import spending
 
     unaccounted = [
-        spending.when(entry)
-        for entry in spending.sent(spent.entries)
+        spending.read_time(entry)
+        for entry in spending.list_sent(spent.entries)
         if entry.release.kind == "round" and entry.release.privacy is None
     ]
-    plots.spending(
+    plots.plot_spending(
         spent.over_time(),
         unaccounted,
         path,
@@ -132,7 +132,7 @@ def ledger_adopt(
     much rather than too little. What you say stays spent for good and adds to whatever comes.
     The old file is set aside, not deleted.
     """
-    from client.ledger.ledger import adopt
+    from client.ledger.ledger import adopt_ledger
     from client.site import Site
 
     site = Site.read(site_file)
@@ -145,17 +145,17 @@ def ledger_adopt(
     if not yes and not typer.confirm("Begin it?"):
         console.print("Nothing was changed.")
         raise typer.Exit(1)
-    adopt(state, epsilon, delta)
+    adopt_ledger(state, epsilon, delta)
     console.print("Done.")
 
 
 def _no_less_than_known(state: Path, epsilon: float, delta: float) -> None:
     """A ledger that can be read is not to be talked out of what it knows."""
-    from client.ledger.ledger import read
+    from client.ledger.ledger import read_ledger
     from client.ledger.spending import Spending
 
     try:
-        known = Spending.of(read(state), delta if 0 < delta < 1 else None).total()
+        known = Spending.of(read_ledger(state), delta if 0 < delta < 1 else None).total()
     except SiteError:
         return
     if 0 <= epsilon < known:
@@ -180,11 +180,11 @@ def disclosed(
     about the ledger itself are not: they say nothing of patients.
     """
     from client.ledger import spending
-    from client.ledger.ledger import read
+    from client.ledger.ledger import read_ledger
     from client.site import Site
 
     site = Site.read(site_file)
-    found = spending.sent(read(site.state), study)
+    found = spending.list_sent(read_ledger(site.state), study)
     if as_json:
         typer.echo(json.dumps([_plain(entry) for entry in found], indent=1))
     elif not found:

@@ -9,7 +9,7 @@ from pydantic import Field
 from client.data.records import Record
 from client.privacy.plan import PrivacyPlan
 from client.site import Site
-from client.storage import usable
+from client.storage import explain_disk_errors
 from common.config.study import Study
 from common.config.yaml import Section
 from common.errors import ContractError, DataError, RefusedError, SiteError
@@ -32,7 +32,7 @@ class Agreement(Section):
     images: ByPart[tuple[int, ...]]
     """How many of each class take part, exactly."""
     records: tuple[str, ...]
-    """Who may take part: `identify` of all that did when this site first joined, sorted."""
+    """Who may take part: `name_record` of all that did when this site first joined, sorted."""
 
     @classmethod
     def kept(cls, site: Site, study: str) -> Self | None:
@@ -42,7 +42,7 @@ class Agreement(Section):
           SiteError: the file cannot be read, or is damaged.
         """
         path = site.state / "studies" / f"{study}.agreement.json"
-        with usable(path, SiteError):
+        with explain_disk_errors(path, SiteError):
             text = path.read_bytes() if path.is_file() else None
         try:
             return None if text is None else cls.model_validate_json(text)
@@ -54,7 +54,7 @@ class Agreement(Section):
     def keep(self, site: Site) -> None:
         """Write it into the state folder; on disk before this returns."""
         path = site.private("studies") / f"{self.study}.agreement.json"
-        with usable(path, SiteError):
+        with explain_disk_errors(path, SiteError):
             files.write(path, self.model_dump_json(indent=1, by_alias=True), mode=0o600)
 
 
@@ -98,7 +98,7 @@ def check_holdout(site: Site, study: Study) -> None:
       RefusedError: an earlier one held out others.
     """
     path = site.state / "holdout.json"
-    with usable(path, SiteError):
+    with explain_disk_errors(path, SiteError):
         text = path.read_bytes() if path.is_file() else None
     if text is not None and study.private and text != _shares(study):
         where, got = "holdout", _shares(study).decode()
@@ -109,7 +109,7 @@ def check_holdout(site: Site, study: Study) -> None:
 def keep_holdout(site: Site, study: Study) -> None:
     """From its first private study on, a site holds out the same patients in all of them."""
     path = site.private() / "holdout.json"
-    with usable(path, SiteError):
+    with explain_disk_errors(path, SiteError):
         if study.private and not path.exists():
             files.write(path, _shares(study), mode=0o600)
 
@@ -118,7 +118,7 @@ def _shares(study: Study) -> bytes:
     return study.holdout.model_dump_json().encode()
 
 
-def identify(record: Record, part: str, site: Site, secret: bytes) -> str:
+def name_record(record: Record, part: str, site: Site, secret: bytes) -> str:
     """Names an image of a patient in a part, with its label, to nobody without the secret.
 
     Wherever the data is mounted; another label or part is another name.

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-from client.consent.agreement import Agreement, identify
-from client.consent.exclusions import remaining
+from client.consent.agreement import Agreement, name_record
+from client.consent.exclusions import drop_excluded
 from client.data.records import Record
-from client.data.splits import Parts, split
+from client.data.splits import Parts, split_records
 from client.site import Site
 from common.config.study import Study
 
@@ -14,10 +14,10 @@ PARTS = ("train", "validation", "test")
 
 def cut_records(site: Site, study: Study) -> Parts:
     """The site's records, cut by patient; at a site that only evaluates, all are test patients."""
-    records = remaining(site, site.data.records(study.classes))
+    records = drop_excluded(site, site.data.records(study.classes))
     if site.role == "evaluate":
         return Parts(train=[], validation=[], test=records)
-    return split(records, study.holdout, site.secret())
+    return split_records(records, study.holdout, site.secret())
 
 
 def list_cohort(site: Site, study: Study, agreed: Agreement | None) -> dict[str, list[Record]]:
@@ -28,7 +28,7 @@ def list_cohort(site: Site, study: Study, agreed: Agreement | None) -> dict[str,
         return found
     joined, secret = set(agreed.records), site.secret()
     return {
-        part: [r for r in records if identify(r, part, site, secret) in joined]
+        part: [r for r in records if name_record(r, part, site, secret) in joined]
         for part, records in found.items()
     }
 

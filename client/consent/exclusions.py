@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 from client.data.records import Record
 from client.site import Site
-from client.storage import usable
+from client.storage import explain_disk_errors
 from common.errors import SiteError
 from common.support import files
 
 _FILE = "forgotten"
 
 
-def leave_out(site: Site, patient: str) -> bool:
+def exclude_patient(site: Site, patient: str) -> bool:
     """Never use this patient again; returns whether he was used until now.
 
     Raises:
@@ -23,12 +23,12 @@ def leave_out(site: Site, patient: str) -> bool:
     if own in known:
         return False
     path = site.private() / _FILE
-    with usable(path, SiteError):
+    with explain_disk_errors(path, SiteError):
         files.write(path, "".join(f"{line}\n" for line in sorted({*known, own})), mode=0o600)
     return True
 
 
-def remaining(site: Site, records: Sequence[Record]) -> list[Record]:
+def drop_excluded(site: Site, records: Sequence[Record]) -> list[Record]:
     """The records of patients who were not left out, in the given order.
 
     Raises:
@@ -41,7 +41,7 @@ def remaining(site: Site, records: Sequence[Record]) -> list[Record]:
 
 def _known(site: Site) -> frozenset[str]:
     path = site.state / _FILE
-    with usable(path, SiteError):
+    with explain_disk_errors(path, SiteError):
         return frozenset(path.read_text("ascii").split()) if path.exists() else frozenset()
 
 

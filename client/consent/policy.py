@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from client.features.precision import chosen, computes
+from client.features.precision import can_compute, choose_device
 from client.privacy.plan import PrivacyPlan
 from client.site import Policy, Site
 from common.config.study import DpSgd, Study
@@ -26,7 +26,7 @@ def check_policy(
       patients: That would train here; 0 at a site that only evaluates.
       images: Of these patients.
     """
-    if not computes(study.model.precision, device := chosen(site.device)):
+    if not can_compute(study.model.precision, device := choose_device(site.device)):
         where, expected = f"{site.source}: device", f"one that computes in {study.model.precision}"
         remedy = "Write device: cpu, or ask the coordinator for model.precision: float32."
         raise RefusedError(where, expected=expected, got=device.type, remedy=remedy)

@@ -5,7 +5,7 @@ from functools import lru_cache
 
 from client.consent.agreement import Agreement
 from client.site import Site
-from client.storage import usable
+from client.storage import explain_disk_errors
 from common.config.study import Study
 from common.errors import (
     ContractError,
@@ -23,7 +23,7 @@ def keep_proposal(site: Site, proposal: str) -> Study:
     """
     study = _parse(proposal)
     folder = site.private("studies")
-    with usable(f"{site.source}: state", SiteError):
+    with explain_disk_errors(f"{site.source}: state", SiteError):
         files.write(folder / f"{study.id}.json", proposal, mode=0o600)
     return study
 

@@ -13,7 +13,7 @@ from common.errors import SiteError
 Data = Annotated[ImageFolder | Manifest | Npz, Field(discriminator="format")]
 
 
-def guess(place: Path) -> Data:
+def guess_format(place: Path) -> Data:
     """The format of a bare folder or file, by what is there.
 
     Raises:

@@ -26,7 +26,7 @@ class Parts:
     test: list[Record]
 
 
-def split(records: Sequence[Record], holdout: Holdout, secret: bytes) -> Parts:
+def split_records(records: Sequence[Record], holdout: Holdout, secret: bytes) -> Parts:
     """Cut by patient; a split that the data brings along wins over `holdout`.
 
     A patient's part depends on nothing but its id, the shares and the secret: it stays when

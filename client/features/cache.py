@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from client.features.store import ABOUT, Store, count
-from client.storage import usable
+from client.features.store import ABOUT, Store, count_rows
+from client.storage import explain_disk_errors
 from common.errors import DataError
 from common.support import files
 from common.support.terminal import size
@@ -48,21 +48,21 @@ class Kept:
     @property
     def rows(self) -> int:
         """How many rows its shards hold now."""
-        return sum(count(path) for path in _ours(self.folder) if path.suffix == ".safetensors")
+        return sum(count_rows(path) for path in _ours(self.folder) if path.suffix == ".safetensors")
 
 
-def stores(cache: Path) -> list[Kept]:
+def list_stores(cache: Path) -> list[Kept]:
     """Every store in the folder `cache`, the one used longest ago first.
 
     Raises:
       DataError: the folder cannot be read.
     """
-    with usable(cache, DataError):
+    with explain_disk_errors(cache, DataError):
         found = [_look(folder) for folder in _folders(cache)]
     return sorted((kept for kept in found if kept), key=lambda kept: kept.used)
 
 
-def prune(
+def prune_stores(
     cache: Path, *, limit: int | None, days: int | None, keep: Collection[Path] = ()
 ) -> list[Kept]:
     """Delete stores unused for `days`, then those used longest ago until all fit into `limit`.
@@ -82,12 +82,12 @@ def prune(
     Raises:
       DataError: the cache cannot be read.
     """
-    with usable(cache, DataError):
+    with explain_disk_errors(cache, DataError):
         for folder in _folders(cache):
             _sweep(folder)
     if limit is None and days is None:
         return []
-    found = stores(cache)
+    found = list_stores(cache)
     total = sum(kept.bytes for kept in found)
     in_use = {folder.resolve() for folder in keep}
     deleted = []
@@ -103,26 +103,26 @@ def prune(
     return deleted
 
 
-def purge(cache: Path) -> list[Kept]:
+def purge_stores(cache: Path) -> list[Kept]:
     """Delete every store; returns what there was.
 
     Raises:
       DataError: something cannot be deleted.
     """
-    found = stores(cache)
-    with usable(cache, DataError):
+    found = list_stores(cache)
+    with explain_disk_errors(cache, DataError):
         for kept in found:
             _delete(kept.folder)
     return found
 
 
-def forget(cache: Path, names: Collection[str]) -> int:
+def forget_rows(cache: Path, names: Collection[str]) -> int:
     """Remove these rows from every store, as `Store.forget` does; returns how many there were.
 
     Raises:
       DataError: a file cannot be read or rewritten.
     """
-    return sum(Store(kept.folder).forget(names) for kept in stores(cache))
+    return sum(Store(kept.folder).forget(names) for kept in list_stores(cache))
 
 
 def _folders(cache: Path) -> list[Path]:

@@ -23,11 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from client.data.records import Image
-from client.features.precision import settled
+from client.features.precision import fix_numerics
 from client.features.prefix import BATCH, CacheDecision, Prefix
 from client.features.store import Rows, Store, Stores
 from client.site import Keep
-from client.storage import secret
+from client.storage import read_secret
 from common.config.study import Augment, Dtype
 from common.errors import DataError
 from common.model.contract import digest
@@ -146,7 +146,7 @@ class _Job:
     seed: int
 
 
-def prepare(
+def prepare_images(
     images: Sequence[Image],
     *,
     spec: FeatureSpec,
@@ -174,7 +174,7 @@ def prepare(
     store = stores.open(cache / spec.key, spec.about)
     bad: dict[int, str] = {}
     digests = list(_digests(images, bad))
-    name = namer(cache)
+    name = make_namer(cache)
     # Views are drawn from the image itself: the same in every cache, so that runs can be repeated.
     jobs = [
         _Job(i, v, _row(name(digests[i]), augment.ops, v), seed=int(digests[i][:12], 16) + v)
@@ -200,7 +200,7 @@ def _row(name: str, ops: tuple[str, ...], view: int) -> str:
     return f"{name}/{'+'.join(ops)}/{view}" if view else name
 
 
-def namer(cache: Path) -> Callable[[str], str]:
+def make_namer(cache: Path) -> Callable[[str], str]:
     """What names an image's rows in the folder `cache`, from its digest.
 
     Keyed by a secret of that folder, drawn once from the operating system: sites that share a cache
@@ -209,7 +209,7 @@ def namer(cache: Path) -> Callable[[str], str]:
     Raises:
       DataError: the secret cannot be made or read.
     """
-    key = secret(cache / "secret", DataError, "Delete it: images are then prepared anew.")
+    key = read_secret(cache / "secret", DataError, "Delete it: images are then prepared anew.")
     return lambda digest: hmac.digest(key, digest.encode(), "sha256").hex()
 
 
@@ -257,7 +257,7 @@ def _fill(
     names: list[str] = []
     rows: list[Tensor] = []
     done, told, kept = 0, time.monotonic(), time.monotonic()
-    with settled(threads=1):
+    with fix_numerics(threads=1):
         pixels = chain.from_iterable(_ahead(squares, by_image, cores, 2 * BATCH))
         at_once = cores if spec.device.type == "cpu" else 1
         for new, part in _ahead(made, _batched(pixels, BATCH), at_once, at_once):

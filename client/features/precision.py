@@ -8,7 +8,7 @@ import torch
 from common.config.study import Dtype
 
 
-def chosen(wanted: str) -> torch.device:
+def choose_device(wanted: str) -> torch.device:
     """The device that a site file names; `auto` is an accelerator, if there is one."""
     if wanted != "auto":
         return torch.device(wanted)
@@ -17,7 +17,7 @@ def chosen(wanted: str) -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def computes(dtype: Dtype, device: torch.device) -> bool:
+def can_compute(dtype: Dtype, device: torch.device) -> bool:
     """Whether the device computes in this type; a CPU without units for it does so slowly."""
     if dtype == "float32" or device.type == "cpu":
         return True  # on mps too little of bfloat16 is implemented
@@ -30,7 +30,7 @@ def autocast(dtype: Dtype, device: torch.device) -> torch.autocast:
 
 
 @contextmanager
-def settled(threads: int) -> Iterator[None]:
+def fix_numerics(threads: int) -> Iterator[None]:
     """Compute on so many cores whatever this process may use, and on a GPU by fixed kernels.
 
     How a sum is split among threads decides its last digits, even where an elementwise function

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from client.storage import usable
+from client.storage import explain_disk_errors
 from common.errors import DataError
 from common.support import files
 
@@ -87,7 +87,7 @@ class Store:
     def use(self, about: Mapping[str, str]) -> None:
         """Note that a study uses the store now and, once, what it holds, in words for a person."""
         self._about = dict(about)
-        with usable(self._folder, DataError), suppress(FileNotFoundError):
+        with explain_disk_errors(self._folder, DataError), suppress(FileNotFoundError):
             self._mark()
 
     def _mark(self) -> None:
@@ -111,7 +111,7 @@ class Store:
 
     def refresh(self) -> None:
         """Take in shards that were written since, by this process or another."""
-        with usable(self._folder, DataError):
+        with explain_disk_errors(self._folder, DataError):
             for name in sorted(self._listed() - self._shards):
                 self._open(self._folder / name)
 
@@ -142,7 +142,7 @@ class Store:
 
     def add(self, names: Sequence[str], rows: Tensor) -> None:
         """Write one shard: complete under its own name, or not at all."""
-        with usable(self._folder, DataError):
+        with explain_disk_errors(self._folder, DataError):
             for _ in range(_TRIES):
                 with suppress(FileNotFoundError):
                     self._mark()
@@ -172,7 +172,7 @@ class Store:
           How many rows there were.
         """
         gone, removed = set(names), 0
-        with usable(self._folder, DataError):
+        with explain_disk_errors(self._folder, DataError):
             for part in self._paths(".*.safetensors.*.part"):
                 part.unlink(missing_ok=True)  # whoever is still writing it does so again
             # Until a pass finds nothing: another process may put back what it read before.
@@ -230,7 +230,7 @@ def _read(path: Path) -> tuple[list[str], Tensor] | None:
         return None
 
 
-def count(path: Path) -> int:
+def count_rows(path: Path) -> int:
     """Rows in a shard, by its header alone; 0 where it is gone or damaged."""
     try:
         with safe_open(path, framework="pt") as shard:

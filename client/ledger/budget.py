@@ -10,7 +10,7 @@ from common.config.study import DpSgd, Study
 from common.errors import BudgetError
 
 
-def afford(
+def check_budget(
     entries: Sequence[Entry], site: Site, study: Study, privacy: DpSgd, planned: DpEvent
 ) -> None:
     """Return if a site can pay for further steps of a study, on top of what it has spent.

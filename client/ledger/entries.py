@@ -100,13 +100,13 @@ class Sent(_Line):
 Entry = Annotated[Created | Adopted | Reserved | Sealed | Sent, Field(discriminator="state")]
 
 
-def adopted(entries: Iterable[Entry]) -> Adopted | None:
+def find_adopted(entries: Iterable[Entry]) -> Adopted | None:
     """What the ledger began with, in place of one that was lost."""
     first = next(iter(entries), None)
     return first if isinstance(first, Adopted) else None
 
 
-def history(entries: Iterable[Entry], study: str | None = None) -> tuple[DpEvent, ...]:
+def list_events(entries: Iterable[Entry], study: str | None = None) -> tuple[DpEvent, ...]:
     """What was spent, in order: each reservation once, sealed or not; of one study, or of all.
 
     StudySpending composes over the site: only the history of all studies bounds a patient's ε.

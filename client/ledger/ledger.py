@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 from pydantic import TypeAdapter, ValidationError
 
 from client.ledger.entries import Adopted, Contents, Created, Entry, Release, Reserved, Sealed, Sent
-from client.storage import usable
+from client.storage import explain_disk_errors
 from common.errors import SiteError
 from common.support import files
 
@@ -132,17 +132,17 @@ def _damage(path: Path, expected: str, got: str) -> SiteError:
 # --- the file ---
 
 
-def read(folder: Path) -> list[Entry]:
+def read_ledger(folder: Path) -> list[Entry]:
     """Every entry, verified, for showing; needs no lock, passes over an append in progress.
 
     Raises:
       SiteError: the ledger is damaged or was rolled back, or cannot be read.
     """
-    with usable(folder, SiteError):
+    with explain_disk_errors(folder, SiteError):
         return _load(folder)[0]
 
 
-def adopt(folder: Path, epsilon: float, delta: float) -> None:
+def adopt_ledger(folder: Path, epsilon: float, delta: float) -> None:
     """Start a new ledger in place of a lost or damaged one, which is set aside, not deleted.
 
     Args:
@@ -156,7 +156,7 @@ def adopt(folder: Path, epsilon: float, delta: float) -> None:
     if not (0 <= epsilon < float("inf") and 0 <= delta < 1):
         expected = "what was spent at least: ε >= 0 and δ in [0, 1)"
         raise SiteError("adopt", expected=expected, got=(epsilon, delta))
-    with usable(folder, SiteError), locked(folder):
+    with explain_disk_errors(folder, SiteError), lock_state(folder):
         path = folder / "ledger.jsonl"
         if path.exists():
             path.rename(_aside(folder, "replaced"))
@@ -178,9 +178,9 @@ class Ledger:
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._path = folder, folder / "ledger.jsonl"
-        with ExitStack() as stack, usable(folder, SiteError):
+        with ExitStack() as stack, explain_disk_errors(folder, SiteError):
             folder.mkdir(mode=0o700, exist_ok=True)
-            stack.enter_context(locked(folder))
+            stack.enter_context(lock_state(folder))
             entries, self._hashes, torn = _load(folder)
             if not entries:
                 entries, self._hashes = _create(folder, Created(n=1, time=_now()))
@@ -221,7 +221,7 @@ class Ledger:
 
     def _wake(self) -> None:
         with ExitStack() as stack:
-            stack.enter_context(locked(self._folder))
+            stack.enter_context(lock_state(self._folder))
             self._file = _opened(stack, self._path, os.O_APPEND)
             self._head_file = _opened(stack, self._folder / "ledger.head")
             self._resources, self._rests = stack.pop_all(), False
@@ -265,7 +265,7 @@ class Ledger:
         n = len(self._hashes) + 1
         entry = kind(n=n, time=_now(), key=release.key, release=release, **content)
         line, own = _link(_json(entry), self._hashes[-1])
-        with usable(self._path, SiteError):
+        with explain_disk_errors(self._path, SiteError):
             if self._rests:
                 self._wake()
             self._still_ours()
@@ -329,7 +329,7 @@ def _opened(stack: ExitStack, path: Path, flags: int = 0) -> int:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def lock_state(folder: Path) -> Iterator[None]:
     """Keep every other process out of the state folder; raises `SiteError` if one is in."""
     lock = FileLock(folder / "ledger.lock", mode=_MODE, thread_local=False)
     try:

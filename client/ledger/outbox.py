@@ -5,7 +5,7 @@ import logging
 from pathlib import Path
 
 from client.ledger.entries import Contents, Release
-from client.storage import usable
+from client.storage import explain_disk_errors
 from common.errors import SiteError
 from common.support import files
 
@@ -20,19 +20,19 @@ class Outbox:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        with usable(folder, SiteError):
+        with explain_disk_errors(folder, SiteError):
             folder.mkdir(mode=0o700, exist_ok=True)
             files.sync(folder.parent)
 
     def write(self, release: Release, data: bytes) -> None:
         """Keep a reply; on disk before this returns."""
-        with usable(self._folder, SiteError):
+        with explain_disk_errors(self._folder, SiteError):
             files.write(self._path(release), data, mode=0o600)
 
     def read(self, release: Release, contents: Contents) -> bytes | None:
         """The reply whose hash the ledger has; None if it is lost or not those bytes."""
         path = self._path(release)
-        with usable(self._folder, SiteError):
+        with explain_disk_errors(self._folder, SiteError):
             data = path.read_bytes() if path.exists() else b""
         if hashlib.sha256(data).hexdigest() == contents.sha256:
             return data
@@ -41,7 +41,7 @@ class Outbox:
 
     def purge(self, study: str = "") -> None:
         """Delete every reply of a study that has ended, or of all."""
-        with usable(self._folder, SiteError):
+        with explain_disk_errors(self._folder, SiteError):
             for path in self._folder.iterdir():
                 if path.name.lstrip(".").startswith(study):
                     path.unlink(missing_ok=True)

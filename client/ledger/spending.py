@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from client.ledger.entries import Adopted, Entry, Reserved, Sent, adopted, history
+from client.ledger.entries import Adopted, Entry, Reserved, Sent, find_adopted, list_events
 from client.privacy import accountant
 from client.privacy.accountant import DpEvent
 from client.privacy.parameters import Privacy
@@ -41,7 +41,7 @@ class StudySpending:
 
     def epsilon(self, delta: float) -> float:
         """What this study alone would cost; the costs of several do not just add up."""
-        return accountant.epsilon([privacy.event for privacy in self.private], delta)
+        return accountant.compute_epsilon([privacy.event for privacy in self.private], delta)
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Spending:
         cls, entries: Sequence[Entry], delta: float | None = None, budget: float | None = None
     ) -> "Spending":
         """At `delta`, if what was adopted leaves any of it; else at the least δ of any release."""
-        begun = adopted(entries)
+        begun = find_adopted(entries)
         taken = begun.delta if begun else 0.0
         if delta is not None and delta > taken:
             return cls(entries, delta, budget)
@@ -95,7 +95,7 @@ class Spending:
     @property
     def adopted(self) -> Adopted | None:
         """What the ledger began with, in place of one that was lost."""
-        return adopted(self.entries)
+        return find_adopted(self.entries)
 
     def alone(self, study: str, planned: Sequence[DpEvent] = ()) -> float:
         """ε of one study and of what is planned in it, by PRV: its parameters are fixed at join.
@@ -106,10 +106,10 @@ class Spending:
           RefusedError: no finite bound was found.
           BudgetError: what was adopted has taken all of δ.
         """
-        begun, spent = self.adopted, [*history(self.entries, study), *planned]
+        begun, spent = self.adopted, [*list_events(self.entries, study), *planned]
         if begun is None or study not in begun.studies:
-            return accountant.epsilon(spent, self.delta)
-        return begun.epsilon + accountant.epsilon(spent, self._left())
+            return accountant.compute_epsilon(spent, self.delta)
+        return begun.epsilon + accountant.compute_epsilon(spent, self._left())
 
     def total(self, planned: Sequence[DpEvent] = (), study: str = "") -> float:
         """ε of all studies together, and of what is planned in `study`.
@@ -122,11 +122,11 @@ class Spending:
           RefusedError: no finite bound was found.
           BudgetError: what was adopted has taken all of δ.
         """
-        spent, left = [*history(self.entries), *planned], self._left()
+        spent, left = [*list_events(self.entries), *planned], self._left()
         before = self.adopted.epsilon if self.adopted else 0.0
         if self._several(study if planned else ""):
-            return before + accountant.filtered_epsilon(spent, left, self._order())
-        return before + accountant.epsilon(spent, left)
+            return before + accountant.compute_filtered_epsilon(spent, left, self._order())
+        return before + accountant.compute_epsilon(spent, left)
 
     def bound(self, study: str = "") -> str:
         """What `total` is computed by, once `study` has begun."""
@@ -139,7 +139,7 @@ class Spending:
     def _order(self) -> int:
         budget = self.budget or _USUAL
         left = budget - (self.adopted.epsilon if self.adopted else 0.0)
-        return accountant.filter_order(left if left > 0 else budget, self._left())
+        return accountant.choose_filter_order(left if left > 0 else budget, self._left())
 
     def _left(self) -> float:
         """The part of δ that what was adopted leaves."""
@@ -159,17 +159,20 @@ class Spending:
         if self.adopted:
             chosen.add(1)
         return [
-            (when(self.entries[n - 1]), Spending(self.entries[:n], self.delta, self.budget).total())
+            (
+                read_time(self.entries[n - 1]),
+                Spending(self.entries[:n], self.delta, self.budget).total(),
+            )
             for n in sorted(chosen)
         ]
 
 
-def when(entry: Entry) -> datetime:
+def read_time(entry: Entry) -> datetime:
     """The moment a line was written."""
     return datetime.fromisoformat(entry.time)
 
 
-def sent(entries: Sequence[Entry], study: str | None = None) -> list[Sent]:
+def list_sent(entries: Sequence[Entry], study: str | None = None) -> list[Sent]:
     """Every message that left, of one study by name or id, or of all."""
     left = [entry for entry in entries if isinstance(entry, Sent)]
     return [e for e in left if study in (None, e.release.name, e.release.study)]

@@ -78,7 +78,7 @@ class DpEvent:
 Bound = Callable[[tuple[DpEvent, ...], float], float]
 
 
-def epsilon(history: Sequence[DpEvent], delta: float) -> float:
+def compute_epsilon(history: Sequence[DpEvent], delta: float) -> float:
     """An upper bound of ε at δ for everything in `history`, in whatever order it happened.
 
     It holds for parameters that were fixed before the first step, as those of a study are at join.
@@ -93,7 +93,7 @@ def epsilon(history: Sequence[DpEvent], delta: float) -> float:
     return _guarded(_composed, history, delta)
 
 
-def filter_order(budget: float, delta: float) -> int:
+def choose_filter_order(budget: float, delta: float) -> int:
     """The Rényi order at which a privacy filter for ε = `budget` at δ leaves the most room.
 
     It follows from these two numbers alone. So it is fixed before anything is released, as the
@@ -104,15 +104,15 @@ def filter_order(budget: float, delta: float) -> int:
     return order
 
 
-def filtered_epsilon(history: Sequence[DpEvent], delta: float, order: int) -> float:
+def compute_filtered_epsilon(history: Sequence[DpEvent], delta: float, order: int) -> float:
     """An upper bound of ε at δ for steps whose parameters were chosen in view of earlier releases.
 
     The Rényi divergences of all steps at one `order`, which was fixed before the first of them, add
     up however the next was chosen (theorem 3.1 of Feldman and Zrnic 2021). As a site stops before
-    this is above its budget, it is a privacy filter; `epsilon` is none.
+    this is above its budget, it is a privacy filter; `compute_epsilon` is none.
 
     Raises:
-      RefusedError: as in `epsilon`.
+      RefusedError: as in `compute_epsilon`.
     """
     at = _ORDERS.index(order)
 
@@ -123,7 +123,7 @@ def filtered_epsilon(history: Sequence[DpEvent], delta: float, order: int) -> fl
     return _guarded(bound, history, delta)
 
 
-def noise_multiplier(
+def find_noise_multiplier(
     *,
     epsilon: float,
     delta: float,
@@ -142,7 +142,7 @@ def noise_multiplier(
       A σ that was itself tried and found good, rounded up by 0.23 % at most; at least 0.1.
 
     Raises:
-      RefusedError: no σ up to 10000 is enough, or as in `epsilon`.
+      RefusedError: no σ up to 10000 is enough, or as in `compute_epsilon`.
     """
     _within("epsilon", epsilon, "above 0", above=0)
 

@@ -80,14 +80,14 @@ def train(
     weights = torch.tensor(plan.class_weights, device=device) if plan.class_weights else None
     losses = partial(trainer.losses, plan=plan, weights=weights)
     optimizer = trainer.make_optimizer(suffix, plan, lr)
-    trained = trained_by(suffix)
+    trained = list_trained(suffix)
     start = [p.detach().clone() for p in trained] if proximal_mu else []
     train_mode(suffix)
-    with exact(device):
+    with compute_exactly(device):
         for _ in range(one.steps):
             images, views = patients.draw(one.sample_rate, examples.prepared.views, entropy)
             rows = _rows(examples, images, views, entropy.seeds(len(images)), device)
-            gradients = noised_gradient(suffix, rows, losses, privacy_plan, entropy)
+            gradients = compute_noised_gradient(suffix, rows, losses, privacy_plan, entropy)
             for p, gradient in zip(trained, gradients, strict=True):
                 p.grad = gradient
             for gradient, p, before in zip(gradients, trained, start, strict=False):
@@ -97,7 +97,7 @@ def train(
     suffix.eval()
 
 
-def noised_gradient(
+def compute_noised_gradient(
     suffix: nn.Module,
     rows: Iterable[Row],
     losses: Losses,
@@ -113,19 +113,19 @@ def noised_gradient(
       privacy_plan: Of the round.
       entropy: Of the noise.
     """
-    noised = empty_sum(suffix, privacy_plan)
+    noised = make_sum(suffix, privacy_plan)
     for row in rows:
-        noised.add(row_gradient(suffix, row, losses))
+        noised.add(compute_row_gradient(suffix, row, losses))
     sums = noised.release(entropy)
     return [
         total.div_(privacy_plan.batch).float().to(p.device)
-        for total, p in zip(sums, trained_by(suffix), strict=True)
+        for total, p in zip(sums, list_trained(suffix), strict=True)
     ]
 
 
-def empty_sum(suffix: nn.Module, privacy_plan: PrivacyPlan) -> NoisedSum:
+def make_sum(suffix: nn.Module, privacy_plan: PrivacyPlan) -> NoisedSum:
     """The noised sum of a step, before the first row."""
-    one, trained = privacy_plan.round, trained_by(suffix)
+    one, trained = privacy_plan.round, list_trained(suffix)
     return NoisedSum(
         [p.shape for p in trained],
         clip_norm=one.clip_norm,
@@ -134,22 +134,22 @@ def empty_sum(suffix: nn.Module, privacy_plan: PrivacyPlan) -> NoisedSum:
     )
 
 
-def row_gradient(suffix: nn.Module, row: Row, losses: Losses) -> tuple[Tensor, ...]:
+def compute_row_gradient(suffix: nn.Module, row: Row, losses: Losses) -> tuple[Tensor, ...]:
     """The gradient of one row's loss, as it is."""
     inputs, labels, seed = row
     # Seeding every device costs milliseconds.
     (torch.default_generator if inputs.device.type == "cpu" else torch).manual_seed(seed)
     loss = losses(suffix(inputs), labels).sum()
-    return torch.autograd.grad(loss, trained_by(suffix))
+    return torch.autograd.grad(loss, list_trained(suffix))
 
 
-def trained_by(suffix: nn.Module) -> list[nn.Parameter]:
+def list_trained(suffix: nn.Module) -> list[nn.Parameter]:
     """What trains, in the order of gradients here."""
     return [p for p in suffix.parameters() if p.requires_grad]
 
 
 @contextmanager
-def exact(device: torch.device) -> Iterator[None]:
+def compute_exactly(device: torch.device) -> Iterator[None]:
     """Float32 throughout, by fixed kernels; torch's generators as they were afterwards.
 
     In half precision, or TF32, a patient's gradient is only a rough one.

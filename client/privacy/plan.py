@@ -3,14 +3,14 @@
 import math
 from functools import lru_cache
 
-from client.privacy.accountant import DpEvent, noise_multiplier
+from client.privacy.accountant import DpEvent, find_noise_multiplier
 from client.privacy.parameters import Count, Privacy
 from client.site import Site
 from common.config.study import DpSgd, Study
 from common.config.yaml import Section
 from common.errors import RefusedError
 
-_calibrated = lru_cache(maxsize=128)(noise_multiplier)
+_calibrated = lru_cache(maxsize=128)(find_noise_multiplier)
 
 
 class PrivacyPlan(Section):

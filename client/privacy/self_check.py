@@ -15,7 +15,13 @@ from torch import Tensor, nn
 from torch.linalg import vector_norm
 from torch.nn.functional import one_hot
 
-from client.privacy.dp_sgd import Row, empty_sum, exact, noised_gradient, row_gradient
+from client.privacy.dp_sgd import (
+    Row,
+    compute_exactly,
+    compute_noised_gradient,
+    compute_row_gradient,
+    make_sum,
+)
 from client.privacy.noise import DEVIATION, Entropy
 from client.privacy.plan import PrivacyPlan
 from client.training.dataset import Examples
@@ -84,7 +90,7 @@ def _noise(privacy_plan: PrivacyPlan, entropy: Entropy) -> Iterator[Finding]:
     """Of a step without rows, in units of what was promised."""
     one, many = privacy_plan.round, nn.Linear(_SIDE, _SIDE)
     unit = privacy_plan.batch / (one.noise_multiplier * one.clip_norm)
-    drawn = noised_gradient(many, [], _losses, privacy_plan, entropy)
+    drawn = compute_noised_gradient(many, [], _losses, privacy_plan, entropy)
     noise = torch.cat([part.flatten() for part in drawn]).double() * unit
     n = len(noise)
     mean, variance = float(noise.mean()), float(noise.square().mean())
@@ -102,10 +108,10 @@ def _rows(
     rows = list(_made_up(suffix, shape, device, entropy))
     state = {name: buffer.clone() for name, buffer in suffix.named_buffers()}
     first: list[Tensor] = []
-    with _as_it_was(suffix), exact(device):
+    with _as_it_was(suffix), compute_exactly(device):
         for row in (*rows, rows[0]):
-            total = empty_sum(suffix, privacy_plan)
-            total.add(row_gradient(suffix, row, _losses))
+            total = make_sum(suffix, privacy_plan)
+            total.add(compute_row_gradient(suffix, row, _losses))
             yield "a row, in clipping norms", _length(total.sums) / total.longest, 1.0
             first = first or total.sums
         apart = [a - b for a, b in zip(total.sums, first, strict=True)]

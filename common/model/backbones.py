@@ -140,7 +140,7 @@ class Backbone:
             )
             expected = f"a checkpoint of {self.name}"
             raise BackboneError(weights, expected=expected, got=f"{fit}", remedy=remedy)
-        if absurd := checkpoints.absurd(fit.tensors):
+        if absurd := checkpoints.find_absurd(fit.tensors):
             most, variance = checkpoints.LARGEST, checkpoints.LARGEST_VARIANCE
             expected = f"numbers within ±{most:g}, and variances from 0 to {variance:g}"
             remedy = "Take the checkpoint as it was published."

@@ -9,7 +9,7 @@ SUFFIXES = frozenset(
 )
 
 
-def found_in(folder: Path) -> list[Path]:
+def find_images(folder: Path) -> list[Path]:
     """Every image in a folder and those below it, sorted; raises `DataError` if there is none."""
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
     if not paths:

@@ -9,7 +9,7 @@ from common.errors import ContractError
 from common.model import backbones
 from common.model.contract import Contract
 from common.model.images import Preprocess
-from common.model.split import Split, of_batchnorm, split
+from common.model.split import Split, list_batchnorm, split
 from common.model.weights import LARGEST
 from common.support.seeds import derive
 
@@ -76,7 +76,7 @@ def assemble(study: Study, weights: str) -> Network:
     )
     preprocess = backbone.preprocess(weights).with_size(study.images.size)
     asked = backbone.trainable(model, study.model.unfreeze)
-    untrained = of_batchnorm(model, asked) if study.private else ()
+    untrained = list_batchnorm(model, asked) if study.private else ()
     trainable = tuple(name for name in asked if name not in untrained)
     state = model.state_dict()
     frozen = {name: tensor for name, tensor in state.items() if name not in trainable}

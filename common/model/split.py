@@ -70,7 +70,7 @@ def train_mode(module: nn.Module) -> None:
             part.eval()
 
 
-def of_batchnorm(model: nn.Module, names: Collection[str]) -> tuple[str, ...]:
+def list_batchnorm(model: nn.Module, names: Collection[str]) -> tuple[str, ...]:
     """Those of the parameters that scale or shift what BatchNorm's statistics have normalised.
 
     They go with statistics of other images, which no patient's noise covers.

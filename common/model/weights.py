@@ -121,7 +121,7 @@ class Fit:
         return ", ".join(_count(kind, keys) for kind, keys in kinds.items() if keys)
 
 
-def absurd(state: dict[str, Tensor]) -> list[str]:
+def find_absurd(state: dict[str, Tensor]) -> list[str]:
     """Names of tensors that no training leaves so: not finite, or far beyond any published one.
 
     Those reach ±60; variances, which are never negative, 500.

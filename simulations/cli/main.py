@@ -170,11 +170,11 @@ def predict(
     out: Annotated[Path, typer.Option(help="The CSV file to write.")] = Path("predictions.csv"),
 ) -> None:
     """Write the released model's class probabilities for every image in a folder."""
-    from common.model.image_files import found_in
+    from common.model.image_files import find_images
     from common.model.inference import load_model
 
     model = load_model(run)
-    paths = found_in(folder)
+    paths = find_images(folder)
     if out.is_dir() or not os.access(out.parent, os.W_OK):
         expected, got = "a file in a folder that can be written", "none"
         remedy = "Choose another place with --out."

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from flwr.app import Context, Message
 
-from client.app import site_file
+from client.app import find_site_file
 from client.session import Session
 from client.site import Site
 from common.config.study import Study
@@ -69,7 +69,7 @@ class Attacked(InProcess):
         def app(message: Message, context: Context) -> Message:
             reply = self.app(message, context)
             trained = message.metadata.message_type == "train" and not reply.has_error()
-            if trained and names[site_file(context)] in self._attacks.scales:
+            if trained and names[find_site_file(context)] in self._attacks.scales:
                 _scale(message, reply, self._attacks.factor)
             return reply
 

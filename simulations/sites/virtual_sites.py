@@ -18,9 +18,9 @@ from typing import Any
 from client.consent.cohort import PARTS, count_patients
 from client.consent.proposals import keep_proposal
 from client.data.records import Record
-from client.data.registry import Data, guess
-from client.data.splits import Parts, split
-from client.ledger.ledger import read
+from client.data.registry import Data, guess_format
+from client.data.splits import Parts, split_records
+from client.ledger.ledger import read_ledger
 from client.ledger.spending import Spending
 from client.runtime import Runtime
 from client.site import Site
@@ -82,7 +82,7 @@ def find_site(path: Path, *, evaluates_only: bool = False) -> VirtualSite:
         return VirtualSite(name=site.name, data=site.data, site=site, evaluates_only=evaluates_only)
     place = path.resolve()
     name = place.stem if place.is_file() else place.name
-    data = guess(place)
+    data = guess_format(place)
     if not re.fullmatch(NAME, name):
         expected = f"a folder whose name can name the site ({_RULE})"
         remedy = "Rename it, or put a site.yaml with a name into it."
@@ -92,7 +92,7 @@ def find_site(path: Path, *, evaluates_only: bool = False) -> VirtualSite:
 
 def cut_pool(path: Path, study: Study, *, spec: str, sites: int) -> list[VirtualSite]:
     """Cut one data set into `sites` hospitals by patient; see `simulations.sites.partition`."""
-    data = guess(path.resolve())
+    data = guess_format(path.resolve())
     records = data.records(study.classes)
     labels = partition.label_patients(records)
     groups = partition.cut_patients(labels, sites=sites, spec=spec, seed=study.seed)
@@ -152,7 +152,7 @@ def _plan(hospital: VirtualSite, study: Study) -> PlannedSite:
     secret = hashlib.sha256(f"{derive(study.seed, hospital.name, 'secret')}".encode()).digest()
     parts = Parts(train=[], validation=[], test=list(records))
     if hospital.trains:
-        parts = split(records, study.holdout, secret)
+        parts = split_records(records, study.holdout, secret)
     images = {
         part: [sum(r.label == k for r in getattr(parts, part)) for k in range(len(study.classes))]
         for part in PARTS
@@ -179,7 +179,7 @@ def find_site_files(run: Path) -> list[Path]:
 def read_spending(site_files: Sequence[Path]) -> dict[str, float]:
     """Read the ε that the ledger of each site adds up to, by name."""
     sites = [Site.read(path) for path in site_files]
-    return {site.name: Spending.of(read(site.state)).total() for site in sites}
+    return {site.name: Spending.of(read_ledger(site.state)).total() for site in sites}
 
 
 def _write(plan: PlannedSite, study: Study, folder: Path, cache: Path) -> Path:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from client.features.precision import settled
+from client.features.precision import fix_numerics
 from client.runtime import Runtime
 from client.session import Session
 from client.training import trainer
@@ -66,7 +66,7 @@ def _alone(study: Study, sessions: Sequence[Session], name: str) -> Tensors:
     examples = _joined([session.prepared.examples["train"] for session in sessions])
     network.load(load_first_tensors(study, network))
     for number in range(1, plan.rounds + 1):
-        with settled(sessions[0].prepared.site.threads):
+        with fix_numerics(sessions[0].prepared.site.threads):
             trainer.train(
                 network.split.suffix,
                 examples,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from common.config.study import Study
 from common.errors import DataError
 from common.model import backbones
-from common.model.image_files import found_in
+from common.model.image_files import find_images
 from common.model.images import Preprocess
 from common.model.network import assemble
 from common.support import files
@@ -54,7 +54,7 @@ def write_feature_mean(study: Study, folder: Path, out: Path) -> int:
 def _batches(folder: Path, preprocess: Preprocess) -> Iterator[Tensor]:
     """The readable images, uint8 [n, 3, H, W] at a time."""
     images: list[Tensor] = []
-    paths, hidden = found_in(folder), not console.is_terminal
+    paths, hidden = find_images(folder), not console.is_terminal
     for path in track(paths, "images", console=console, disable=hidden):
         try:
             images.append(preprocess.read(path.read_bytes(), str(path)))

@@ -14,7 +14,7 @@ from client import runtime
 from client.consent import exclusions
 from client.data.records import FileImage
 from client.ledger.entries import Release, Sent
-from client.ledger.ledger import Ledger, read
+from client.ledger.ledger import Ledger, read_ledger
 from client.ledger.release import Reply, release
 from client.privacy.parameters import Privacy
 from client.site import Site
@@ -121,7 +121,7 @@ def state(server):
 
 
 def left(server):
-    return [entry for entry in read(state(server)) if isinstance(entry, Sent)]
+    return [entry for entry in read_ledger(state(server)) if isinstance(entry, Sent)]
 
 
 def sha256(message):
@@ -179,18 +179,18 @@ def test_a_line_names_all_that_left(tmp_path):
 
 def test_the_join_tells_how_far_the_ledger_went_before_it(server):
     reply = JoinReply.read(server.join().content)
-    lines = read(state(server))
+    lines = read_ledger(state(server))
     assert reply.ledger.count == len(lines) - 1
     asked = server.send(LedgerRequest(reply.ledger.count).record(), LEDGER)
     assert LedgerReply.read(asked.content).hash == reply.ledger.hash
     beyond = server.send(LedgerRequest(len(lines) + 1).record(), LEDGER)
     assert LedgerReply.read(beyond.content).hash is None
     assert server.send(LedgerRequest(0).record(), LEDGER).error.reason == "contract"
-    assert len(read(state(server))) == len(lines)
+    assert len(read_ledger(state(server))) == len(lines)
 
 
 def test_an_error_leaves_no_line_and_no_figure(server):
-    lines = len(read(state(server)))
+    lines = len(read_ledger(state(server)))
     for reply in (
         server.round(0),
         server.round(server.study.train.rounds + 1),
@@ -199,7 +199,7 @@ def test_an_error_leaves_no_line_and_no_figure(server):
         server.send(RecordDict(), MessageType.EVALUATE),
     ):
         assert reply.error.reason == "contract"
-    assert len(read(state(server))) == lines
+    assert len(read_ledger(state(server))) == lines
 
 
 @pytest.mark.parametrize("room", [0, 1, 200])
@@ -333,7 +333,7 @@ def test_no_file_names_a_patient_or_an_image(tmp_path, cache):
     file = hospital(tmp_path / "ward", **keys)
     server = Server(file, study())
     server.join(), server.round(), server.final()
-    exclusions.leave_out(Site.read(file), PATIENT.format(0))
+    exclusions.exclude_patient(Site.read(file), PATIENT.format(0))
     images = sorted(file.parent.glob("*.png"))
     secrets = [PATIENT.format(i) for i in range(12)] + [path.name for path in images]
     digests = [FileImage(path).digest() for path in images]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from client.weights import find, receive
+from client.weights import find_weights, receive_part
 from common.config.study import Study
 from common.errors import (
     BackboneError,
@@ -48,7 +48,7 @@ def told(study):
 def send(source, site, study, held=0):
     """All that is left, as the server would."""
     while held < source.size:
-        held = receive(site, study, source.cut_part(BackboneHeld(held)))
+        held = receive_part(site, study, source.cut_part(BackboneHeld(held)))
     return held
 
 
@@ -56,30 +56,30 @@ def test_what_was_sent_makes_the_same_network(study, site, monkeypatch):
     monkeypatch.setattr(sending, "_PIECE", 100_000)
     source, here = Backbone(study), told(study)
     with pytest.raises(MissingWeightsError, match=r"expected a folder with weights\.pth"):
-        find(site, here)
-    assert receive(site, here, source.announce()) == 0
+        find_weights(site, here)
+    assert receive_part(site, here, source.announce()) == 0
     send(source, site, here)
     theirs = assemble(study, study.model.weights).contract
-    assert theirs.differences(assemble(here, find(site, here)).contract) == []
+    assert theirs.differences(assemble(here, find_weights(site, here)).contract) == []
     assert not list(site.state.rglob("*.part"))
 
 
 def test_a_transfer_goes_on_where_it_broke_off_and_serves_other_studies(study, site, monkeypatch):
     monkeypatch.setattr(sending, "_PIECE", 100_000)
     source, here = Backbone(study), told(study)
-    receive(site, here, source.cut_part(BackboneHeld(0)))
+    receive_part(site, here, source.cut_part(BackboneHeld(0)))
     assert (
-        receive(site, here, source.cut_part(BackboneHeld(300_000))) == 100_000
+        receive_part(site, here, source.cut_part(BackboneHeld(300_000))) == 100_000
     )  # a piece is missing
-    assert receive(site, here, source.cut_part(BackboneHeld(0))) == 100_000  # twice the same
+    assert receive_part(site, here, source.cut_part(BackboneHeld(0))) == 100_000  # twice the same
     again = Backbone(study)  # a coordinator that was killed
-    send(again, site, here, receive(site, here, again.announce()))
-    find(site, here)
+    send(again, site, here, receive_part(site, here, again.announce()))
+    find_weights(site, here)
     other = told(study.model_copy(update={"seed": 5}))
     assert other.id != here.id
     announced = Backbone(study.model_copy(update={"seed": 5})).announce()
-    assert receive(site, other, announced) == source.size
-    find(site, other)
+    assert receive_part(site, other, announced) == source.size
+    find_weights(site, other)
 
 
 def test_what_is_not_what_was_announced_is_deleted(study, site):
@@ -87,10 +87,10 @@ def test_what_is_not_what_was_announced_is_deleted(study, site):
     part = source.cut_part(BackboneHeld(0))
     wrong = b"\0" * len(part.data)
     with pytest.raises(ContractError, match="SHA-256"):
-        receive(site, here, BackbonePart(**{**vars(part), "data": wrong}))
+        receive_part(site, here, BackbonePart(**{**vars(part), "data": wrong}))
     with pytest.raises(MissingWeightsError):
-        find(site, here)
-    assert receive(site, here, source.announce()) == 0
+        find_weights(site, here)
+    assert receive_part(site, here, source.announce()) == 0
 
 
 def test_more_than_the_backbone_can_be_is_refused(study, site):
@@ -98,7 +98,7 @@ def test_more_than_the_backbone_can_be_is_refused(study, site):
     most = backbones.get(NAME).largest_file
     part = BackbonePart(study=here.id, sha256="a" * 64, size=most + 1, offset=0, data=b"x")
     with pytest.raises(ContractError, match="are plenty"):
-        receive(site, here, part)
+        receive_part(site, here, part)
     assert not (site.state / "weights").exists()
 
 
@@ -110,7 +110,7 @@ def test_a_name_from_the_network_stays_in_its_folder(study, site, name):
     sha = hashlib.sha256(data).hexdigest()
     part = BackbonePart(study=here.id, sha256=sha, size=len(data), offset=0, data=data)
     with suppress(ConsiliumError):
-        receive(site, here, part)
+        receive_part(site, here, part)
     outside = [p for p in site.state.parent.rglob("*") if p.is_file() and p.read_bytes() == data]
     assert all((site.state / "weights") in path.parents for path in outside)
 
@@ -122,6 +122,6 @@ def test_a_site_that_has_the_file_uses_its_own(study, site, tmp_path):
     own.mkdir()
     save_file({"a": torch.zeros(1)}, own / "weights.pth")
     mine = site.model_copy(update={"weights": own})
-    assert find(mine, here) == str(own / "weights.pth")
+    assert find_weights(mine, here) == str(own / "weights.pth")
     with pytest.raises(BackboneError):
-        assemble(here, find(mine, here))
+        assemble(here, find_weights(mine, here))

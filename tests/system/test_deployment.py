@@ -15,8 +15,8 @@ from dp_accounting import GaussianDpEvent, NeighboringRelation, PoissonSampledDp
 from dp_accounting.pld import PLDAccountant
 from safetensors.torch import load_file
 
-from client.ledger.entries import Sealed, history
-from client.ledger.ledger import read
+from client.ledger.entries import Sealed, list_events
+from client.ledger.ledger import read_ledger
 from client.ledger.spending import Spending
 from client.site import Site
 from common.config.study import Study
@@ -120,7 +120,7 @@ def noted(world: Loopback, name: str) -> bool:
 
 def spent(world: Loopback, name: str) -> int:
     """How many private rounds the ledger of a hospital holds."""
-    return len(history(read(Site.read(world.sites[name]).state)))
+    return len(list_events(read_ledger(Site.read(world.sites[name]).state)))
 
 
 def test_over_tls_comes_out_what_a_simulation_gives(phantoms, tmp_path):
@@ -160,7 +160,7 @@ def test_a_hospital_killed_between_sealing_and_sending_spends_nothing_twice(phan
         state = Site.read(world.sites["north"]).state
 
         def sealed() -> bool:
-            return any(isinstance(entry, Sealed) for entry in read(state))
+            return any(isinstance(entry, Sealed) for entry in read_ledger(state))
 
         wait_until(sealed, 60)
         os.killpg(link.pid, signal.SIGSTOP)  # nothing more leaves
@@ -390,8 +390,8 @@ def test_a_real_study_runs_here_as_it_is_in_a_simulation(shared, tmp_path, name)
         if wanted.private:
             assert [spent(world, site) for site in SKIN] == [3] * 4
             for site in SKIN:
-                entries = read(Site.read(world.sites[site]).state)
-                ours, theirs = Spending(entries, 1e-5).total(), by_google(history(entries))
+                entries = read_ledger(Site.read(world.sites[site]).state)
+                ours, theirs = Spending(entries, 1e-5).total(), by_google(list_events(entries))
                 assert 0 <= ours - theirs <= 0.02
             return
         folder = tmp_path / "simulation"

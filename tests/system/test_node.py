@@ -20,7 +20,7 @@ from flwr.supercore.fab import Fab
 
 from client.cli import main as cli
 from client.ledger.entries import Sent
-from client.ledger.ledger import read
+from client.ledger.ledger import read_ledger
 from client.link import node as node_module
 from client.link.node import Node
 from common.config.study import Study
@@ -117,7 +117,7 @@ class World:
 
     def left(self) -> list[Sent]:
         """Every message that left the hospital."""
-        return [one for one in read(self.folder / "state") if isinstance(one, Sent)]
+        return [one for one in read_ledger(self.folder / "state") if isinstance(one, Sent)]
 
 
 @pytest.fixture

@@ -16,8 +16,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from client.consent.proposals import keep_proposal
-from client.ledger.entries import Reserved, Sealed, Sent, history
-from client.ledger.ledger import adopt, read
+from client.ledger.entries import Reserved, Sealed, Sent, list_events
+from client.ledger.ledger import adopt_ledger, read_ledger
 from client.privacy import dp_sgd
 from client.privacy.accountant import DpEvent
 from client.privacy.noise import Entropy
@@ -82,7 +82,7 @@ def settle(wanted: Study, phantoms: Path, folder: Path, **policies: dict[str, An
 
 
 def entries(site_file: Path) -> list[Any]:
-    return read(Site.read(site_file).state)
+    return read_ledger(Site.read(site_file).state)
 
 
 def by_google(events: tuple[DpEvent, ...]) -> float:
@@ -134,7 +134,7 @@ def test_a_private_study_spends_what_it_promised_and_tells_nothing_beside(phanto
         joined = lines[1].contents.metrics
         assert "patients.test" in joined
         assert {"patients.train", "images.train"}.isdisjoint(joined)
-        spent = history(lines)
+        spent = list_events(lines)
         assert sum(s.steps for s in spent) == 3  # of four, one of them spare
         whole = tuple(DpEvent(s.noise_multiplier, s.sample_rate, 4) for s in spent[:1])
         assert 3.9 < by_google(whole) <= 4.0
@@ -175,11 +175,11 @@ def test_a_question_asked_again_is_free_and_another_is_not(phantoms, tmp_path, n
     new_process()
     again = arrays(coordinator.round())
     assert all((first[name] == again[name]).all() for name in first)
-    assert len(history(entries(files[0]))) == 1
+    assert len(list_events(entries(files[0]))) == 1
     asked = [coordinator.round(1, scale) for scale in (0.1, 0.2, 0.3, 0.4, 0.5)]
     assert [reply.has_error() for reply in asked] == [False, False, False, True, True]
     assert {reply.error.reason for reply in asked if reply.has_error()} == {"budget"}
-    assert len(history(entries(files[0]))) == 4  # three rounds and a spare one, and never more
+    assert len(list_events(entries(files[0]))) == 4  # three rounds and a spare one, and never more
     assert not coordinator.round().has_error()  # what was sealed is free, the budget spent
 
 
@@ -197,7 +197,7 @@ def test_who_cannot_pay_stays_out_and_the_study_goes_on(phantoms, tmp_path):
     assert set(results["federated"]) == {"east", "south", "west"}
     told = (tmp_path / "run" / "run.yaml").read_text()
     assert "its privacy budget does not suffice" in told
-    assert len(history(entries(north))) == 1
+    assert len(list_events(entries(north))) == 1
 
 
 def test_a_server_killed_before_its_checkpoint_gets_the_sealed_replies(
@@ -220,7 +220,7 @@ def test_a_server_killed_before_its_checkpoint_gets_the_sealed_replies(
     new_process()
     simulate_run(server_app, client_app, files, run)
     for path in files:
-        assert len(history(entries(path))) == 3
+        assert len(list_events(entries(path))) == 3
         sent = [e.contents for e in entries(path) if isinstance(e, Sent) and e.release.privacy]
         assert [contents in before[path] for contents in sent] == [True, True, True, False]
         assert sent[1] == sent[2]
@@ -325,7 +325,7 @@ def test_a_ledger_that_was_adopted_gives_no_study_its_budget_again(phantoms, tmp
     coordinator.join()
     assert not coordinator.round().has_error()
     new_process()
-    adopt(Site.read(files[0]).state, 3.5, DELTA / 2)
+    adopt_ledger(Site.read(files[0]).state, 3.5, DELTA / 2)
     assert coordinator.round().error.reason == "budget"
     other = Coordinator(files[0], study(seed=5))  # a study that begins now has all of its own
     other.join()

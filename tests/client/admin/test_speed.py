@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from client.admin.speed import Gain, gain
+from client.admin.speed import Gain, measure_gain
 from common.config.study import Study
 from common.model.network import assemble
 
@@ -26,7 +26,7 @@ def network(unfreeze="last:1"):
 def test_measuring_leaves_the_network_alone():
     net = network()
     before = {name: tensor.clone() for name, tensor in net.model.state_dict().items()}
-    found = gain(net, private=False)
+    found = measure_gain(net, private=False)
     assert found.frozen > 0
     assert found.trained > 0
     assert all(torch.equal(net.model.state_dict()[name], t) for name, t in before.items())
@@ -34,8 +34,8 @@ def test_measuring_leaves_the_network_alone():
 
 
 def test_only_what_the_study_would_compute_in_it_is_measured():
-    assert gain(network(), private=True).trained is None
-    assert gain(network("all"), private=False).frozen is None
+    assert measure_gain(network(), private=True).trained is None
+    assert measure_gain(network("all"), private=False).frozen is None
 
 
 @pytest.mark.parametrize(

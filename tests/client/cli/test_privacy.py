@@ -16,13 +16,18 @@ from PIL import Image
 from client.cli import main as cli
 from client.consent import exclusions
 from client.consent.cohort import cut_records
-from client.features.extract import namer
+from client.features.extract import make_namer
 from client.features.store import Store
 from client.ledger.entries import Contents, Release
-from client.ledger.ledger import Ledger, adopt, read
+from client.ledger.ledger import Ledger, adopt_ledger, read_ledger
 from client.ledger.outbox import Outbox
 from client.ledger.release import Reply, release
-from client.privacy.accountant import DpEvent, epsilon, filter_order, filtered_epsilon
+from client.privacy.accountant import (
+    DpEvent,
+    choose_filter_order,
+    compute_epsilon,
+    compute_filtered_epsilon,
+)
 from client.privacy.parameters import Privacy
 from client.site import Site
 from common.config.study import Study
@@ -118,7 +123,7 @@ def test_the_ledger_adds_up_over_studies_and_counts_the_rest_apart(
     code, text = command("ledger", site(tmp_path, policy=policy))
     assert code == 0, text
     rows = {line.split()[0]: line.split() for line in text.splitlines() if line.strip()}
-    spent = epsilon([DpEvent(1.0, 0.05, 48)], 1e-5)
+    spent = compute_epsilon([DpEvent(1.0, 0.05, 48)], 1e-5)
     assert rows["skin"] == ["skin", SKIN, "3", "1", "0.05", "48", f"{spent:.2f}", "–"]
     assert rows["chest"] == ["chest", CHEST, "0", "–", "–", "–", "–", "3", "rounds"]
     assert f"total ε {spent:.2f} at δ = 1e-05 by PRV; {8 - spent:.2f} left of max_epsilon 8" in text
@@ -136,13 +141,16 @@ def test_several_studies_compose_and_are_not_just_added(command: Command, tmp_pa
             )
     code, text = command("ledger", path)
     assert code == 0, text
-    spent, order = [DpEvent(1.0, 0.05, 100), DpEvent(2.0, 0.05, 100)], filter_order(8.0, 1e-5)
-    both = filtered_epsilon(spent, 1e-5, order)
-    each = [epsilon([DpEvent(noise, 0.05, 100)], 1e-5) for noise in (1.0, 2.0)]
+    spent, order = (
+        [DpEvent(1.0, 0.05, 100), DpEvent(2.0, 0.05, 100)],
+        choose_filter_order(8.0, 1e-5),
+    )
+    both = compute_filtered_epsilon(spent, 1e-5, order)
+    each = [compute_epsilon([DpEvent(noise, 0.05, 100)], 1e-5) for noise in (1.0, 2.0)]
     by = f"by a Rényi filter of order {order}"
     assert f"total ε {both:.2f} at δ = 1e-05 {by}; no max_epsilon in site.yaml" in text
     assert all(f" {alone:.2f} " in text for alone in each)
-    assert max(each) < epsilon(spent, 1e-5) < both < sum(each)
+    assert max(each) < compute_epsilon(spent, 1e-5) < both < sum(each)
 
 
 def test_a_picture_of_what_was_spent(command: Command, tmp_path: Path) -> None:
@@ -193,7 +201,7 @@ def test_an_impossible_amount_is_not_adopted(
     code, text = command("ledger-adopt", path, f"--epsilon={spent}", f"--delta={delta}", "--yes")
     assert code == 1
     assert "expected what was spent at least" in text
-    assert read(tmp_path / "state") == []
+    assert read_ledger(tmp_path / "state") == []
 
 
 # --- disclosed ---
@@ -252,11 +260,11 @@ def test_a_plan_calibrates_all_rounds_and_tells_what_all_studies_cost_together(
     assert sigmas[0] == sigmas[1]
     spent = DpEvent(1.0, 0.05, 48)
     for sigma, had, text in zip(sigmas, ([], [spent]), (fresh, later), strict=True):
-        order = filter_order(8.0, 1e-5)  # of several studies, as their numbers may depend
-        spend_all = partial(filtered_epsilon, order=order) if had else epsilon
-        assert 7.5 < epsilon([DpEvent(sigma, 0.4, 36)], 1e-5) <= 8
+        order = choose_filter_order(8.0, 1e-5)  # of several studies, as their numbers may depend
+        spend_all = partial(compute_filtered_epsilon, order=order) if had else compute_epsilon
+        assert 7.5 < compute_epsilon([DpEvent(sigma, 0.4, 36)], 1e-5) <= 8
         table = dict(re.findall(r"^ *(now|[0-9]+) +([0-9.]+)$", text, re.MULTILINE))
-        assert float(table["now"]) == pytest.approx(epsilon(had, 1e-5), abs=0.006)
+        assert float(table["now"]) == pytest.approx(compute_epsilon(had, 1e-5), abs=0.006)
         assert float(table["12"]) == pytest.approx(
             spend_all([*had, DpEvent(sigma, 0.4, 36)], 1e-5), abs=0.006
         )
@@ -273,7 +281,7 @@ def test_a_plan_nobody_can_pay_for_is_refused_with_the_reason(
 ) -> None:
     adopted = tmp_path / "state"
     adopted.mkdir(mode=0o700)
-    adopt(adopted, 7.99, 0.0)
+    adopt_ledger(adopted, 7.99, 0.0)
     wanted = study(tmp_path, privacy=PRIVATE)
     code, text = command(
         "plan", site(tmp_path, patients=4, policy={"max_epsilon": 12, "delta": 1e-5}), wanted
@@ -326,7 +334,7 @@ def test_a_forgotten_patient_is_gone_from_the_cache_and_from_every_study(
     images = {r.patient: [] for r in cut_records(hospital, wanted).train}
     for record in cut_records(hospital, wanted).train:
         images[record.patient].append(record.image.digest())
-    name = namer(hospital.cache_folder)
+    name = make_namer(hospital.cache_folder)
     gone, kept = ([name(d) for d in images[p]] for p in ("p1", "p2"))
     (store,) = [p.parent for p in hospital.cache_folder.rglob("about.json")]
     held = Store(store)
@@ -361,7 +369,7 @@ def test_sealed_replies_go_when_a_patient_does(command: Command, tmp_path: Path)
         assert code == 1
         assert "one process at a time" in text
         own = Site.read(path)
-        assert exclusions.remaining(own, own.data.records(("dark", "bright")))
+        assert exclusions.drop_excluded(own, own.data.records(("dark", "bright")))
     lines = (tmp_path / "state/ledger.jsonl").read_bytes()
     code, text = command("forget", path, "p1", "--yes")
     assert code == 0, text
@@ -390,4 +398,4 @@ def test_purge_takes_sealed_replies_too_and_says_so(command: Command, tmp_path: 
     assert len(list((tmp_path / "state/outbox").iterdir())) == 1
     assert command("purge", path, "--yes")[0] == 0
     assert not list((tmp_path / "state/outbox").iterdir())
-    assert len(read(tmp_path / "state")) == 4
+    assert len(read_ledger(tmp_path / "state")) == 4

@@ -14,7 +14,7 @@ from client.data.image_folder import ImageFolder
 from client.data.manifest import Manifest
 from client.data.npz import Npz
 from client.data.records import ArrayImage, FileImage
-from client.data.registry import Data, guess
+from client.data.registry import Data, guess_format
 from common.config.yaml import YamlFile
 from common.errors import DataError, SiteError
 from common.model.images import Preprocess
@@ -128,14 +128,14 @@ def test_only_listed_patients_are_used(name, tmp_path):
 @every_format
 def test_guess_knows_every_format(name, tmp_path):
     data = MAKERS[name](tmp_path)
-    assert guess(tmp_path).format == name
-    assert guess(data.root).root == data.root
+    assert guess_format(tmp_path).format == name
+    assert guess_format(data.root).root == data.root
 
 
 def test_guess_says_what_it_looked_for(tmp_path):
     for place in (tmp_path, tmp_path / "absent", picture(tmp_path / "one.png")):
         with pytest.raises(SiteError, match=r"expected one \.npz file, a folder with"):
-            guess(place)
+            guess_format(place)
 
 
 @every_format
@@ -457,14 +457,14 @@ SKIN = ("akiec", "bcc", "bkl", "df", "mel", "nv", "vasc")
     [("rosendahl", 1008), ("vidir_modern", 1075), ("vidir_molemax", 2516), ("vienna_dias", 174)],
 )
 def test_real_manifests(site, images, shared):
-    records = guess(shared / "data/skin_sites" / site).records(SKIN)
+    records = guess_format(shared / "data/skin_sites" / site).records(SKIN)
     assert len(records) == images
     assert set(records[0].columns) == {"age", "sex", "localization"}
     assert records[-1].image.square(SMALL.with_size(224)).shape == (3, 224, 224)
 
 
 def test_real_npz(shared):
-    records = guess(shared / "data/pneumoniamnist").records(("normal", "pneumonia"))
+    records = guess_format(shared / "data/pneumoniamnist").records(("normal", "pneumonia"))
     splits = [record.split for record in records]
     assert [splits.count(s) for s in ("train", "validation", "test")] == [4708, 524, 624]
     assert sum(record.label for record in records if record.split == "train") == 3494

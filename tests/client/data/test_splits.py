@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from client.data.records import ArrayImage, Record
-from client.data.registry import guess
-from client.data.splits import split
+from client.data.registry import guess_format
+from client.data.splits import split_records
 from common.config.study import Holdout
 from common.errors import DataError
 
@@ -28,13 +28,13 @@ def ids(records):
 
 
 def cut(records, validation=0.15, test=0.2, secret=SECRET):
-    parts = split(records, Holdout(validation=validation, test=test), secret)
+    parts = split_records(records, Holdout(validation=validation, test=test), secret)
     return ids(parts.train), ids(parts.validation), ids(parts.test)
 
 
 def test_every_record_is_in_one_part_and_no_patient_in_two():
     records = many(3000)
-    parts = split(records, Holdout(), SECRET)
+    parts = split_records(records, Holdout(), SECRET)
     assert len(parts.train) + len(parts.validation) + len(parts.test) == len(records)
     train, validation, test = cut(records)
     assert not train & validation and not train & test and not validation & test  # noqa: PT018
@@ -97,7 +97,7 @@ def test_a_patient_in_two_splits():
 
 @pytest.mark.parametrize("site", ["rosendahl", "vidir_modern", "vidir_molemax", "vienna_dias"])
 def test_real_sites(site, shared):
-    records = guess(shared / "data/skin_sites" / site).records(SKIN)
+    records = guess_format(shared / "data/skin_sites" / site).records(SKIN)
     patients = len(ids(records))
     _, validation, test = cut(records)
     for part, share in ((validation, 0.15), (test, 0.2)):

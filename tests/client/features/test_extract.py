@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import nn
 
 from client.data.records import ArrayImage, FileImage
-from client.features.extract import FeatureSpec, Prepared, namer, prepare
+from client.features.extract import FeatureSpec, Prepared, make_namer, prepare_images
 from client.features.store import Stores
 from client.training import trainer
 from client.training.dataset import Examples
@@ -71,7 +71,7 @@ def images(count, start=0, side=20):
 def ready(cache, some, spec, *, views=1, skip=False):
     augment = Augment(views=views, ops=OPS) if views > 1 else Augment()
     options = {"spec": spec, "augment": augment, "skip_unreadable": skip}
-    return prepare(some, cache=cache, stores=process[0], **options)
+    return prepare_images(some, cache=cache, stores=process[0], **options)
 
 
 def rows(cache, some, spec, **options):
@@ -384,7 +384,7 @@ def test_views_are_the_same_on_every_machine_and_only_new_ones_cost(tmp_path):
 def test_other_ops_are_other_views_of_the_same_image(tmp_path):
     spec, some = counting(), images(3)
     for ops in (("flip", "crop"), ("rotate",)):
-        prepare(
+        prepare_images(
             some,
             spec=spec,
             augment=Augment(views=2, ops=ops),
@@ -523,7 +523,7 @@ def test_the_secret_is_drawn_once_and_for_this_user_alone(tmp_path):
     assert secret.stat().st_mode & 0o777 == 0o600
     drawn = secret.read_bytes()
     assert len(drawn) == 32
-    assert namer(tmp_path)("a") == namer(tmp_path)("a") != namer(tmp_path)("b")
+    assert make_namer(tmp_path)("a") == make_namer(tmp_path)("a") != make_namer(tmp_path)("b")
     assert secret.read_bytes() == drawn
     secret.write_bytes(b"short")
     with pytest.raises(DataError, match=r"secret: expected 32 bytes, got 5 bytes\. Delete it"):

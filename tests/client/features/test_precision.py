@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from client.features.precision import chosen, computes, settled
+from client.features.precision import can_compute, choose_device, fix_numerics
 
 pytestmark = pytest.mark.numbers
 
@@ -11,12 +11,12 @@ pytestmark = pytest.mark.numbers
 def test_a_round_computes_on_as_many_threads_as_it_is_to():
     torch.set_num_threads(2)
     try:
-        with settled(threads=3):
+        with fix_numerics(threads=3):
             assert torch.get_num_threads() == 3
             assert torch.backends.cudnn.enabled
             assert torch.backends.cudnn.deterministic
             assert not torch.backends.cudnn.allow_tf32
-        with pytest.raises(KeyboardInterrupt), settled(threads=1):
+        with pytest.raises(KeyboardInterrupt), fix_numerics(threads=1):
             raise KeyboardInterrupt
         assert torch.get_num_threads() == 2
     finally:
@@ -25,6 +25,6 @@ def test_a_round_computes_on_as_many_threads_as_it_is_to():
 
 def test_every_cpu_computes_in_both():
     for dtype in ("float32", "bfloat16"):
-        assert computes(dtype, chosen("cpu"))
-    assert not computes("bfloat16", chosen("mps"))
-    assert computes("float32", chosen("mps"))
+        assert can_compute(dtype, choose_device("cpu"))
+    assert not can_compute("bfloat16", choose_device("mps"))
+    assert can_compute("float32", choose_device("mps"))

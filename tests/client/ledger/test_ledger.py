@@ -9,8 +9,8 @@ from contextlib import suppress
 
 import pytest
 
-from client.ledger.entries import Contents, Release, adopted, history
-from client.ledger.ledger import Head, Ledger, adopt, read
+from client.ledger.entries import Contents, Release, find_adopted, list_events
+from client.ledger.ledger import Head, Ledger, adopt_ledger, read_ledger
 from client.ledger.ledger import _link as link
 from client.privacy.accountant import DpEvent
 from client.privacy.parameters import Privacy
@@ -58,7 +58,7 @@ def fill(folder):
 
 
 def spent(folder):
-    return len(history(read(folder)))
+    return len(list_events(read_ledger(folder)))
 
 
 def lag(folder, count=1):
@@ -84,7 +84,7 @@ def refused(folder, match="consilium-client ledger-adopt"):
     with pytest.raises(SiteError, match=match):
         Ledger(folder)
     with pytest.raises(SiteError, match=match):
-        read(folder)
+        read_ledger(folder)
 
 
 # --- what it keeps ---
@@ -107,7 +107,7 @@ def test_a_line_says_what_left_and_how_it_was_protected(tmp_path):
     assert lines[1]["key"] == lines[2]["key"] == lines[3]["key"] == a_round().key
     assert lines[2]["contents"] == lines[3]["contents"] == CONTENTS.model_dump(mode="json")
     assert lines[4]["release"]["privacy"] is None
-    assert [entry.state for entry in read(tmp_path / "state")] == states
+    assert [entry.state for entry in read_ledger(tmp_path / "state")] == states
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_whatever_differs_is_another_release(change):
 
 def test_each_reservation_counts_once_sealed_or_not_in_every_study(tmp_path):
     with Ledger(tmp_path) as ledger:
-        assert history(ledger.spending) == ()
+        assert list_events(ledger.spending) == ()
         ledger.reserve(a_round(1))
         ledger.seal(a_round(1), CONTENTS)
         for _ in range(3):
@@ -140,12 +140,12 @@ def test_each_reservation_counts_once_sealed_or_not_in_every_study(tmp_path):
         ledger.reserve(a_round(2))
         ledger.reserve(a_round(1, study=OTHER))
         ledger.send(a_round(9, private=False), CONTENTS)
-        assert history(ledger.spending) == (SPENT,) * 4
+        assert list_events(ledger.spending) == (SPENT,) * 4
     with Ledger(tmp_path) as ledger:
-        assert history(ledger.spending) == history(read(tmp_path)) == (SPENT,) * 4
-        assert history(ledger.spending, STUDY) == (SPENT,) * 3
-        assert history(ledger.spending, OTHER) == (SPENT,)
-        assert history(ledger.spending, "3" * 16) == ()
+        assert list_events(ledger.spending) == list_events(read_ledger(tmp_path)) == (SPENT,) * 4
+        assert list_events(ledger.spending, STUDY) == (SPENT,) * 3
+        assert list_events(ledger.spending, OTHER) == (SPENT,)
+        assert list_events(ledger.spending, "3" * 16) == ()
         assert ledger.sealed(a_round(1)) == CONTENTS
         assert ledger.sealed(a_round(2)) is None
 
@@ -210,12 +210,12 @@ def test_a_second_process_is_refused_but_may_read(tmp_path):
         return ledger
 
     with another(work):
-        for attempt in (lambda: Ledger(tmp_path), lambda: adopt(tmp_path, 1.0, 0.0)):
+        for attempt in (lambda: Ledger(tmp_path), lambda: adopt_ledger(tmp_path, 1.0, 0.0)):
             with pytest.raises(SiteError, match=r"one process at a time, got another"):
                 attempt()
         assert spent(tmp_path) == 1
     with Ledger(tmp_path) as ledger:
-        assert history(ledger.spending) == (SPENT,)
+        assert list_events(ledger.spending) == (SPENT,)
         with pytest.raises(SiteError, match="one process at a time"):
             Ledger(tmp_path)
 
@@ -242,11 +242,11 @@ def test_a_change_of_any_byte_is_noticed(tmp_path):
             for other in set(range(256) if final else (byte ^ 1, byte ^ 0x20, 10)) - {byte}:
                 os.pwrite(file.fileno(), bytes([other]), at)
                 with suppress(SiteError):
-                    read(tmp_path)
+                    read_ledger(tmp_path)
                     unnoticed.append((at, other))
             os.pwrite(file.fileno(), bytes([byte]), at)
     assert not unnoticed
-    assert len(read(tmp_path)) == 6
+    assert len(read_ledger(tmp_path)) == 6
 
 
 @pytest.mark.usefixtures("quick")
@@ -273,7 +273,7 @@ def test_a_byte_lost_or_added_is_noticed(tmp_path):
     for at in range(len(intact) - 1):
         put(ledger, intact[:at] + (b"" if at % 2 else intact[at : at + 1] * 2) + intact[at + 1 :])
         with pytest.raises(SiteError):
-            read(tmp_path)
+            read_ledger(tmp_path)
 
 
 @pytest.mark.parametrize("head", ["current", "lagging"])
@@ -293,7 +293,7 @@ def test_a_cut_anywhere_is_noticed(tmp_path):
     for length in range(len(intact)):
         put(ledger, intact[:length])
         with pytest.raises(SiteError, match=r"adopt|first line"):
-            read(tmp_path)
+            read_ledger(tmp_path)
     for length in [n for n, byte in enumerate(intact) if byte == 10] + [0]:
         put(ledger, intact[:length])
         refused(tmp_path)
@@ -328,7 +328,7 @@ def test_a_damaged_or_missing_head_is_noticed(tmp_path):
         for other in {byte ^ 1, 0, 10, ord("9")} - {byte}:
             put(head, intact[:at] + bytes([other]) + intact[at + 1 :])
             with pytest.raises(SiteError, match="ledger-adopt"):
-                read(tmp_path)
+                read_ledger(tmp_path)
     for wrong in (b"", intact[:-1], intact * 2, b"0" * 12 + intact[12:]):
         put(head, wrong)
         refused(tmp_path)
@@ -387,13 +387,13 @@ def test_a_torn_last_line_of_any_length_is_set_aside(tmp_path, caplog):
         caplog.clear()
         with caplog.at_level(logging.WARNING), Ledger(tmp_path) as book:
             assert book.head.count == 6
-            assert history(book.spending) == (SPENT,)
+            assert list_events(book.spending) == (SPENT,)
         assert "set aside" in caplog.text
         assert ledger.read_bytes() == kept
         assert (tmp_path / f"ledger.torn-{n}").read_bytes() == whole[len(kept) : length]
     with Ledger(tmp_path) as book:
         book.reserve(a_round(7))
-        assert history(book.spending) == (SPENT, SPENT)
+        assert list_events(book.spending) == (SPENT, SPENT)
     assert spent(tmp_path) == 2
 
 
@@ -419,7 +419,7 @@ def test_a_full_disk_is_said_in_a_line_and_nothing_is_spent_or_lost(tmp_path, ro
             ledger.reserve(a_round(2))
         assert "\n" not in str(caught.value)
         assert path.read_bytes() == before
-        assert history(ledger.spending) == (SPENT,)
+        assert list_events(ledger.spending) == (SPENT,)
         ledger.reserve(a_round(2))
     assert spent(tmp_path) == 2
 
@@ -481,17 +481,20 @@ def test_adopt_starts_anew_with_what_was_spent_and_keeps_the_old_file(tmp_path, 
     old = path.read_bytes() if path.exists() else None
     if loss != "none":
         refused(tmp_path)
-    adopt(tmp_path, epsilon=3.5, delta=1e-5)
+    adopt_ledger(tmp_path, epsilon=3.5, delta=1e-5)
     with Ledger(tmp_path) as ledger:
-        assert adopted(ledger.spending) is not None
-        assert (adopted(ledger.spending).epsilon, adopted(ledger.spending).delta) == (3.5, 1e-5)
-        assert history(ledger.spending) == ()
+        assert find_adopted(ledger.spending) is not None
+        assert (find_adopted(ledger.spending).epsilon, find_adopted(ledger.spending).delta) == (
+            3.5,
+            1e-5,
+        )
+        assert list_events(ledger.spending) == ()
         assert ledger.head.count == 1
         assert ledger.sealed(a_round()) is None
         ledger.reserve(a_round())
     with Ledger(tmp_path) as ledger:
-        assert adopted(ledger.spending) is not None
-        assert history(ledger.spending) == (SPENT,)
+        assert find_adopted(ledger.spending) is not None
+        assert list_events(ledger.spending) == (SPENT,)
     assert [file.read_bytes() for file in tmp_path.glob("ledger.replaced-*")] == [old] * bool(old)
 
 
@@ -502,11 +505,11 @@ def test_adopt_takes_no_impossible_amount_and_leaves_the_old_ledger(tmp_path, ep
     before = path.read_bytes()
     for amount in ((epsilon, 0.0), (1.0, delta)):
         with pytest.raises(SiteError, match="spent at least"):
-            adopt(tmp_path, *amount)
+            adopt_ledger(tmp_path, *amount)
     assert path.read_bytes() == before
 
 
 def test_a_ledger_of_its_own_adopted_nothing(tmp_path):
     with Ledger(tmp_path) as ledger:
-        assert adopted(ledger.spending) is None
-    assert read(tmp_path / "nowhere") == []
+        assert find_adopted(ledger.spending) is None
+    assert read_ledger(tmp_path / "nowhere") == []

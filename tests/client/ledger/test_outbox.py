@@ -16,8 +16,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from client.ledger.entries import Release, adopted, history
-from client.ledger.ledger import Ledger, adopt, read
+from client.ledger.entries import Release, find_adopted, list_events
+from client.ledger.ledger import Ledger, adopt_ledger, read_ledger
 from client.ledger.outbox import Outbox
 from client.ledger.release import Reply, release
 from client.privacy.parameters import Privacy
@@ -66,7 +66,7 @@ def desk(state):
 
 
 def spent(state):
-    return len(history(read(state)))
+    return len(list_events(read_ledger(state)))
 
 
 # --- what a release does ---
@@ -78,11 +78,11 @@ def test_a_sealed_reply_is_sent_again_byte_for_byte_for_free_with_the_budget_spe
         assert release(ledger, outbox, a_round(), never, refuse) == first
     with desk(tmp_path) as (ledger, outbox):
         assert release(ledger, outbox, a_round(), never, refuse) == first
-        assert len(history(ledger.spending)) == 1
+        assert len(list_events(ledger.spending)) == 1
         for other in (a_round(2), a_round(received="b"), a_round(study=OTHER), a_round(noise=2.0)):
             assert release(ledger, outbox, other, draw) != first
-        assert len(history(ledger.spending)) == 5
-    states = [entry.state for entry in read(tmp_path)]
+        assert len(list_events(ledger.spending)) == 5
+    states = [entry.state for entry in read_ledger(tmp_path)]
     assert states[:6] == ["created", "reserved", "sealed", "sent", "sent", "sent"]
 
 
@@ -90,28 +90,28 @@ def test_a_refused_release_computes_nothing_spends_nothing_and_leaves_no_line(tm
     with desk(tmp_path) as (ledger, outbox):
         with pytest.raises(RefusedError):
             release(ledger, outbox, a_round(), never, refuse)
-        assert history(ledger.spending) == ()
+        assert list_events(ledger.spending) == ()
         assert ledger.head.count == 1
 
 
 def test_work_sees_its_reservation_on_disk_and_stays_spent_if_it_fails(tmp_path):
     def work():
-        assert [entry.state for entry in read(tmp_path)] == ["created", "reserved"]
+        assert [entry.state for entry in read_ledger(tmp_path)] == ["created", "reserved"]
         raise ArithmeticError
 
     with desk(tmp_path) as (ledger, outbox):
         with pytest.raises(ArithmeticError):
             release(ledger, outbox, a_round(), work)
         release(ledger, outbox, a_round(), draw)
-        assert len(history(ledger.spending)) == 2
+        assert len(list_events(ledger.spending)) == 2
 
 
 def test_a_release_without_privacy_is_one_line_and_no_file(tmp_path):
     with desk(tmp_path) as (ledger, outbox):
         replies = [release(ledger, outbox, a_round(private=False), draw) for _ in range(2)]
         assert replies[0] != replies[1]
-        assert history(ledger.spending) == ()
-    assert [entry.state for entry in read(tmp_path)] == ["created", "sent", "sent"]
+        assert list_events(ledger.spending) == ()
+    assert [entry.state for entry in read_ledger(tmp_path)] == ["created", "sent", "sent"]
     assert not list((tmp_path / "outbox").iterdir())
 
 
@@ -129,7 +129,7 @@ def test_a_damaged_reply_never_leaves_and_the_round_spends_anew(tmp_path, damage
             release(ledger, outbox, a_round(), never, refuse)
         again = release(ledger, outbox, a_round(), draw)
         assert again not in (first, wrong if damage == "a byte" else None)
-        assert len(history(ledger.spending)) == 2
+        assert len(list_events(ledger.spending)) == 2
         assert release(ledger, outbox, a_round(), never, refuse) == again
     assert "is lost" in caplog.text
 
@@ -153,7 +153,7 @@ def test_purge_deletes_the_replies_of_one_study(tmp_path):
         outbox.purge(STUDY)
         assert len(list((tmp_path / "outbox").iterdir())) == 1
         assert release(ledger, outbox, a_round(study=OTHER), never, refuse) == kept
-        assert len(history(ledger.spending)) == 3
+        assert len(list_events(ledger.spending)) == 3
 
 
 def test_only_this_user_can_read_a_reply(tmp_path):
@@ -183,10 +183,10 @@ def test_a_reply_that_does_not_fit_on_the_disk_does_not_leave(tmp_path):
                 release(ledger, outbox, a_round(3, private=False), draw)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        assert [entry.state for entry in read(tmp_path)] == ["created", "reserved"]
+        assert [entry.state for entry in read_ledger(tmp_path)] == ["created", "reserved"]
         assert not list((tmp_path / "outbox").iterdir())
         release(ledger, outbox, a_round(), draw)
-        assert len(history(ledger.spending)) == 2
+        assert len(list_events(ledger.spending)) == 2
 
 
 # --- killed, or without power, at every edge ---
@@ -324,9 +324,9 @@ def again(root):
     """The same round in the next process: what was spent before, whether it drew, what it sends."""
     draws = []
     with desk(root / "state") as (ledger, outbox):
-        before = len(history(ledger.spending))
+        before = len(list_events(ledger.spending))
         data = release(ledger, outbox, a_round(), lambda: draws.append(1) or draw())
-        assert len(history(ledger.spending)) == before + len(draws)
+        assert len(list_events(ledger.spending)) == before + len(draws)
     return before, len(draws), data
 
 
@@ -424,18 +424,18 @@ def test_adopting_ended_at_any_edge_never_starts_an_empty_ledger(tmp_path, began
         release(ledger, outbox, a_round(), draw)
 
     def work(root, edge):
-        adopt(root / "state", 3.0, 1e-5)
+        adopt_ledger(root / "state", 3.0, 1e-5)
 
     for end in range(1, len(ended(began, tmp_path / "whole", work)) + 1):
         ended(began, tmp_path / str(end), work, end)
         for cut in CUTS:
             state = after(tmp_path / str(end), cut) / "state"
             with suppress(SiteError), Ledger(state) as ledger:
-                assert adopted(ledger.spending) or history(ledger.spending)
-            adopt(state, 3.0, 1e-5)
+                assert find_adopted(ledger.spending) or list_events(ledger.spending)
+            adopt_ledger(state, 3.0, 1e-5)
             with Ledger(state) as ledger:
-                assert adopted(ledger.spending) is not None
-                assert adopted(ledger.spending).epsilon == 3.0
+                assert find_adopted(ledger.spending) is not None
+                assert find_adopted(ledger.spending).epsilon == 3.0
 
 
 def note(path, text):
@@ -448,7 +448,7 @@ def busy(root, seed):
     """Rounds without end, some sent twice, each draw and each send noted elsewhere first."""
     choose = random.Random(seed)  # noqa: S311
     with desk(root / "state") as (ledger, outbox):
-        number = max([1, *(int(p.noise_multiplier) for p in history(ledger.spending))])
+        number = max([1, *(int(p.noise_multiplier) for p in list_events(ledger.spending))])
         while True:
             what = a_round(number, noise=float(number))
 
@@ -474,7 +474,7 @@ def test_fifty_random_kills_lose_nothing_and_change_nothing_that_left(tmp_path):
         os.kill(pid, signal.SIGKILL)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
     drawn = Counter(int(line) for line in (tmp_path / "draws").read_text().split())
-    counted = Counter(int(p.noise_multiplier) for p in history(read(tmp_path / "state")))
+    counted = Counter(int(p.noise_multiplier) for p in list_events(read_ledger(tmp_path / "state")))
     assert counted >= drawn
     assert sum((counted - drawn).values()) <= kills
     sent = {tuple(line.split()) for line in (tmp_path / "sends").read_text().splitlines()}
@@ -588,10 +588,10 @@ class Hospital(RuleBasedStateMachine):
     def adopts(self):
         spent = sum(self.drawn.values())
         self.ledger.close()
-        adopt(self.state, epsilon=float(spent), delta=0.0)
+        adopt_ledger(self.state, epsilon=float(spent), delta=0.0)
         self.open()
-        assert adopted(self.ledger.spending) is not None
-        assert adopted(self.ledger.spending).epsilon == spent
+        assert find_adopted(self.ledger.spending) is not None
+        assert find_adopted(self.ledger.spending).epsilon == spent
         self.drawn.clear()
         self.sent.clear()
         self.unsure = 0
@@ -601,11 +601,11 @@ class Hospital(RuleBasedStateMachine):
         counted = Counter(
             (study, spent.noise_multiplier)
             for study in (STUDY, OTHER)
-            for spent in history(self.ledger.spending, study)
+            for spent in list_events(self.ledger.spending, study)
         )
         assert counted >= self.drawn
         assert sum((counted - self.drawn).values()) <= self.unsure
-        assert history(self.ledger.spending) == history(read(self.state))
+        assert list_events(self.ledger.spending) == list_events(read_ledger(self.state))
 
     def teardown(self):
         os.fsync = self.fsync

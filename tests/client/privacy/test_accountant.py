@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 
 from client.privacy.accountant import (
     DpEvent,
-    epsilon,
-    filter_order,
-    filtered_epsilon,
-    noise_multiplier,
+    choose_filter_order,
+    compute_epsilon,
+    compute_filtered_epsilon,
+    find_noise_multiplier,
 )
 from common.errors import RefusedError
 
@@ -69,7 +69,7 @@ def different(n: int, steps: int = 20) -> list[DpEvent]:
 def test_equals_google_on_equal_steps(noise: float, rate: float, steps: int) -> None:
     history, deltas = [DpEvent(noise, rate, steps)], (1e-3, 1e-5, 1e-8)
     for delta, truth in zip(deltas, google(history, *deltas), strict=True):
-        assert 0 <= epsilon(history, delta) - truth <= 0.02
+        assert 0 <= compute_epsilon(history, delta) - truth <= 0.02
 
 
 @pytest.mark.parametrize(
@@ -83,51 +83,55 @@ def test_equals_google_on_equal_steps(noise: float, rate: float, steps: int) -> 
     ids=len,
 )
 def test_equals_google_on_mixed_histories(history: list[DpEvent]) -> None:
-    assert 0 <= epsilon(history, DELTA) - google(history, DELTA)[0] <= 0.02
+    assert 0 <= compute_epsilon(history, DELTA) - google(history, DELTA)[0] <= 0.02
 
 
 def test_many_different_segments_are_bounded_more_loosely_never_too_low() -> None:
     history = different(17)
     (truth,) = google(history, DELTA)
     renyi = by_google(RdpAccountant(), history).get_epsilon(DELTA)
-    assert truth + 0.02 < renyi - 1e-6 <= epsilon(history, DELTA) <= 1.02 * renyi
+    assert truth + 0.02 < renyi - 1e-6 <= compute_epsilon(history, DELTA) <= 1.02 * renyi
 
 
 @pytest.mark.parametrize("budget", [0.5, 1.0, 3.0, 8.0, 20.0])
 def test_a_filter_is_googles_renyi_bound_at_one_order(budget: float) -> None:
-    order, history = filter_order(budget, DELTA), different(5)
-    ours = filtered_epsilon(history, DELTA, order)
+    order, history = choose_filter_order(budget, DELTA), different(5)
+    ours = compute_filtered_epsilon(history, DELTA, order)
     theirs = by_google(RdpAccountant([order]), history).get_epsilon(DELTA)
     assert ours == pytest.approx(float(theirs), abs=1e-6)
-    assert epsilon(history, DELTA) < ours
+    assert compute_epsilon(history, DELTA) < ours
 
 
 def test_the_order_of_a_filter_follows_from_budget_and_delta_alone() -> None:
-    assert [filter_order(b, DELTA) for b in (0.5, 1.0, 8.0, 20.0)] == [32, 20, 4, 3]
+    assert [choose_filter_order(b, DELTA) for b in (0.5, 1.0, 8.0, 20.0)] == [32, 20, 4, 3]
     with pytest.raises(RefusedError, match="expected a number above 0"):
-        filter_order(0.0, DELTA)
+        choose_filter_order(0.0, DELTA)
 
 
 @given(st.lists(st.integers(1, 5), min_size=2, max_size=6))
 @FEW
 def test_in_a_filter_steps_add_up_however_they_come(steps: list[int]) -> None:
     """What one step adds does not depend on what came before: so it may be chosen in view of it."""
-    order = filter_order(8.0, DELTA)
+    order = choose_filter_order(8.0, DELTA)
     history = [DpEvent(1.5 + 0.3 * i, 0.1, n) for i, n in enumerate(steps)]
-    start = filtered_epsilon([DpEvent(9.0, 1e-6, 1)], DELTA, order)
-    each = [filtered_epsilon([s], DELTA, order) - start for s in history]
-    assert filtered_epsilon(history, DELTA, order) - start == pytest.approx(sum(each), abs=1e-7)
+    start = compute_filtered_epsilon([DpEvent(9.0, 1e-6, 1)], DELTA, order)
+    each = [compute_filtered_epsilon([s], DELTA, order) - start for s in history]
+    assert compute_filtered_epsilon(history, DELTA, order) - start == pytest.approx(
+        sum(each), abs=1e-7
+    )
 
 
 def test_a_filter_leaves_most_of_the_budget_for_a_study() -> None:
     """A second study costs more than it would alone, but is not a second time the whole."""
-    sigma = noise_multiplier(epsilon=4.0, delta=DELTA, sample_rate=0.1, steps=100)
-    both = filtered_epsilon([DpEvent(sigma, 0.1, 100)] * 2, DELTA, filter_order(8.0, DELTA))
+    sigma = find_noise_multiplier(epsilon=4.0, delta=DELTA, sample_rate=0.1, steps=100)
+    both = compute_filtered_epsilon(
+        [DpEvent(sigma, 0.1, 100)] * 2, DELTA, choose_filter_order(8.0, DELTA)
+    )
     assert 4.0 < both < 8.0
 
 
 def test_nothing_done_costs_nothing() -> None:
-    assert epsilon([], DELTA) == 0
+    assert compute_epsilon([], DELTA) == 0
 
 
 @pytest.mark.system
@@ -150,17 +154,17 @@ histories = st.lists(events, min_size=1, max_size=3)
 @FEW
 @given(histories, events)
 def test_every_further_step_costs(history: list[DpEvent], more: DpEvent) -> None:
-    before, after = epsilon(history, DELTA), epsilon([*history, more], DELTA)
+    before, after = compute_epsilon(history, DELTA), compute_epsilon([*history, more], DELTA)
     assert after >= before - 1e-3  # the grid moves; so does the last digit or two
     again = DpEvent(more.noise_multiplier, more.sample_rate, 2 * more.steps)
-    assert epsilon([*history, again], DELTA) >= after - 1e-3
+    assert compute_epsilon([*history, again], DELTA) >= after - 1e-3
 
 
 @FEW
 @given(histories.flatmap(lambda h: st.tuples(st.just(h), st.permutations(h))))
 def test_order_never_counts(both: tuple[list[DpEvent], list[DpEvent]]) -> None:
     history, shuffled = both
-    assert epsilon(history, DELTA) == epsilon(shuffled, DELTA)
+    assert compute_epsilon(history, DELTA) == compute_epsilon(shuffled, DELTA)
 
 
 @FEW
@@ -168,12 +172,12 @@ def test_order_never_counts(both: tuple[list[DpEvent], list[DpEvent]]) -> None:
 def test_equal_segments_merge_even_apart(one: DpEvent, other: DpEvent, more: int) -> None:
     rest = DpEvent(one.noise_multiplier, one.sample_rate, more)
     whole = DpEvent(one.noise_multiplier, one.sample_rate, one.steps + more)
-    assert epsilon([one, other, rest], DELTA) == epsilon([whole, other], DELTA)
+    assert compute_epsilon([one, other, rest], DELTA) == compute_epsilon([whole, other], DELTA)
 
 
 def test_equal_rounds_stay_tight_however_many() -> None:
     rounds = [DpEvent(2.0, 0.05, 8)] * 200
-    assert epsilon(rounds, DELTA) == epsilon([DpEvent(2.0, 0.05, 1600)], DELTA)
+    assert compute_epsilon(rounds, DELTA) == compute_epsilon([DpEvent(2.0, 0.05, 1600)], DELTA)
 
 
 # --- noise for a plan ---
@@ -187,12 +191,12 @@ def test_equal_rounds_stay_tight_however_many() -> None:
 )
 def test_noise_is_enough_and_no_more(budget: float, rate: float, steps: int) -> None:
     noise = _noise(budget, rate, steps)
-    assert epsilon([DpEvent(noise, rate, steps)], DELTA) <= budget
-    assert epsilon([DpEvent(0.98 * noise, rate, steps)], DELTA) > budget
+    assert compute_epsilon([DpEvent(noise, rate, steps)], DELTA) <= budget
+    assert compute_epsilon([DpEvent(0.98 * noise, rate, steps)], DELTA) > budget
 
 
 def _noise(budget: float, rate: float, steps: int) -> float:
-    return noise_multiplier(epsilon=budget, delta=DELTA, sample_rate=rate, steps=steps)
+    return find_noise_multiplier(epsilon=budget, delta=DELTA, sample_rate=rate, steps=steps)
 
 
 def test_noise_agrees_with_google() -> None:
@@ -232,9 +236,9 @@ def test_a_segment_needs_steps(steps: int) -> None:
 @pytest.mark.parametrize("history", [[], [DpEvent(1.0, 0.1, 10)]], ids=len)
 def test_delta_is_a_small_chance(history: list[DpEvent], delta: float) -> None:
     with pytest.raises(RefusedError, match="delta"):
-        epsilon(history, delta)
+        compute_epsilon(history, delta)
     with pytest.raises(RefusedError, match="delta"):
-        noise_multiplier(epsilon=8, delta=delta, sample_rate=0.1, steps=10)
+        find_noise_multiplier(epsilon=8, delta=delta, sample_rate=0.1, steps=10)
 
 
 @pytest.mark.parametrize("budget", [0, -1, math.nan, math.inf])
@@ -264,4 +268,4 @@ def test_a_budget_is_a_positive_number(budget: float) -> None:
 def test_what_no_bound_can_be_trusted_for_is_refused(history: list[DpEvent], delta: float) -> None:
     """Losses beyond float64, grids beyond memory, roundings beyond δ; NaN and ∞ of either bound."""
     with pytest.raises(RefusedError, match="history"):
-        epsilon(history, delta)
+        compute_epsilon(history, delta)

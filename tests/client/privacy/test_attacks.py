@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from client.features.extract import Prepared
 from client.features.store import Rows
 from client.privacy import dp_sgd
-from client.privacy.accountant import noise_multiplier
-from client.privacy.dp_sgd import empty_sum, row_gradient
+from client.privacy.accountant import find_noise_multiplier
+from client.privacy.dp_sgd import compute_row_gradient, make_sum
 from client.privacy.noise import DEVIATION, Entropy
 from client.privacy.noised_sum import NoisedSum
 from client.privacy.parameters import Privacy
@@ -68,9 +68,9 @@ def losses():
 
 def summed(module, inputs, labels, private, seeds=None):
     """The whole numbers to which noise is added; each patient's seed is its number if not given."""
-    total = empty_sum(module, private)
+    total = make_sum(module, private)
     for i, seed in enumerate(seeds or range(len(inputs))):
-        total.add(row_gradient(module, (inputs[[i]], labels[[i]], seed), losses()))
+        total.add(compute_row_gradient(module, (inputs[[i]], labels[[i]], seed), losses()))
     return total
 
 
@@ -146,7 +146,7 @@ def right_guesses(release, runs):
 
 
 def test_claimed_epsilon_is_the_tenth_it_is_said_to_be():
-    assert noise_multiplier(epsilon=CLAIMED, delta=DELTA, sample_rate=1.0, steps=1) == SIGMA
+    assert find_noise_multiplier(epsilon=CLAIMED, delta=DELTA, sample_rate=1.0, steps=1) == SIGMA
 
 
 def test_holes_told_presence_in_the_old_release():
@@ -342,10 +342,10 @@ def sum_with_dropout(first, seeds):
     Whoever knows the others knows it: of the seeds of a stream torch tells only 2³² apart.
     """
     suffix, private = Head(WIDTH, CLASSES, 0.9).train(), privacy_plan(SIGMA)
-    total = empty_sum(suffix, private)
+    total = make_sum(suffix, private)
     for i, seed in zip(range(first, PATIENTS), seeds, strict=False):
         row = INPUTS[[i]] * 10, LABELS[[i]], seed
-        total.add(row_gradient(suffix, row, losses()))
+        total.add(compute_row_gradient(suffix, row, losses()))
     return torch.cat(total.sums).double() / total.longest
 
 
@@ -435,7 +435,7 @@ def audit():
 
 
 def test_a_canary_is_told_no_better_than_epsilon_says():
-    sigma = noise_multiplier(epsilon=EPSILON, delta=DELTA, sample_rate=RATE, steps=STEPS)
+    sigma = find_noise_multiplier(epsilon=EPSILON, delta=DELTA, sample_rate=RATE, steps=STEPS)
     assert sigma == CANARY_SIGMA
     empirical, shift, spread = audit()
     assert empirical < EPSILON

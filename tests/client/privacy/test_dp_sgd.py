@@ -11,7 +11,7 @@ from torch import nn
 from client.features.extract import Prepared
 from client.features.store import Rows
 from client.privacy import dp_sgd
-from client.privacy.dp_sgd import empty_sum, row_gradient
+from client.privacy.dp_sgd import compute_row_gradient, make_sum
 from client.privacy.noise import DEVIATION, Entropy
 from client.privacy.noised_sum import NoisedSum
 from client.privacy.parameters import Privacy
@@ -112,9 +112,9 @@ def brute(module, inputs, labels, clip, of=None):
 
 def clipped(module, inputs, labels, of, clip):
     """The sum of the clipped rows, flat, float64, as it is before the noise."""
-    total = empty_sum(module, privacy_plan(clip=clip))
+    total = make_sum(module, privacy_plan(clip=clip))
     for i in range(len(inputs)):
-        total.add(row_gradient(module, (inputs[[i]], labels[[i]], i), of))
+        total.add(compute_row_gradient(module, (inputs[[i]], labels[[i]], i), of))
     return torch.cat(total.sums).double() * clip / total.longest
 
 
@@ -141,7 +141,7 @@ def test_clipped_gradients_are_those_of_brute_force(backbone, unfreeze):
     )
     network = assemble(study, "none")
     module = copy.deepcopy(network.split.suffix)
-    for p in dp_sgd.trained_by(module):
+    for p in dp_sgd.list_trained(module):
         if not p.any():  # else nothing before the head has a gradient
             nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -250,7 +250,7 @@ def test_a_drawn_patient_gives_one_image_in_one_view_all_equally_likely():
 def test_what_a_patient_adds_is_the_same_whoever_is_before_or_beside(monkeypatch):
     """One patient more may change neither another's dropout nor a bit of its gradient."""
     inputs, labels, added = random(40, 64), [i % CLASSES for i in range(40)], []
-    row_gradient = dp_sgd.row_gradient
+    row_gradient = dp_sgd.compute_row_gradient
 
     class Known(Entropy):
         def seeds(self, n):
@@ -261,7 +261,7 @@ def test_what_a_patient_adds_is_the_same_whoever_is_before_or_beside(monkeypatch
         added[-1].append(torch.cat([part.flatten() for part in gradient]))
         return gradient
 
-    monkeypatch.setattr(dp_sgd, "row_gradient", noting)
+    monkeypatch.setattr(dp_sgd, "compute_row_gradient", noting)
     for out in (0, 1, 17):
         added.append([])
         data, head = examples(inputs[out:], labels[out:]), Head(64, CLASSES, 0.5)

@@ -174,7 +174,7 @@ def test_noise_that_is_not_centred():
 def test_steps_without_patients_that_get_no_noise(monkeypatch):
     def skipping(suffix, rows, losses, privacy_plan, entropy):
         assert not list(rows)
-        return [torch.zeros_like(p) for p in dp_sgd.trained_by(suffix)]
+        return [torch.zeros_like(p) for p in dp_sgd.list_trained(suffix)]
 
     monkeypatch.setattr(self_check, "noised_gradient", skipping)
     with pytest.raises(RefusedError, match="the noise's variance"):

@@ -7,7 +7,7 @@ from client.features.extract import FeatureSpec
 from common.config.study import Study
 from common.model import backbones
 from common.model.network import assemble
-from common.model.split import of_batchnorm
+from common.model.split import list_batchnorm
 
 pytestmark = pytest.mark.numbers
 
@@ -30,7 +30,7 @@ def test_what_every_backbone_can_train(name):
     model = backbone._outline(classes=3).eval()
     for unfreeze in ("head", "last:1", "all"):
         asked = backbone.trainable(model, unfreeze)
-        held = of_batchnorm(model, asked)
+        held = list_batchnorm(model, asked)
         owners = {n: model.get_submodule(n.rpartition(".")[0]) for n in asked}
         assert held == tuple(n for n in asked if isinstance(owners[n], _BatchNorm))
         assert not any(n.startswith(backbone.head) for n in held)

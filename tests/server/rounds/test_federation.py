@@ -579,7 +579,7 @@ def test_an_adopted_ledger_is_let_in_once_its_entry_is_taken_out(
     backups: Callable[..., RunFolder], tmp_path: Path, new_process: Callable[[], None]
 ) -> None:
     state = tmp_path / "run/sites/south/state"
-    ledger.adopt(state, epsilon=1.0, delta=1e-5)
+    ledger.adopt_ledger(state, epsilon=1.0, delta=1e-5)
     folder = backups()
     assert folder.read_facts()["refused"] == {"south": ROLLED_BACK}
     path = folder.path / "ledgers.json"
