@@ -1,4 +1,7 @@
-"""The map holds: no two rooms import each other, and reading a site file stays cheap."""
+"""The map holds: no two rooms import each other, and reading a site file stays cheap.
+
+`python tests/test_architecture.py` prints it: each room, and the rooms that it imports.
+"""
 
 import ast
 import subprocess
@@ -43,15 +46,20 @@ def imported(path: Path, known: dict[str, Path]) -> Iterator[str]:
             yield from (alias.name for alias in node.names)
 
 
-def test_no_rooms_import_each_other() -> None:
+def arrows() -> dict[str, set[str]]:
+    """The rooms that each room imports."""
     known = modules()
-    arrows: dict[str, set[str]] = defaultdict(set)
+    found: dict[str, set[str]] = defaultdict(set)
     for module, path in known.items():
         for other in imported(path, known):
             if other in known and room(other) != room(module):
-                arrows[room(module)].add(room(other))
-    assert len(arrows) > 20
-    left = dict(arrows)
+                found[room(module)].add(room(other))
+    return found
+
+
+def test_no_rooms_import_each_other() -> None:
+    left = arrows()
+    assert len(left) > 20
     while free := [r for r, others in left.items() if not others & left.keys()]:
         for one in free:
             del left[one]
@@ -69,3 +77,8 @@ def test_every_room_says_what_it_is_for() -> None:
 def test_a_site_file_is_read_without_torch() -> None:
     code = "import sys, client.site; sys.exit(bool({'torch', 'opacus', 'scipy'} & {*sys.modules}))"
     assert not subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode
+
+
+if __name__ == "__main__":
+    for name, others in sorted(arrows().items()):
+        print(f"{name:26} → {', '.join(sorted(others))}")  # noqa: T201

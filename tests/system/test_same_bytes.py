@@ -96,7 +96,7 @@ def half_fill(study, site_files):
     for site in map(Site.read, site_files):
         images = [record.image for record in site.data.records(study.classes)][::-3]
         options = {"spec": spec, "augment": whole, "stores": Stores()}
-        extract.prepare(images, **options, cache=site.cache_folder, skip_unreadable=False)
+        extract.prepare_images(images, **options, cache=site.cache_folder, skip_unreadable=False)
 
 
 if __name__ == "__main__":

@@ -176,7 +176,7 @@ def test_steps_without_patients_that_get_no_noise(monkeypatch):
         assert not list(rows)
         return [torch.zeros_like(p) for p in dp_sgd.list_trained(suffix)]
 
-    monkeypatch.setattr(self_check, "noised_gradient", skipping)
+    monkeypatch.setattr(self_check, "compute_noised_gradient", skipping)
     with pytest.raises(RefusedError, match="the noise's variance"):
         check_noise(PROTECTION)
 
