@@ -1,4 +1,4 @@
-# Two commands do all their own set-up: make demo, make test.
+# Every command sets itself up.
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed

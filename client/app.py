@@ -9,7 +9,7 @@ from flwr.clientapp import ClientApp
 
 from client.consent.proposals import drop_proposal, keep_proposal, read_proposal
 from client.ledger.entries import Release
-from client.ledger.release import Reply, release
+from client.ledger.release import Reply, record_refusal, release
 from client.runtime import Runtime, SiteRuntime
 from client.session import Session
 from client.site import Site
@@ -85,7 +85,7 @@ class Handlers:
             log.info("%s", ex)
             return Message(lack_backbone(), reply_to=message)
         except (RefusedError, DataError) as ex:  # a bit about the patients, where they decided
-            opened.ledger.send(what, Reply(ex.code.encode(), {}, (ex.code,)).contents)
+            record_refusal(opened.ledger, what, ex.code)
             drop_proposal(site, study)
             raise
         return self._leave(

@@ -18,7 +18,7 @@ from common.errors import SiteError
 _AWAKE = 128
 """So many sites of one process hold their files: three each, well below any usual limit."""
 
-Opened = tuple[Path, tuple[int, int, int], str]
+SessionKey = tuple[Path, tuple[int, int, int], str]
 """A site file, its state when it was read, and the id of a study."""
 
 
@@ -42,7 +42,7 @@ class Runtime:
         self._workspace = Workspace()
         self._sites: dict[Path, SiteRuntime] = {}
         self._awake: dict[Path, SiteRuntime] = {}
-        self._sessions: dict[Opened, Session] = {}
+        self._sessions: dict[SessionKey, Session] = {}
 
     def open_site(self, site: Site) -> SiteRuntime:
         """The ledger and the outbox of a site; no other process can open them meanwhile.

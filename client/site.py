@@ -98,7 +98,7 @@ class Site(YamlFile):
     name: Name
     data: Data
     state: Path
-    """Private folder (mode 0700): the site's secret and the studies it joined."""
+    """Private folder (mode 0700): secret, ledger, outbox, what was agreed, logs."""
     cache: Cache = Cache()
     weights: Path | None = None
     """Folder that holds backbone weights files."""

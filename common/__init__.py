@@ -1,4 +1,7 @@
-"""What server, hospital and simulator must agree on. Pure: knows no role."""
+"""What server, hospital and simulator must agree on.
+
+Each room is a way in. Nothing here knows a role.
+"""
 
 import os
 

@@ -4,6 +4,7 @@
 """
 
 import ast
+import re
 import subprocess
 import sys
 from collections import defaultdict
@@ -70,7 +71,11 @@ def test_every_room_says_what_it_is_for() -> None:
     folders = [path.parent for role in ROLES for path in (ROOT / role).rglob("*.py")]
     for folder in set(folders):
         text = (folder / "__init__.py").read_text(encoding="utf-8")
-        assert ast.get_docstring(ast.parse(text)), folder
+        told = ast.get_docstring(ast.parse(text)) or ""
+        assert re.search(r"\bways? in\b", told), f"{folder}: say the way in"
+        assert re.search(r"\b(Nothing|No|Only|Every|once)\b", told), (
+            f"{folder}: say what never happens"
+        )
 
 
 @pytest.mark.system

@@ -25,7 +25,7 @@ from common.errors import (
     RefusedError,
     SiteError,
 )
-from common.flower.compat import RELEASE, is_same_release
+from common.flower.compat import VERSION, is_same_version
 from common.model import backbones
 from common.model.contract import Versions
 from common.model.images import Preprocess
@@ -94,7 +94,7 @@ def _try(
 
 def _releases() -> str:
     here = Versions.here()
-    return f"Consilium {RELEASE}, python {here.python}, flwr {here.flwr}, torch {here.torch}"
+    return f"Consilium {VERSION}, python {here.python}, flwr {here.flwr}, torch {here.torch}"
 
 
 # --- on this machine ---
@@ -229,13 +229,13 @@ def _server(heard: Heard, trouble: LinkError | None) -> Iterator[Finding]:
     soon = heard.until - datetime.now(UTC) < _SOON
     until = f"vouched for, until {heard.until:%Y-%m-%d}" + ("; remind the coordinator" * soon)
     yield Finding("certificate", True, until)
-    ahead, theirs = heard.ahead or 0.0, heard.release
+    ahead, theirs = heard.ahead or 0.0, heard.version
     on_time = trouble is None or -BEHIND < ahead < AHEAD
     apart = f"{ahead:+.0f} s here" if abs(ahead) >= _CLOSE else "both agree"
     yield Finding("clocks", on_time, apart if on_time else str(trouble))
-    same = theirs is None or is_same_release(theirs)
+    same = theirs is None or is_same_version(theirs)
     text = f"Consilium {theirs or 'of an untold release'}"
-    text += "" if same else f", and {RELEASE} here: install the same on both sides"
+    text += "" if same else f", and {VERSION} here: install the same on both sides"
     yield Finding("its release", same, text)
     if on_time:
         yield Finding("admitted", trouble is None, str(trouble or "the coordinator knows the key"))

@@ -1,4 +1,7 @@
-"""The data formats a site file can name. A new format is one file, and one word here."""
+"""The data formats a site file can name.
+
+A new format is one file, its name in `Data`, and a line in `guess_format`.
+"""
 
 from pathlib import Path
 from typing import Annotated

@@ -1,4 +1,4 @@
 """Images into the trainable layers' input: decoded once, through the frozen prefix once, kept.
 
-The way in is `extract.prepare`. Nothing here trains, and nothing leaves the site.
+The way in is `extract.prepare_images`. Nothing here trains, and nothing leaves the site.
 """

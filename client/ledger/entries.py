@@ -109,7 +109,7 @@ def find_adopted(entries: Iterable[Entry]) -> Adopted | None:
 def list_events(entries: Iterable[Entry], study: str | None = None) -> tuple[DpEvent, ...]:
     """What was spent, in order: each reservation once, sealed or not; of one study, or of all.
 
-    StudySpending composes over the site: only the history of all studies bounds a patient's ε.
+    `Spending` composes over the site: only the history of all studies bounds a patient's ε.
     """
     reserved = (entry.release for entry in entries if isinstance(entry, Reserved))
     return tuple(r.privacy.event for r in reserved if r.privacy and study in (None, r.study))

@@ -1,4 +1,9 @@
-"""The only way out of the hospital: reserve, seal, send."""
+"""The only way out for whatever is computed on patients: reserve, seal, send.
+
+Three messages leave by no line, as nothing of a patient is in them: that the backbone is lacking,
+how much of it is here by now, and the hash of a line of the ledger. Nor do the public codes of
+errors after the join.
+"""
 
 import hashlib
 from collections.abc import Callable, Mapping
@@ -27,6 +32,11 @@ class Reply:
             bytes=len(self.data),
             sha256=hashlib.sha256(self.data).hexdigest(),
         )
+
+
+def record_refusal(ledger: Ledger, what: Release, code: str) -> None:
+    """Write the line of a refusal, which tells a bit about the patients, before it leaves."""
+    ledger.send(what, Reply(code.encode(), {}, (code,)).contents)
 
 
 def release(

@@ -16,7 +16,7 @@ from flwr.app import Message
 from client.link import tls
 from client.site import Site
 from common.errors import ContractError, LinkError, SiteError
-from common.flower.compat import APP, RELEASE, RELEASE_HEADER
+from common.flower.compat import APP, VERSION, VERSION_HEADER
 from common.flower.messages import (
     ObjectTree,
     ProtoMessage,
@@ -117,7 +117,7 @@ class Heard(NamedTuple):
     """Seconds that this machine's clock is ahead of its, to two seconds; None if untold."""
     until: datetime
     """When its certificate expires."""
-    release: str | None
+    version: str | None
     """Of Consilium, if it tells."""
 
 
@@ -219,7 +219,7 @@ class Fleet:
         except ValueError:
             raise LinkError(f"{self.server}: a message that cannot be read") from None
 
-    def read_release(self, envelope: Envelope) -> str:
+    def read_version(self, envelope: Envelope) -> str:
         """The release of Consilium that sent a message.
 
         Raises:
@@ -309,7 +309,7 @@ class Fleet:
         self.heard = Heard(
             ahead=_ahead(response.headers.get("date", "")),
             until=tls.read_expiry(response),
-            release=response.headers.get(RELEASE_HEADER),
+            version=response.headers.get(VERSION_HEADER),
         )
 
     def _ask(self, method: Callable[[Any], T], request: Any) -> T:
@@ -331,7 +331,7 @@ class Fleet:
         if code == ApiErrorCode.FLEET_INVALID_HEARTBEAT_INTERVAL:
             return _KnownError("the key is admitted")
         if code == ApiErrorCode.RUNTIME_VERSION_INCOMPATIBLE:
-            expected, got = f"release {RELEASE} of Consilium, as here", "another"
+            expected, got = f"release {VERSION} of Consilium, as here", "another"
             remedy = "Both sides must install the same release."
             return LinkError(self.server, expected=expected, got=got, remedy=remedy)
         unknown = status == httpx.codes.UNAUTHORIZED
@@ -349,7 +349,7 @@ class Fleet:
 
 def _introduce(request: httpx.Request) -> None:
     """Say this site's release."""
-    request.headers[RELEASE_HEADER] = RELEASE
+    request.headers[VERSION_HEADER] = VERSION
 
 
 def _ahead(date: str) -> float | None:

@@ -21,7 +21,7 @@ from client.runtime import Runtime
 from client.site import Site
 from common.config.study import Study
 from common.errors import ConsiliumError, ContractError, LinkError
-from common.flower.compat import RELEASE, is_same_release
+from common.flower.compat import VERSION, is_same_version
 from common.flower.messages import make_error_reply
 from common.protocol.backbone import BACKBONE
 from common.protocol.join import JoinRequest
@@ -42,7 +42,7 @@ _OFTEN = 0.6
 
 _NAMES = {
     "query": "the proposal",
-    "evaluate": "the final models",
+    "evaluate": "the released model",
     LEDGER: "a line of the ledger",
     BACKBONE: "a piece of the backbone",
 }
@@ -185,9 +185,9 @@ class Node:
     def _refusal(self, envelope: Envelope) -> Message | None:
         """No to whatever another release asks for, before anything of it is fetched."""
         try:
-            theirs = self._fleet.read_release(envelope)
-            if not is_same_release(theirs):
-                expected, got = f"release {RELEASE}, as here", theirs or "none"
+            theirs = self._fleet.read_version(envelope)
+            if not is_same_version(theirs):
+                expected, got = f"release {VERSION}, as here", theirs or "none"
                 remedy = "Both sides must install the same release."
                 where = f"the coordinator at {self._fleet.server}"
                 raise ContractError(where, expected=expected, got=got, remedy=remedy)

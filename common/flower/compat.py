@@ -13,9 +13,9 @@ _PIN = ">=1.41,<1.43"
 
 APP = "consilium/consilium"
 """What a run of ours is called in Flower."""
-RELEASE = "0.1.0"
+VERSION = "0.1.0"
 """As in pyproject.toml; both sides must have the same major and minor number."""
-RELEASE_HEADER = "consilium-release"
+VERSION_HEADER = "consilium-release"
 """In which either side says what it runs."""
 
 
@@ -35,6 +35,6 @@ def require_flwr() -> Iterator[None]:
         raise ImportError(text) from None
 
 
-def is_same_release(theirs: str) -> bool:
+def is_same_version(theirs: str) -> bool:
     """Whether a release of Consilium and this one understand each other."""
-    return theirs.split(".")[:2] == RELEASE.split(".")[:2]
+    return theirs.split(".")[:2] == VERSION.split(".")[:2]

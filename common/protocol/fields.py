@@ -1,7 +1,7 @@
 """The fields that messages are made of, and the only way to read one.
 
-The only file that spells a record key. Both sides treat what they read as hostile: anything that
-is not exactly what the protocol says raises `ContractError`.
+The keys of records are spelled here; those of counts in `common.metrics`. Both sides treat what
+they read as hostile: anything that is not exactly what the protocol says raises `ContractError`.
 """
 
 from collections.abc import Mapping

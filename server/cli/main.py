@@ -146,7 +146,7 @@ def remove(name: SiteName, project: Folder = HERE) -> None:
 
 @app.command(epilog="Example: consilium-server sites")
 def sites(project: Folder = HERE) -> None:
-    """List the admitted hospitals: who is connected, who was last seen when, with what release."""
+    """List the admitted hospitals: who is connected, who was last seen when, with what version."""
     from server.link.sites import Sites
     from server.project.project import Project
 
@@ -159,7 +159,7 @@ def sites(project: Folder = HERE) -> None:
     shown = table("site", "key", "admitted", "connected", "release")
     for site in found:
         row = (site.name, site.fingerprint[:19], _when(site.admitted))
-        shown.add_row(*row, _seen(site), site.release or "–")
+        shown.add_row(*row, _seen(site), site.version or "–")
     console.print(shown)
 
 

@@ -19,7 +19,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from common.flower.compat import RELEASE_HEADER
+from common.flower.compat import VERSION_HEADER
 from common.flower.database import LinkState, LinkStateFactory, offer_again, open_factory
 from common.flower.messages import ObjectTree
 from common.flower.routes import (
@@ -56,7 +56,7 @@ _PATHS = {
     )
 }
 """What a node needs; Flower's others are for nodes that register themselves, and for code."""
-_RELEASE = re.compile(r"[0-9A-Za-z.+]{1,32}")
+_VERSION = re.compile(r"[0-9A-Za-z.+]{1,32}")
 _REMEMBERED = 1000
 """Unknown keys that are logged; more would only fill the log."""
 
@@ -126,9 +126,9 @@ class _Door:
         if self._state.get_node_id_by_public_key(public) is None:
             self._refuse(fingerprint)
             return 401
-        release = request.headers.get(RELEASE_HEADER, "")
-        if _RELEASE.fullmatch(release):
-            self._note(fingerprint, release)
+        version = request.headers.get(VERSION_HEADER, "")
+        if _VERSION.fullmatch(version):
+            self._note(fingerprint, version)
         return 0
 
     def _refuse(self, fingerprint: str) -> None:

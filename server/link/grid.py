@@ -12,7 +12,7 @@ from pathlib import Path
 from flwr.app import Message
 
 from common.errors import RunError
-from common.flower.compat import APP, RELEASE
+from common.flower.compat import APP, VERSION
 from common.flower.database import (
     NOOP_FEDERATION_ID,
     NOOP_FLWR_AID,
@@ -176,7 +176,7 @@ def open_grid(database: Path) -> Iterator[LinkGrid]:
     """A grid for one new run, which ends with the block; sites drop what was left of it."""
     state = open_state(database)
     run_id = state.create_run(
-        APP, RELEASE, "", {}, NOOP_FEDERATION_ID, None, NOOP_FLWR_AID, TaskType.SERVER_APP
+        APP, VERSION, "", {}, NOOP_FEDERATION_ID, None, NOOP_FLWR_AID, TaskType.SERVER_APP
     )
     (task,) = state.get_tasks(run_ids=[run_id])
     state.claim_task(task.task_id)

@@ -11,10 +11,10 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from common.errors import LinkError
-from common.flower.compat import RELEASE, RELEASE_HEADER
+from common.flower.compat import VERSION, VERSION_HEADER
 from common.support.terminal import log_to
 from server.link.fleet_api import make_fleet_app
-from server.link.sites import Releases
+from server.link.sites import SiteVersions
 from server.project import certificates
 from server.project.project import Project
 
@@ -62,7 +62,7 @@ def make_server(project: Project) -> uvicorn.Server:
         return made
 
     config = uvicorn.Config(
-        make_fleet_app(project.database, Releases(project.releases).note_release),
+        make_fleet_app(project.database, SiteVersions(project.versions).note_version),
         ssl_certfile=project.folder / f"{certificates.SERVER}.crt",
         ssl_keyfile=project.folder / f"{certificates.SERVER}.key",
         ssl_context_factory=context,
@@ -74,7 +74,7 @@ def make_server(project: Project) -> uvicorn.Server:
         log_level=logging.ERROR,
         access_log=False,
         server_header=False,
-        headers=[(RELEASE_HEADER, RELEASE)],
+        headers=[(VERSION_HEADER, VERSION)],
         proxy_headers=False,
         timeout_graceful_shutdown=_GRACE,
     )

@@ -24,11 +24,11 @@ class AdmittedSite(NamedTuple):
     connected: bool
     seen: datetime | None
     """When it was last connected, to half a minute; None if never, or if it is now."""
-    release: str | None
+    version: str | None
     """Of Consilium there, as the site last said."""
 
 
-class Releases:
+class SiteVersions:
     """The release that each site last said it runs, by its key's fingerprint, in a small file.
 
     Args:
@@ -47,10 +47,10 @@ class Releases:
             known = {}
         return known if isinstance(known, dict) else {}
 
-    def note_release(self, fingerprint: str, release: str) -> None:
+    def note_version(self, fingerprint: str, version: str) -> None:
         """Remember what a site says."""
-        if self._known.get(fingerprint) != release:
-            self._known[fingerprint] = release
+        if self._known.get(fingerprint) != version:
+            self._known[fingerprint] = version
             content = json.dumps(self._known, indent=2)
             files.write(self._path, content, mode=0o600, durable=False)
 
@@ -68,8 +68,8 @@ class Sites:
 
     def list_sites(self) -> list[AdmittedSite]:
         """By name."""
-        releases = Releases.read(self._project.releases)
-        return sorted(_admitted(info, releases) for info in self._infos())
+        versions = SiteVersions.read(self._project.versions)
+        return sorted(_admitted(info, versions) for info in self._infos())
 
     def admit(self, key: keys.PublicKey, name: str) -> None:
         """Let a site connect; a key that was removed may be admitted again, under any name.
@@ -104,7 +104,7 @@ class Sites:
         return list(self._state.get_node_info(statuses=admitted))
 
 
-def _admitted(info: NodeInfo, releases: dict[str, str]) -> AdmittedSite:
+def _admitted(info: NodeInfo, versions: dict[str, str]) -> AdmittedSite:
     fingerprint = keys.fingerprint(keys.parse_public(info.public_key))
     connected = info.status == NodeStatus.ONLINE
     left = info.last_deactivated_at
@@ -115,5 +115,5 @@ def _admitted(info: NodeInfo, releases: dict[str, str]) -> AdmittedSite:
         admitted=datetime.fromisoformat(info.registered_at),
         connected=connected,
         seen=datetime.fromisoformat(left) if left and not connected else None,
-        release=releases.get(fingerprint),
+        version=versions.get(fingerprint),
     )

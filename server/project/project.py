@@ -150,7 +150,7 @@ class Project:
         return self.folder / "link.db"
 
     @property
-    def releases(self) -> Path:
+    def versions(self) -> Path:
         """The file with the software release that each site was last seen with."""
         return self.folder / "releases.json"
 

@@ -1,4 +1,4 @@
 """Measurements: the time that the frozen prefix saves, and that engines and privacy cost.
 
-Each prints ratios against a baseline of the same run.
+The way in is `consilium-simulate bench`. No figure here stands without a baseline of the same run.
 """

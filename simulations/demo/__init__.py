@@ -1,4 +1,4 @@
 """A deployment as processes of this machine, told step by step.
 
-The way in is `deployment`. It listens on loopback only.
+The way in is `deployment`. Nothing here listens beyond loopback.
 """

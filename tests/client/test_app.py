@@ -36,7 +36,7 @@ COARSE = {"disclose": {"counts": "rounded", "metrics": "final"}}
 
 
 @pytest.fixture(autouse=True)
-def _own_desks():
+def _own_process():
     """Each test is a process of its own as far as open sites go."""
     yield
     RUNTIME.close_sites()

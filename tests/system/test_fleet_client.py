@@ -22,11 +22,11 @@ from client.link.pending import PendingMessage
 from client.site import Site
 from common.config.yaml import dump
 from common.errors import ContractError, LinkError, SiteError
-from common.flower.compat import RELEASE
+from common.flower.compat import VERSION
 from common.flower.messages import message_from_proto, pack_message
 from common.support import keys
 from server.link.grid import LinkGrid, open_grid
-from server.link.sites import Releases, Sites
+from server.link.sites import Sites, SiteVersions
 from server.project import certificates
 from server.project.project import Project
 from simulations.demo.loopback import find_free_port
@@ -134,7 +134,7 @@ def test_a_message_comes_whole_and_its_reply_arrives(coordinator: Coordinator) -
         identity = ask(grid, node, content(3_000_000))  # in parts of 5 MiB
         envelope = pulled(fleet)
         assert fleet.pull_envelope() == envelope
-        assert fleet.read_release(envelope) == RELEASE
+        assert fleet.read_version(envelope) == VERSION
         message = fleet.pull_message(envelope)
         assert message is not None
         assert len(numbers(message)) == 3_000_000
@@ -144,9 +144,9 @@ def test_a_message_comes_whole_and_its_reply_arrives(coordinator: Coordinator) -
         assert reply.metadata.created_at == message.metadata.created_at  # tells no time of work
         assert fleet.pull_message(envelope) is None
     with coordinator.fleet() as fleet, pytest.raises(OverError):
-        fleet.read_release(envelope)
-    told = Releases.read(coordinator.project.releases)
-    assert set(told.values()) == {RELEASE}
+        fleet.read_version(envelope)
+    told = SiteVersions.read(coordinator.project.versions)
+    assert set(told.values()) == {VERSION}
 
 
 def test_a_reply_whose_answers_are_lost_is_sent_again_and_counts_once(
@@ -282,7 +282,7 @@ def test_checking_the_admission_tells_and_changes_nothing(coordinator: Coordinat
     fleet.check_admitted()
     assert not next(site for site in coordinator.sites.list_sites() if site.name == name).connected
     assert fleet.heard is not None
-    assert fleet.heard.release == RELEASE
+    assert fleet.heard.version == VERSION
     assert abs(fleet.heard.ahead or 0) < 2
     assert fleet.heard.until == certificates.read_expiry(coordinator.project.folder)
     stranger = Fleet(coordinator.address, coordinator.ca, keys.new())

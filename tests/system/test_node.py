@@ -25,7 +25,7 @@ from client.link import node as node_module
 from client.link.node import Node
 from common.config.study import Study
 from common.errors import RunError
-from common.flower.compat import APP, RELEASE
+from common.flower.compat import APP, VERSION
 from common.flower.database import NOOP_FEDERATION_ID, NOOP_FLWR_AID, TaskType, open_state
 from common.flower.messages import identify_task, record_to_bytes
 from common.model.network import assemble
@@ -210,8 +210,8 @@ def test_code_that_comes_with_a_run_is_neither_fetched_nor_run(
     monkeypatch.setattr(state.__class__, "get_fab", lambda _, name: asked.append(name))
     with world.up(), world.node():
         for name, release, fab in (
-            (APP, RELEASE, stored),
-            ("flwrlabs/other", RELEASE, ""),
+            (APP, VERSION, stored),
+            ("flwrlabs/other", VERSION, ""),
             (APP, "0.9.1", ""),
             (APP, "", ""),
         ):
@@ -232,7 +232,7 @@ def _run(world: World, name: str, release: str, fab: str) -> Iterator[LinkGrid]:
     """A run as a coordinator with other software would create it."""
     with open_grid(world.project.database) as grid:
         ours, create = grid.run, grid._state.create_run
-        assert (ours.fab_id, ours.fab_version, ours.fab_hash) == (APP, RELEASE, "")
+        assert (ours.fab_id, ours.fab_version, ours.fab_hash) == (APP, VERSION, "")
         rest = ({}, NOOP_FEDERATION_ID, None, NOOP_FLWR_AID, TaskType.SERVER_APP)
         number = create(name, release, fab, *rest)
         (task,) = grid._state.get_tasks(run_ids=[number])

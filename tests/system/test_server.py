@@ -350,7 +350,7 @@ def test_a_release_that_a_site_says_is_listed(up: Up) -> None:
             client._client.headers["consilium-release"] = said_to_be
             client.ActivateNode(_activation(key)) if said_to_be == "0.1.0" else _beat(client, up)
     (site,) = [site for site in Sites(up.project).list_sites() if site.name == "inland"]
-    assert site.release == "0.1.0"
+    assert site.version == "0.1.0"
 
 
 def test_files_that_the_link_writes_are_private(up: Up) -> None:

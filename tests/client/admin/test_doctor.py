@@ -16,7 +16,7 @@ import yaml
 from client.cli import main as cli
 from client.site import Site
 from common.config.yaml import dump
-from common.flower.compat import RELEASE
+from common.flower.compat import VERSION
 from common.support import keys
 from server.link.sites import Sites
 from server.project import certificates
@@ -215,7 +215,7 @@ def test_all_is_well(command: Command, project: Project, phantoms: Path) -> None
     assert keys.fingerprint(authority) in said["ca"][1]
     assert keys.fingerprint(keys.read_public(Path("site.pub"))) in said["key"][1]
     assert f"{certificates.read_expiry(project.folder):%Y-%m-%d}" in said["certificate"][1]
-    assert said["its release"][1] == f"Consilium {RELEASE}"
+    assert said["its release"][1] == f"Consilium {VERSION}"
     assert not Sites(project).list_sites()[0].connected  # a look, no visit
     for row in (phantoms / "west/manifest.csv").read_text().splitlines()[1:]:
         image, patient = row.split(",")[0], row.split(",")[2]

@@ -59,7 +59,7 @@ def refuse():
 
 
 @contextmanager
-def desk(state):
+def open_site(state):
     """The ledger and the outbox of one site."""
     with Ledger(state) as ledger:
         yield ledger, Outbox(state / "outbox")
@@ -73,10 +73,10 @@ def spent(state):
 
 
 def test_a_sealed_reply_is_sent_again_byte_for_byte_for_free_with_the_budget_spent(tmp_path):
-    with desk(tmp_path) as (ledger, outbox):
+    with open_site(tmp_path) as (ledger, outbox):
         first = release(ledger, outbox, a_round(), draw)
         assert release(ledger, outbox, a_round(), never, refuse) == first
-    with desk(tmp_path) as (ledger, outbox):
+    with open_site(tmp_path) as (ledger, outbox):
         assert release(ledger, outbox, a_round(), never, refuse) == first
         assert len(list_events(ledger.spending)) == 1
         for other in (a_round(2), a_round(received="b"), a_round(study=OTHER), a_round(noise=2.0)):
@@ -87,7 +87,7 @@ def test_a_sealed_reply_is_sent_again_byte_for_byte_for_free_with_the_budget_spe
 
 
 def test_a_refused_release_computes_nothing_spends_nothing_and_leaves_no_line(tmp_path):
-    with desk(tmp_path) as (ledger, outbox):
+    with open_site(tmp_path) as (ledger, outbox):
         with pytest.raises(RefusedError):
             release(ledger, outbox, a_round(), never, refuse)
         assert list_events(ledger.spending) == ()
@@ -99,7 +99,7 @@ def test_work_sees_its_reservation_on_disk_and_stays_spent_if_it_fails(tmp_path)
         assert [entry.state for entry in read_ledger(tmp_path)] == ["created", "reserved"]
         raise ArithmeticError
 
-    with desk(tmp_path) as (ledger, outbox):
+    with open_site(tmp_path) as (ledger, outbox):
         with pytest.raises(ArithmeticError):
             release(ledger, outbox, a_round(), work)
         release(ledger, outbox, a_round(), draw)
@@ -107,7 +107,7 @@ def test_work_sees_its_reservation_on_disk_and_stays_spent_if_it_fails(tmp_path)
 
 
 def test_a_release_without_privacy_is_one_line_and_no_file(tmp_path):
-    with desk(tmp_path) as (ledger, outbox):
+    with open_site(tmp_path) as (ledger, outbox):
         replies = [release(ledger, outbox, a_round(private=False), draw) for _ in range(2)]
         assert replies[0] != replies[1]
         assert list_events(ledger.spending) == ()
@@ -117,7 +117,7 @@ def test_a_release_without_privacy_is_one_line_and_no_file(tmp_path):
 
 @pytest.mark.parametrize("damage", ["a byte", "cut", "empty", "gone"])
 def test_a_damaged_reply_never_leaves_and_the_round_spends_anew(tmp_path, damage, caplog):
-    with desk(tmp_path) as (ledger, outbox):
+    with open_site(tmp_path) as (ledger, outbox):
         first = release(ledger, outbox, a_round(), draw)
         (file,) = (tmp_path / "outbox").iterdir()
         if damage == "gone":
@@ -135,17 +135,17 @@ def test_a_damaged_reply_never_leaves_and_the_round_spends_anew(tmp_path, damage
 
 
 def test_a_file_no_line_vouches_for_is_never_sent(tmp_path):
-    with desk(tmp_path) as (ledger, outbox):
+    with open_site(tmp_path) as (ledger, outbox):
         ledger.reserve(a_round())
         outbox.write(a_round(), b"orphan")
-    with desk(tmp_path) as (ledger, outbox):
+    with open_site(tmp_path) as (ledger, outbox):
         assert release(ledger, outbox, a_round(), draw) != b"orphan"
     (file,) = (tmp_path / "outbox").iterdir()
     assert file.read_bytes() != b"orphan"
 
 
 def test_purge_deletes_the_replies_of_one_study(tmp_path):
-    with desk(tmp_path) as (ledger, outbox):
+    with open_site(tmp_path) as (ledger, outbox):
         for number in (1, 2):
             release(ledger, outbox, a_round(number), draw)
         kept = release(ledger, outbox, a_round(study=OTHER), draw)
@@ -159,7 +159,7 @@ def test_purge_deletes_the_replies_of_one_study(tmp_path):
 def test_only_this_user_can_read_a_reply(tmp_path):
     before = os.umask(0)
     try:
-        with desk(tmp_path / "state") as (ledger, outbox):
+        with open_site(tmp_path / "state") as (ledger, outbox):
             release(ledger, outbox, a_round(), draw)
     finally:
         os.umask(before)
@@ -171,7 +171,7 @@ def test_only_this_user_can_read_a_reply(tmp_path):
 def test_a_reply_that_does_not_fit_on_the_disk_does_not_leave(tmp_path):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     full = pytest.raises(SiteError, match=r"File too large.*Free space")
-    with desk(tmp_path) as (ledger, outbox):
+    with open_site(tmp_path) as (ledger, outbox):
         try:
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
             with full:
@@ -295,7 +295,7 @@ def one_round(root, edge):
         edge.step("draw")
         return draw()
 
-    with desk(root / "state") as (ledger, outbox):
+    with open_site(root / "state") as (ledger, outbox):
         data = release(ledger, outbox, a_round(), drawing)
         edge.step(f"send {data.hex()}")
 
@@ -323,7 +323,7 @@ def began(tmp_path):
 def again(root):
     """The same round in the next process: what was spent before, whether it drew, what it sends."""
     draws = []
-    with desk(root / "state") as (ledger, outbox):
+    with open_site(root / "state") as (ledger, outbox):
         before = len(list_events(ledger.spending))
         data = release(ledger, outbox, a_round(), lambda: draws.append(1) or draw())
         assert len(list_events(ledger.spending)) == before + len(draws)
@@ -335,7 +335,7 @@ def again(root):
 @pytest.mark.parametrize("start", ["first round", "retry"])
 def test_a_round_ended_at_any_edge_is_counted_exactly(tmp_path, began, start):
     if start == "retry":
-        with desk(began / "state") as (ledger, outbox):
+        with open_site(began / "state") as (ledger, outbox):
             ledger.reserve(a_round())
             outbox.write(a_round(), b"orphan")
     calls = ended(began, tmp_path / "whole", one_round)
@@ -359,7 +359,7 @@ def test_a_round_ended_at_any_edge_is_counted_exactly(tmp_path, began, start):
 @pytest.mark.system
 @pytest.mark.usefixtures("quick")
 def test_a_resend_ended_at_any_edge_costs_nothing_and_changes_nothing(tmp_path, began):
-    with desk(began / "state") as (ledger, outbox):
+    with open_site(began / "state") as (ledger, outbox):
         sealed = release(ledger, outbox, a_round(), draw)
     calls = ended(began, tmp_path / "whole", one_round)
     assert "draw" not in calls
@@ -420,7 +420,7 @@ def test_setting_a_torn_line_aside_may_end_at_any_edge_too(tmp_path, began):
 @pytest.mark.system
 @pytest.mark.usefixtures("quick")
 def test_adopting_ended_at_any_edge_never_starts_an_empty_ledger(tmp_path, began):
-    with desk(began / "state") as (ledger, outbox):
+    with open_site(began / "state") as (ledger, outbox):
         release(ledger, outbox, a_round(), draw)
 
     def work(root, edge):
@@ -447,7 +447,7 @@ def note(path, text):
 def busy(root, seed):
     """Rounds without end, some sent twice, each draw and each send noted elsewhere first."""
     choose = random.Random(seed)  # noqa: S311
-    with desk(root / "state") as (ledger, outbox):
+    with open_site(root / "state") as (ledger, outbox):
         number = max([1, *(int(p.noise_multiplier) for p in list_events(ledger.spending))])
         while True:
             what = a_round(number, noise=float(number))

@@ -13,7 +13,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 from common.config.study import Study
 from common.errors import LinkError, StudyError
 from common.support import keys
-from server.link.sites import Releases, Sites
+from server.link.sites import Sites, SiteVersions
 from server.project import certificates
 from server.project.project import Project, RunState
 from server.runs.run_folder import Checkpoint, RunFolder
@@ -150,7 +150,7 @@ def test_a_key_has_one_name_and_a_name_one_key(project: Project) -> None:
         ("east", keys.fingerprint(east)),
         ("west", keys.fingerprint(west)),
     ]
-    assert not any(site.connected or site.seen or site.release for site in found)
+    assert not any(site.connected or site.seen or site.version for site in found)
 
 
 def test_a_removed_key_and_its_name_are_free_again(project: Project) -> None:
@@ -170,12 +170,12 @@ def test_a_removed_key_and_its_name_are_free_again(project: Project) -> None:
 
 def test_a_release_is_remembered_by_key(tmp_path: Path) -> None:
     path = tmp_path / "releases.json"
-    Releases(path).note_release("ab", "0.1.0")
-    Releases(path).note_release("cd", "0.2.0")
-    assert Releases.read(path) == {"ab": "0.1.0", "cd": "0.2.0"}
+    SiteVersions(path).note_version("ab", "0.1.0")
+    SiteVersions(path).note_version("cd", "0.2.0")
+    assert SiteVersions.read(path) == {"ab": "0.1.0", "cd": "0.2.0"}
     assert mode(path) == 0o600
     path.write_text("{")
-    assert Releases.read(path) == {}
+    assert SiteVersions.read(path) == {}
 
 
 def test_a_run_s_state_is_told(project: Project) -> None:
