@@ -138,6 +138,10 @@ class Format(Section):
           DataError: nothing there, a label outside `classes`, or a problem with the format.
         """
         rows = self.rows(classes)
+        if torn := sum("\n" in row.patient or "\r" in row.patient for row in rows):
+            where, got = f"{self.root}: patients", f"{torn} rows whose id has a line break"
+            remedy = "Give these patients ids of one line."
+            raise DataError(where, expected="ids of one line", got=got, remedy=remedy)
         if self.patients is not None:
             used = _listed(self.patients)
             rows = [row for row in rows if row.patient in used]
@@ -170,7 +174,8 @@ class Format(Section):
 def _listed(path: Path) -> set[str]:
     """The patient ids in a text file, one a line."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        # Not splitlines: an id may hold what Unicode takes for the end of a line.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as ex:
         reason = getattr(ex, "strerror", None) or "not UTF-8 text"
         expected = "a text file with one patient id a line"

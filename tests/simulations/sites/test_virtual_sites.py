@@ -2,10 +2,12 @@
 
 import pytest
 
+from client.consent.cohort import count_patients, cut_records
 from client.data.records import Format
-from common.errors import SiteError
+from client.site import Site
+from common.errors import DataError, SiteError
 from simulations.sites import virtual_sites
-from tests.builders import PHANTOM_CLASSES, make_study, write_site, write_sites
+from tests.builders import PHANTOM_CLASSES, make_study, write_images, write_site, write_sites
 
 CONTENT = {"classes": PHANTOM_CLASSES, "model": {"backbone": "squeezenet1_0"}}
 
@@ -38,3 +40,24 @@ def test_the_records_of_a_pool_are_listed_once(phantoms, monkeypatch):
     assert listed == [(phantoms / "north").resolve()]
     everyone = records(found[0].data, study.classes)
     assert sum(sum(map(sum, plan.images.values())) for plan in planned) == len(everyone)
+
+
+@pytest.mark.parametrize("end", ["\u2028", "\x0c", "\x85", "\x1c"])
+def test_a_pool_is_planned_as_its_clients_read_it(tmp_path, end):
+    """An id may hold what Unicode takes for the end of a line: it stays one patient's."""
+    ids = [f"P{i // 2}" + f"{end}x" * (i % 6 == 0) for i in range(40)]
+    write_images(tmp_path / "pool", [(f"i{i}.png", "abc"[i % 3], p) for i, p in enumerate(ids)])
+    study = make_study(holdout={"test": 0.3, "validation": 0.2})
+    planned = virtual_sites.plan_sites(
+        virtual_sites.cut_pool(tmp_path / "pool", study, spec="iid", sites=4), study
+    )
+    files = virtual_sites.write_sites(planned, study, tmp_path / "run", tmp_path / "cache")
+    trained = [cut_records(Site.read(file), study).train for file in files]
+    assert [count_patients(records) for records in trained] == [plan.training for plan in planned]
+    assert sum(plan.training for plan in planned)
+
+
+def test_an_id_of_two_lines_is_refused(tmp_path):
+    write_images(tmp_path / "pool", [("a.png", "a", "P1\nx"), ("b.png", "b", "P2")])
+    with pytest.raises(DataError, match="ids of one line, got 1 rows"):
+        virtual_sites.cut_pool(tmp_path / "pool", make_study(), spec="iid", sites=1)
