@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from client.privacy.accountant import DpEvent
-from client.privacy.parameters import Count, Privacy
+from client.privacy.parameters import Count, PrivateRound
 from common.config.study import Name
 from common.config.yaml import Section
 
@@ -25,7 +25,7 @@ class Release(Section):
     round: Count | None = None
     received: Hash | None = None
     """SHA-256 of the tensors received."""
-    privacy: Privacy | None = None
+    privacy: PrivateRound | None = None
     """None: released without differential privacy."""
 
     @property

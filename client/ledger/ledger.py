@@ -44,7 +44,7 @@ L = TypeVar("L", Reserved, Sealed, Sent)
 
 
 @dataclass(frozen=True)
-class Head:
+class ChainHead:
     """How far a ledger goes: its number of lines and the hash of the last."""
 
     count: int
@@ -116,13 +116,13 @@ def _worked(folder: Path) -> bool:
     return any(True for trace in traces for _ in folder.glob(trace))
 
 
-def _read_head(path: Path) -> Head | None:
+def _read_head(path: Path) -> ChainHead | None:
     if not path.exists():
         return None
     found = _HEAD.fullmatch(path.read_bytes())
     if not found or not int(found[1]):
         raise _damage(path, "a number of lines and a hash", "something else")
-    return Head(int(found[1]), found[2].decode())
+    return ChainHead(int(found[1]), found[2].decode())
 
 
 def _damage(path: Path, expected: str, got: str) -> SiteError:
@@ -227,9 +227,9 @@ class Ledger:
             self._resources, self._rests = stack.pop_all(), False
 
     @property
-    def head(self) -> Head:
+    def head(self) -> ChainHead:
         """How far it goes; a server that remembers it notices a rollback of the whole folder."""
-        return Head(len(self._hashes), self._hashes[-1])
+        return ChainHead(len(self._hashes), self._hashes[-1])
 
     def hash_at(self, count: int) -> str | None:
         """The hash of line `count`, 1-based; None where the ledger does not go so far."""
@@ -272,7 +272,7 @@ class Ledger:
             try:
                 _write(self._file, line)
                 os.fsync(self._file)
-                os.pwrite(self._head_file, Head(n, own)._text, 0)
+                os.pwrite(self._head_file, ChainHead(n, own)._text, 0)
             except BaseException:
                 self._take_back()
                 raise
@@ -308,7 +308,7 @@ def _create(folder: Path, first: Created | Adopted) -> tuple[list[Entry], list[s
     line, own = _link(_json(first), _FIRST)
     files.write(folder / "ledger.jsonl", line, _MODE)
     files.sync(folder.parent)
-    files.write(folder / "ledger.head", Head(1, own)._text, _MODE)
+    files.write(folder / "ledger.head", ChainHead(1, own)._text, _MODE)
     return [first], [own]
 
 

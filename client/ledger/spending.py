@@ -7,7 +7,7 @@ from datetime import datetime
 from client.ledger.entries import Adopted, Entry, Reserved, Sent, find_adopted, list_events
 from client.privacy import accountant
 from client.privacy.accountant import DpEvent
-from client.privacy.parameters import Privacy
+from client.privacy.parameters import PrivateRound
 from common.errors import BudgetError
 
 MEANING = (
@@ -36,7 +36,7 @@ class StudySpending:
 
     study: str
     name: str
-    private: tuple[Privacy, ...]
+    private: tuple[PrivateRound, ...]
     open: int
 
     def epsilon(self, delta: float) -> float:

@@ -75,7 +75,7 @@ class LedgerReply:
         return cls(told or None)
 
 
-def read_ledger(record: RecordDict) -> LedgerHead:
+def read_ledger_head(record: RecordDict) -> LedgerHead:
     """The ledger's head that came with a reply; raises `ContractError` if it is none."""
     told = get_part(record.config_records, LEDGER_HEAD)
     try:

@@ -24,7 +24,7 @@ from common.protocol.fields import (
     get_value,
 )
 from common.protocol.join import JoinReply
-from common.protocol.ledger import LedgerHead, read_ledger
+from common.protocol.ledger import LedgerHead, read_ledger_head
 from common.protocol.tensors import Shapes, from_arrays
 
 WEIGHT = "weight"
@@ -117,7 +117,7 @@ class RoundReply:
         from_arrays(arrays, shapes)
         ordered = ArrayRecord({name: arrays[name] for name in shapes})
         figures = _figures(record, joined) if tells else None
-        return cls(arrays=ordered, figures=figures, ledger=read_ledger(record))
+        return cls(arrays=ordered, figures=figures, ledger=read_ledger_head(record))
 
 
 def _figures(record: RecordDict, joined: JoinReply) -> Figures:

@@ -20,7 +20,7 @@ from server.rounds.admission import (
     find_short_ledgers,
     name_node,
 )
-from server.rounds.weights import Backbone
+from server.rounds.weights import BackboneFile
 
 log = logging.getLogger(__name__)
 
@@ -116,7 +116,7 @@ class Federation:
 
     def _send_backbone(self, nodes: Sequence[int]) -> tuple[list[int], dict[int, str]]:
         """Send the backbone in pieces; returns the nodes that have all of it, and failures."""
-        backbone = Backbone(self._study)
+        backbone = BackboneFile(self._study)
         pieces = dict.fromkeys(nodes, backbone.announce())
         done: list[int] = []
         failures: dict[int, str] = {}

@@ -47,7 +47,7 @@ class Option:
 
 
 @dataclass(frozen=True)
-class Entry:
+class StrategyEntry:
     """A Flower strategy: its class and its options.
 
     Attributes:
@@ -77,28 +77,28 @@ def _for_krum(options: Options) -> int:
     return int(max(2 * attackers + 3, selected + attackers + 2))
 
 
-REGISTRY: dict[str, Entry] = {
-    "fedavg": Entry(FedAvg),
-    "fedprox": Entry(FedProx, {"proximal_mu": Option(0.01)}),
-    "fedavgm": Entry(
+REGISTRY: dict[str, StrategyEntry] = {
+    "fedavg": StrategyEntry(FedAvg),
+    "fedprox": StrategyEntry(FedProx, {"proximal_mu": Option(0.01)}),
+    "fedavgm": StrategyEntry(
         FedAvgM,
         {"server_learning_rate": Option(1.0), "server_momentum": Option(0.9, most=0.9999)},
         state=("momentum_vector",),
     ),
-    "fedadam": Entry(FedAdam, {**_STEP, **_MOMENTS}, state=("m_t", "v_t")),
-    "fedyogi": Entry(FedYogi, {**_STEP, **_MOMENTS}, state=("m_t", "v_t")),
-    "fedadagrad": Entry(FedAdagrad, {**_STEP, "eta": Option(0.1)}, state=("v_t",)),
+    "fedadam": StrategyEntry(FedAdam, {**_STEP, **_MOMENTS}, state=("m_t", "v_t")),
+    "fedyogi": StrategyEntry(FedYogi, {**_STEP, **_MOMENTS}, state=("m_t", "v_t")),
+    "fedadagrad": StrategyEntry(FedAdagrad, {**_STEP, "eta": Option(0.1)}, state=("v_t",)),
     # Of two replies the median is the mean.
-    "fedmedian": Entry(FedMedian, replies=lambda options: 3, differences=True),
+    "fedmedian": StrategyEntry(FedMedian, replies=lambda options: 3, differences=True),
     # With fewer it trims none.
-    "fedtrimmedavg": Entry(
+    "fedtrimmedavg": StrategyEntry(
         FedTrimmedAvg,
         {"beta": Option(0.2, least=0.001, most=0.499)},
         replies=lambda options: next(n for n in count(1) if int(options["beta"] * n)),
         differences=True,
     ),
-    "krum": Entry(Krum, _ATTACKERS, replies=_for_krum, differences=True),
-    "multikrum": Entry(
+    "krum": StrategyEntry(Krum, _ATTACKERS, replies=_for_krum, differences=True),
+    "multikrum": StrategyEntry(
         MultiKrum,
         {**_ATTACKERS, "num_nodes_to_select": Option(2, least=1, most=10_000)},
         replies=_for_krum,
@@ -196,7 +196,7 @@ class Aggregator:
             write_carried(self._strategy, attribute, arrays)
 
 
-def _entry(study: Study) -> Entry:
+def _entry(study: Study) -> StrategyEntry:
     name = study.aggregate.strategy
     if name not in REGISTRY:
         known = ", ".join(REGISTRY)
@@ -205,7 +205,7 @@ def _entry(study: Study) -> Entry:
     return REGISTRY[name]
 
 
-def _options(study: Study, entry: Entry) -> Options:
+def _options(study: Study, entry: StrategyEntry) -> Options:
     given, name = study.aggregate.options, study.aggregate.strategy
     for key, number in given.items():
         where, option = f"aggregate.options.{key}", entry.options.get(key)

@@ -13,7 +13,7 @@ _PIECE = 2 * 2**20
 """Bytes; small enough for a slow line."""
 
 
-class Backbone:
+class BackboneFile:
     """The weights that this machine loads for a study, in one format for any file."""
 
     def __init__(self, study: Study) -> None:

@@ -16,7 +16,7 @@ from client.data.records import FileImage
 from client.ledger.entries import Release, Sent
 from client.ledger.ledger import Ledger, read_ledger
 from client.ledger.release import Reply, release
-from client.privacy.parameters import Privacy
+from client.privacy.parameters import PrivateRound
 from client.site import Site
 from common.flower.messages import recorddict_to_proto
 from common.model.contract import digest
@@ -305,7 +305,7 @@ def test_sealed_replies_of_a_study_that_ended_go_at_the_next_join(server):
     outbox = state(server) / "outbox"
 
     def seal(of):
-        privacy = Privacy(
+        privacy = PrivateRound(
             mechanism="dp_sgd",
             noise_multiplier=1.0,
             sample_rate=0.1,

@@ -28,7 +28,7 @@ from client.privacy.accountant import (
     compute_epsilon,
     compute_filtered_epsilon,
 )
-from client.privacy.parameters import Privacy
+from client.privacy.parameters import PrivateRound
 from client.site import Site
 from common.config.study import Study
 from common.config.yaml import dump
@@ -86,8 +86,8 @@ def study(folder: Path, **changes: object) -> Path:
     return path
 
 
-def privacy(noise: float = 1.0, steps: int = 16) -> Privacy:
-    return Privacy(
+def privacy(noise: float = 1.0, steps: int = 16) -> PrivateRound:
+    return PrivateRound(
         mechanism="dp_sgd",
         noise_multiplier=noise,
         sample_rate=0.05,

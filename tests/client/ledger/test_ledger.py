@@ -10,15 +10,15 @@ from contextlib import suppress
 import pytest
 
 from client.ledger.entries import Contents, Release, find_adopted, list_events
-from client.ledger.ledger import Head, Ledger, adopt_ledger, read_ledger
+from client.ledger.ledger import ChainHead, Ledger, adopt_ledger, read_ledger
 from client.ledger.ledger import _link as link
 from client.privacy.accountant import DpEvent
-from client.privacy.parameters import Privacy
+from client.privacy.parameters import PrivateRound
 from common.errors import SiteError
 from tests.processes import another, limited
 
 STUDY, OTHER = "1" * 16, "2" * 16
-PRIVACY = Privacy(
+PRIVACY = PrivateRound(
     mechanism="dp_sgd",
     noise_multiplier=1.25,
     sample_rate=0.0625,
@@ -193,7 +193,7 @@ def test_a_plain_release_costs_one_fsync(tmp_path, monkeypatch):
 def test_head_and_hash_at_let_a_server_notice_a_rollback(tmp_path):
     lines = fill(tmp_path).read_text().splitlines()
     with Ledger(tmp_path) as ledger:
-        assert ledger.head == Head(6, json.loads(lines[-1])["hash"])
+        assert ledger.head == ChainHead(6, json.loads(lines[-1])["hash"])
         hashes = [json.loads(line)["hash"] for line in lines]
         assert [ledger.hash_at(n) for n in range(-1, 9)] == [None, None, *hashes, None, None]
     assert len(set(hashes)) == 6
