@@ -8,7 +8,7 @@ from pathlib import Path
 from client.site import Site
 from client.storage import explain_disk_errors
 from common.config.study import Study
-from common.errors import ContractError, MissingWeightsError, SiteError
+from common.errors import BackboneError, ContractError, MissingWeightsError, SiteError
 from common.model import backbones
 from common.protocol.backbone import BackbonePart
 from common.support import files
@@ -43,27 +43,33 @@ def _sent(site: Site, study: Study) -> Path | None:
     note = site.state / "studies" / f"{study.id}.backbone"
     if not note.is_file():
         return None
-    path = site.state / "weights" / note.read_text("ascii") / Path(study.model.weights).name
+    path = _place(site, note.read_text("ascii"))
     return path if path.is_file() else None
+
+
+def _place(site: Site, sha256: str) -> Path:
+    """Where a backbone that was sent is kept; no name from the network, and safetensors alone."""
+    return site.state / "weights" / f"{sha256}.safetensors"
 
 
 def receive_part(site: Site, study: Study, part: BackbonePart) -> int:
     """Keep a piece of the backbone; returns how many bytes there are by now, from the beginning.
 
     A piece that does not follow on what is there changes nothing: the answer says where to go on.
-    The whole is kept only if its SHA-256 is right, and serves every study with the same weights.
+    The whole is kept only if its SHA-256 is right and its header that of the study's backbone. It
+    serves every study with the same weights, and goes when none has them.
 
     Raises:
-      ContractError: it is too large for this backbone, or the whole is not what was announced and
-        was deleted.
+      ContractError: it is too large for this backbone, or the whole is not what was announced, or
+        no such backbone, and was deleted.
       SiteError: the disk refuses.
     """
-    if part.size > (most := backbones.get(study.model.backbone).largest_file):
+    if part.size > (most := backbones.get(study.model.backbone).largest_sent):
         raise ContractError(f"a backbone of {part.size} bytes, where {most} are plenty")
-    folder = site.private("weights", part.sha256)
-    whole, growing = folder / Path(study.model.weights).name, folder.with_suffix(".part")
+    folder, whole = site.private("weights"), _place(site, part.sha256)
+    growing = whole.with_suffix(".part")
     with explain_disk_errors(folder, SiteError):
-        for other in {*folder.parent.glob("*.part")} - {growing}:
+        for other in {*folder.glob("*.part")} - {growing}:
             other.unlink()  # one at a time: what was given up does not fill the disk
         held = growing.stat().st_size if growing.is_file() else 0
         if not whole.is_file():
@@ -75,13 +81,27 @@ def receive_part(site: Site, study: Study, part: BackbonePart) -> int:
                 held += len(part.data)
             if held < part.size:
                 return held
-            with growing.open("rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
-            if found != part.sha256:
+            try:
+                _check_whole(growing, study, part.sha256)
+            except ContractError:
                 growing.unlink()
-                raise ContractError("a backbone whose SHA-256 is another than announced")
+                raise
             growing.replace(whole)
             log.info("received the backbone: %s", whole)
-        note = site.private("studies") / f"{study.id}.backbone"
-        files.write(note, part.sha256, mode=0o600)
+        notes = site.private("studies")
+        files.write(notes / f"{study.id}.backbone", part.sha256, mode=0o600)
+        used = {_place(site, note.read_text("ascii")) for note in notes.glob("*.backbone")}
+        for other in {*folder.glob("*.safetensors")} - used:
+            other.unlink()  # a study has one: a second in its place does not fill the disk
     return part.size
+
+
+def _check_whole(path: Path, study: Study, sha256: str) -> None:
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != sha256:
+        raise ContractError("a backbone whose SHA-256 is another than announced")
+    try:
+        backbones.get(study.model.backbone).check_sent(path)
+    except BackboneError as ex:
+        raise ContractError(f"no backbone: {ex}") from None

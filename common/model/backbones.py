@@ -131,10 +131,23 @@ class Backbone:
 
     def _load(self, weights: str) -> nn.Module:
         """The architecture holding the given weights, its own head left without any."""
-        state = self.checkpoint(weights)
-        fit, model = self._fit(state)
+        model = self._outline()
+        model.load_state_dict(self.read_weights(weights), strict=False, assign=True)
+        return model
+
+    def read_weights(self, weights: str) -> dict[str, torch.Tensor]:
+        """The tensors that this architecture takes from `DEFAULT` or a file, all but the head's.
+
+        Raises:
+          BackboneError: they cannot be had or read, or belong to another architecture.
+        """
+        if weights == "DEFAULT":
+            state = checkpoints.download(self._published(weights))
+        else:
+            state = checkpoints.read(Path(weights))
+        fit = self._fit(state)
         if not fit.exact:
-            owners = [other.name for other in _BACKBONES if other._fit(state)[0].exact]
+            owners = [other.name for other in _BACKBONES if other._fit(state).exact]
             remedy = (
                 f"It fits {owners[0]}: change model.backbone or model.weights." if owners else ""
             )
@@ -146,20 +159,27 @@ class Backbone:
             remedy = "Take the checkpoint as it was published."
             got = f"others in {absurd[0]}"
             raise BackboneError(weights, expected=expected, got=got, remedy=remedy)
-        model.load_state_dict(fit.tensors, strict=False, assign=True)
-        return model
+        return fit.tensors
 
-    def checkpoint(self, weights: str) -> dict[str, torch.Tensor]:
-        """The tensors of `DEFAULT` or of a file; raises `BackboneError` if they cannot be had."""
-        if weights == "DEFAULT":
-            return checkpoints.download(self._published(weights))
-        return checkpoints.read(Path(weights))
+    def check_sent(self, path: Path) -> None:
+        """Refuse a file that was sent unless it is what `read_weights` makes, by its header alone.
+
+        Raises:
+          BackboneError: it is not of safetensors, or has other names, shapes or types.
+        """
+        outline = checkpoints.read_outline(path)
+        fit = self._fit(outline)
+        good = [n for n, fitting in fit.tensors.items() if fitting.dtype == outline[n].dtype]
+        if not fit.exact or (other := sorted(outline.keys() - good)):
+            expected, got = f"the tensors of {self.name}", f"{fit}" or f"another {other[0]}"
+            raise BackboneError(path, expected=expected, got=got)
 
     @property
-    def largest_file(self) -> int:
-        """Bytes that no file of its weights needs: thrice those of its parameters and buffers."""
-        state = self._outline(classes=1000).state_dict()
-        return int(3 * sum(int(t.numel()) * t.element_size() for t in state.values()))
+    def largest_sent(self) -> int:
+        """Bytes that no file of `read_weights` exceeds."""
+        state = self._outline().state_dict()
+        numbers = sum(int(t.numel()) * t.element_size() for t in state.values())
+        return int(numbers) + checkpoints.LARGEST_HEADER
 
     @property
     def downloaded(self) -> bool:
@@ -167,9 +187,8 @@ class Backbone:
         name = Path(self._published("DEFAULT").url).name
         return (Path(torch.hub.get_dir()) / "checkpoints" / name).is_file()
 
-    def _fit(self, state: dict[str, torch.Tensor]) -> tuple[Fit, nn.Module]:
-        model = self._outline()
-        return Fit.of(state, model, ignore=(f"{self.head}.", *self.dropped)), model
+    def _fit(self, state: dict[str, torch.Tensor]) -> Fit:
+        return Fit.of(state, self._outline(), ignore=(f"{self.head}.", *self.dropped))
 
     def _outline(self, classes: int = 1) -> nn.Module:
         """The model without memory for its parameters: made at once, and nothing is drawn."""

@@ -74,7 +74,7 @@ def assemble(study: Study, weights: str) -> Network:
         mean=mean,
         unit=study.model.unit_features,
     )
-    preprocess = backbone.preprocess(weights).with_size(study.images.size)
+    preprocess = backbone.preprocess(study.model.weights).with_size(study.images.size)
     asked = backbone.trainable(model, study.model.unfreeze)
     untrained = list_batchnorm(model, asked) if study.private else ()
     trainable = tuple(name for name in asked if name not in untrained)

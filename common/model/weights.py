@@ -1,6 +1,7 @@
 """Pretrained weights: a checkpoint, from a file or from torchvision, onto a model, key by key."""
 
 import re
+import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from http.client import HTTPException
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -27,22 +29,35 @@ Published weights are within ±60, but noise that protects a handful of patients
 """
 
 
+LARGEST_HEADER = 2**20
+"""Bytes of the header of a safetensors file that is sent; those of backbones have a tenth."""
+
+_DTYPES = {"F32": torch.float32, "I64": torch.int64}
+"""What backbones are made of, as safetensors names it."""
+
+
 def read(path: Path) -> dict[str, Tensor]:
     """The tensors in a checkpoint file; no code in it is ever run.
 
     Args:
       path: In the format of safetensors, or what `torch.save(model.state_dict(), path)` writes.
+        One whose name ends in `.safetensors` is read as that, whatever it holds.
 
     Raises:
-      BackboneError: the file is missing, damaged, or not a mapping of names to tensors.
+      BackboneError: the file is missing, damaged, or not a mapping of names to tensors, or would
+        unpack to more than it takes.
     """
     expected = "a state dict in a .pth, .pt or .safetensors file"
     try:
         with path.open("rb") as file:
             begins = file.read(9)
-        if begins.endswith(b"{"):  # safetensors: 8 bytes of a length, then JSON
+        # A file of safetensors begins with 8 bytes of a length, then JSON.
+        if path.suffix == ".safetensors" or begins.endswith(b"{"):
             return _modern(load_file(path))
+        _check_packing(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
+    except BackboneError:
+        raise
     except OSError as ex:
         raise BackboneError(path, expected=expected, got=ex.strerror) from None
     # A damaged file can fail anywhere in the readers, with nearly any class.
@@ -54,6 +69,45 @@ def read(path: Path) -> dict[str, Tensor]:
         got = f"a {type(content).__name__} of other things"
         raise BackboneError(path, expected=expected, got=got, remedy=remedy)
     return _modern(content)
+
+
+def _check_packing(path: Path) -> None:
+    """Refuse an archive whose parts are larger than itself; `torch.save` compresses nothing."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        unpacked = sum(part.file_size for part in archive.infolist())
+    if unpacked > (whole := path.stat().st_size):
+        got = f"{unpacked} packed into {whole}"
+        remedy = "Save it by torch.save(model.state_dict(), path)."
+        raise BackboneError(path, expected="as many bytes as it holds", got=got, remedy=remedy)
+
+
+def read_outline(path: Path) -> dict[str, Tensor]:
+    """The names, shapes and types of the tensors in a safetensors file, without their numbers.
+
+    Only the header is read. It must describe every byte of the file once.
+
+    Raises:
+      BackboneError: it does not, or is not one of a backbone.
+    """
+    expected = "a backbone as a file of safetensors"
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+        if length > LARGEST_HEADER:
+            raise BackboneError(path, expected=expected, got=f"a header of {length} bytes")
+        with safe_open(path, framework="pt") as file:
+            parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            told = {name: (part.get_shape(), part.get_dtype()) for name, part in parts.items()}
+    except (SafetensorError, OSError) as ex:
+        raise BackboneError(path, expected=expected, got=ex) from None
+    if other := {dtype for _, dtype in told.values()} - _DTYPES.keys():
+        raise BackboneError(path, expected=" or ".join(_DTYPES), got=", ".join(sorted(other)))
+    return {
+        name: torch.empty(shape, dtype=_DTYPES[dtype], device="meta")
+        for name, (shape, dtype) in told.items()
+    }
 
 
 def download(weights: Any) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ _PIECE = 2 * 2**20
 
 
 class BackboneFile:
-    """The weights that this machine loads for a study, in one format for any file."""
+    """The weights that this machine loads for a study, as safetensors whatever its own file is."""
 
     def __init__(self, study: Study) -> None:
         self._study = study
@@ -22,8 +22,7 @@ class BackboneFile:
     @cached_property
     def _data(self) -> bytes:
         model = self._study.model
-        state = backbones.get(model.backbone).checkpoint(model.weights)
-        return save({name: tensor.contiguous() for name, tensor in state.items()})
+        return save(backbones.get(model.backbone).read_weights(model.weights))
 
     @cached_property
     def _sha256(self) -> str:

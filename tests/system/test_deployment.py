@@ -360,12 +360,14 @@ def test_a_hospital_without_the_backbone_is_sent_it_once(phantoms, tmp_path, sha
         everybody(world)
         run = Run(world)
         run.ended()
-        assert "sending the backbone: 0 % of 5 MB to 2 sites" in " ".join(
+        assert "sending the backbone: 0 % of 3 MB to 2 sites" in " ".join(
             world.read_output("run").split()
         )
         assert all(run.rounds(name) == {1, 2, 3} for name in NAMES)
-        held = list((Site.read(world.sites["north"]).state / "weights").rglob("*.pth"))
-        assert [path.stat().st_size > 2e6 for path in held] == [True]
+        held = list((Site.read(world.sites["north"]).state / "weights").iterdir())
+        assert [(path.suffix, path.stat().st_size > 2e6) for path in held] == [
+            (".safetensors", True)
+        ]
         sent = world.read_output("run").count("sending the backbone")
         second = world.start_run(
             str(world.study), "--set", "seed=9", "--out", str(tmp_path / "second")
