@@ -10,7 +10,7 @@ from flwr.clientapp import ClientApp
 from client.consent.proposals import drop_proposal, keep_proposal, read_proposal
 from client.ledger.entries import Release
 from client.ledger.release import Reply, record_refusal, release
-from client.runtime import Runtime, SiteRuntime
+from client.runtime import Runtime
 from client.session import Session
 from client.site import Site
 from client.weights import receive_part
@@ -32,7 +32,7 @@ from common.model.contract import digest
 from common.protocol.backbone import BackboneHeld, BackbonePart
 from common.protocol.final import FinalReply, FinalRequest
 from common.protocol.join import JoinReply, JoinRequest, lack_backbone
-from common.protocol.ledger import LedgerHead, LedgerReply, LedgerRequest
+from common.protocol.ledger import LedgerReply, LedgerRequest
 from common.protocol.round import RoundReply, RoundRequest
 from common.protocol.tensors import from_arrays
 
@@ -75,6 +75,8 @@ class Handlers:
         request = JoinRequest.read(message.content)
         site = Site.read(find_site_file(context))
         opened = self._runtime.open_site(site)
+        if request.known is not None:
+            opened.ledger.check_receipt(request.known)
         study = keep_proposal(site, request.proposal)
         for ended in opened.ledger.ends.keys() - {study.id}:
             opened.outbox.purge(ended)
@@ -92,7 +94,7 @@ class Handlers:
             message,
             session,
             what,
-            lambda: session.join(_head(opened), opened.ledger.spending),
+            lambda: session.join(opened.ledger.head, opened.ledger.spending),
         )
 
     def take_backbone(self, message: Message, context: Context) -> Message:
@@ -131,7 +133,7 @@ class Handlers:
             message,
             session,
             what,
-            lambda: session.work(request, tensors, _head(opened)),
+            lambda: session.work(request, tensors, opened.ledger.head),
             allow=lambda: session.allow(opened.ledger.spending, tensors),
         )
 
@@ -170,10 +172,6 @@ class Handlers:
         return Message(record_from_bytes(data), reply_to=message)
 
 
-def _head(opened: SiteRuntime) -> LedgerHead:
-    return LedgerHead(count=opened.ledger.head.count, hash=opened.ledger.head.hash)
-
-
 def _reply(answer: Answer) -> Reply:
     record = answer.record()
     arrays = [item for found in record.array_records.values() for item in found.items()]
@@ -198,5 +196,5 @@ def find_site_file(context: Context) -> Path:
     return Path(path)
 
 
-app = make_app(Runtime())
+app = make_app(Runtime(bound=True))
 """For Flower's own commands, which load an app by its name."""

@@ -36,9 +36,14 @@ class SiteRuntime:
 
 
 class Runtime:
-    """The open sites of one process. One thread at a time."""
+    """The open sites of one process. One thread at a time.
 
-    def __init__(self) -> None:
+    Args:
+      bound: Whether a ledger is refused that was last in use elsewhere. Virtual sites may move.
+    """
+
+    def __init__(self, *, bound: bool = False) -> None:
+        self._bound = bound
         self._workspace = Workspace()
         self._sites: dict[Path, SiteRuntime] = {}
         self._awake: dict[Path, SiteRuntime] = {}
@@ -51,11 +56,12 @@ class Runtime:
         ago. What another process then writes is noticed, and refused, before the next line.
 
         Raises:
-          SiteError: another process has it open, the ledger is damaged, or the disk refuses.
+          SiteError: another process has it open, it is damaged or a copy, or the disk refuses.
         """
         if site.state not in self._sites:
             state = site.private()
-            self._sites[site.state] = SiteRuntime(Ledger(state), Outbox(state / "outbox"))
+            ledger = Ledger(state, bound=self._bound)
+            self._sites[site.state] = SiteRuntime(ledger, Outbox(state / "outbox"))
         self._awake.pop(site.state, None)
         self._awake[site.state] = self._sites[site.state]
         if len(self._awake) > _AWAKE:

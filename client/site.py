@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, StrictInt, field_validator, model_validator
 
 from client.data.registry import Data
-from client.storage import explain_disk_errors, read_secret
+from client.storage import explain_disk_errors, read_site_secret
 from common.config.study import Name, Number, Positive, Unfreeze, Word
 from common.config.yaml import Section, YamlFile
 from common.errors import SiteError
@@ -169,10 +169,9 @@ class Site(YamlFile):
         return folder
 
     def secret(self) -> bytes:
-        """256 bits that key the holdout; drawn once from the operating system.
+        """256 bits that key the holdout and the ledger; drawn once from the operating system.
 
         Raises:
-          SiteError: the file cannot be made or read, or does not hold 256 bits.
+          SiteError: the file cannot be made or read, does not hold 256 bits, or was lost.
         """
-        remedy = "Restore it from a backup: a new secret holds out other patients."
-        return read_secret(self.private() / "secret", SiteError, remedy)
+        return read_site_secret(self.private())

@@ -1,12 +1,43 @@
-"""The site's own disk: what goes wrong with it is said in one line."""
+"""The site's own disk: its secret; what goes wrong with the disk is said in one line."""
 
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from common.errors import ConsiliumError
+from common.errors import ConsiliumError, SiteError
 from common.support import files
+
+AGREED = ".agreement.json"
+"""What the names of agreements end in, in the folder `studies`."""
+REPLACED = (
+    "Restore the file secret from a backup. If it is lost for good, so is all that it keys: begin "
+    "with a new state folder, forget there who was forgotten here, and run "
+    "`consilium-client ledger-adopt`."
+)
+"""What to do about a secret that is not the one this site worked with."""
+
+
+def has_worked(folder: Path) -> bool:
+    """Whether a site has taken part in a study with this state folder, and so has a ledger."""
+    traces = "ledger.jsonl", "ledger.head", f"studies/*{AGREED}", "outbox/*"
+    return any(True for trace in traces for _ in folder.glob(trace))
+
+
+def read_site_secret(folder: Path) -> bytes:
+    """256 bits in a site's state folder; drawn once, before anything is done with them.
+
+    Raises:
+      SiteError: the file cannot be made or read, does not hold 256 bits, or was lost.
+    """
+    path = folder / "secret"
+    with explain_disk_errors(path, SiteError):
+        worked = not path.exists() and (has_worked(folder) or (folder / "forgotten").exists())
+        lost = worked and not path.exists()  # again: another thread may just have drawn it
+    if lost:
+        expected = "the secret that this site worked with"
+        raise SiteError(path, expected=expected, got="no such file", remedy=REPLACED)
+    return read_secret(path, SiteError, REPLACED)
 
 
 def read_secret(path: Path, error: type[ConsiliumError], remedy: str) -> bytes:

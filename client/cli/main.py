@@ -33,6 +33,7 @@ for command, name, rest in (
     (privacy.ledger, "ledger", "--picture epsilon.png"),
     (privacy.disclosed, "disclosed", "--study skin-lesions"),
     (privacy.ledger_adopt, "ledger-adopt", "--epsilon 3 --delta 1e-6"),
+    (privacy.ledger_move, "ledger-move", ""),
 ):
     app.command(name, epilog=f"Example: consilium-client {name} site.yaml {rest}".rstrip())(command)
 

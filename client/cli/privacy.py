@@ -1,6 +1,7 @@
 """The commands of `consilium-client` about what leaves the hospital, and what it costs."""
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -8,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from common.errors import SiteError
 from common.support.terminal import console, size, table
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def _total(spent: "Spending", site: "Site") -> str:
     epsilon, budget = spent.total(), site.policy.max_epsilon
     text = f"accounted: total ε {epsilon:.2f} at δ = {spent.delta:g} by {spent.bound()}"
     if spent.adopted:
-        text += f", {spent.adopted.epsilon:g} of it adopted with this ledger"
+        text += f", {spent.adopted.epsilon:g} of it for lines that were lost"
     if budget is None:
         return f"{text}; no max_epsilon in site.yaml"
     return f"{text}; {max(0.0, budget - epsilon):.2f} left of max_epsilon {budget:g}"
@@ -120,7 +120,7 @@ def _draw(spent: "Spending", site: "Site", path: Path) -> None:
 def ledger_adopt(
     site_file: SiteFile,
     epsilon: Annotated[
-        float, typer.Option(help="What training patients here have spent by now, at least.")
+        float, typer.Option(help="What the lines that are lost have spent, at least.")
     ],
     delta: Annotated[float, typer.Option(help="The δ of that ε; 0 if nothing was spent.")],
     yes: Yes = False,
@@ -128,40 +128,51 @@ def ledger_adopt(
     """Begin a new ledger in place of one that is lost or damaged.
 
     Restore ledger.jsonl and ledger.head from a backup if you can, and only if it is the newest.
-    Otherwise what was spent is known to nobody but you: the reports of past studies tell. Say too
-    much rather than too little. What you say stays spent for good and adds to whatever comes.
-    The old file is set aside, not deleted.
+    Otherwise every line that can still be read stays, and what it spent stays spent. So does all
+    that a study would have spent to its end, if this site agreed to it and no line of it is left.
+    What else the lost lines spent is known to nobody but you: the reports of past studies tell. Say
+    too much rather than too little: it adds to the rest for good. The old file is set aside.
     """
-    from client.ledger.ledger import adopt_ledger
+    from client.admin.lost import list_lost_rounds
+    from client.ledger.adoption import adopt_ledger, salvage_ledger
     from client.site import Site
 
     site = Site.read(site_file)
     state = site.private()
-    _no_less_than_known(state, epsilon, delta)
-    console.print(f"A new ledger in {state}: ε {epsilon:g} at δ = {delta:g} is spent for good.")
+    left = salvage_ledger(state)
+    whole = list_lost_rounds(site, left.entries)
+    console.print(f"{len(left.entries)} lines can be read, and stay.")
+    if left.lost:
+        console.print(f"Others cannot: {left.lost}", style="yellow")
+    for name, rounds in Counter(one.name for one in whole).items():
+        console.print(f"No line is left of study {name}: all {rounds} rounds count as spent.")
+    console.print(f"What else was lost: ε {epsilon:g} at δ = {delta:g} is spent for good.")
     console.print("If more was spent in truth, every ε that is told from here on is too low.")
-    console.print("Replies that were sealed are not sent again: such a round spends anew.")
     console.print("A coordinator that remembers the old ledger will leave this site out; tell him.")
     if not yes and not typer.confirm("Begin it?"):
         console.print("Nothing was changed.")
         raise typer.Exit(1)
-    adopt_ledger(state, epsilon, delta)
+    adopt_ledger(state, epsilon, delta, whole)
     console.print("Done.")
 
 
-def _no_less_than_known(state: Path, epsilon: float, delta: float) -> None:
-    """A ledger that can be read is not to be talked out of what it knows."""
-    from client.ledger.ledger import read_ledger
-    from client.ledger.spending import Spending
+def ledger_move(site_file: SiteFile, yes: Yes = False) -> None:
+    """Use the ledger where it is now: its files were moved, or restored from a backup.
 
-    try:
-        known = Spending.of(read_ledger(state), delta if 0 < delta < 1 else None).total()
-    except SiteError:
-        return
-    if 0 <= epsilon < known:
-        expected = f"at least {known:.2f}, which the ledger that is there adds up to"
-        remedy = "A ledger that can be read needs no other."
-        raise SiteError("--epsilon", expected=expected, got=epsilon, remedy=remedy)
+    A ledger in two places is two budgets. So a client refuses one that lies in another file, or on
+    another machine, than when it was last in use. Say yes if it is the newest copy there is, and
+    the only one that is used from now on.
+    """
+    from client.ledger.ledger import Ledger
+    from client.site import Site
+
+    state = Site.read(site_file).private()
+    console.print(f"The ledger in {state} is to be used here from now on, and nowhere else.")
+    if not yes and not typer.confirm("Is it the newest, and is no other copy in use?"):
+        console.print("Nothing was changed.")
+        raise typer.Exit(1)
+    Ledger(state).close()
+    console.print("Done.")
 
 
 def disclosed(

@@ -9,7 +9,7 @@ from pydantic import Field
 from client.data.records import Record
 from client.privacy.plan import PrivacyPlan
 from client.site import Site
-from client.storage import explain_disk_errors
+from client.storage import AGREED, explain_disk_errors
 from common.config.study import Study
 from common.config.yaml import Section
 from common.errors import ContractError, DataError, RefusedError, SiteError
@@ -41,7 +41,7 @@ class Agreement(Section):
         Raises:
           SiteError: the file cannot be read, or is damaged.
         """
-        path = site.state / "studies" / f"{study}.agreement.json"
+        path = site.state / "studies" / f"{study}{AGREED}"
         with explain_disk_errors(path, SiteError):
             text = path.read_bytes() if path.is_file() else None
         try:
@@ -53,7 +53,7 @@ class Agreement(Section):
 
     def keep(self, site: Site) -> None:
         """Write it into the state folder; on disk before this returns."""
-        path = site.private("studies") / f"{self.study}.agreement.json"
+        path = site.private("studies") / f"{self.study}{AGREED}"
         with explain_disk_errors(path, SiteError):
             files.write(path, self.model_dump_json(indent=1, by_alias=True), mode=0o600)
 

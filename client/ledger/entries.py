@@ -48,20 +48,22 @@ class Contents(Section):
 class _Line(Section):
     n: Count
     time: str
+    nonce: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")] = Field(
+        default_factory=lambda: secrets.token_hex(16)
+    )
+    """No two lines are alike: the hash of one can be told, and not tried out."""
 
 
 class Created(_Line):
     """The first line of a ledger."""
 
     state: Literal["created"] = "created"
-    nonce: str = Field(default_factory=lambda: secrets.token_hex(8))
-    """No two ledgers begin alike."""
 
 
 class Adopted(_Line):
-    """The first line of a ledger in place of one that was lost: what was spent by then at least.
+    """What was spent, at least, by lines of an earlier ledger that are lost.
 
-    It adds to the history's ε and δ by basic composition.
+    It adds to the history's ε and δ by basic composition. Lines that were not lost stand before it.
     """
 
     state: Literal["adopted"] = "adopted"
@@ -101,9 +103,16 @@ Entry = Annotated[Created | Adopted | Reserved | Sealed | Sent, Field(discrimina
 
 
 def find_adopted(entries: Iterable[Entry]) -> Adopted | None:
-    """What the ledger began with, in place of one that was lost."""
-    first = next(iter(entries), None)
-    return first if isinstance(first, Adopted) else None
+    """What was adopted in place of lines that were lost, all added up; None if nothing was."""
+    found = [entry for entry in entries if isinstance(entry, Adopted)]
+    if not found:
+        return None
+    summed = {
+        "epsilon": sum(entry.epsilon for entry in found),
+        "delta": sum(entry.delta for entry in found),
+        "studies": tuple(sorted({study for entry in found for study in entry.studies})),
+    }
+    return found[-1].model_copy(update=summed)
 
 
 def list_events(entries: Iterable[Entry], study: str | None = None) -> tuple[DpEvent, ...]:

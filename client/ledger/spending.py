@@ -94,7 +94,7 @@ class Spending:
 
     @property
     def adopted(self) -> Adopted | None:
-        """What the ledger began with, in place of one that was lost."""
+        """What was adopted in place of lines that were lost."""
         return find_adopted(self.entries)
 
     def alone(self, study: str, planned: Sequence[DpEvent] = ()) -> float:
@@ -156,8 +156,7 @@ class Spending:
         """Moments, and ε of all that was spent by then; at most a few dozen, the last included."""
         at = [n for n, entry in enumerate(self.entries, 1) if isinstance(entry, Reserved)]
         chosen = {at[(len(at) - 1) * k // (_POINTS - 1)] for k in range(_POINTS)} if at else set()
-        if self.adopted:
-            chosen.add(1)
+        chosen |= {n for n, e in enumerate(self.entries, 1) if isinstance(e, Adopted)}
         return [
             (
                 read_time(self.entries[n - 1]),

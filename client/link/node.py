@@ -64,7 +64,7 @@ class Node:
     def __init__(self, site_file: Path, stop: threading.Event) -> None:
         site = Site.read(site_file)
         self._fleet = Fleet.from_site(site)
-        runtime = Runtime()
+        runtime = Runtime(bound=True)
         runtime.open_site(site)  # keeps every other process out as long as this one lives
         self._app = make_app(runtime)
         self._config = {"site": str(site_file.resolve())}

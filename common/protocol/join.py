@@ -11,8 +11,17 @@ from common.config.yaml import Section
 from common.errors import ContractError
 from common.model.contract import Contract, Versions
 from common.protocol.disclosure import Disclosure
-from common.protocol.fields import CONFIG, JSON, LACKS, ByPart, Count, check_parts, get_value
-from common.protocol.ledger import LedgerHead
+from common.protocol.fields import (
+    CONFIG,
+    JSON,
+    LACKS,
+    LEDGER_HEAD,
+    ByPart,
+    Count,
+    check_parts,
+    get_value,
+)
+from common.protocol.ledger import LedgerHead, read_ledger_head
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,16 +30,23 @@ class JoinRequest:
 
     proposal: str
     """The study as canonical JSON."""
+    known: LedgerHead | None = None
+    """What the site last told this server of its ledger, so that it notices a rollback itself."""
 
     def record(self) -> RecordDict:
         """As Flower sends it."""
-        return RecordDict({CONFIG: ConfigRecord({JSON: self.proposal})})
+        record = RecordDict({CONFIG: ConfigRecord({JSON: self.proposal})})
+        if self.known is not None:
+            record[LEDGER_HEAD] = self.known.record()
+        return record
 
     @classmethod
     def read(cls, record: RecordDict) -> "JoinRequest":
         """Back from Flower; raises `ContractError`."""
-        check_parts(record, CONFIG)
-        return cls(proposal=get_value(record, CONFIG, JSON, str))
+        knows = LEDGER_HEAD in record
+        check_parts(record, CONFIG, *([LEDGER_HEAD] if knows else []))
+        known = read_ledger_head(record) if knows else None
+        return cls(proposal=get_value(record, CONFIG, JSON, str), known=known)
 
 
 class JoinReply(Section):

@@ -31,6 +31,12 @@ class LedgerHead(Section):
     """Its number of lines."""
     hash: Sha256
     """Of the last of them, which covers all before it."""
+    receipt: Sha256
+    """By which the site knows that it told this, when a server gives it back."""
+
+    def record(self) -> ConfigRecord:
+        """As Flower sends it, in a message of other things."""
+        return ConfigRecord(self.model_dump())
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,7 @@ class LedgerReply:
 
 
 def read_ledger_head(record: RecordDict) -> LedgerHead:
-    """The ledger's head that came with a reply; raises `ContractError` if it is none."""
+    """The ledger's head that came with a message; raises `ContractError` if it is none."""
     told = get_part(record.config_records, LEDGER_HEAD)
     try:
         return LedgerHead.model_validate(dict(told))

@@ -10,8 +10,6 @@ from common.protocol.counts import read_counts
 from common.protocol.fields import (
     ARRAYS,
     CONFIG,
-    COUNT,
-    HASH,
     LEDGER_HEAD,
     LOSS,
     METRICS,
@@ -92,8 +90,7 @@ class RoundReply:
 
     def record(self) -> RecordDict:
         """As Flower sends it."""
-        head = ConfigRecord({COUNT: self.ledger.count, HASH: self.ledger.hash})
-        record = RecordDict({ARRAYS: self.arrays, LEDGER_HEAD: head})
+        record = RecordDict({ARRAYS: self.arrays, LEDGER_HEAD: self.ledger.record()})
         if self.figures and self.figures.train_loss is not None:
             record[METRICS] = MetricRecord({LOSS: self.figures.train_loss})
         if self.figures:

@@ -48,7 +48,7 @@ from tests.builders import (
 pytestmark = pytest.mark.numbers
 
 CLASSES = ("dark", "grey", "bright")
-HEAD = LedgerHead(count=1, hash="0" * 64)
+HEAD = LedgerHead(count=1, hash="0" * 64, receipt="0" * 64)
 LIGHT = {"dark": 20, "grey": 120, "bright": 230}
 
 

@@ -22,7 +22,7 @@ from common.protocol.tensors import to_arrays
 from tests.builders import edit_site, make_site, make_study, session_of, write_images
 
 CLASSES = ("dark", "bright")
-HEAD = LedgerHead(count=1, hash="0" * 64)
+HEAD = LedgerHead(count=1, hash="0" * 64, receipt="0" * 64)
 # Found nowhere by chance.
 PATIENT, PICTURE = "DOE_JANE_1970_{}", "scan-of-jane-{}.png"
 

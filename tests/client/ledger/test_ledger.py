@@ -1,6 +1,7 @@
 """The ledger keeps what was written, counts it once, and notices whatever was done to it since."""
 
 import hashlib
+import hmac
 import json
 import logging
 import os
@@ -9,9 +10,11 @@ from contextlib import suppress
 
 import pytest
 
+from client.ledger.adoption import adopt_ledger
+from client.ledger.chain import Chain
 from client.ledger.entries import Contents, Release, find_adopted, list_events
-from client.ledger.ledger import ChainHead, Ledger, adopt_ledger, read_ledger
-from client.ledger.ledger import _link as link
+from client.ledger.ledger import Ledger, read_ledger
+from client.ledger.place import describe_place
 from client.privacy.accountant import DpEvent
 from client.privacy.parameters import PrivateRound
 from common.errors import SiteError
@@ -63,9 +66,9 @@ def spent(folder):
 
 def lag(folder, count=1):
     """A head as an earlier moment left it."""
-    lines = (folder / "ledger.jsonl").read_bytes().split(b"\n")
-    text = f"{count:012d} {json.loads(lines[count - 1])['hash']}\n"
-    put(folder / "ledger.head", text.encode())
+    chain, path = Chain.of(folder), folder / "ledger.jsonl"
+    last = json.loads(path.read_bytes().split(b"\n")[count - 1])["hash"]
+    put(folder / "ledger.head", chain.make_head(count, last, describe_place(path)))
 
 
 def put(path, content):
@@ -90,13 +93,18 @@ def refused(folder, match="consilium-client ledger-adopt"):
 # --- what it keeps ---
 
 
-def test_anyone_can_check_the_chain_with_a_hash_function(tmp_path):
-    before = "0" * 64
-    for n, line in enumerate(fill(tmp_path / "state").read_text().splitlines(), 1):
+def test_each_line_ends_in_a_mac_under_the_sites_secret(tmp_path):
+    path = fill(tmp_path / "state")
+    secret = (path.parent / "secret").read_bytes()
+    key, before, nonces = hmac.digest(secret, b"ledger", hashlib.sha256), "0" * 64, set()
+    for n, line in enumerate(path.read_text().splitlines(), 1):
         entry, covered = json.loads(line), line[: line.index(', "hash": ')]
         assert (entry["n"], entry["previous"]) == (n, before)
-        assert entry["hash"] == hashlib.sha256(covered.encode()).hexdigest()
-        before = entry["hash"]
+        own = hmac.digest(key, b"line:" + covered.encode(), hashlib.sha256).hex()
+        assert entry["hash"] == own
+        before = own
+        nonces.add(entry["nonce"])
+    assert len(nonces) == 6
 
 
 def test_a_line_says_what_left_and_how_it_was_protected(tmp_path):
@@ -193,7 +201,7 @@ def test_a_plain_release_costs_one_fsync(tmp_path, monkeypatch):
 def test_head_and_hash_at_let_a_server_notice_a_rollback(tmp_path):
     lines = fill(tmp_path).read_text().splitlines()
     with Ledger(tmp_path) as ledger:
-        assert ledger.head == ChainHead(6, json.loads(lines[-1])["hash"])
+        assert (ledger.head.count, ledger.head.hash) == (6, json.loads(lines[-1])["hash"])
         hashes = [json.loads(line)["hash"] for line in lines]
         assert [ledger.hash_at(n) for n in range(-1, 9)] == [None, None, *hashes, None, None]
     assert len(set(hashes)) == 6
@@ -317,7 +325,9 @@ def test_another_ledger_in_its_place_is_noticed(tmp_path):
         for number in range(2, 9):
             ledger.reserve(a_round(number))
     (tmp_path / "a" / "ledger.jsonl").replace(tmp_path / "b" / "ledger.jsonl")
-    refused(tmp_path / "b", "line 7 as ledger.head says, got another")
+    refused(tmp_path / "b", "line 1 as it was written")
+    (tmp_path / "a" / "secret").replace(tmp_path / "b" / "secret")
+    refused(tmp_path / "b", "a number of lines and a hash, as it was written, got something")
 
 
 def test_a_damaged_or_missing_head_is_noticed(tmp_path):
@@ -353,8 +363,13 @@ def test_a_line_nobody_here_would_write_is_damage_however_well_chained(tmp_path,
     line = json.loads(ledger.read_bytes().splitlines()[1]) | {"n": 7} | change
     before = json.loads(ledger.read_bytes().splitlines()[-1])["hash"]
     body = {key: value for key, value in line.items() if key not in ("hash", "previous")}
+
+    class Made:
+        def model_dump(self, **_):
+            return body
+
     with ledger.open("ab") as file:
-        file.write(link(json.dumps(body).encode(), before)[0])
+        file.write(Chain.of(tmp_path).make_line(Made(), before)[0])
     refused(tmp_path, "line 7 as it was written")
 
 
@@ -481,20 +496,16 @@ def test_adopt_starts_anew_with_what_was_spent_and_keeps_the_old_file(tmp_path, 
     old = path.read_bytes() if path.exists() else None
     if loss != "none":
         refused(tmp_path)
+    kept = {"damaged": 4, "rolled back": 0, "deleted": 0, "no head": 5, "none": 5}[loss]
     adopt_ledger(tmp_path, epsilon=3.5, delta=1e-5)
     with Ledger(tmp_path) as ledger:
-        assert find_adopted(ledger.spending) is not None
-        assert (find_adopted(ledger.spending).epsilon, find_adopted(ledger.spending).delta) == (
-            3.5,
-            1e-5,
-        )
-        assert list_events(ledger.spending) == ()
-        assert ledger.head.count == 1
-        assert ledger.sealed(a_round()) is None
-        ledger.reserve(a_round())
-    with Ledger(tmp_path) as ledger:
-        assert find_adopted(ledger.spending) is not None
-        assert list_events(ledger.spending) == (SPENT,)
+        adopted = find_adopted(ledger.spending)
+        assert (adopted.epsilon, adopted.delta) == (3.5, 1e-5)
+        assert list_events(ledger.spending) == (SPENT,) * bool(kept)
+        assert ledger.head.count == kept + 2
+        assert ledger.sealed(a_round()) == (CONTENTS if kept else None)
+        ledger.reserve(a_round(2))
+    assert spent(tmp_path) == 1 + bool(kept)
     assert [file.read_bytes() for file in tmp_path.glob("ledger.replaced-*")] == [old] * bool(old)
 
 

@@ -45,7 +45,7 @@ JOINED = JoinReply(
     patients=ByPart(train=20, validation=3, test=5),
     images=IMAGES,
     enrolled=None,
-    ledger=LedgerHead(count=3, hash="ab" * 32),
+    ledger=LedgerHead(count=3, hash="ab" * 32, receipt="cd" * 32),
     versions=Versions.here(),
 )
 NOTHING = ByPart(train=None, validation=None, test=None)
@@ -362,7 +362,7 @@ def test_a_round_reply_holds_the_float32_tensors_of_the_suffix_and_no_other_arra
     # Beside the tensors: how far the ledger goes, the training loss, and counts of images without
     # an image's own scores.
     assert {part: set(config) for part, config in record.config_records.items()} == {
-        "ledger": {"count", "hash"}
+        "ledger": {"count", "hash", "receipt"}
     }
     assert {part: set(metrics) for part, metrics in record.metric_records.items()} == {
         "metrics": {"train-loss"},
