@@ -60,13 +60,15 @@ class Announcer(Reporter):
     def report_join(self, joined: Joined) -> None:
         """Also print a table with one row for each site."""
         super().report_join(joined)
-        columns = "site", "role", "tells", "ledger", "software", "contract"
+        columns = "site", "role", "trains on", "weight", "tells", "ledger", "software", "contract"
         shown = table(*columns)
         for reply in joined.replies:
-            tells = reply.disclosure
+            tells, weight = reply.disclosure, joined.weights.get(reply.name)
             shown.add_row(
                 reply.name,
                 reply.role,
+                "–" if weight is None or weight.told is None else str(weight.told),
+                "–" if weight is None else f"{weight.number:g}",
                 f"counts {tells.counts}, metrics {tells.metrics}",
                 f"{reply.ledger.count} lines",
                 f"torch {reply.versions.torch}, flwr {reply.versions.flwr}",

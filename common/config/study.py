@@ -184,6 +184,8 @@ class Aggregate(Section):
     """Share of the training sites asked in each round."""
     quorum: Annotated[StrictInt, Field(ge=1, le=100_000)] = 1
     """Fewest good replies that make a round count."""
+    max_weight: Annotated[Number, Field(ge=1, le=1e6)] | None = 3.0
+    """The largest weight of a site in the average, in medians of what the sites tell; or `null`."""
     round_timeout: Positive = 3600.0
     """Seconds to wait for a round's replies."""
 

@@ -1,7 +1,7 @@
 """The progress of a run on the terminal, and the plots and files at its end."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich.text import Text
@@ -14,7 +14,7 @@ from common.protocol.join import JoinReply
 from common.support.terminal import console, size
 from server.reports import plots
 from server.reports.tables import format_figure
-from server.runs.results import FEDERATED, Outcome, unite_counts, write_results
+from server.runs.results import FEDERATED, Outcome, Weight, unite_counts, write_results
 from server.runs.run_folder import RunFolder
 
 _FEW = 6
@@ -27,6 +27,7 @@ class Joined:
     Attributes:
       replies: The reply of each member to the question to join, by name.
       refusals: The reasons why other nodes are not members, by name.
+      weights: The weight of each site that trains, by name.
       resumed: The last finished round; 0 at the beginning.
       sent: Bytes that each site sends in a round.
       whole: Bytes of the whole model.
@@ -34,6 +35,7 @@ class Joined:
 
     replies: Sequence[JoinReply]
     refusals: Mapping[str, str]
+    weights: Mapping[str, Weight]
     resumed: int
     sent: int
     whole: int
@@ -56,6 +58,10 @@ class Reporter:
         sent, whole = size(joined.sent), size(joined.whole)
         share = f"{sent} travel each way per site and round; the model has {whole}"
         console.print(f"  unfreeze: {self._study.model.unfreeze}: {share}", style="dim")
+        few, capped = len(joined.weights) <= _FEW, any(w.capped for w in joined.weights.values())
+        if told := "; ".join(f"{n} {w}" for n, w in joined.weights.items() if few or w.capped):
+            style = "yellow" if capped else "dim"
+            console.print(f"  weights in the average: {told}", style=style)
         for name, why in joined.refusals.items():
             console.print(f"  {name} does not take part: {why}", style="yellow")
         self._events = Events(self._folder, by_site=len(joined.replies) <= _FEW)
@@ -85,7 +91,12 @@ class Reporter:
         self._events.add(x for x in history if x["round"] == history[-1]["round"])
         self._write_plots(outcome, history)
         # The report comes last: with it the run counts as finished.
-        facts = {"released_round": outcome.round, "withheld": outcome.withheld}
+        weights = {n: {**asdict(w), "capped": w.capped} for n, w in outcome.weights.items()}
+        facts = {
+            "released_round": outcome.round,
+            "withheld": outcome.withheld,
+            "site_weights": weights,
+        }
         write_results(self._folder, {FEDERATED: outcome.test}, **facts)
 
     def _write_plots(self, outcome: Outcome, history: Sequence[Mapping[str, Any]]) -> None:

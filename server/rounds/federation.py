@@ -20,7 +20,9 @@ from server.rounds.admission import (
     find_short_ledgers,
     name_node,
 )
+from server.rounds.weighing import weigh_sites
 from server.rounds.weights import BackboneFile
+from server.runs.results import Weight
 
 log = logging.getLogger(__name__)
 
@@ -67,17 +69,9 @@ class Federation:
         return [member for member in self.members if member.trains]
 
     @property
-    def weights(self) -> dict[str, float]:
-        """The weight of each training site in FedAvg: its training images, or else one for all.
-
-        Told by all of them exactly, without privacy, they are a fair weight; told by some, or
-        coarsely, they are none. With privacy it is the number of patients that each declares.
-        """
-        if all(m.reply.enrolled for m in self.training):
-            return {m.name: float(m.reply.enrolled or 0) for m in self.training}
-        if all(m.reply.disclosure.base == 1 and m.reply.images.train for m in self.training):
-            return {m.name: float(sum(m.reply.images.train or ())) for m in self.training}
-        return {m.name: 1.0 for m in self.training}
+    def weights(self) -> dict[str, Weight]:
+        """The weight of each training site in the average."""
+        return weigh_sites(self.training, self._study.aggregate.max_weight)
 
     def join(self) -> None:
         """Propose the study to every connected node.

@@ -69,6 +69,7 @@ class Run:
             replies=[member.reply for member in self._federation.members],
             refusals=self._federation.refusals,
             resumed=self._last.round,
+            weights=self._federation.weights,
             sent=self._bytes,
             whole=whole,
         )
@@ -104,7 +105,7 @@ class Run:
         told = {name: reply.figures for name, reply in replies.items() if reply.figures}
         counts = self._pooled([figures.counts for figures in told.values()])
         self._scores.append(value(counts, self._study.select))
-        weight = self._federation.weights
+        weight = {name: w.number for name, w in self._federation.weights.items()}
         updates = [(reply.arrays, weight[name]) for name, reply in replies.items()]
         merged = self._aggregator.merge_updates(number, updates)
         lines = [self._line(number, name, reply) for name, reply in replies.items()]
@@ -202,7 +203,13 @@ class Run:
         test = {name: counts.test for name, counts in told.items()}
         self._network.load(self._last.tensors)
         withheld = {m.name: words for m in members if (words := m.reply.disclosure.withheld)}
-        outcome = Outcome(study=self._study, round=self._last.round, test=test, withheld=withheld)
+        outcome = Outcome(
+            study=self._study,
+            round=self._last.round,
+            test=test,
+            withheld=withheld,
+            weights=self._federation.weights,
+        )
         self._reporter.report_end(outcome, self._network.model)
         return outcome
 

@@ -19,6 +19,32 @@ Results = dict[str, dict[str, Counts]]
 
 
 @dataclass(frozen=True)
+class Weight:
+    """The weight of one site.
+
+    Attributes:
+      told: The images that the site trains on, as it says, with privacy the patients; None if all
+        sites count the same.
+      number: The weight itself.
+      share: The weight as a share of those of all sites that train.
+    """
+
+    told: int | None
+    number: float
+    share: float
+
+    @property
+    def capped(self) -> bool:
+        """Whether the site counts for less than it tells."""
+        return self.told is not None and self.number < self.told
+
+    def __str__(self) -> str:
+        """As the share, and what was told where the weight is less."""
+        told = f", capped: it tells {self.told}" if self.capped else ""
+        return f"{self.share:.1%}{told}"
+
+
+@dataclass(frozen=True)
 class Outcome:
     """The released model: its number of rounds, and its counts on each site's test patients."""
 
@@ -27,6 +53,8 @@ class Outcome:
     test: dict[str, Counts]
     withheld: dict[str, str]
     """The figures that a site does not tell, in words; only sites that withhold something."""
+    weights: dict[str, Weight]
+    """The weights of the sites that trained."""
 
 
 def unite_counts(counts: Iterable[Counts], classes: int) -> Counts:

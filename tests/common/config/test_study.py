@@ -346,6 +346,7 @@ OTHER = {
     "aggregate.options": {"proximal_mu": 0.1},
     "aggregate.fraction": 0.5,
     "aggregate.quorum": 2,
+    "aggregate.max_weight": 2.0,
     "aggregate.round_timeout": 60,
     "privacy.mechanism": None,  # another one brings keys of its own
     "seed": 1,

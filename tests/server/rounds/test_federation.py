@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from flwr.app import Context, Message, MetricRecord, RecordDict
+from flwr.app import Array, Context, Message, MetricRecord, RecordDict
 from safetensors.torch import load_file
 
 from client.ledger import adoption
@@ -27,8 +27,10 @@ from common.protocol.ledger import LedgerHead, LedgerReply, LedgerRequest
 from common.protocol.tensors import Tensors
 from server.app import app as server_app
 from server.rounds import ledger_heads
+from server.rounds.admission import Member
 from server.rounds.federation import Federation
 from server.rounds.ledger_heads import ROLLED_BACK
+from server.rounds.weighing import weigh_sites
 from server.runs.results import read_results
 from server.runs.run_folder import RunFolder
 from simulations.engines.base import InProcess
@@ -115,6 +117,10 @@ class Sites:
         return federation
 
 
+def weights(federation: Federation) -> dict[str, float]:
+    return {name: weight.number for name, weight in federation.weights.items()}
+
+
 def names(federation: Federation) -> list[str]:
     return [member.name for member in federation.members]
 
@@ -133,7 +139,7 @@ def test_sites_that_all_tell_exactly_weigh_by_their_training_images() -> None:
             reply("d", Disclosure(counts="none"), role="evaluate"),
         ]
     )
-    assert sites.join().weights == {"a": 41.0, "b": 2.0, "c": 41.0}
+    assert weights(sites.join()) == {"a": 41.0, "b": 2.0, "c": 41.0}
 
 
 @pytest.mark.parametrize(
@@ -141,7 +147,7 @@ def test_sites_that_all_tell_exactly_weigh_by_their_training_images() -> None:
 )
 def test_one_that_tells_less_makes_all_weigh_the_same(less: Disclosure) -> None:
     federation = Sites([reply("a"), reply("b", less.resolved(private=False))]).join()
-    assert federation.weights == {"a": 1.0, "b": 1.0}
+    assert weights(federation) == {"a": 1.0, "b": 1.0}
 
 
 def hidden(**changes: Any) -> JoinReply:
@@ -155,11 +161,42 @@ def hidden(**changes: Any) -> JoinReply:
 
 def test_in_privacy_sites_weigh_by_what_they_declare_or_else_all_the_same() -> None:
     federation = Sites([hidden(), hidden(name="b")]).join(PRIVATE)
-    assert federation.weights == {"a": 1.0, "b": 1.0}
+    assert weights(federation) == {"a": 1.0, "b": 1.0}
     federation = Sites([hidden(enrolled=300), hidden(name="b", enrolled=100)]).join(PRIVATE)
-    assert federation.weights == {"a": 300.0, "b": 100.0}
+    assert weights(federation) == {"a": 300.0, "b": 100.0}
     federation = Sites([hidden(enrolled=300), hidden(name="b")]).join(PRIVATE)
-    assert federation.weights == {"a": 1.0, "b": 1.0}
+    assert weights(federation) == {"a": 1.0, "b": 1.0}
+
+
+def counted(name: str, *images: int) -> JoinReply:
+    return reply(name, images=ByPart(train=images, validation=(3, 4), test=(9, 9)))
+
+
+@pytest.mark.parametrize(
+    ("others", "share"), [([500], 3 / 4), ([500, 900], 2700 / 4100), ([500, 600, 900], 1800 / 3800)]
+)
+def test_who_claims_a_billion_images_does_not_own_the_average(
+    others: list[int], share: float
+) -> None:
+    honest = [counted(f"honest-{n}", n, 0) for n in others]
+    liar = counted("liar", 5 * 10**8, 5 * 10**8)
+    told = Sites([*honest, liar]).join().weights
+    assert told["liar"].share == pytest.approx(share)
+    assert [name for name, weight in told.items() if weight.capped] == ["liar"]
+    assert "capped: it tells 1000000000" in str(told["liar"])
+    assert sum(weight.share for weight in told.values()) == pytest.approx(1)
+
+
+def test_who_declares_a_billion_patients_does_not_own_the_average() -> None:
+    federation = Sites([hidden(enrolled=10**9), hidden(name="b", enrolled=100)]).join(PRIVATE)
+    assert weights(federation) == {"a": 300.0, "b": 100.0}
+
+
+@pytest.mark.parametrize(("most", "weight"), [(3.0, 30.0), (50.0, 500.0), (None, 900.0)])
+def test_a_study_says_how_much_a_site_may_weigh(most: float | None, weight: float) -> None:
+    members = [Member(0, counted("a", 10, 0)), Member(1, counted("b", 900, 0))]
+    told = weigh_sites(members, make_study(aggregate={"max_weight": most}).aggregate.max_weight)
+    assert {name: each.number for name, each in told.items()} == {"a": 10.0, "b": weight}
 
 
 def test_who_declares_patients_to_a_study_without_privacy_is_left_out() -> None:
@@ -500,6 +537,36 @@ def test_who_tells_more_than_it_said_is_left_out(
     else:
         results, _ = read_results(path, 4)
         assert set(results["federated"]) == {"east", "north", "west"}
+
+
+def test_a_billion_images_do_not_own_the_model(
+    tmp_path: Path, phantoms: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def claims(message: Message, context: Context) -> Message:
+        answer = client_app(message, context)
+        if Path(str(context.node_config["site"])).parent.name != "south":
+            return answer
+        if message.metadata.message_type == "query":
+            told = JoinReply.read(answer.content)
+            images = told.images.model_copy(update={"train": (10**9, 0, 0, 0)})
+            changed = told.model_copy(update={"images": images})
+            return Message(changed.record(), reply_to=message)
+        if message.metadata.message_type == "train":
+            for name, array in answer.content.array_records["arrays"].items():
+                filled = torch.full(tuple(array.shape), 100.0)
+                answer.content.array_records["arrays"][name] = Array(filled.numpy())
+        return answer
+
+    folder = run(tmp_path / "run", settle(tmp_path / "run", phantoms, {}, "train.rounds=1"), claims)
+    last = folder.read_last()
+    assert last is not None
+    assert all(tensor.abs().max() < 70 for tensor in last.tensors.values())
+    weight = read_results(folder.path, 4)[1]["site_weights"]["south"]
+    assert weight["capped"]
+    assert weight["share"] < 0.6
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "weights in the average: east" in shown
+    assert "capped: it tells 1000000000" in shown
 
 
 # --- a hospital restored from an old backup ---
