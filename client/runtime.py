@@ -14,6 +14,7 @@ from client.session import Session
 from client.site import Site
 from client.storage import explain_disk_errors
 from common.errors import SiteError
+from common.protocol.tensors import Shapes
 
 _AWAKE = 128
 """So many sites of one process hold their files: three each, well below any usual limit."""
@@ -82,6 +83,11 @@ class Runtime:
             study = read_proposal(site, study_id)
             self._sessions[key] = Session(prepare_site(site, study, self._workspace))
         return self._sessions[key]
+
+    def list_shapes(self) -> dict[str, Shapes]:
+        """List the tensors that travel in each study with an open session."""
+        found = self._sessions.items()
+        return {study: session.prepared.network.shapes for (_, _, study), session in found}
 
     def close_sessions(self, *, beyond: int = 0) -> None:
         """Let go of all sessions, if there are more than `beyond`."""

@@ -38,7 +38,7 @@ T = TypeVar("T")
 _SAMPLE = 16
 _USUAL_SIDE = 224
 _SMALL = Preprocess(resize=32, crop=32, mean=(0, 0, 0), std=(1, 1, 1))
-_SOON = timedelta(days=30)
+_SOON = timedelta(days=10)
 _CLOSE = 3.0
 
 

@@ -6,7 +6,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -14,10 +13,12 @@ import httpx
 from flwr.app import Message
 
 from client.link import tls
+from client.link.limits import CappedStream, Meter
 from client.site import Site
 from common.errors import ContractError, LinkError, SiteError
-from common.flower.compat import APP, VERSION, VERSION_HEADER
+from common.flower.compat import APP, VERSION, VERSION_HEADER, parse_version
 from common.flower.messages import (
+    MessageLimit,
     ObjectTree,
     ProtoMessage,
     list_objects,
@@ -40,7 +41,7 @@ from common.flower.supernode import (
     SendNodeHeartbeatRequest,
     open_client,
 )
-from common.support import keys
+from common.support import keys, signing
 
 T = TypeVar("T")
 
@@ -60,7 +61,7 @@ class NotAdmittedError(LinkError):
 
 
 class OverError(LinkError):
-    """The run that a message was of has ended; nobody waits for an answer."""
+    """Nobody waits for an answer to a message, or would take this one."""
 
 
 class _KnownError(LinkError):
@@ -87,6 +88,11 @@ class Envelope(NamedTuple):
     def empty(self) -> Message:
         """The message without its content, to reply to."""
         return message_from_proto(self.head)
+
+    @property
+    def kind(self) -> str:
+        """Flower's type of the message."""
+        return str(self.head.metadata.message_type)
 
     @property
     def addressee(self) -> int:
@@ -128,6 +134,7 @@ class Fleet:
       server: `host:port`.
       ca: The certificate that the coordinator gave out, PEM; only what it vouches for is trusted.
       key: Of the site.
+      memory: Of a file that remembers how new the server's certificate was.
 
     Attributes:
       heard: What the server told about itself; None until it first answers.
@@ -135,11 +142,14 @@ class Fleet:
     Every method raises `LinkError` for whatever keeps the coordinator from answering.
     """
 
-    def __init__(self, server: str, ca: Path, key: keys.PrivateKey) -> None:
-        self.server, self._ca = server, ca
+    def __init__(
+        self, server: str, ca: Path, key: keys.PrivateKey, memory: Path | None = None
+    ) -> None:
+        self._certificate = tls.NewestCertificate(memory)
+        self.server, self._ca, self._key = server, ca, key
         self._public = keys.pem(key.public_key())
         self.heard: Heard | None = None
-        self._client = open_client(server, key, tls.make_context(ca), _introduce, self._hear)
+        self._client = open_client(server, tls.make_context(ca), self._sign, self._hear)
         self._pool = ThreadPoolExecutor(_AT_ONCE)
         self._node = Node()
 
@@ -156,7 +166,8 @@ class Fleet:
             where, expected = f"{site.source}: connect", "server, ca and key"
             remedy = "consilium-client init shows how they are written."
             raise SiteError(where, expected=expected, got="nothing", remedy=remedy)
-        return cls(connect.server, connect.ca, keys.read_private(connect.key))
+        memory = site.private("link") / "certificate"
+        return cls(connect.server, connect.ca, keys.read_private(connect.key), memory)
 
     def close(self) -> None:
         """Hang up."""
@@ -232,19 +243,25 @@ class Fleet:
             expected = "a run of Consilium without code of its own"
             got = f"one of {run.fab_id!r}, {'with' if run.fab_hash else 'without'} code"
             raise ContractError(self.server, expected=expected, got=got)
-        return str(run.fab_version)
+        return parse_version(run.fab_version) or ""
 
-    def pull_message(self, envelope: Envelope) -> Message | None:
+    def pull_message(self, envelope: Envelope, limit: MessageLimit) -> Message | None:
         """The whole message; None if nobody waits for an answer any more.
 
         Raises:
-          ContractError: it cannot be read.
+          ContractError: it is larger than its limit, or cannot be read.
         """
         objects: dict[str, bytes] = {}
         names = list_objects(envelope.tree)
-        for name, part in zip(
-            names, self._pool.map(partial(self._fetch, envelope), names), strict=True
-        ):
+        meter = Meter(limit, len(names))
+
+        def fetch(name: str) -> bytes | None:
+            meter.check()
+            part = self._fetch(envelope, name)
+            meter.count(len(part or b""))
+            return part
+
+        for name, part in zip(names, self._pool.map(fetch, names), strict=True):
             if part is None:
                 return None
             objects[name] = part
@@ -305,12 +322,24 @@ class Fleet:
         except OverError:
             return True
 
+    def _sign(self, request: httpx.Request) -> None:
+        """Say this site's release, ask for a plain answer, and sign the request whole."""
+        request.extensions["trace"] = self._certificate.check
+        request.headers["accept-encoding"] = "identity"
+        request.headers[VERSION_HEADER] = VERSION
+        asked = request.method, request.url.path, request.headers["host"], request.read()
+        request.headers[signing.HEADER] = signing.sign_request(self._key, *asked)
+
     def _hear(self, response: httpx.Response) -> None:
         self.heard = Heard(
             ahead=_ahead(response.headers.get("date", "")),
             until=tls.read_expiry(response),
-            version=response.headers.get(VERSION_HEADER),
+            version=parse_version(response.headers.get(VERSION_HEADER)),
         )
+        if "content-encoding" in response.headers:
+            expected, got = "a plain answer", "one with a content encoding"
+            raise LinkError(self.server, expected=expected, got=got)
+        response.stream = CappedStream(response, self.server)
 
     def _ask(self, method: Callable[[Any], T], request: Any) -> T:
         try:
@@ -334,6 +363,12 @@ class Fleet:
             expected, got = f"release {VERSION} of Consilium, as here", "another"
             remedy = "Both sides must install the same release."
             return LinkError(self.server, expected=expected, got=got, remedy=remedy)
+        if status == httpx.codes.REQUEST_ENTITY_TOO_LARGE:
+            return OverError("the coordinator takes no reply as large as this one")
+        if status == httpx.codes.CONFLICT:
+            expected, got = "a request that is new there", "one that may be old"
+            remedy = "It began while this clock, which is behind, was not there yet: it will pass."
+            return LinkError(self.server, expected=expected, got=got, remedy=remedy)
         unknown = status == httpx.codes.UNAUTHORIZED
         ahead = self.heard.ahead if self.heard else None
         if unknown and ahead is not None and not -BEHIND < ahead < AHEAD:
@@ -345,11 +380,6 @@ class Fleet:
             remedy = "Send the .pub file, and compare fingerprints by telephone."
             return NotAdmittedError(self.server, expected=expected, got=got, remedy=remedy)
         return LinkError(f"{self.server}: it answers with status {status}")
-
-
-def _introduce(request: httpx.Request) -> None:
-    """Say this site's release."""
-    request.headers[VERSION_HEADER] = VERSION
 
 
 def _ahead(date: str) -> float | None:

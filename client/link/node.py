@@ -16,6 +16,7 @@ from flwr.app import Context, Message, RecordDict
 
 from client.app import make_app
 from client.link.fleet_client import HEARTBEAT, Envelope, Fleet, OverError
+from client.link.limits import MessageLimits
 from client.link.pending import PendingMessage
 from client.runtime import Runtime
 from client.site import Site
@@ -70,6 +71,7 @@ class Node:
         self._config = {"site": str(site_file.resolve())}
         self._folder, self._stop = site.private("link"), stop
         self._pending = PendingMessage(self._folder)
+        self._runtime, self._limits = runtime, MessageLimits(self._folder / "sizes")
         self._number: int | None = self._remembered()
         self._trouble: str | None = "not connected yet"
         self._last: Envelope | None = None
@@ -174,8 +176,8 @@ class Node:
                 pending.store_reply(reply)
             self._fleet.push_reply(envelope, reply)
             self._last = envelope
-        except OverError:
-            log.info("nobody waits for an answer any more")
+        except OverError as ex:
+            log.info("the answer is dropped: %s", ex)
         else:
             whole = time.monotonic() - began
             log.info("%s answered in %.1f s, %.1f of it work", self._doing, whole, worked)
@@ -199,12 +201,14 @@ class Node:
     def _work(self, envelope: Envelope) -> Message | None:
         """What this installation's own app answers; None if the message was withdrawn."""
         try:
-            message = self._fleet.pull_message(envelope)
+            message = self._fleet.pull_message(envelope, self._limits.get(envelope.kind))
             if message is None:
                 return None
             self._introduce(message)
             context = Context(envelope.run, self._number or 0, dict(self._config), RecordDict(), {})
-            return self._app(message, context)
+            reply = self._app(message, context)
+            self._limits.expect(self._runtime.list_shapes())
+            return reply
         except LinkError:
             raise
         except ContractError as ex:

@@ -2,14 +2,18 @@
 
 import socket
 import ssl
+from collections.abc import Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
+from threading import Lock
+from typing import Any
 
 import httpx
 from cryptography import x509
 
 from common.errors import LinkError
-from common.support import keys
+from common.support import files, keys
 
 _CERTIFICATE = {
     9: "It is not valid yet: is this machine's clock right?",
@@ -18,6 +22,7 @@ _CERTIFICATE = {
     64: "Is connect.server in site.yaml the name that the coordinator gave you?",
 }
 """By OpenSSL's number of what is wrong with a certificate."""
+_NEVER = datetime.min.replace(tzinfo=UTC)
 _ANOTHER = "Ask the coordinator for ca.crt; compare fingerprints by telephone: this may be another."
 
 
@@ -37,9 +42,51 @@ def make_context(ca: Path) -> ssl.SSLContext:
 
 def read_expiry(response: httpx.Response) -> datetime:
     """When the certificate expires of the server that answers, while it does."""
-    stream = response.extensions["network_stream"]
+    return _read_time(response.extensions["network_stream"], "notAfter")
+
+
+def _read_time(stream: Any, which: str) -> datetime:
     certificate = stream.get_extra_info("ssl_object").getpeercert()
-    return datetime.fromtimestamp(ssl.cert_time_to_seconds(certificate["notAfter"]), UTC)
+    return datetime.fromtimestamp(ssl.cert_time_to_seconds(certificate[which]), UTC)
+
+
+class NewestCertificate:
+    """The beginning of the newest certificate that the server has shown; none older is believed.
+
+    Whoever stole the server's key has its certificate of that time, and cannot make another. It is
+    of no more use here once the true server has shown a newer one.
+
+    Args:
+      path: Of the file that remembers it; without one, it is forgotten with the process.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._path, self._lock = path, Lock()
+        try:
+            self._newest = datetime.fromisoformat(path.read_text("ascii")) if path else _NEVER
+        except (OSError, ValueError):
+            self._newest = _NEVER
+
+    def check(self, event: str, info: Mapping[str, Any]) -> None:
+        """Look at a connection before anything is sent over it, as httpx traces it.
+
+        Raises:
+          LinkError: the server shows an older certificate than before.
+        """
+        if not event.endswith("start_tls.complete"):
+            return
+        began = _read_time(info["return_value"], "notBefore")
+        with self._lock:
+            if began < self._newest:
+                info["return_value"].close()
+                expected = f"a certificate no older than the last, of {self._newest:%Y-%m-%d %H:%M}"
+                got = f"one of {began:%Y-%m-%d %H:%M}"
+                remedy = "Whoever answers may have stolen it: tell the coordinator, who can renew."
+                raise LinkError("the server", expected=expected, got=got, remedy=remedy)
+            if began > self._newest and self._path is not None:
+                with suppress(OSError):
+                    files.write(self._path, began.isoformat(), mode=0o600)
+            self._newest = began
 
 
 def explain_failure(failure: httpx.RequestError, server: str, ca: Path) -> LinkError:

@@ -3,6 +3,7 @@
 Flower sends the text of a failed import to the server, and Python's own names paths.
 """
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -33,6 +34,12 @@ def require_flwr() -> Iterator[None]:
         remedy = f"pip install 'flwr{_PIN}'"
         text = f"flwr: expected {_PIN}, got {installed}{lacks}. {remedy}"
         raise ImportError(text) from None
+
+
+def parse_version(told: object) -> str | None:
+    """What the other side says it runs, if it may be a version; it goes into logs and tables."""
+    fits = isinstance(told, str) and re.fullmatch(r"[0-9A-Za-z.+-]{1,32}", told)
+    return str(told) if fits else None
 
 
 def is_same_version(theirs: str) -> bool:

@@ -6,18 +6,21 @@
 | `LinkStateFactory`, `get_objectstore_linkstate_factories` | they open the database |
 | `NoOpFederationManager` | they ask for one; a coordinator has one federation only |
 | `MessageIns`, `MessageRes`, `Node` (tables, changed) | two things that `LinkState` cannot do |
-| `SQLITE_PRAGMAS` of `sql_mixin` (changed) | Flower has no setting for how long a writer waits |
+| `StoredObject` (table) | how much a reply has stored by now |
+| `SQLITE_PRAGMAS` of `sql_mixin` (changed) | how long a writer waits, and that the file shrinks |
 | `uint64_to_int64` | a node's number in a message, as the tables have it |
 | `NodeStatus`, `TaskType`, `NOOP_FLWR_AID`, `NOOP_FEDERATION_ID` | words of the database |
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import cast
 
 from filelock import FileLock
-from sqlalchemy import select, update
+from sqlalchemy import BigInteger, Column, MetaData, String, Table, func, select, text, update
 
 from common.flower.compat import require_flwr
+from common.flower.messages import MessageLimit
 
 with require_flwr():
     from flwr.common.constant import NOOP_FLWR_AID
@@ -25,6 +28,7 @@ with require_flwr():
     from flwr.supercore import sql_mixin
     from flwr.supercore.constant import NOOP_FEDERATION_ID, SQLITE_PRAGMAS, NodeStatus, TaskType
     from flwr.supercore.state.schema.linkstate_models import MessageIns, MessageRes, Node
+    from flwr.supercore.state.schema.objectstore_models import StoredObject
     from flwr.supercore.utils import uint64_to_int64
     from flwr.superlink.config_loader import get_objectstore_linkstate_factories
     from flwr.superlink.federation.noop_federation_manager import NoOpFederationManager
@@ -36,24 +40,42 @@ __all__ = [
     "LinkStateFactory",
     "NodeStatus",
     "TaskType",
+    "count_stored",
+    "drop_limits",
     "free_key",
+    "measure_use",
     "offer_again",
     "open_factory",
     "open_state",
-    "wait_for_writers",
+    "read_limit",
+    "set_pragmas",
+    "shrink_file",
+    "write_limit",
 ]
 
+_LIMITS = Table(
+    "consilium_reply_limits",
+    MetaData(),
+    Column("message_id", String, primary_key=True),
+    Column("size", BigInteger, nullable=False),
+    Column("parts", BigInteger, nullable=False),
+)
+"""Written by the process that asks, read by the one that sites answer to."""
 
-def wait_for_writers() -> None:
-    """Have every connection wait a minute for another's write.
 
-    Flower waits five seconds; the replies of many hospitals at once take longer.
+def set_pragmas() -> None:
+    """Have every connection wait a minute for another's write, and the file able to shrink.
+
+    Flower waits five seconds; the replies of many hospitals at once take longer. A file gives freed
+    pages back only if it was told so before anything was in it.
     """
-    pragmas = (*SQLITE_PRAGMAS, ("busy_timeout", "60000"))
+    log_size = str(64 * 2**20)
+    first, last = ("auto_vacuum", "INCREMENTAL"), ("busy_timeout", "60000")
+    pragmas = (first, *SQLITE_PRAGMAS, last, ("journal_size_limit", log_size))
     setattr(sql_mixin, "SQLITE_PRAGMAS", pragmas)  # noqa: B010
 
 
-wait_for_writers()
+set_pragmas()
 
 
 def open_state(database: Path) -> LinkState:
@@ -65,7 +87,9 @@ def open_factory(database: Path) -> LinkStateFactory:
     """Opens the database, one process at a time: two that make it at once would both fail."""
     _, factory = get_objectstore_linkstate_factories(str(database), NoOpFederationManager())
     with FileLock(database.with_name(f".{database.name}.lock"), mode=0o600):
-        factory.state()
+        state = cast(SqlLinkState, factory.state())
+        with state.session() as session:
+            _LIMITS.metadata.create_all(session.connection())
     return factory
 
 
@@ -87,3 +111,49 @@ def free_key(state: LinkState, public: bytes) -> None:
     removed = Node.public_key == public, Node.status == NodeStatus.UNREGISTERED
     with cast(SqlLinkState, state).session() as session:
         session.execute(update(Node).where(*removed).values(public_key=None))
+
+
+def write_limit(state: LinkState, message_id: str, limit: MessageLimit) -> None:
+    """Say how much may be stored in answer to a message, before the message is there."""
+    with cast(SqlLinkState, state).session() as session:
+        session.execute(_LIMITS.delete().where(_LIMITS.c.message_id == message_id))
+        session.execute(_LIMITS.insert().values(message_id=message_id, **limit._asdict()))
+
+
+def read_limit(state: LinkState, message_id: str) -> MessageLimit | None:
+    """How much may be stored in answer to a message; None if nobody waits for one."""
+    wanted = select(_LIMITS.c.size, _LIMITS.c.parts).where(_LIMITS.c.message_id == message_id)
+    with cast(SqlLinkState, state).session() as session:
+        row = session.execute(wanted).first()
+    return None if row is None else MessageLimit(*row)
+
+
+def drop_limits(state: LinkState, message_ids: Iterable[str]) -> None:
+    """Forget the limits of messages that are gone."""
+    with cast(SqlLinkState, state).session() as session:
+        session.execute(_LIMITS.delete().where(_LIMITS.c.message_id.in_(list(message_ids))))
+
+
+def count_stored(state: LinkState, objects: Iterable[str]) -> int:
+    """Bytes of those of these objects that are stored."""
+    size = func.coalesce(func.sum(func.length(StoredObject.content)), 0)
+    with cast(SqlLinkState, state).session() as session:
+        stored = session.scalar(select(size).where(StoredObject.object_id.in_(list(objects))))
+    return int(stored or 0)
+
+
+def measure_use(state: LinkState) -> int:
+    """Bytes of the database that hold something."""
+    with cast(SqlLinkState, state).session() as session:
+        names = ("page_count", "freelist_count", "page_size")
+        pages, free, size = (int(session.scalar(text(f"PRAGMA {n}"))) for n in names)
+    return (pages - free) * size
+
+
+def shrink_file(state: LinkState) -> None:
+    """Give back to the disk what was deleted; without it, a database keeps its largest size."""
+    with cast(SqlLinkState, state).session() as session:
+        cursor = session.connection().connection.cursor()
+        # A script is stepped to its end; otherwise one page is given back.
+        cursor.executescript("PRAGMA incremental_vacuum; PRAGMA wal_checkpoint(TRUNCATE)")
+        cursor.close()

@@ -17,7 +17,8 @@
 
 import copy
 import logging
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from common.flower.compat import require_flwr
@@ -54,6 +55,7 @@ __all__ = [
     "SUPERLINK_NODE_ID",
     "ClientAppCallable",
     "ErrorCode",
+    "MessageLimit",
     "NodeInfo",
     "ObjectTree",
     "Packed",
@@ -62,6 +64,7 @@ __all__ = [
     "Status",
     "copy_as_sent",
     "identify_task",
+    "limit_message",
     "list_objects",
     "make_error_reply",
     "mark_lost",
@@ -132,6 +135,10 @@ def record_from_bytes(data: bytes) -> RecordDict:
     return recorddict_from_proto(ProtoRecordDict.FromString(data))
 
 
+_CHUNK, _HEAD = 5 * 2**20, 1024
+"""Bytes in which Flower cuts arrays, and plenty for the head and name of each object."""
+
+
 class Packed(NamedTuple):
     """A message as it travels between machines: an envelope, and objects that travel one by one."""
 
@@ -151,6 +158,25 @@ def pack_message(message: Message) -> Packed:
             tree=get_object_tree(message),
             objects={name: part.deflate() for name, part in parts.items()},
         )
+
+
+class MessageLimit(NamedTuple):
+    """How large a message may be as it travels."""
+
+    size: int
+    """Bytes of all objects together."""
+    parts: int
+    """Objects."""
+
+
+_BESIDE = MessageLimit(size=2**20, parts=64)
+
+
+def limit_message(arrays: Iterable[int]) -> MessageLimit:
+    """The limit of a message with arrays of at most these sizes in bytes, and a little beside."""
+    sizes = list(arrays)
+    parts = sum(1 + math.ceil(size / _CHUNK) for size in sizes) + _BESIDE.parts
+    return MessageLimit(size=sum(sizes) + parts * _HEAD + _BESIDE.size, parts=parts)
 
 
 def list_objects(tree: ObjectTree) -> list[str]:

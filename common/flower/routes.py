@@ -1,13 +1,11 @@
-"""The routes of a SuperLink that hospitals reach: its Fleet interface, and the checks before it.
+"""The routes of a SuperLink that hospitals reach: its Fleet interface.
 
 | private name | why |
 |---|---|
 | `router` (Fleet), `app.state.…` (written) | answers nodes; reads its settings there |
 | `ProtobufTranslationMiddleware` | requests and answers as Flower's bytes |
 | `http_error_translator` | refusals with Flower's codes, which a node understands |
-| `NodeAuthMiddleware`, `authenticate_node` | the signature of every request |
-| `request.state.protobuf_request` (written) | where Flower keeps a request that it parsed |
-| `FLEET_HTTP_PUBLIC_KEY_HEADER`, `bytes_to_public_key` | the key that is said to have signed |
+| `request.state.protobuf_…` | where Flower keeps a request that it parsed, and its answer |
 | `*Request`, `TRANSPORT_TYPE_GRPC_RERE` | requests that are looked into; a word of the router |
 """
 
@@ -23,24 +21,21 @@ with require_flwr():
         PullMessagesRequest,
         PushMessagesRequest,
     )
-    from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER
+    from flwr.proto.message_pb2 import PushObjectRequest
     from flwr.supercore.error import http_error_translator
-    from flwr.supercore.primitives.asymmetric import bytes_to_public_key
     from flwr.supercore.protobuf.translation import ProtobufTranslationMiddleware
-    from flwr.superlink.routers.fleet.node_auth import NodeAuthMiddleware, authenticate_node
     from flwr.superlink.routers.fleet.router import router as fleet
 
 __all__ = [
-    "FLEET_HTTP_PUBLIC_KEY_HEADER",
-    "NodeAuthMiddleware",
+    "ActivateNodeRequest",
     "ProtobufTranslationMiddleware",
     "PullMessagesRequest",
     "PushMessagesRequest",
+    "PushObjectRequest",
     "add_routes",
-    "bytes_to_public_key",
     "http_error_translator",
     "read_request",
-    "verify_signature",
+    "read_session",
 ]
 
 
@@ -61,14 +56,7 @@ def read_request(request: Request) -> object:
     return getattr(request.state, "protobuf_request", None)
 
 
-def verify_signature(request: Request, public: bytes) -> None:
-    """Check that a key signed a request, before any of its body is read.
-
-    Flower checks a parsed request alone. An activation stands in for it here, as the only one that
-    names a key and no node.
-
-    Raises:
-      HTTPException: the key did not sign it, or too long ago.
-    """
-    request.state.protobuf_request = ActivateNodeRequest(public_key=public)
-    authenticate_node(request)
+def read_session(request: Request) -> str:
+    """The session in which the parts of an announced reply travel; empty if it was refused."""
+    answer = getattr(request.state, "protobuf_response", None)
+    return str(getattr(answer, "session_id", ""))

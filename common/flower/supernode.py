@@ -3,7 +3,7 @@
 | private name | why |
 |---|---|
 | `*Request`, `*Response`, `Node` | the node speaks the Fleet interface over our own connection |
-| `FleetHttpClient`, `NodeAuthHttpInterceptor` | Flower's own client, and its signatures |
+| `FleetHttpClient` | Flower's own client |
 | `FleetHttpClient._client` (changed) | its redirects and hooks have no public name |
 | `ApiErrorCode`, `FlowerError` | which refusal means that nobody waits any more |
 """
@@ -12,7 +12,6 @@ import ssl
 from collections.abc import Callable
 
 import httpx
-from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 
 from common.flower.compat import require_flwr
 
@@ -30,7 +29,6 @@ with require_flwr():
     from flwr.proto.run_pb2 import GetRunRequest
     from flwr.supercore.error import ApiErrorCode, FlowerError
     from flwr.supernode.fleet_http_client import FleetHttpClient
-    from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 __all__ = [
     "ActivateNodeRequest",
@@ -52,25 +50,22 @@ __all__ = [
 
 def open_client(
     server: str,
-    key: EllipticCurvePrivateKey,
     trust: ssl.SSLContext,
     on_request: Callable[[httpx.Request], None],
     on_response: Callable[[httpx.Response], None],
 ) -> FleetHttpClient:
-    """Flower's client of the Fleet interface, which signs every request.
+    """Flower's client of the Fleet interface.
 
     Its HTTP client follows redirects: a coordinator could have a site send requests to anywhere the
     site can reach. This one follows none.
 
     Args:
       server: `host:port`.
-      key: That signs.
       trust: What TLS trusts.
       on_request: Sees, and may change, each request.
-      on_response: Sees each response.
+      on_response: Sees, and may change, each response before its body is read.
     """
-    signing = NodeAuthHttpInterceptor(key, key.public_key())
-    client = FleetHttpClient(f"https://{server}", interceptors=[signing], verify=trust)
+    client = FleetHttpClient(f"https://{server}", verify=trust)
     client._client.follow_redirects = False
     client._client.event_hooks = {"request": [on_request], "response": [on_response]}
     return client

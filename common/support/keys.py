@@ -26,12 +26,16 @@ def write_private(path: Path, key: PrivateKey) -> None:
     if path.exists():
         remedy = "Keep it: whoever knows its public half would have to be told again."
         raise LinkError(path, expected="no such file yet", got="a key", remedy=remedy)
-    content = key.private_bytes(
+    files.create(path, private_pem(key), mode=0o600)
+
+
+def private_pem(key: PrivateKey) -> bytes:
+    """A private key as text, for a file that only this user can read."""
+    return key.private_bytes(
         serialization.Encoding.PEM,
         serialization.PrivateFormat.PKCS8,
         serialization.NoEncryption(),
     )
-    files.create(path, content, mode=0o600)
 
 
 def read_private(path: Path) -> PrivateKey:

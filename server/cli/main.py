@@ -56,8 +56,10 @@ def init(
 ) -> None:
     """Make a project: its authority, made once, and the certificate of its server.
 
-    Back the folder up, ca.key above all: without it no hospital can be kept beyond the server
-    certificate's two years. Only renew needs ca.key; it may lie elsewhere in between.
+    Back the folder up, ca.key above all: who has it can pose as this coordinator, and without it no
+    hospital can be kept beyond the server certificate's month. While it is in the folder, start
+    renews that certificate by itself. To keep it offline, move it to a medium that you lock away,
+    and have it back every two weeks: consilium-server renew --authority-key PATH.
     """
     from common.support import keys
     from server.project import certificates
@@ -74,6 +76,8 @@ def init(
     console.print("read them the authority's fingerprint by telephone.")
     console.print(f"Admit each:   consilium-server admit site.pub --name NAME {at}")
     console.print(f"Then serve:   consilium-server start {at}")
+    console.print("Offline key:  move ca.key to a medium that you lock away; every two weeks then")
+    console.print(f"              consilium-server renew --authority-key PATH {at}")
     console.print(f"or, at boot:  {project.folder / 'consilium-server.service'} (systemd)")
 
 
@@ -84,20 +88,25 @@ def renew(
         list[str] | None,
         typer.Option(metavar="NAME", help="One more name of this machine. Repeat."),
     ] = None,
+    authority_key: Annotated[
+        Path | None,
+        typer.Option(metavar="PATH", help="Where ca.key is, if you keep it elsewhere."),
+    ] = None,
 ) -> None:
-    """Make a new server certificate by the same authority; hospitals need do nothing.
+    """Make a new server key, and a certificate for a month; hospitals need do nothing.
 
-    It is for the hosts in coordinator.yaml, and those given here, which are added there. The key
-    stays; delete server.key first if somebody else may know it.
+    While ca.key is in the project, start does it in time by itself. Do it at once if somebody else
+    may know server.pem: a hospital that has met the new certificate refuses every older one. It is
+    for the hosts in coordinator.yaml, and those given here, which are added there.
     """
     from server.project import certificates
     from server.project.project import Project
 
-    opened = Project.open(project).renew(tuple(host or ()))
+    opened = Project.open(project).renew(tuple(host or ()), authority_key)
     end = certificates.read_expiry(opened.folder)
     console.print(f"New certificate for {', '.join(opened.settings.hosts)}, until {end:%Y-%m-%d}.")
     if opened.is_up():
-        console.print("consilium-server start uses it when it is started anew.")
+        console.print("consilium-server start takes it up within a minute.")
 
 
 @app.command(epilog="Example: consilium-server admit east.pub --name east")

@@ -18,13 +18,18 @@ from common.flower.database import (
     NOOP_FLWR_AID,
     LinkState,
     TaskType,
+    drop_limits,
     open_state,
+    shrink_file,
+    write_limit,
 )
 from common.flower.messages import (
+    MessageLimit,
     NodeInfo,
     Run,
     Status,
     identify_task,
+    limit_message,
     list_objects,
     mark_lost,
     message_from_proto,
@@ -37,8 +42,6 @@ log = logging.getLogger(__name__)
 
 _LOOK = 0.05
 """Seconds between looks for replies."""
-_MARGIN = 64 * 2**20
-"""Bytes that a reply may have beyond twice those it answers."""
 _HEARTBEAT = 10.0
 """Seconds between heartbeats; after a minute without any, the run counts as ended."""
 
@@ -50,7 +53,6 @@ class _Arriving:
     envelope: Message
     parts: dict[str, bytes] = field(default_factory=dict)
     wanted: list[str] | None = None
-    size: int = 0
 
 
 class LinkGrid(OneRunGrid):
@@ -64,7 +66,6 @@ class LinkGrid(OneRunGrid):
     def __init__(self, state: LinkState, run_id: int) -> None:
         self._state, self._run_id = state, run_id
         self._arriving: dict[str, _Arriving] = {}
-        self._most = _MARGIN
 
     @property
     def run(self) -> Run:
@@ -92,17 +93,18 @@ class LinkGrid(OneRunGrid):
         for message in messages:
             packed = pack_message(message)
             envelope = message_from_proto(packed.envelope)
+            name = envelope.metadata.message_id
+            write_limit(self._state, name, limit_reply(message))
             stored, missing = self._state.store_message_and_object_tree(
                 envelope, packed.tree, session
             )
-            wanted |= {name: packed.objects[name] for name in missing}
-            self._most = max(self._most, 2 * sum(map(len, packed.objects.values())) + _MARGIN)
+            wanted |= {part: packed.objects[part] for part in missing}
             if stored:
-                ids.append(envelope.metadata.message_id)
+                ids.append(name)
             else:
                 self._still_on()
-        for name, content in wanted.items():
-            self._state.store_object(self._run_id, session, name, content)
+        for part, content in wanted.items():
+            self._state.store_object(self._run_id, session, part, content)
         return ids
 
     def _still_on(self) -> None:
@@ -134,21 +136,20 @@ class LinkGrid(OneRunGrid):
                 if not part:
                     return mark_lost(envelope, "run") if part is None else None
                 reply.parts[reply.wanted.pop()] = part
-                reply.size += len(part)
-                if reply.size > self._most:
-                    raise ValueError
             return unpack_message(identity, reply.parts)
-        except Exception:  # whatever a site sent that is no message, or too large for one
+        except Exception:  # whatever a site sent that is no message
             log.warning("a reply that cannot be read is left out")
             return mark_lost(envelope, "run")
 
     def _withdraw(self, message_ids: Iterable[str]) -> None:
         """Forget messages with their replies: a site that still works on one learns so."""
+        message_ids = list(message_ids)
         for asked in message_ids:
             if reply := self._arriving.pop(asked, None):
                 self._state.object_store.delete(reply.envelope.metadata.message_id)
             self._state.object_store.delete(asked)
         self._state.delete_messages(set(message_ids))
+        drop_limits(self._state, message_ids)
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
@@ -169,6 +170,15 @@ class LinkGrid(OneRunGrid):
                 time.sleep(_LOOK)
         self._withdraw(waiting)
         return replies
+
+
+def limit_reply(asked: Message) -> MessageLimit:
+    """How large a reply may be: as large as the tensors it answers, and a little beside.
+
+    Equal tensors travel once, and count as often as they are named: trained, they differ.
+    """
+    records = asked.content.array_records.values()
+    return limit_message(len(array.data) for record in records for array in record.values())
 
 
 @contextmanager
@@ -199,3 +209,4 @@ def open_grid(database: Path) -> Iterator[LinkGrid]:
         done.set()
         heartbeats.join()
         state.stop_run(run_id)
+        shrink_file(state)

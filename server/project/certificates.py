@@ -13,11 +13,14 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from common.errors import LinkError
 from common.support import files, keys
 
-AUTHORITY, SERVER = "ca", "server"
-"""Names of the two key pairs: `.key` stays here, `ca.crt` goes to hospitals."""
+_KEY, _AUTHORITY = "ca.key", "ca.crt"
+"""The authority's key, which may lie elsewhere, and its certificate, which goes to hospitals."""
+_SERVER = "server.pem"
+"""The server's key and certificate, in one file so that they change together."""
 
-_CA_LASTS, _SERVER_LASTS = timedelta(days=3652), timedelta(days=730)
-_SOON = timedelta(days=30)
+_CA_LASTS, _SERVER_LASTS = timedelta(days=3652), timedelta(days=30)
+_DUE, _SOON = timedelta(days=20), timedelta(days=15)
+"""With so much left a certificate is renewed, or else warned of."""
 _APART = timedelta(days=1)
 """Certificates begin to hold this long ago, for clocks that are behind."""
 
@@ -31,7 +34,7 @@ def write_authority(folder: Path, name: str) -> None:
       folder: The project's folder.
       name: A host of the coordinator, for people to read.
     """
-    keys.write_private(folder / f"{AUTHORITY}.key", key := keys.new())
+    keys.write_private(folder / _KEY, key := keys.new())
     subject = _named(f"Consilium authority of {name}"[:64])
     usage = x509.KeyUsage(
         key_cert_sign=True,
@@ -50,31 +53,34 @@ def write_authority(folder: Path, name: str) -> None:
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(usage, critical=True)
     )
-    _write(folder / f"{AUTHORITY}.crt", unsigned.sign(key, hashes.SHA384()))
+    files.write(folder / _AUTHORITY, _pem(unsigned.sign(key, hashes.SHA384())), mode=0o600)
 
 
-def write_server(folder: Path, hosts: Sequence[str], now: datetime | None = None) -> None:
-    """Make `server.crt`, valid for two years, and `server.key` unless there is one.
+def write_server(
+    folder: Path,
+    hosts: Sequence[str],
+    now: datetime | None = None,
+    authority_key: Path | None = None,
+) -> None:
+    """Make `server.pem`: a new key, and a certificate of it for a month.
 
     Args:
       folder: The project's folder.
       hosts: Names and addresses by which hospitals reach this machine.
       now: The time at which it begins; by default the present.
+      authority_key: Where `ca.key` is; by default in the folder.
 
     Raises:
-      LinkError: the authority's key is not here, or the authority has expired.
+      LinkError: the authority's key is not there, or the authority has expired.
     """
     now = now or datetime.now(UTC)
-    authority, signing = _authority(folder)
-    path = folder / f"{SERVER}.key"
-    if not path.exists():
-        keys.write_private(path, keys.new())
+    authority, signing = _authority(folder, authority_key or folder / _KEY)
+    key = keys.new()
     subject = _named("Consilium coordinator")
-    public = keys.read_private(path).public_key()
     until = min(now + _SERVER_LASTS, authority.not_valid_after_utc)
     issuer = authority.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
     unsigned = (
-        _begun(subject, authority.subject, public, now, until)
+        _begun(subject, authority.subject, key.public_key(), now, until)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(
             x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(issuer), critical=False
@@ -84,15 +90,23 @@ def write_server(folder: Path, hosts: Sequence[str], now: datetime | None = None
             x509.SubjectAlternativeName([_general(host) for host in _all(hosts)]), critical=False
         )
     )
-    _write(folder / f"{SERVER}.crt", unsigned.sign(signing, hashes.SHA384()))
+    certificate = _pem(unsigned.sign(signing, hashes.SHA384()))
+    files.write(find_server_file(folder), keys.private_pem(key) + certificate, mode=0o600)
 
 
-def _authority(folder: Path) -> tuple[x509.Certificate, keys.PrivateKey]:
+def renew_in_time(folder: Path, hosts: Sequence[str]) -> bool:
+    """Make a new `server.pem` if the old one will expire and `ca.key` is here; whether it did."""
+    due = read_expiry(folder) - datetime.now(UTC) < _DUE and (folder / _KEY).is_file()
+    if due:
+        write_server(folder, hosts)
+    return due
+
+
+def _authority(folder: Path, path: Path) -> tuple[x509.Certificate, keys.PrivateKey]:
     """The authority's certificate, and the key to sign with."""
-    certificate = keys.read_certificate(folder / f"{AUTHORITY}.crt")
-    path = folder / f"{AUTHORITY}.key"
+    certificate = keys.read_certificate(find_authority_file(folder))
     if not path.is_file():
-        remedy = "Put it back from where you keep it."
+        remedy = "Say where you keep it: renew --authority-key PATH."
         raise LinkError(path, expected="the authority's key", got="none", remedy=remedy)
     key = keys.read_private(path)
     if key.public_key() != certificate.public_key():
@@ -104,7 +118,12 @@ def _authority(folder: Path) -> tuple[x509.Certificate, keys.PrivateKey]:
 
 def find_authority_file(folder: Path) -> Path:
     """Find the certificate file that every hospital needs."""
-    return folder / f"{AUTHORITY}.crt"
+    return folder / _AUTHORITY
+
+
+def find_server_file(folder: Path) -> Path:
+    """Find the file with the server's key and certificate."""
+    return folder / _SERVER
 
 
 def check_certificate(folder: Path, hosts: Sequence[str]) -> list[str]:
@@ -113,9 +132,10 @@ def check_certificate(folder: Path, hosts: Sequence[str]) -> list[str]:
     Raises:
       LinkError: no hospital would accept it.
     """
-    authority, path = keys.read_certificate(find_authority_file(folder)), folder / f"{SERVER}.crt"
-    certificate, key = keys.read_certificate(path), keys.read_private(folder / f"{SERVER}.key")
+    authority, path = keys.read_certificate(find_authority_file(folder)), find_server_file(folder)
     renew, now = f"consilium-server renew --project {folder}", datetime.now(UTC)
+    certificate = keys.read_certificate(path, remedy=f"Run: {renew}")
+    key = keys.read_private(path)
     _refuse_expired_authority(folder, authority)
     try:
         certificate.verify_directly_issued_by(authority)
@@ -130,7 +150,8 @@ def check_certificate(folder: Path, hosts: Sequence[str]) -> list[str]:
         raise LinkError(path, expected=expected, got=got, remedy=f"Run: {renew}")
     warnings = []
     if until - now < _SOON:
-        warnings.append(f"The certificate expires on {until:%Y-%m-%d}. Run: {renew}")
+        away = "" if (folder / _KEY).is_file() else " --authority-key PATH"
+        warnings.append(f"The certificate expires on {until:%Y-%m-%d}. Run: {renew}{away}")
     missing = [host for host in hosts if _general(host) not in _names(certificate)]
     if missing:
         warnings.append(f"The certificate is not for {', '.join(missing)}. Run: {renew}")
@@ -139,7 +160,13 @@ def check_certificate(folder: Path, hosts: Sequence[str]) -> list[str]:
 
 def read_expiry(folder: Path) -> datetime:
     """Read the time at which the server's certificate expires."""
-    return keys.read_certificate(folder / f"{SERVER}.crt").not_valid_after_utc
+    return keys.read_certificate(find_server_file(folder)).not_valid_after_utc
+
+
+def read_names(folder: Path) -> set[str]:
+    """Read the names and addresses that the server's certificate is for, in small letters."""
+    names = _names(keys.read_certificate(find_server_file(folder)))
+    return {str(name.value).lower() for name in names}
 
 
 def _refuse_expired_authority(folder: Path, authority: x509.Certificate) -> None:
@@ -185,5 +212,5 @@ def _names(certificate: x509.Certificate) -> list[x509.GeneralName]:
     return list(certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value)
 
 
-def _write(path: Path, certificate: x509.Certificate) -> None:
-    files.write(path, certificate.public_bytes(serialization.Encoding.PEM), mode=0o600)
+def _pem(certificate: x509.Certificate) -> bytes:
+    return certificate.public_bytes(serialization.Encoding.PEM)

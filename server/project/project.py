@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, NamedTuple, Self
+from typing import Annotated, Any, NamedTuple, Self
 
 from filelock import FileLock, Timeout
 from pydantic import AfterValidator, Field, StrictInt
@@ -73,6 +73,13 @@ class Settings(YamlFile):
     hosts: Annotated[tuple[Host, ...], Field(min_length=1)]
     """Names and addresses by which hospitals reach this machine."""
     port: Port = HTTPS
+    quota_gb: Annotated[float, Field(strict=True, gt=0)] = 20.0
+    """Most that `link.db` may hold, in 10⁹ bytes; beyond it, no reply is taken."""
+
+    @property
+    def quota(self) -> int:
+        """`quota_gb` in bytes."""
+        return round(self.quota_gb * 1e9)
 
 
 class RunState(NamedTuple):
@@ -105,7 +112,7 @@ class Project:
         Raises:
           LinkError: the folder is not empty; nothing in it is touched.
         """
-        settings = _settings(folder, hosts, port)
+        settings = _settings(folder, {"hosts": hosts, "port": port})
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         folder = folder.resolve()
         if any(folder.iterdir()):
@@ -136,11 +143,20 @@ class Project:
             raise LinkError(folder, expected=expected, got=got, remedy=remedy)
         return cls(folder, Settings.load(folder / _SETTINGS, LinkError))
 
-    def renew(self, hosts: tuple[str, ...]) -> Self:
-        """Make a new server certificate by the same authority, for these hosts too."""
+    def renew(self, hosts: tuple[str, ...], authority_key: Path | None = None) -> Self:
+        """Make a new server key and certificate by the same authority, for these hosts too.
+
+        Args:
+          hosts: Beside those in `coordinator.yaml`.
+          authority_key: Where `ca.key` is; by default in the folder.
+
+        Raises:
+          LinkError: the authority's key is not there, or is another's.
+        """
         every = tuple(dict.fromkeys((*self.settings.hosts, *hosts)))
-        renewed = type(self)(self.folder, _settings(self.folder, every, self.settings.port))
-        certificates.write_server(self.folder, renewed.settings.hosts)
+        content = self.settings.model_dump() | {"hosts": every}
+        renewed = type(self)(self.folder, _settings(self.folder, content))
+        certificates.write_server(self.folder, renewed.settings.hosts, None, authority_key)
         renewed._write_settings()
         return renewed
 
@@ -202,8 +218,7 @@ class Project:
         files.write(unit, content, mode=0o600)
 
 
-def _settings(folder: Path, hosts: tuple[str, ...], port: int) -> Settings:
-    content = {"hosts": hosts, "port": port}
+def _settings(folder: Path, content: dict[str, Any]) -> Settings:
     return Settings.parse(content, str(folder / _SETTINGS), LinkError)
 
 

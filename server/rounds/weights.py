@@ -7,10 +7,7 @@ from safetensors.torch import save
 
 from common.config.study import Study
 from common.model import backbones
-from common.protocol.backbone import BackboneHeld, BackbonePart
-
-_PIECE = 2 * 2**20
-"""Bytes; small enough for a slow line."""
+from common.protocol.backbone import PIECE, BackboneHeld, BackbonePart
 
 
 class BackboneFile:
@@ -39,7 +36,7 @@ class BackboneFile:
 
     def cut_part(self, held: BackboneHeld) -> BackbonePart:
         """Cut the part that follows the bytes that a site has."""
-        return self._part(held.bytes, held.bytes + _PIECE)
+        return self._part(held.bytes, held.bytes + PIECE)
 
     def _part(self, start: int, end: int) -> BackbonePart:
         return BackbonePart(

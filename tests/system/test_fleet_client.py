@@ -23,7 +23,7 @@ from client.site import Site
 from common.config.yaml import dump
 from common.errors import ContractError, LinkError, SiteError
 from common.flower.compat import VERSION
-from common.flower.messages import message_from_proto, pack_message
+from common.flower.messages import limit_message, message_from_proto, pack_message
 from common.support import keys
 from server.link.grid import LinkGrid, open_grid
 from server.link.sites import Sites, SiteVersions
@@ -31,6 +31,8 @@ from server.project import certificates
 from server.project.project import Project
 from simulations.demo.loopback import find_free_port
 from tests.processes import link_up
+
+LIMIT = limit_message([12_000_256])
 
 
 class Coordinator:
@@ -135,14 +137,14 @@ def test_a_message_comes_whole_and_its_reply_arrives(coordinator: Coordinator) -
         envelope = pulled(fleet)
         assert fleet.pull_envelope() == envelope
         assert fleet.read_version(envelope) == VERSION
-        message = fleet.pull_message(envelope)
+        message = fleet.pull_message(envelope, LIMIT)
         assert message is not None
         assert len(numbers(message)) == 3_000_000
         fleet.push_reply(envelope, Message(content(5), reply_to=message))
         reply = hear(grid, identity)
         assert numbers(reply) == [0, 1, 2, 3, 4]
         assert reply.metadata.created_at == message.metadata.created_at  # tells no time of work
-        assert fleet.pull_message(envelope) is None
+        assert fleet.pull_message(envelope, LIMIT) is None
     with coordinator.fleet() as fleet, pytest.raises(OverError):
         fleet.read_version(envelope)
     told = SiteVersions.read(coordinator.project.versions)
@@ -162,7 +164,7 @@ def test_a_reply_whose_answers_are_lost_is_sent_again_and_counts_once(
         for answer in (1, 2, 3, 5):  # of the envelope, and of its parts
             identity = ask(grid, node, content())
             envelope = pulled(fleet)
-            reply = Message(content(answer + 2), reply_to=fleet.pull_message(envelope))
+            reply = Message(content(answer + 2), reply_to=fleet.pull_message(envelope, LIMIT))
             wire.lose = answer
             try:
                 fleet.push_reply(envelope, reply)
@@ -173,7 +175,7 @@ def test_a_reply_whose_answers_are_lost_is_sent_again_and_counts_once(
             assert numbers(hear(grid, identity)) == [*range(answer + 2)]
             assert grid.pull_messages([identity])[0].has_error()  # it is gone, and came once
             fleet.push_reply(envelope, reply)  # nobody waits: nothing happens
-            assert fleet.pull_message(envelope) is None
+            assert fleet.pull_message(envelope, LIMIT) is None
         assert losses >= 3
 
 
@@ -208,7 +210,7 @@ def test_a_message_that_is_still_being_laid_out_is_waited_for(coordinator: Coord
 
         thread = threading.Thread(target=slowly)
         thread.start()
-        message = fleet.pull_message(envelope)
+        message = fleet.pull_message(envelope, LIMIT)
         thread.join()
         assert message is not None
         assert numbers(message) == [0, 1, 2, 3]
@@ -227,7 +229,7 @@ def test_what_is_no_message_is_said_to_be_none(coordinator: Coordinator) -> None
         for name in missing:
             state.store_object(run, session, name, packed.objects[name])
         with pytest.raises(ContractError, match="cannot be read"):
-            fleet.pull_message(pulled(fleet))
+            fleet.pull_message(pulled(fleet), LIMIT)
 
 
 def test_an_errand_survives_its_process(coordinator: Coordinator, tmp_path: Path) -> None:
@@ -239,7 +241,7 @@ def test_an_errand_survives_its_process(coordinator: Coordinator, tmp_path: Path
         PendingMessage(tmp_path).store_message(envelope)
         again = PendingMessage(tmp_path)
         assert (again.envelope, again.reply) == (envelope, None)
-        reply = Message(content(7), reply_to=fleet.pull_message(envelope))
+        reply = Message(content(7), reply_to=fleet.pull_message(envelope, LIMIT))
         again.store_reply(reply)
         kept = PendingMessage(tmp_path)
         assert kept.reply is not None
@@ -370,8 +372,8 @@ def test_a_clock_that_is_off(
             return datetime.now(tz) + timedelta(seconds=off)
 
     monkeypatch.setattr(fleets, "datetime", Shifted)
-    signing = "flwr.supernode.node_auth_http_interceptor.now"
-    monkeypatch.setattr(signing, lambda: Shifted.now(UTC))
+    now = time.time_ns
+    monkeypatch.setattr("common.support.signing.read_clock", lambda: now() + off * 10**9)
     told = refusal(Fleet(coordinator.address, coordinator.ca, coordinator.admitted()[0]))
     assert "expected clocks that agree to five seconds, got" in told
     seen = float(told.partition(", got ")[2].partition(" s here")[0])
@@ -401,7 +403,7 @@ def served(folder: Path | None, status: int, body: bytes, elsewhere: int = 0) ->
     serving = Server(("0.0.0.0", 0), Answers)  # noqa: S104
     if folder is not None:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(folder / "server.crt", folder / "server.key")
+        context.load_cert_chain(folder / "server.pem")
         serving.socket = context.wrap_socket(serving.socket, server_side=True)
     thread = threading.Thread(target=serving.serve_forever, args=(0.02,), daemon=True)
     thread.start()

@@ -34,8 +34,6 @@ from common.protocol.join import JoinReply, JoinRequest
 from common.protocol.round import make_round_config
 from common.protocol.tensors import to_arrays
 from common.support import keys
-from server.link import fleet_api as link_module
-from server.link import grid as grid_module
 from server.link.grid import LinkGrid, open_grid
 from server.link.sites import Sites
 from server.project import certificates
@@ -323,7 +321,7 @@ def test_killed_at_any_moment_it_answers_once(
             kill(process)
             grid._withdraw(grid._state.get_message_ids_from_run_id(grid.run.run_id))
             process = world.start(monkeypatch)
-            until(lambda: "nobody waits for an answer any more" in world.log())
+            until(lambda: "the answer is dropped" in world.log())
             assert len(world.left()) == 3
             kill(process)
     assert all(line[:2] == "20" for line in world.log().splitlines())
@@ -393,23 +391,20 @@ def _answer_all(monkeypatch: pytest.MonkeyPatch, content: RecordDict) -> None:
     monkeypatch.setattr(node_module, "make_app", lambda _: answer)
 
 
-def test_a_reply_beyond_all_measure_is_left_out(
-    world: World, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "reply",
+    [
+        {"config": ConfigRecord({"json": "x" * 2_000_000})},
+        {f"c{i}": ConfigRecord({"x": i}) for i in range(99)},
+    ],
+)
+def test_a_reply_beyond_any_answer_is_refused_and_dropped(
+    world: World, monkeypatch: pytest.MonkeyPatch, reply: dict[str, ConfigRecord]
 ) -> None:
-    monkeypatch.setattr(grid_module, "_MARGIN", 1_000)
-    huge = RecordDict({"config": ConfigRecord({"json": "x" * 1_000_000})})
-    _answer_all(monkeypatch, huge)
-    with world.up(), open_grid(world.project.database) as grid, world.node():
-        until(lambda: world.connected)
-        assert exchange(grid, "query", join(study())).has_error()
-
-
-def test_many_parts_are_refused_at_the_door(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(link_module, "_MOST_PARTS", 3)
-    monkeypatch.setattr(node_module, "_AGAIN", 0.2)
-    _answer_all(monkeypatch, RecordDict({f"c{i}": ConfigRecord({"x": i}) for i in range(9)}))
+    _answer_all(monkeypatch, RecordDict(dict(reply)))
     with world.up(), open_grid(world.project.database) as grid, world.node():
         until(lambda: world.connected)
         asked = ask(grid, "query", join(study()))
-        time.sleep(1)
+        until(lambda: (world.link / "reply").exists())
+        until(lambda: not (world.link / "letter").exists())
         assert grid.pull_messages([asked]) == []

@@ -19,14 +19,13 @@ import pytest
 import yaml
 from flwr.proto.fleet_pb2 import ActivateNodeRequest, PullMessagesRequest, PushMessagesRequest
 from flwr.proto.node_pb2 import Node
-from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
 from flwr.supercore.protobuf.translation import PROTOBUF_REQUEST_TYPES
 from flwr.supernode.fleet_http_client import FleetHttpClient
-from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from client.link.fleet_client import Fleet, NotAdmittedError
 from common.errors import LinkError
-from common.support import keys
+from common.flower.supernode import open_client
+from common.support import keys, signing
 from server.cli.main import main
 from server.link import serve
 from server.link.sites import Sites
@@ -98,6 +97,8 @@ class Up:
         self.project = Project.create(folder, ("localhost",), self.port)
         issued = datetime.now(UTC) - timedelta(days=days_ago)
         certificates.write_server(self.project.folder, ("localhost",), issued)
+        if days_ago:  # otherwise it is renewed at once
+            (self.project.folder / "ca.key").rename(folder.parent / "ca.key")
         self.ca = self.project.folder / "ca.crt"
         arguments = ("start", "--host", "127.0.0.1")
         self.process = command(self.project.folder, *arguments)
@@ -119,14 +120,14 @@ class Up:
         return key, next(site.number for site in sites.list_sites() if site.name == name)
 
     def signed(self, key: keys.PrivateKey) -> FleetHttpClient:
-        """Flower's own client, which sends whatever it is told."""
-        interceptors = [
-            RuntimeVersionHttpInterceptor(component_name="SuperNode"),
-            NodeAuthHttpInterceptor(key, key.public_key()),
-        ]
-        return FleetHttpClient.from_server_address(
-            f"localhost:{self.port}", False, self.ca.read_bytes(), interceptors=interceptors
-        )
+        """A site's client that sends whatever it is told, well signed."""
+
+        def sign(request: httpx.Request) -> None:
+            asked = request.method, request.url.path, request.headers["host"], request.read()
+            request.headers[signing.HEADER] = signing.sign_request(key, *asked)
+
+        trust = ssl.create_default_context(cafile=self.ca)
+        return open_client(f"localhost:{self.port}", trust, sign, lambda _: None)
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +150,7 @@ def test_a_project_from_init_to_the_first_admitted_site(tmp_path: Path, said: Co
     assert yaml.safe_load((folder / "coordinator.yaml").read_text()) == {
         "hosts": ["localhost", "127.0.0.1"],
         "port": 8443,
+        "quota_gb": 20.0,
     }
     code, out = said(folder, "init", folder, "--host", "localhost")
     assert (code, out.count("\n")) == (1, 1)
@@ -204,6 +206,7 @@ def test_what_hinders_start_is_told_in_one_line(tmp_path: Path, said: Command) -
     assert "Another program has it" in out
     long_ago = datetime.now(UTC) - timedelta(days=800)
     certificates.write_server(project.folder, ("localhost",), long_ago)
+    (project.folder / "ca.key").rename(tmp_path / "ca.key")
     code, out = said(project.folder, "start", "--host", "127.0.0.1", "--port", find_free_port())
     assert (code, out.count("\n")) == (1, 1), out
     assert "consilium-server renew" in out
@@ -244,7 +247,7 @@ def test_a_signature_is_asked_for_before_a_body_is_read(up: Up) -> None:
             socket.create_connection(("localhost", up.port), timeout=20) as plain,
             context.wrap_socket(plain, server_hostname="localhost") as peer,
         ):
-            lines = ("POST /v1/fleet/activate-node HTTP/1.1", "Host: localhost")
+            lines = ("POST /v1/fleet/push-object HTTP/1.1", "Host: localhost")
             head = "\r\n".join((*lines, f"Content-Length: {length}", "", ""))
             peer.sendall(head.encode())
             answer = b"".join(iter(lambda peer=peer: peer.recv(4096), b""))
@@ -257,15 +260,19 @@ def test_a_signature_is_asked_for_before_a_body_is_read(up: Up) -> None:
 @pytest.mark.parametrize(
     "damage",
     [
-        {"flwr-signature": "AAAA"},
-        {"flwr-public-key": "AAAA"},
-        {"flwr-public-key": "\N{LATIN SMALL LETTER E WITH ACUTE}"},
-        {"flwr-timestamp": "yesterday"},
-        {"flwr-timestamp": "2020-01-01T00:00:00+00:00"},
-        {"flwr-timestamp": "2020-01-01T00:00:00"},
+        (0, "AAAA"),
+        (0, "\N{LATIN SMALL LETTER E WITH ACUTE}"),
+        (1, "yesterday"),
+        (1, "1577836800000000"),
+        (1, "9" * 18),
+        (2, "0" * 32),
+        (2, "0"),
+        (3, "0" * 64),
+        (4, "AAAA"),
+        (4, "AAAA AAAA"),
     ],
 )
-def test_a_signature_that_does_not_fit_is_refused(up: Up, damage: dict[str, str]) -> None:
+def test_a_signature_that_does_not_fit_is_refused(up: Up, damage: tuple[int, str]) -> None:
     key, _ = up.admitted(f"s{time.monotonic_ns()}")
     sent: list[httpx.Request] = []
     with up.signed(key) as client:
@@ -273,9 +280,9 @@ def test_a_signature_that_does_not_fit_is_refused(up: Up, damage: dict[str, str]
         client.ActivateNode(_activation(key))
     with up.peer() as peer:
         (good,) = sent
-        headers = {name: value for name, value in good.headers.items() if "flwr" in name}
-        raw = {**headers, **PROTOBUF, **damage}
-        encoded = [(name.encode(), value.encode()) for name, value in raw.items()]
+        fields = good.headers[signing.HEADER].split(" ")
+        fields[damage[0]] = damage[1]
+        encoded = [(signing.HEADER.encode(), " ".join(fields).encode())]
         refused = peer.post(good.url.path, content=good.content, headers=encoded)
     assert refused.status_code == 401
 
@@ -406,7 +413,7 @@ def test_who_connects_and_asks_nothing_is_hung_up_on(
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_start_ends_cleanly_and_sites_see_it_gone(tmp_path: Path, number: signal.Signals) -> None:
-    up = Up(tmp_path / "project", days_ago=710)
+    up = Up(tmp_path / "project", days_ago=16)
     key, _ = up.admitted("east")
     fleet = up.fleet(key)
     fleet.activate(None)
@@ -414,7 +421,7 @@ def test_start_ends_cleanly_and_sites_see_it_gone(tmp_path: Path, number: signal
     out, _ = up.process.communicate(timeout=30)
     assert up.process.returncode == 0, out
     assert "Traceback" not in out
-    assert "consilium-server renew" in out, "the certificate has 20 days left"
+    assert "consilium-server renew" in out, "the certificate has two weeks left"
     assert not up.project.is_up()
     with pytest.raises(LinkError, match="expected an answer, got none"):
         fleet.send_heartbeat()

@@ -84,12 +84,10 @@ CALLS = [
     ("flwr.server.superlink.linkstate:LinkStateFactory.state", 1, ()),
     ("flwr.superlink.config_loader:get_objectstore_linkstate_factories", 2, ()),
     ("flwr.superlink.federation.noop_federation_manager:NoOpFederationManager", 0, ()),
-    ("flwr.superlink.routers.fleet.node_auth:authenticate_node", 1, ()),
     ("flwr.supercore.error:http_error_translator", 2, ()),
     ("flwr.supercore.error:FlowerError.from_json", 1, ()),
-    ("flwr.supercore.primitives.asymmetric:bytes_to_public_key", 1, ()),
     ("flwr.supercore.utils:uint64_to_int64", 1, ()),
-    (CLIENT, 1, ("interceptors", "verify")),
+    (CLIENT, 1, ("verify",)),
     (f"{CLIENT}.ActivateNode", 2, ()),
     (f"{CLIENT}.DeactivateNode", 2, ()),
     (f"{CLIENT}.SendNodeHeartbeat", 2, ()),
@@ -99,7 +97,6 @@ CALLS = [
     (f"{CLIENT}.PushObject", 2, ()),
     (f"{CLIENT}.GetRun", 2, ()),
     (f"{CLIENT}.close", 1, ()),
-    ("flwr.supernode.node_auth_http_interceptor:NodeAuthHttpInterceptor", 2, ()),
     (f"{OBJECTS}:get_all_nested_objects", 1, ()),
     (f"{OBJECTS}:get_object_tree", 1, ()),
     (f"{OBJECTS}:iterate_object_tree", 1, ()),
@@ -175,10 +172,12 @@ def test_a_message_of_the_wire_has_its_fields(where: str, fields: tuple[str, ...
 
 
 SCHEMA = "flwr.supercore.state.schema.linkstate_models"
+STORED = "flwr.supercore.state.schema.objectstore_models"
 WORDS = [
     (f"{SCHEMA}:MessageIns", ("dst_node_id", "delivered_at", "message_id")),
     (f"{SCHEMA}:MessageRes", ("reply_to_message_id",)),
     (f"{SCHEMA}:Node", ("public_key", "status")),
+    (f"{STORED}:StoredObject", ("object_id", "content")),
     (f"{STATE}", ("object_store",)),
     ("flwr.supercore.constant:NodeStatus", ("REGISTERED", "ONLINE", "OFFLINE", "UNREGISTERED")),
     ("flwr.supercore.constant:TaskType", ("SERVER_APP",)),
@@ -210,9 +209,9 @@ def test_a_class_has_its_words(where: str, words: tuple[str, ...]) -> None:
 
 def test_the_router_answers_all_that_a_node_asks() -> None:
     from common.flower.routes import fleet
-    from server.link.fleet_api import _PATHS
+    from server.link.door import PATHS
 
-    lost = _PATHS - {route.path for route in fleet.routes if isinstance(route, APIRoute)}
+    lost = set(PATHS) - {route.path for route in fleet.routes if isinstance(route, APIRoute)}
     assert not lost, f"{FLWR}: the Fleet router has no {lost}"
 
 
@@ -246,6 +245,23 @@ def test_the_database_waits_a_minute_for_another_writer(factory: "LinkStateFacto
         assert session.scalar(text("PRAGMA busy_timeout")) == 60_000
 
 
+def test_the_database_gives_back_what_was_deleted(factory: "LinkStateFactory") -> None:
+    from sqlalchemy import text
+
+    from common.flower.database import measure_use, shrink_file
+
+    state = factory.state()
+    with state.session() as session:  # type: ignore[attr-defined]
+        path = Path(session.connection().engine.url.database)
+        session.execute(text("CREATE TABLE large AS SELECT randomblob(20000000) AS data"))
+    assert measure_use(state) > 20_000_000
+    with state.session() as session:  # type: ignore[attr-defined]
+        session.execute(text("DROP TABLE large"))
+    assert path.stat().st_size > 20_000_000
+    shrink_file(state)
+    assert sum(one.stat().st_size for one in path.parent.glob("link.db*")) < 1_000_000
+
+
 def test_the_key_of_a_removed_site_is_free_again(factory: "LinkStateFactory") -> None:
     from common.flower.database import NOOP_FLWR_AID, free_key
 
@@ -267,7 +283,7 @@ def test_a_client_follows_no_redirect_and_has_our_hooks() -> None:
         """Hears nothing."""
 
     trust = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    http = open_client("localhost:1", keys.new(), trust, heard, heard)._client
+    http = open_client("localhost:1", trust, heard, heard)._client
     assert not http.follow_redirects
     assert http.event_hooks == {"request": [heard], "response": [heard]}
     http.close()

@@ -71,7 +71,7 @@ def test_a_folder_without_a_project_and_one_open_to_others_are_refused(
 
 def test_the_certificates_are_for_these_hosts_and_nothing_else(project: Project) -> None:
     authority = keys.read_certificate(project.folder / "ca.crt")
-    server = keys.read_certificate(project.folder / "server.crt")
+    server = keys.read_certificate(project.folder / "server.pem")
     extensions = server.extensions
     names = extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     assert set(names.get_values_for_type(x509.DNSName)) == {"study.example.org", "localhost"}
@@ -84,30 +84,55 @@ def test_the_certificates_are_for_these_hosts_and_nothing_else(project: Project)
     assert constraints.critical
     assert constraints.value == x509.BasicConstraints(ca=True, path_length=0)
     server.verify_directly_issued_by(authority)
-    years = (server.not_valid_after_utc - datetime.now(UTC)).days / 365
-    assert years == pytest.approx(2, abs=0.01)
+    assert (server.not_valid_after_utc - datetime.now(UTC)).days in (29, 30)
     years = (authority.not_valid_after_utc - datetime.now(UTC)).days / 365.25
     assert years == pytest.approx(10, abs=0.01)
 
 
-def test_renewal_adds_names_and_keeps_the_authority_and_the_key(project: Project) -> None:
+def test_renewal_adds_names_keeps_the_authority_and_makes_a_new_key(project: Project) -> None:
     before = content(project.folder)
+    old = keys.read_private(project.folder / "server.pem")
     renewed = project.renew(("new.example.org",))
     after = content(project.folder)
     changed = {Path(name).name for name in before if before[name] != after[name]}
-    assert changed == {"server.crt", "coordinator.yaml"}
+    assert changed == {"server.pem", "coordinator.yaml"}
+    assert keys.read_private(project.folder / "server.pem").public_key() != old.public_key()
     hosts = (*HOSTS, "new.example.org")
     assert renewed.settings.hosts == Project.open(project.folder).settings.hosts == hosts
     assert certificates.check_certificate(project.folder, hosts) == []
 
 
 def test_renewal_needs_the_authority_s_key(project: Project) -> None:
-    (project.folder / "ca.key").rename(project.folder.parent / "elsewhere.key")
-    with pytest.raises(LinkError, match=r"ca\.key.*Put it back"):
+    elsewhere, other = (project.folder.parent / f"{name}.key" for name in ("elsewhere", "other"))
+    (project.folder / "ca.key").rename(elsewhere)
+    with pytest.raises(LinkError, match=r"ca\.key.*--authority-key PATH"):
         project.renew(())
-    keys.write_private(project.folder / "ca.key", keys.new())
+    keys.write_private(other, keys.new())
     with pytest.raises(LinkError, match="got another"):
-        project.renew(())
+        project.renew((), other)
+    before = content(project.folder)
+    project.renew((), elsewhere)
+    assert set(content(project.folder)) == set(before), "the key stays where it is kept"
+    assert certificates.check_certificate(project.folder, HOSTS) == []
+
+
+def test_a_certificate_renews_itself_while_the_authority_s_key_is_there(project: Project) -> None:
+    now, folder = datetime.now(UTC), project.folder
+    assert not certificates.renew_in_time(folder, HOSTS)
+    certificates.write_server(folder, HOSTS, now - timedelta(days=11))
+    assert certificates.renew_in_time(folder, HOSTS)
+    assert certificates.read_expiry(folder) - now > timedelta(days=29)
+    certificates.write_server(folder, HOSTS, now - timedelta(days=16))
+    (folder / "ca.key").rename(folder.parent / "elsewhere.key")
+    assert not certificates.renew_in_time(folder, HOSTS)
+    (warning,) = certificates.check_certificate(folder, HOSTS)
+    assert "--authority-key PATH" in warning, "two weeks ahead"
+
+
+def test_a_project_of_an_earlier_release_says_what_to_do(project: Project) -> None:
+    (project.folder / "server.pem").rename(project.folder / "server.crt")
+    with pytest.raises(LinkError, match=r"server\.pem: expected .*consilium-server renew"):
+        certificates.check_certificate(project.folder, HOSTS)
 
 
 def test_a_certificate_that_ends_soon_is_warned_of_and_one_that_ended_refused(
@@ -115,10 +140,10 @@ def test_a_certificate_that_ends_soon_is_warned_of_and_one_that_ended_refused(
 ) -> None:
     now = datetime.now(UTC)
     assert certificates.check_certificate(project.folder, HOSTS) == []
-    certificates.write_server(project.folder, HOSTS, now - timedelta(days=701))
+    certificates.write_server(project.folder, HOSTS, now - timedelta(days=16))
     (warning,) = certificates.check_certificate(project.folder, HOSTS)
     assert "consilium-server renew" in warning
-    certificates.write_server(project.folder, HOSTS, now - timedelta(days=731))
+    certificates.write_server(project.folder, HOSTS, now - timedelta(days=31))
     with pytest.raises(LinkError, match=r"expired on .* consilium-server renew"):
         certificates.check_certificate(project.folder, HOSTS)
 
@@ -129,11 +154,12 @@ def test_a_certificate_of_another_authority_key_or_name_is_noticed(
     (warning,) = certificates.check_certificate(project.folder, (*HOSTS, "new.example.org"))
     assert "new.example.org" in warning
     other = Project.create(tmp_path / "other", HOSTS, 443)
-    (project.folder / "server.key").unlink()
-    keys.write_private(project.folder / "server.key", keys.new())
+    path = project.folder / "server.pem"
+    certificate = path.read_bytes().partition(b"-----BEGIN CERT")[2]
+    path.write_bytes(keys.private_pem(keys.new()) + b"-----BEGIN CERT" + certificate)
     with pytest.raises(LinkError, match="one for another key"):
         certificates.check_certificate(project.folder, HOSTS)
-    (other.folder / "server.crt").replace(project.folder / "server.crt")
+    (other.folder / "server.pem").replace(path)
     with pytest.raises(LinkError, match="one by another"):
         certificates.check_certificate(project.folder, HOSTS)
 
