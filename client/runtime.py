@@ -3,6 +3,7 @@
 Whoever runs sites owns one and passes it: a node for its site, an engine for many virtual ones.
 """
 
+import gc
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,6 +73,9 @@ class Runtime:
     def open_session(self, site_file: Path, study_id: str) -> Session:
         """The session of a site in a study it was sent; prepared once for each state of its file.
 
+        A site is at work in one study at a time. Its session in any other is closed first, and made
+        anew if that study goes on: how many studies a process has seen does not fill its memory.
+
         Raises:
           ContractError: this site was never sent that study.
         """
@@ -81,6 +85,7 @@ class Runtime:
         if key not in self._sessions:
             site = Site.read(site_file)
             study = read_proposal(site, study_id)
+            self._close_sessions_of(site_file)
             self._sessions[key] = Session(prepare_site(site, study, self._workspace))
         return self._sessions[key]
 
@@ -88,6 +93,15 @@ class Runtime:
         """List the tensors that travel in each study with an open session."""
         found = self._sessions.items()
         return {study: session.prepared.network.shapes for (_, _, study), session in found}
+
+    def _close_sessions_of(self, site_file: Path) -> None:
+        """With the last of all go the network, and the stores that are open."""
+        ended = [key for key in self._sessions if key[0] == site_file]
+        for key in ended:
+            del self._sessions[key]
+        if ended and not self._sessions:
+            self._workspace = Workspace()
+            gc.collect()  # a network is a circle of references
 
     def close_sessions(self, *, beyond: int = 0) -> None:
         """Let go of all sessions, if there are more than `beyond`."""

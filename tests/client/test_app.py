@@ -1,5 +1,6 @@
 """Nothing leaves a hospital unrecorded, to nobody twice, and never beyond what it agreed to."""
 
+import gc
 import hashlib
 import os
 import resource
@@ -13,20 +14,23 @@ from flwr.app import ConfigRecord, MessageType, RecordDict
 from client import runtime
 from client.consent import exclusions
 from client.data.records import FileImage
+from client.features.store import Store
 from client.ledger.entries import Release, Sent
 from client.ledger.ledger import Ledger, read_ledger
 from client.ledger.release import Reply, release
 from client.privacy.parameters import PrivateRound
+from client.session import Session
 from client.site import Site
 from common.flower.messages import recorddict_to_proto
 from common.model.contract import digest
+from common.model.network import Network
 from common.protocol.final import FinalRequest
 from common.protocol.join import JoinReply, JoinRequest
 from common.protocol.ledger import LEDGER, LedgerReply, LedgerRequest
 from common.protocol.round import make_round_config
 from common.protocol.tensors import to_arrays
 from simulations.engines.grid import InProcessGrid
-from tests.builders import RUNTIME, client_app, make_study, write_images, write_site
+from tests.builders import RUNTIME, client_app, edit_site, make_study, write_images, write_site
 from tests.processes import another, limited
 
 CLASSES = ("dark", "bright")
@@ -39,8 +43,7 @@ COARSE = {"disclose": {"counts": "rounded", "metrics": "final"}}
 def _own_process():
     """Each test is a process of its own as far as open sites go."""
     yield
-    RUNTIME.close_sites()
-    RUNTIME.close_sessions()
+    RUNTIME.close()
 
 
 @pytest.fixture
@@ -347,3 +350,26 @@ def test_no_file_names_a_patient_or_an_image(tmp_path, cache):
         content = path.read_bytes() + str(path.relative_to(file.parent)).encode()
         assert not [word for word in secrets if word.encode() in content], path
         assert path.stat().st_mode & 0o077 == 0, path
+
+
+def alive(kind):
+    """How many there are in this process."""
+    gc.collect()
+    return sum(type(found) is kind for found in gc.get_objects())
+
+
+def test_a_process_lets_go_of_what_other_studies_loaded(server, quick):
+    """Otherwise a coordinator fills a hospital's memory by proposing studies."""
+    counts = []
+    for seed in range(3):
+        other = Server(server.file, study(seed=seed, model={"weights": "none"}))
+        assert not other.join().has_error()
+        assert not other.round().has_error()
+        other.session = server.session = None
+        counts.append([alive(kind) for kind in (Session, Network, Store)])
+    assert counts[0] == counts[1] == counts[2]
+    edit_site(server.file, threads=2)
+    assert not other.join().has_error()
+    other.session = None
+    assert [alive(kind) for kind in (Session, Network, Store)] == counts[0]
+    assert not Server(server.file, server.study).join().has_error()  # the first goes on
