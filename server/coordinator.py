@@ -34,12 +34,13 @@ def create_run(study: Study, folder: Path) -> RunFolder:
     return run
 
 
-def run_study(run: RunFolder, database: Path, *, wait: float) -> None:
+def run_study(run: RunFolder, database: Path, ledgers: Path, *, wait: float) -> None:
     """Run a study, or go on with it, on the sites that are connected.
 
     Args:
       run: The run; one process at a time can be on it.
       database: The file in which the link keeps its messages.
+      ledgers: The file of how far each site's ledger went, in whatever run.
       wait: The seconds within which as many sites as the quorum must connect.
 
     Raises:
@@ -49,7 +50,7 @@ def run_study(run: RunFolder, database: Path, *, wait: float) -> None:
         run.write("process", str(os.getpid()), durable=False)
         try:
             _await(grid, run.study.aggregate.quorum, wait)
-            Run(grid, run, Announcer(run)).run()
+            Run(grid, run, Announcer(run), ledgers).run()
         finally:
             (run.path / "process").unlink(missing_ok=True)
 

@@ -26,7 +26,7 @@ _SITE = """\
 # enrolled_patients, in data: about how many patients train here; studies with privacy need it.
 
 # A folder of this site's own: its secret, its ledger, prepared images. Never in two places at once;
-# ledger.jsonl and ledger.head belong into the backup.
+# secret, ledger.jsonl and ledger.head belong into the backup.
 {state}
 {weights}
 

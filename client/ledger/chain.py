@@ -162,15 +162,15 @@ class Chain:
         """A name for a place that tells nothing of it."""
         return self._mac(b"place", place)
 
-    def sign_receipt(self, first: str, count: int, last: str) -> str:
-        """By which this site knows again what it told of its ledger, as long as it has this one.
+    def sign_receipt(self, adoptions: int, count: int, last: str) -> str:
+        """By which this site knows again what it told of its ledger.
 
         Args:
-          first: The hash of the first line, which no two ledgers share.
+          adoptions: How often it was replaced before: what was told earlier no longer binds.
           count: How many lines it had.
           last: The hash of the last of them.
         """
-        return self._mac(b"receipt", f"{first} {count} {last}".encode())
+        return self._mac(b"receipt", f"{adoptions} {count} {last}".encode())
 
 
 def damage(path: Path, expected: str, got: str) -> SiteError:

@@ -56,7 +56,7 @@ def run(
     again = f"consilium-server run --resume {folder.path}"
     try:
         if not (folder.path / "report.json").exists():
-            coordinator.run_study(folder, place.database, wait=wait)
+            coordinator.run_study(folder, place.database, place.ledgers, wait=wait)
         coordinator.show_run(folder)
     except KeyboardInterrupt:
         raise StoppedError(f"Stopped. Go on with: {again}") from None

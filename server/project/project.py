@@ -171,6 +171,11 @@ class Project:
         return self.folder / "releases.json"
 
     @property
+    def ledgers(self) -> Path:
+        """The file of how far each site's ledger went when it last replied, in whatever run."""
+        return self.folder / "ledgers.json"
+
+    @property
     def runs(self) -> Path:
         """The folder that holds one folder for each run."""
         return self.folder / "runs"

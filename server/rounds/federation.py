@@ -32,7 +32,7 @@ T = TypeVar("T")
 _MEANING = {
     "refused": "its policy refuses this study",
     "data": "its images or labels cannot be used",
-    "site": "its site file is wrong",
+    "site": "its site file or its ledger is wrong",
     "backbone": "it lacks the backbone's weights",
     "study": "it cannot read the study",
     "contract": "it did not accept the message",
@@ -79,10 +79,9 @@ class Federation:
         Raises:
           RunError: fewer training sites joined than the study's quorum.
         """
-        content = JoinRequest(proposal=self._study.proposal()).record()
         self._names = {info.node_id: info.name for info in self._grid.get_nodes()}
         nodes = sorted(self._names)
-        replies, failures = self._propose(content, nodes)
+        replies, failures = self._propose(nodes)
         self.refusals = {name_node(node, self._names): why for node, why in failures.items()}
         contract = self._network.contract
         self.members, refusals = admit_sites(replies, self._names, self._study, contract)
@@ -94,19 +93,23 @@ class Federation:
             got = f"{len(self.training)} of {len(nodes)} sites{_because(self.refusals)}"
             raise RunError("join", expected=expected, got=got)
 
-    def _propose(
-        self, content: RecordDict, nodes: Sequence[int]
-    ) -> tuple[dict[int, JoinReply], dict[int, str]]:
+    def _propose(self, nodes: Sequence[int]) -> tuple[dict[int, JoinReply], dict[int, str]]:
         """Ask nodes to join; sites without a copy of the backbone get one, and are asked again."""
-        messages = [Message(content, node, MessageType.QUERY) for node in nodes]
+        messages = [self._proposal(node) for node in nodes]
         told, failures = self._exchange(messages, lambda _, record: read_join(record))
         replies = {node: reply for node, reply in told.items() if reply is not None}
         if lacking := [node for node in told if node not in replies]:
             served, unserved = self._send_backbone(lacking)
-            messages = [Message(content, node, MessageType.QUERY) for node in served]
+            messages = [self._proposal(node) for node in served]
             again, still = self._exchange(messages, lambda _, record: JoinReply.read(record))
             replies, failures = replies | again, failures | unserved | still
         return replies, failures
+
+    def _proposal(self, node: int) -> Message:
+        """The question to join, with what the site last told of its ledger."""
+        known = self._ledgers.get(self._names[node])
+        request = JoinRequest(proposal=self._study.proposal(), known=known)
+        return Message(request.record(), node, MessageType.QUERY)
 
     def _send_backbone(self, nodes: Sequence[int]) -> tuple[list[int], dict[int, str]]:
         """Send the backbone in pieces; returns the nodes that have all of it, and failures."""

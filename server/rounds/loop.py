@@ -4,6 +4,7 @@ import logging
 import random
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from flwr.app import Message, MessageType, RecordDict
@@ -18,9 +19,9 @@ from common.protocol.round import RoundReply, make_round_config
 from common.protocol.tensors import count_bytes, to_arrays
 from common.support.seeds import derive
 from server.reports.progress import Joined, Reporter
-from server.rounds import ledger_heads
 from server.rounds.admission import Member
 from server.rounds.federation import Federation
+from server.rounds.ledger_heads import LedgerHeads
 from server.rounds.start import describe_weights, load_first_tensors
 from server.rounds.strategies import Aggregator
 from server.runs.results import Outcome, unite_counts
@@ -35,13 +36,23 @@ _ATTEMPTS = 3
 
 
 class Run:
-    """One study on one set of sites, from join to report."""
+    """One study on one set of sites, from join to report.
 
-    def __init__(self, grid: Grid, folder: RunFolder, reporter: Reporter) -> None:
+    Args:
+      grid: The Flower grid by which sites are reached.
+      folder: Of the run.
+      reporter: Is told of each step.
+      ledgers: The file of how far each site's ledger went, where it is not of this run alone.
+    """
+
+    def __init__(
+        self, grid: Grid, folder: RunFolder, reporter: Reporter, ledgers: Path | None = None
+    ) -> None:
         self._folder, self._reporter = folder, reporter
+        self._heads = LedgerHeads(ledgers or folder.path / "ledgers.json")
         self._study = study = folder.study
         self._network = network = assemble(study, study.model.weights)
-        self._federation = Federation(grid, study, network, ledger_heads.read_heads(folder))
+        self._federation = Federation(grid, study, network, self._heads.read_heads())
         self._aggregator = Aggregator(study, network.trainable)
         self._last = self._restore()
         overall = (line for line in folder.read_history() if line["site"] is None)
@@ -62,7 +73,7 @@ class Run:
         """Join, train whatever rounds are left, evaluate, report."""
         self._federation.join()
         heads = {member.name: member.reply.ledger for member in self._federation.members}
-        ledger_heads.keep_heads(self._folder, heads)
+        self._heads.keep_heads(heads)
         self._folder.write_facts(self._facts())
         whole = sum(tensor.nbytes for tensor in self._network.model.state_dict().values())
         joined = Joined(
@@ -110,7 +121,7 @@ class Run:
         merged = self._aggregator.merge_updates(number, updates)
         lines = [self._line(number, name, reply) for name, reply in replies.items()]
         heads = {name: reply.ledger for name, reply in replies.items()}
-        ledger_heads.keep_heads(self._folder, heads)
+        self._heads.keep_heads(heads)
         losses = {n: f.train_loss for n, f in told.items() if f.train_loss is not None}
         total = sum(weight[name] for name in losses)
         mean = sum(weight[n] * x for n, x in losses.items()) / total if losses else None

@@ -343,3 +343,20 @@ def test_what_was_told_of_a_ledger_that_was_replaced_does_no_harm(state):
         ledger.check_receipt(told)
         work(ledger, 7)
     assert events(state) == ROUNDS + 2
+
+
+def test_a_folder_of_before_an_adoption_or_emptied_of_its_ledger_is_noticed(state):
+    back_up(state)
+    adopt_ledger(state, 3.0, 0.0)
+    with Ledger(state) as ledger:
+        told = ledger.head
+    restore(state)
+    with Ledger(state) as ledger, pytest.raises(SiteError, match="as this site told"):
+        ledger.check_receipt(told)
+    restore(state)
+    with Ledger(state) as ledger:
+        told = ledger.head
+    for path in state.glob("ledger.*"):
+        path.unlink()
+    with Ledger(state) as ledger, pytest.raises(SiteError, match="as this site told"):
+        ledger.check_receipt(told)

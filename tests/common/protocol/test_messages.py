@@ -158,6 +158,8 @@ MESSAGES: dict[str, tuple[Callable[[], RecordDict], Callable[[RecordDict], Any]]
 
 def test_a_join_request_arrives() -> None:
     assert JoinRequest.read(sent(join_request())).proposal == '{"name": "µ"}'
+    knows = JoinRequest(proposal="{}", known=LedgerHead(count=3, hash="a" * 64, receipt="b" * 64))
+    assert JoinRequest.read(sent(knows.record())) == knows
 
 
 def test_a_join_reply_arrives() -> None:

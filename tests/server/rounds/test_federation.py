@@ -4,8 +4,10 @@ and a ledger that was rolled back is not taken for the site's."""
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import lru_cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,10 +28,9 @@ from common.protocol.join import JoinReply
 from common.protocol.ledger import LedgerHead, LedgerReply, LedgerRequest
 from common.protocol.tensors import Tensors
 from server.app import app as server_app
-from server.rounds import ledger_heads
 from server.rounds.admission import Member
 from server.rounds.federation import Federation
-from server.rounds.ledger_heads import ROLLED_BACK
+from server.rounds.ledger_heads import ROLLED_BACK, LedgerHeads
 from server.rounds.weighing import weigh_sites
 from server.runs.results import read_results
 from server.runs.run_folder import RunFolder
@@ -273,7 +274,7 @@ def test_a_ledger_that_goes_no_further_was_rolled_back(now: LedgerHead) -> None:
     [
         ("b" * 64, ROLLED_BACK),
         (None, ROLLED_BACK),
-        ("error", "its site file is wrong"),
+        ("error", "its site file or its ledger is wrong"),
         (RecordDict(), "it sent a message with other parts than agreed"),
         (LedgerRequest(5).record(), "it sent no usable 'hash' in the message"),
     ],
@@ -302,19 +303,20 @@ def test_nobody_is_put_out_by_who_takes_its_name() -> None:
 
 
 def test_how_far_ledgers_went_outlives_the_process_and_who_did_not_come(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path)
-    assert ledger_heads.read_heads(folder) == {}
-    ledger_heads.keep_heads(folder, {"a": head(1), "b": head(2)})
-    ledger_heads.keep_heads(folder, {"b": head(7, "c")})
-    ledger_heads.keep_heads(folder, {"b": head(6)})  # an old reply, sent again
-    assert ledger_heads.read_heads(folder) == {"a": head(1), "b": head(7, "c")}
+    path = tmp_path / "ledgers.json"
+    assert LedgerHeads(path).read_heads() == {}
+    LedgerHeads(path).keep_heads({"a": head(1), "b": head(2)})
+    LedgerHeads(path).keep_heads({"b": head(7, "c")})
+    LedgerHeads(path).keep_heads({"b": head(6)})  # an old reply, sent again
+    assert LedgerHeads(path).read_heads() == {"a": head(1), "b": head(7, "c")}
 
 
 @pytest.mark.parametrize("content", ["", "{", '{"a": 5}', '{"a": {"count": 0, "hash": "x"}}'])
 def test_a_damaged_list_of_ledgers_is_named(tmp_path: Path, content: str) -> None:
-    (tmp_path / "ledgers.json").write_text(content)
+    path = tmp_path / "ledgers.json"
+    path.write_text(content)
     with pytest.raises(RunError, match=r"ledgers\.json: expected how far.*Restore it"):
-        ledger_heads.read_heads(RunFolder(tmp_path))
+        LedgerHeads(path).read_heads()
 
 
 # --- real hospitals ---
@@ -621,7 +623,7 @@ def test_ledgers_that_only_grew_are_let_in_again(backups: Callable[..., RunFolde
     folder = backups()
     assert set(folder.read_facts()["sites"]) == set(PHANTOMS)
     assert folder.read_facts()["refused"] == {}
-    assert set(ledger_heads.read_heads(folder)) == set(PHANTOMS)
+    assert set(LedgerHeads(folder.path / "ledgers.json").read_heads()) == set(PHANTOMS)
 
 
 @pytest.mark.parametrize("backup", ["before join 1", "before round 2"])
@@ -639,7 +641,7 @@ def test_a_ledger_restored_from_a_backup_is_refused_and_the_others_go_on(
     }
     assert (folder.path / "report.json").exists()
     # What it told before is not forgotten: it stays refused.
-    assert "south" in ledger_heads.read_heads(folder)
+    assert "south" in LedgerHeads(folder.path / "ledgers.json").read_heads()
 
 
 def test_an_adopted_ledger_is_let_in_once_its_entry_is_taken_out(
@@ -656,4 +658,49 @@ def test_an_adopted_ledger_is_let_in_once_its_entry_is_taken_out(
     (folder.path / "report.json").unlink()
     folder = backups()
     assert folder.read_facts()["refused"] == {}
-    assert ledger_heads.read_heads(folder)["south"].count > kept["north"]["count"]
+    assert (
+        LedgerHeads(folder.path / "ledgers.json").read_heads()["south"].count
+        > kept["north"]["count"]
+    )
+
+
+class NamedGrid(InProcessGrid):
+    """Nodes that were admitted by the names of their sites."""
+
+    def get_nodes(self) -> list[Any]:
+        return [
+            SimpleNamespace(node_id=node, name=path.parent.name)
+            for node, path in self._sites.items()
+        ]
+
+
+def test_a_rollback_shows_in_a_new_study_too_and_the_site_itself_refuses(
+    tmp_path: Path, phantoms: Path, new_process: Callable[[], None]
+) -> None:
+    """Before, each run knew only what was told to itself."""
+    project = tmp_path / "ledgers.json"
+    files = settle(tmp_path / "first", phantoms, {}, "train.rounds=1")
+    state = files[PHANTOMS.index("south")].parent / "state"
+
+    def propose(name: str) -> Federation:
+        new_process()
+        known = LedgerHeads(project).read_heads()
+        wanted = demo("train.rounds=1", f"name={name}")
+        federation = Federation(
+            NamedGrid(client_app, files), wanted, assemble(wanted, wanted.model.weights), known
+        )
+        with suppress(RunError):
+            federation.join()
+        heads = {member.name: member.reply.ledger for member in federation.members}
+        LedgerHeads(project).keep_heads(heads)
+        return federation
+
+    shutil.copytree(state, tmp_path / "backup")
+    for name in ("one", "two"):
+        assert names(propose(name)) == sorted(PHANTOMS)
+    shutil.rmtree(state)
+    shutil.copytree(tmp_path / "backup", state)
+    why = "its site file or its ledger is wrong"
+    assert propose("three").refusals == {"south": why}
+    project.unlink()  # nor does it go on for another coordinator, who knows nothing
+    assert propose("four").refusals == {"south": why}
