@@ -50,7 +50,7 @@ def send(source, site, study, held=0):
 
 
 def test_what_was_sent_makes_the_same_network(study, site, monkeypatch):
-    monkeypatch.setattr(sending, "_PIECE", 100_000)
+    monkeypatch.setattr(sending, "PIECE", 100_000)
     source, here = BackboneFile(study), told(study)
     with pytest.raises(MissingWeightsError, match=r"expected a folder with weights\.pth"):
         find_weights(site, here)
@@ -62,7 +62,7 @@ def test_what_was_sent_makes_the_same_network(study, site, monkeypatch):
 
 
 def test_a_transfer_goes_on_where_it_broke_off_and_serves_other_studies(study, site, monkeypatch):
-    monkeypatch.setattr(sending, "_PIECE", 100_000)
+    monkeypatch.setattr(sending, "PIECE", 100_000)
     source, here = BackboneFile(study), told(study)
     receive_part(site, here, source.cut_part(BackboneHeld(0)))
     assert (
