@@ -36,7 +36,16 @@ Fraction = Annotated[Number, Field(ge=0, lt=1)]
 Positive = Annotated[Number, Field(gt=0)]
 Moderate = Annotated[Number, Field(gt=0, le=1e4)]
 """Positive, and far from where float32 overflows."""
-Word = Annotated[str, Field(max_length=100)]
+
+
+def _one_line(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError(f"expected printable characters on one line, got {text!r}")
+    return text
+
+
+Word = Annotated[str, Field(max_length=100), AfterValidator(_one_line)]
+FilePath = Annotated[str, Field(max_length=4096), AfterValidator(_one_line)]
 Rounds = Annotated[StrictInt, Field(ge=1, le=100_000)]
 
 Dtype = Literal["float32", "bfloat16"]
@@ -82,7 +91,7 @@ class Model(Section):
     """Which backbone, with which weights, and how much of it trains."""
 
     backbone: Word
-    weights: Annotated[str, Field(max_length=4096)] = "DEFAULT"
+    weights: FilePath = "DEFAULT"
     """`DEFAULT` (torchvision's own), `none` (random), or a file relative to the study."""
     unfreeze: Unfreeze = "head"
     dropout: Fraction = 0.0
@@ -92,7 +101,7 @@ class Model(Section):
     """Scale each image's features, less that mean, to length 1."""
     precision: Dtype = "float32"
     """What frozen layers and, without privacy, trained ones compute in, at every site."""
-    init: Annotated[str, Field(max_length=4096)] | None = None
+    init: FilePath | None = None
     """A run folder whose released model is the starting point."""
 
     @property

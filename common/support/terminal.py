@@ -25,9 +25,18 @@ Changes = Annotated[
 """An option of every command that reads a study."""
 
 
-def printable(text: str) -> str:
-    """Text from elsewhere without control characters, which could steer a terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+def escape(text: str, *, keep: str = "") -> str:
+    """Text from elsewhere on one line: control characters and line breaks of any kind as escapes.
+
+    They could steer a terminal, or make one entry of a log look like two.
+
+    Args:
+      text: Anything.
+      keep: Characters that stay as they are.
+    """
+    return "".join(
+        c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text
+    )
 
 
 class PlainConsole(Console):
@@ -35,7 +44,7 @@ class PlainConsole(Console):
 
     def render_str(self, text: str, **options: Any) -> Text:
         """Where rich turns a str into something to print."""
-        return super().render_str(printable(text), **options)
+        return super().render_str(escape(text, keep="\n"), **options)
 
 
 # A file or a pipe has no width of its own; tables must not be cut to 80 columns there.
@@ -63,18 +72,22 @@ class StoppedError(Exception):
     """Ctrl-C; the text says how to go on."""
 
 
-class _Printable(logging.Formatter):
-    """Log lines may quote what came from elsewhere."""
+class _OneLine(logging.Formatter):
+    """One entry is one line, whatever it quotes; the lines of a traceback are indented."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return printable(super().format(record))
+        line, *below = super().format(record).split("\n")
+        return "\n".join([line, *(f"  {escape(text)}" for text in below)])
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
+        return escape(super().formatMessage(record))
 
 
-class _Dated(_Printable):
+class _Dated(_OneLine):
     """For a process that goes on for months; what led to an error is in its file alone."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return printable(f"{self.formatTime(record, '%Y-%m-%d %H:%M:%S')} {record.getMessage()}")
+        return escape(f"{self.formatTime(record, '%Y-%m-%d %H:%M:%S')} {record.getMessage()}")
 
 
 def log_to(path: Path, *, dated: bool = False) -> logging.Handler:
@@ -88,7 +101,7 @@ def log_to(path: Path, *, dated: bool = False) -> logging.Handler:
     for shown in root.handlers if dated else ():
         shown.setFormatter(_Dated())
     file = RotatingFileHandler(path, maxBytes=4_000_000, backupCount=4, encoding="utf-8")
-    file.setFormatter(_Printable("%(asctime)s %(levelname)s %(message)s"))
+    file.setFormatter(_OneLine("%(asctime)s %(levelname)s %(message)s"))
     root.addHandler(file)
     return file
 
@@ -129,12 +142,12 @@ def end(error: ConsiliumError) -> NoReturn:
 
 def _log_to_console() -> None:
     handler = RichHandler(console=console, show_time=False, show_path=False)
-    handler.setFormatter(_Printable("%(message)s"))
+    handler.setFormatter(_OneLine("%(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     for name in ("client", "server", "simulations"):
         logging.getLogger(name).setLevel(logging.INFO)
 
 
 def _say(text: str, code: int) -> int:
-    typer.secho(printable(text), fg="red", err=True)
+    typer.secho(escape(text, keep="\n"), fg="red", err=True)
     return code

@@ -13,6 +13,7 @@ from common.model.network import Network
 from common.protocol.backbone import BACKBONE, BackboneHeld
 from common.protocol.join import JoinReply, JoinRequest, read_join
 from common.protocol.ledger import LEDGER, LedgerHead, LedgerReply, LedgerRequest
+from common.support.terminal import escape
 from server.rounds.admission import (
     Member,
     admit_sites,
@@ -197,7 +198,7 @@ class Federation:
                 try:
                     good[node] = read(node, reply.content)
                 except ContractError as ex:
-                    bad[node] = f"it sent {ex}"
+                    bad[node] = escape(f"it sent {ex}")
         return good, {node: why for node, why in bad.items() if node not in good}
 
 

@@ -209,8 +209,8 @@ class _Told(logging.Handler):
         self._line = line
 
     def emit(self, record: logging.LogRecord) -> None:
-        # As text: what it is made of may not travel.
-        record.msg, record.args, record.exc_info = self.format(record), None, None
+        self.format(record)  # which keeps the traceback as text: what it is made of may not travel
+        record.msg, record.args, record.exc_info = record.getMessage(), None, None
         self._line.send(record)
 
 

@@ -2,6 +2,8 @@
 
 import gc
 import hashlib
+import json
+import logging
 import os
 import resource
 from functools import partial
@@ -29,6 +31,7 @@ from common.protocol.join import JoinReply, JoinRequest
 from common.protocol.ledger import LEDGER, LedgerReply, LedgerRequest
 from common.protocol.round import make_round_config
 from common.protocol.tensors import to_arrays
+from common.support.terminal import log_to
 from simulations.engines.grid import InProcessGrid
 from tests.builders import RUNTIME, client_app, edit_site, make_study, write_images, write_site
 from tests.processes import another, limited
@@ -373,3 +376,38 @@ def test_a_process_lets_go_of_what_other_studies_loaded(server, quick):
     other.session = None
     assert [alive(kind) for kind in (Session, Network, Store)] == counts[0]
     assert not Server(server.file, server.study).join().has_error()  # the first goes on
+
+
+FORGED = "2026-01-01 00:00:00,000 INFO the study is approved"
+
+
+@pytest.mark.parametrize("broken", ["\n", "\r", "\x85", "\u2028", "\x1b[1A\x1b[2K"])
+def test_nothing_that_a_coordinator_sends_forges_a_line_of_the_log(tmp_path, quick, broken):
+    server = Server(hospital(tmp_path / "ward"), study())
+    text = f"x{broken}{FORGED}"
+    honest = json.loads(server.study.proposal())
+    odd = [
+        honest | {text: 1},
+        honest | {"name": text},
+        honest | {"select": text},
+        honest | {"aggregate": {"strategy": text, "options": {text: 1}}},
+        honest | {"model": {"backbone": text}},
+        honest | {"model": {"backbone": "resnet18", "weights": text}},
+        honest | {"classes": [text, "b"]},
+    ]
+    handler = log_to(tmp_path / "client.log")
+    try:
+        for proposal in odd:
+            content = JoinRequest(proposal=json.dumps(proposal)).record()
+            assert server.send(content, "query").has_error()
+        assert not server.join().has_error()
+        assert server.round(study=text).has_error()
+        record = RecordDict({text: ConfigRecord({text: text})})
+        for kind in ("query", "query.backbone", "query.ledger", "train", "evaluate"):
+            assert server.send(record, kind).has_error()
+    finally:
+        logging.getLogger().removeHandler(handler)
+        handler.close()
+    lines = (tmp_path / "client.log").read_text("utf-8").splitlines()
+    assert sum(" ERROR " in line for line in lines) == len(odd) + 6
+    assert not [line for line in lines if line.startswith(FORGED) or "\x1b" in line]

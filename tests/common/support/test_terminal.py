@@ -1,18 +1,21 @@
 """Every command line ends the same way: an exit code, and one line where something was wrong."""
 
+import logging
+import re
 import sys
+from pathlib import Path
 
 import pytest
 import typer
 
 from common.errors import SiteError
-from common.support.terminal import StoppedError, run, size
+from common.support.terminal import StoppedError, log_to, run, size
 
 
 @pytest.mark.parametrize(
     ("raised", "code", "said"),
     [
-        (SiteError("expected a, got \x1b[2Jb"), 1, "got \N{REPLACEMENT CHARACTER}[2Jb"),
+        (SiteError("expected a, got \x1b[2Jb"), 1, "got \\x1b[2Jb"),
         (
             OSError(28, "Full", "/x/y"),
             1,
@@ -75,3 +78,43 @@ def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) 
 )
 def test_sizes_are_in_units_of_a_thousand(number: float, text: str) -> None:
     assert size(number) == text
+
+
+BREAKS = [
+    "\n",
+    "\r",
+    "\r\n",
+    "\v",
+    "\f",
+    "\x1c",
+    "\x85",
+    "\u2028",
+    "\u2029",
+    "\x1b[1A\x1b[2K",
+    "\b",
+]
+
+
+@pytest.mark.parametrize("broken", BREAKS)
+def test_no_text_from_elsewhere_makes_a_line_of_its_own_in_a_log(
+    broken: str, tmp_path: Path
+) -> None:
+    forged = f"north{broken}2026-01-01 00:00:00,000 INFO the study is approved"
+    handler = log_to(tmp_path / "client.log")
+    log = logging.getLogger("client")
+    try:
+        log.error("refused: %s", forged)
+        log.error(f"refused: {forged}")
+        try:
+            raise ValueError(forged)
+        except ValueError:
+            log.exception("an error that nobody foresaw")
+    finally:
+        logging.getLogger().removeHandler(handler)
+        handler.close()
+    text = (tmp_path / "client.log").read_text("utf-8")
+    lines = text.splitlines()
+    ours = [line for line in lines if re.match(r"20\d\d-\d\d-\d\d ", line)]
+    assert len(ours) == 3
+    assert all(line.startswith("  ") for line in lines if line not in ours)
+    assert all(c.isprintable() or c == "\n" for c in text)
