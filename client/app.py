@@ -7,13 +7,14 @@ from pathlib import Path
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from client.consent.agreement import check_end
 from client.consent.proposals import drop_proposal, keep_proposal, read_proposal
 from client.ledger.entries import Release
-from client.ledger.release import Reply, record_refusal, release
-from client.runtime import Runtime
-from client.session import Session
+from client.ledger.release import Reply, record_errors, release
+from client.runtime import Runtime, SiteRuntime
 from client.site import Site
 from client.weights import receive_part
+from common.config.study import Study
 from common.errors import (
     ConsiliumError,
     ContractError,
@@ -78,24 +79,24 @@ class Handlers:
         if request.known is not None:
             opened.ledger.check_receipt(request.known)
         study = keep_proposal(site, request.proposal)
-        for ended in opened.ledger.ends.keys() - {study.id}:
+        for ended in opened.ledger.ended - {study.id}:
             opened.outbox.purge(ended)
         what = Release(study=study.id, name=study.name, kind="join")
         try:
-            session = self._runtime.open_session(find_site_file(context), study.id)
+            with record_errors(opened.ledger, what):
+                session = self._runtime.open_session(find_site_file(context), study.id)
+                return _leave(
+                    message,
+                    opened,
+                    what,
+                    lambda: session.join(opened.ledger.head, opened.ledger.spending),
+                )
         except MissingWeightsError as ex:
             log.info("%s", ex)
             return Message(lack_backbone(), reply_to=message)
-        except (RefusedError, DataError) as ex:  # a bit about the patients, where they decided
-            record_refusal(opened.ledger, what, ex.code)
+        except (RefusedError, DataError):
             drop_proposal(site, study)
             raise
-        return self._leave(
-            message,
-            session,
-            what,
-            lambda: session.join(opened.ledger.head, opened.ledger.spending),
-        )
 
     def take_backbone(self, message: Message, context: Context) -> Message:
         """A piece of the backbone, for a site without a copy; nothing of a patient leaves."""
@@ -114,62 +115,59 @@ class Handlers:
     def work_round(self, message: Message, context: Context) -> Message:
         """One round: evaluate what came on validation patients, then train it and send it back."""
         request = RoundRequest.read(message.content)
-        session = self._runtime.open_session(find_site_file(context), request.study)
-        study = session.prepared.study
+        site, study = self._find_study(context, request.study)
         if request.round > study.train.rounds:
             raise ContractError(f"round {request.round} of a study of {study.train.rounds}")
+        opened = self._runtime.open_site(site)
+        what = Release(study=study.id, name=study.name, kind="round", round=request.round)
+        with record_errors(opened.ledger, what):
+            session = self._runtime.open_session(find_site_file(context), study.id)
+            agreed = session.agreed()
         tensors = from_arrays(request.arrays, session.prepared.network.shapes)
-        privacy_plan = session.agreed().privacy_plan
-        what = Release(
-            study=study.id,
-            name=study.name,
-            kind="round",
-            round=request.round,
-            received=digest(tensors),
-            privacy=privacy_plan.round if privacy_plan else None,
-        )
-        opened = self._runtime.open_site(session.prepared.site)
-        return self._leave(
-            message,
-            session,
-            what,
-            lambda: session.work(request, tensors, opened.ledger.head),
-            allow=lambda: session.allow(opened.ledger.spending, tensors),
-        )
+        privacy = agreed.privacy_plan.round if agreed.privacy_plan else None
+        what = what.model_copy(update={"received": digest(tensors), "privacy": privacy})
+        with record_errors(opened.ledger, what):
+            return _leave(
+                message,
+                opened,
+                what,
+                lambda: session.work(request, tensors, opened.ledger.head),
+                allow=lambda: session.allow(opened.ledger.spending, tensors),
+            )
 
     def finish(self, message: Message, context: Context) -> Message:
         """The final message: counts of the released model."""
         request = FinalRequest.read(message.content)
-        session = self._runtime.open_session(find_site_file(context), request.study)
+        site, study = self._find_study(context, request.study)
+        opened = self._runtime.open_site(site)
+        what = Release(study=study.id, name=study.name, kind="final")
+        with record_errors(opened.ledger, what):
+            session = self._runtime.open_session(find_site_file(context), study.id)
+            agreed = session.agreed()
         released = from_arrays(request.arrays, session.prepared.network.shapes)
-        study, received = session.prepared.study, digest(released)
-        self._check_end(session, received)
-        what = Release(study=study.id, name=study.name, kind="final", received=received)
-        return self._leave(message, session, what, lambda: session.finish(released))
+        received = digest(released)
+        rounds, ends = (opened.ledger.models(study.id, kind) for kind in ("round", "final"))
+        check_end(study, agreed, received, rounds=rounds, ends=ends)
+        what = what.model_copy(update={"received": received, "privacy": agreed.end})
+        with record_errors(opened.ledger, what):
+            return _leave(message, opened, what, lambda: session.finish(released))
 
-    def _check_end(self, session: Session, received: str) -> None:
-        """Where figures are told at the end only, a server cannot have every round be the end."""
-        if session.agreed().disclosure.metrics == "every_round":
-            return
-        study = session.prepared.study
-        opened = self._runtime.open_site(session.prepared.site)
-        if opened.ledger.ends.get(study.id, frozenset()) - {received}:
-            where, expected = f"study {study.name}", "the model that it ended with before"
-            remedy = "Run it again under another name or seed."
-            raise ContractError(where, expected=expected, got="another", remedy=remedy)
+    def _find_study(self, context: Context, study_id: str) -> tuple[Site, Study]:
+        """The site this app runs in, and a study that it was sent."""
+        site = Site.read(find_site_file(context))
+        return site, read_proposal(site, study_id)
 
-    def _leave(
-        self,
-        message: Message,
-        session: Session,
-        what: Release,
-        work: Callable[[], Answer],
-        allow: Callable[[], None] = lambda: None,
-    ) -> Message:
-        """The only way out: what leaves is parsed from the very bytes that were recorded."""
-        opened = self._runtime.open_site(session.prepared.site)
-        data = release(opened.ledger, opened.outbox, what, lambda: _reply(work()), allow)
-        return Message(record_from_bytes(data), reply_to=message)
+
+def _leave(
+    message: Message,
+    opened: SiteRuntime,
+    what: Release,
+    work: Callable[[], Answer],
+    allow: Callable[[], None] = lambda: None,
+) -> Message:
+    """The only way out: what leaves is parsed from the very bytes that were recorded."""
+    data = release(opened.ledger, opened.outbox, what, lambda: _reply(work()), allow)
+    return Message(record_from_bytes(data), reply_to=message)
 
 
 def _reply(answer: Answer) -> Reply:
@@ -185,7 +183,7 @@ def _figures(answer: Answer, record: RecordDict) -> Iterator[str]:
         for name, value in answer.model_dump(exclude_none=True).items():
             yield from (f"{name}.{part}" for part in value) if isinstance(value, dict) else [name]
     for part, metrics in record.metric_records.items():
-        yield from (f"{part}.{name}" for name, told in metrics.items() if told != [])
+        yield from (f"{part}.{name}" for name, told in metrics.items() if told not in ([], 0.0))
 
 
 def find_site_file(context: Context) -> Path:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from client.consent.agreement import Agreement, check_holdout, name_record
 from client.consent.cohort import PARTS, count_patients, list_cohort
@@ -15,6 +16,7 @@ from client.features.cache import prune_stores
 from client.features.extract import FeatureSpec, prepare_images
 from client.features.precision import choose_device
 from client.features.store import Stores
+from client.privacy.held_out import choose_images, plan_end
 from client.privacy.plan import PrivacyPlan, plan_privacy
 from client.privacy.sampling import Patients
 from client.site import Keep, Site
@@ -68,6 +70,7 @@ class PreparedSite:
       spec: How rows were made from images.
       examples: Prepared images with their labels, by part.
       owners: Which training images are whose.
+      drawn: Of validation and test patients, the one image each that counts where noise is added.
       agreed: What the site agreed to when it joined before; None if it has not joined.
       offer: What the site would agree to as it is now, if nobody new is let in.
     """
@@ -78,6 +81,7 @@ class PreparedSite:
     spec: FeatureSpec
     examples: Mapping[str, Examples]
     owners: Patients
+    drawn: Mapping[str, Tensor]
     agreed: Agreement | None
     offer: Agreement
 
@@ -131,6 +135,10 @@ def prepare_site(site: Site, study: Study, workspace: Workspace) -> PreparedSite
         spec=spec,
         examples=examples,
         owners=Patients.of([record.patient for record in kept["train"]]),
+        drawn={
+            part: choose_images([record.patient for record in kept[part]], site.secret())
+            for part in ("validation", "test")
+        },
         agreed=agreed,
         offer=_offer(site, study, privacy_plan, kept, agreed),
     )
@@ -194,11 +202,13 @@ def _offer(
         part: tuple(sum(r.label == k for r in records) for k in classes)
         for part, records in kept.items()
     }
+    disclosure, delta = site.policy.disclose.resolved(private=study.private), site.policy.delta
     return Agreement(
         study=study.id,
         role=site.role,
-        disclosure=site.policy.disclose.resolved(private=study.private),
+        disclosure=disclosure,
         protection=privacy_plan,  # its name in the file
+        end=plan_end(disclosure.epsilon, delta) if disclosure.epsilon and delta else None,
         patients=ByPart(**{part: count_patients(records) for part, records in kept.items()}),
         images=ByPart(**images),
         records=agreed.records if agreed else tuple(sorted(names)),

@@ -2,18 +2,22 @@
 
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from client.consent.agreement import Agreement, check_agreement, keep_holdout
 from client.features.precision import fix_numerics
 from client.ledger.budget import check_budget
 from client.ledger.entries import Entry
 from client.preparation import PreparedSite
 from client.privacy import dp_sgd
+from client.privacy.held_out import noise_counts
 from client.privacy.plan import PrivacyPlan
+from client.privacy.rounding import Rounding
 from client.privacy.self_check import check_noise, check_rows
 from client.training import trainer
 from common.config.study import DpSgd
 from common.metrics.metrics import Counts
-from common.model.contract import Versions
+from common.model.contract import Versions, digest
 from common.protocol.fields import ByPart
 from common.protocol.final import FinalCounts, FinalReply
 from common.protocol.join import JoinReply
@@ -57,10 +61,18 @@ class Session:
             offer.keep(site)
             self._agreed = offer
         disclosure = offer.disclosure
-        patients = {p: disclosure.number(n) for p, n in offer.patients.model_dump().items()}
-        images = {p: disclosure.numbers(n) for p, n in offer.images.model_dump().items()}
+        rounding = Rounding(site.secret(), disclosure.base)
+        told = [*["train"] * disclosure.tells, *["validation", "test"] * disclosure.tells_held_out]
         if study.private:  # how many train is theirs to keep: no noise protects a number at join
-            patients["train"] = images["train"] = None
+            told = told[disclosure.tells :]
+        patients = {
+            part: rounding.round_number(n, "patients", part) if part in told else None
+            for part, n in offer.patients.model_dump().items()
+        }
+        images = {
+            part: rounding.round_images(n, part) if part in told else None
+            for part, n in offer.images.model_dump().items()
+        }
         declared = offer.privacy_plan.enrolled if offer.privacy_plan else None
         return JoinReply(
             name=site.name,
@@ -127,24 +139,32 @@ class Session:
         if privacy_plan:
             self._train_privately(tensors, request.round, request.proximal_mu, privacy_plan)
         else:
-            tells = disclosure.metrics == "every_round"
-            counts = disclosure.coarse(self.evaluate(tensors, "validation")) if tells else None
+            tells = disclosure.metrics == "every_round"  # only where all counts are exact
+            counts = self.evaluate(tensors, "validation") if tells else None
             loss = self.train(tensors, request.round, request.proximal_mu)
-            loss_told = loss if disclosure.tells_scores else None
-            figures = Figures(train_loss=loss_told, counts=counts) if counts else None
+            figures = Figures(train_loss=loss, counts=counts) if counts else None
         arrays = to_arrays(self.prepared.network.tensors)
         return RoundReply(arrays=arrays, figures=figures, ledger=ledger)
 
     def finish(self, released: Tensors) -> FinalReply:
         """The end: counts of the released model, as agreed."""
-        disclosure = self.agreed().disclosure
-        if disclosure.metrics == "none":
+        if self.agreed().disclosure.metrics == "none":
             return FinalReply(counts=None)
-        counts = FinalCounts(
-            validation=disclosure.coarse(self.evaluate(released, "validation")),
-            test=disclosure.coarse(self.evaluate(released, "test")),
-        )
-        return FinalReply(counts=counts)
+        validation, test = self.tell(released, "validation", "test")
+        return FinalReply(counts=FinalCounts(validation=validation, test=test))
+
+    def tell(self, model: Tensors, *parts: str) -> list[Counts]:
+        """Counts of a model on parts of this site's patients, as coarse or noised as it tells them.
+
+        Args:
+          model: The tensors to evaluate.
+          parts: Of `validation` and `test`, each once.
+        """
+        agreed, drawn = self._agreed or self.prepared.offer, self.prepared.drawn
+        if agreed.end is not None:
+            return noise_counts([self.evaluate(model, p, drawn[p]) for p in parts], agreed.end)
+        rounding = Rounding(self.prepared.site.secret(), agreed.disclosure.base)
+        return [rounding.round_counts(self.evaluate(model, p), p, digest(model)) for p in parts]
 
     def train(self, tensors: Tensors, round_number: int, proximal_mu: float) -> float:
         """Train the received tensors on this site's training patients; returns the mean loss.
@@ -185,9 +205,10 @@ class Session:
                 proximal_mu=proximal_mu,
             )
 
-    def evaluate(self, tensors: Tensors, part: str) -> Counts:
-        """Counts of the received tensors on one part of this site's patients."""
+    def evaluate(self, tensors: Tensors, part: str, some: Tensor | None = None) -> Counts:
+        """Counts of the received tensors on one part of this site's images, all or some of them."""
         prepared, classes = self.prepared, len(self.prepared.study.classes)
         prepared.network.load(tensors)
         with fix_numerics(prepared.site.threads):
-            return trainer.evaluate(prepared.network.split.suffix, prepared.examples[part], classes)
+            suffix = prepared.network.split.suffix
+            return trainer.evaluate(suffix, prepared.examples[part], classes, some)

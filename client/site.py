@@ -48,6 +48,9 @@ class Policy(Section):
             raise ValueError("expected max_epsilon beside require_privacy, got none: any ε passes")
         if self.max_epsilon is not None and self.delta is None:
             raise ValueError("expected delta beside max_epsilon, got none. Write delta: 1.0e-5.")
+        if self.disclose.epsilon is not None and self.delta is None:
+            remedy = "Write delta: 1.0e-5."
+            raise ValueError(f"expected delta beside disclose.epsilon, got none. {remedy}")
         return self
 
 

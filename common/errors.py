@@ -41,9 +41,12 @@ class SiteError(ConsiliumError):
 
 
 class DataError(ConsiliumError):
-    """A hospital's images or labels cannot be used as they are."""
+    """A hospital's images or labels cannot be used as they are.
 
-    code = "data"
+    Outside it looks like a refusal: which of them it is would tell of the patients.
+    """
+
+    code = "refused"
 
 
 class BackboneError(ConsiliumError):

@@ -58,6 +58,9 @@ def ledger(
     if any(study.private for study in studies):
         console.print("alone: what a study alone would cost. Together they cost the total.")
     console.print(_total(spent, site))
+    if spent.ends:
+        told = f"ε {spent.held_out():.2f} at δ = {spent.delta:g}, by {spent.ends} ends of studies"
+        console.print(f"held-out patients: {told}")
     console.print(spending.MEANING, style="dim")
     if picture:
         _draw(spent, site, picture)
@@ -187,8 +190,8 @@ def disclosed(
     """List every message that left: when, for which study, what was in it, and its SHA-256.
 
     The hash is of the message byte by byte, so what a server has can be compared with what left.
-    A join that was refused is listed with the word that was told. Errors of rounds and answers
-    about the ledger itself are not: they say nothing of patients.
+    An error is listed with the word that was told. Answers about the ledger itself are not: they
+    say nothing of patients.
     """
     from client.ledger import spending
     from client.ledger.ledger import read_ledger

@@ -2,11 +2,13 @@
 
 import hashlib
 import hmac
+from collections.abc import Set
 from typing import Literal, Self
 
 from pydantic import Field
 
 from client.data.records import Record
+from client.privacy.parameters import PrivateRelease
 from client.privacy.plan import PrivacyPlan
 from client.site import Site
 from client.storage import AGREED, explain_disk_errors
@@ -27,6 +29,8 @@ class Agreement(Section):
     disclosure: Disclosure
     privacy_plan: PrivacyPlan | None = Field(alias="protection")
     """None: it does not train, or trains without differential privacy."""
+    end: PrivateRelease | None
+    """How counts of held-out patients are noised; None: they are rounded, or exact."""
     patients: ByPart[int]
     """How many take part, exactly; never told unless `disclosure` says so."""
     images: ByPart[tuple[int, ...]]
@@ -86,6 +90,35 @@ def check_agreement(
         where, expected = f"{site.source}: data", "the patients that it joined with"
         raise DataError(where, expected=expected, got="fewer, or another role", remedy=remedy)
     return agreed
+
+
+def check_end(
+    study: Study, agreed: Agreement, received: str, *, rounds: Set[str], ends: Set[str]
+) -> None:
+    """Return if counts of held-out patients may be told of a model.
+
+    Noise and rounding bound what one answer tells. So a study ends with one model, and a site that
+    trains answers only after a round of its own. Where it tells its figures in every round, the
+    models of these rounds are no news.
+
+    Args:
+      study: That ends.
+      agreed: At join.
+      received: SHA-256 of the model.
+      rounds: SHA-256 of the models that this site trained in the study.
+      ends: SHA-256 of the models that it was asked about at the end, by now.
+
+    Raises:
+      ContractError: the site trained no round, or the study ended with another model.
+    """
+    where, remedy = f"study {study.name}", "Run it again under another name or seed."
+    if agreed.role == "train" and not rounds:
+        expected = "a round of this site before the end"
+        raise ContractError(where, expected=expected, got="none", remedy=remedy)
+    known = rounds if agreed.disclosure.metrics == "every_round" else frozenset()
+    if {received} - known and ends - known - {received}:
+        expected = "the model that it ended with before"
+        raise ContractError(where, expected=expected, got="another", remedy=remedy)
 
 
 def check_holdout(site: Site, study: Study) -> None:

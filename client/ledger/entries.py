@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from client.privacy.accountant import DpEvent
-from client.privacy.parameters import Count, PrivateRound
+from client.privacy.parameters import Count, PrivateRelease
 from common.config.study import Name
 from common.config.yaml import Section
 
@@ -25,7 +25,7 @@ class Release(Section):
     round: Count | None = None
     received: Hash | None = None
     """SHA-256 of the tensors received."""
-    privacy: PrivateRound | None = None
+    privacy: PrivateRelease | None = None
     """None: released without differential privacy."""
 
     @property
@@ -115,10 +115,17 @@ def find_adopted(entries: Iterable[Entry]) -> Adopted | None:
     return found[-1].model_copy(update=summed)
 
 
-def list_events(entries: Iterable[Entry], study: str | None = None) -> tuple[DpEvent, ...]:
+def list_events(
+    entries: Iterable[Entry], study: str | None = None, kind: str = "round"
+) -> tuple[DpEvent, ...]:
     """What was spent, in order: each reservation once, sealed or not; of one study, or of all.
 
-    `Spending` composes over the site: only the history of all studies bounds a patient's ε.
+    `Spending` composes over the site: only the history of all studies bounds a patient's ε. Rounds
+    spend that of training patients, and `final` messages that of held-out ones.
     """
-    reserved = (entry.release for entry in entries if isinstance(entry, Reserved))
-    return tuple(r.privacy.event for r in reserved if r.privacy and study in (None, r.study))
+    releases = (entry.release for entry in entries if isinstance(entry, Reserved))
+    return tuple(
+        r.privacy.event
+        for r in releases
+        if r.privacy and r.kind == kind and study in (None, r.study)
+    )

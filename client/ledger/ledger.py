@@ -10,11 +10,12 @@ back.
 import hmac
 import logging
 import os
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Set
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from filelock import FileLock, Timeout
 
@@ -124,10 +125,9 @@ class Ledger:
         """Every line but those of what was sent: what ε is computed from."""
         self._sealed = {e.key: e.contents for e in entries if isinstance(e, Sealed)}
         self._drawing: set[str] = set()
-        self.ends: dict[str, frozenset[str]] = {}
-        """By study, SHA-256 of what each final message held that was answered."""
+        self._received: dict[tuple[str, str], set[str]] = defaultdict(set)
         for entry in entries:
-            self._note_end(entry)
+            self._note_received(entry)
 
     def _check_place(self) -> None:
         """Of a copy, and of the file it was copied from, only one can go on without a word."""
@@ -211,7 +211,8 @@ class Ledger:
 
     def reserve(self, release: Release) -> None:
         """Before the first private draw: from here on its steps are spent."""
-        self.spending.append(self._append(Reserved, release))
+        self.spending.append(reserved := self._append(Reserved, release))
+        self._note_received(reserved)
         self._drawing.add(release.key)
 
     def seal(self, release: Release, contents: Contents) -> None:
@@ -224,12 +225,20 @@ class Ledger:
         """Just before a reply leaves. Raises `ValueError` if it is private and not sealed."""
         if release.privacy and self.sealed(release) != contents:
             raise ValueError("a private reply leaves only after it was sealed")
-        self._note_end(self._append(Sent, release, contents=contents))
+        self._note_received(self._append(Sent, release, contents=contents))
 
-    def _note_end(self, entry: Entry) -> None:
-        if isinstance(entry, Sent) and entry.release.kind == "final":
-            study, received = entry.release.study, entry.release.received or ""
-            self.ends[study] = self.ends.get(study, frozenset()) | {received}
+    def models(self, study: str, kind: Literal["round", "final"]) -> Set[str]:
+        """SHA-256 of the models that came with messages of a kind, answered or attempted."""
+        return self._received.get((study, kind), set())
+
+    @property
+    def ended(self) -> Set[str]:
+        """Studies whose final message came."""
+        return {study for study, kind in self._received if kind == "final"}
+
+    def _note_received(self, entry: Entry) -> None:
+        if isinstance(entry, Sent | Reserved) and entry.release.received:
+            self._received[entry.release.study, entry.release.kind].add(entry.release.received)
 
     def _append(self, kind: type[L], release: Release, **content: Contents) -> L:
         n = len(self._hashes) + 1

@@ -1,17 +1,19 @@
 """The only way out for whatever is computed on patients: reserve, seal, send.
 
-Three messages leave by no line, as nothing of a patient is in them: that the backbone is lacking,
-how much of it is here by now, and the hash of a line of the ledger. Nor do the public codes of
-errors after the join.
+Errors, too, have a line before their public code leaves. Four messages have none, as nothing of a
+patient is in them: that the backbone is lacking, how much of it is here by now, a hash of the
+ledger, and that a message breaks the protocol.
 """
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from client.ledger.entries import Contents, Release
 from client.ledger.ledger import Ledger
 from client.ledger.outbox import Outbox
+from common.errors import ConsiliumError, ContractError, MissingWeightsError, SiteError
 
 
 @dataclass(frozen=True)
@@ -34,9 +36,22 @@ class Reply:
         )
 
 
-def record_refusal(ledger: Ledger, what: Release, code: str) -> None:
-    """Write the line of a refusal, which tells a bit about the patients, before it leaves."""
-    ledger.send(what, Reply(code.encode(), {}, (code,)).contents)
+@contextmanager
+def record_errors(ledger: Ledger, what: Release) -> Iterator[None]:
+    """Write the line of any error inside before its public code leaves, as it may tell of patients.
+
+    A message that breaks the protocol tells nothing of them, nor does a disk that fails: that may
+    be the ledger's own.
+    """
+    try:
+        yield
+    except (ContractError, SiteError, MissingWeightsError):
+        raise
+    except Exception as ex:
+        code = ex.code if isinstance(ex, ConsiliumError) else ConsiliumError.code
+        told = Reply(code.encode(), {}, (code,)).contents
+        ledger.send(what.model_copy(update={"privacy": None}), told)
+        raise
 
 
 def release(

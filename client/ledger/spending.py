@@ -7,13 +7,13 @@ from datetime import datetime
 from client.ledger.entries import Adopted, Entry, Reserved, Sent, find_adopted, list_events
 from client.privacy import accountant
 from client.privacy.accountant import DpEvent
-from client.privacy.parameters import PrivateRound
+from client.privacy.parameters import PrivateRelease
 from common.errors import BudgetError
 
 MEANING = (
     "ε bounds, with δ, what all releases together tell of one training patient: whether that "
-    "patient, with every image, was added or removed. Validation and test patients it does not "
-    "cover."
+    "patient, with every image, was added or removed. Validation and test patients have an ε of "
+    "their own, where policy.disclose.epsilon sets one, and none elsewhere."
 )
 UNACCOUNTED = "not accounted: trained without differential privacy"
 
@@ -36,7 +36,7 @@ class StudySpending:
 
     study: str
     name: str
-    private: tuple[PrivateRound, ...]
+    private: tuple[PrivateRelease, ...]
     open: int
 
     def epsilon(self, delta: float) -> float:
@@ -79,7 +79,7 @@ class Spending:
             entry.release.study
             for entry in self.entries
             if isinstance(entry, Sent) and entry.release.kind == "round"
-            if entry.release.privacy is None
+            if entry.release.privacy is None and entry.contents.tensors
         ]
         names = {release.study: release.name for release in releases}
         return [
@@ -128,6 +128,15 @@ class Spending:
             return before + accountant.compute_filtered_epsilon(spent, left, self._order())
         return before + accountant.compute_epsilon(spent, left)
 
+    @property
+    def ends(self) -> int:
+        """How many times counts of held-out patients were noised."""
+        return len(list_events(self.entries, kind="final"))
+
+    def held_out(self) -> float:
+        """ε of all that was told of one validation or test patient, by PRV."""
+        return accountant.compute_epsilon(list_events(self.entries, kind="final"), self._left())
+
     def bound(self, study: str = "") -> str:
         """What `total` is computed by, once `study` has begun."""
         return f"a Rényi filter of order {self._order()}" if self._several(study) else "PRV"
@@ -154,7 +163,7 @@ class Spending:
 
     def over_time(self) -> list[tuple[datetime, float]]:
         """Moments, and ε of all that was spent by then; at most a few dozen, the last included."""
-        at = [n for n, entry in enumerate(self.entries, 1) if isinstance(entry, Reserved)]
+        at = [n for n, entry in enumerate(self.entries, 1) if _reserved([entry])]
         chosen = {at[(len(at) - 1) * k // (_POINTS - 1)] for k in range(_POINTS)} if at else set()
         chosen |= {n for n, e in enumerate(self.entries, 1) if isinstance(e, Adopted)}
         return [
@@ -178,4 +187,5 @@ def list_sent(entries: Sequence[Entry], study: str | None = None) -> list[Sent]:
 
 
 def _reserved(entries: Sequence[Entry]) -> list[Reserved]:
-    return [entry for entry in entries if isinstance(entry, Reserved)]
+    """Private rounds; the ends of studies spend nothing of training patients."""
+    return [e for e in entries if isinstance(e, Reserved) and e.release.kind == "round"]

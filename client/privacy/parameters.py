@@ -12,7 +12,7 @@ Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 
 
-class PrivateRound(Section):
+class PrivateRelease(Section):
     """The resolved parameters of one private release; what ε is computed from."""
 
     mechanism: Word

@@ -4,7 +4,7 @@ import math
 from functools import lru_cache
 
 from client.privacy.accountant import DpEvent, find_noise_multiplier
-from client.privacy.parameters import Count, PrivateRound
+from client.privacy.parameters import Count, PrivateRelease
 from client.site import Site
 from common.config.study import DpSgd, Study
 from common.config.yaml import Section
@@ -16,7 +16,7 @@ _calibrated = lru_cache(maxsize=128)(find_noise_multiplier)
 class PrivacyPlan(Section):
     """DP-SGD as a site runs it; no number of it depends on who trains there."""
 
-    round: PrivateRound
+    round: PrivateRelease
     """Of one round."""
     rounds: Count
     """So many at most, the spare ones among them."""
@@ -55,7 +55,7 @@ def plan_privacy(site: Site, study: Study, privacy: DpSgd) -> PrivacyPlan:
     sigma = _calibrated(
         epsilon=privacy.epsilon, delta=privacy.delta, sample_rate=rate, steps=steps * rounds
     )
-    one = PrivateRound(
+    one = PrivateRelease(
         mechanism=privacy.mechanism,
         noise_multiplier=sigma,
         sample_rate=rate,

@@ -140,14 +140,16 @@ def _views(examples: Examples, indices: Tensor, seed: int) -> Tensor | int:
     return torch.randint(views, (len(indices),), generator=generator)
 
 
-def evaluate(suffix: nn.Module, examples: Examples, classes: int) -> Counts:
-    """Counts of `suffix` on the images themselves (view 0); no randomness."""
+def evaluate(
+    suffix: nn.Module, examples: Examples, classes: int, some: Tensor | None = None
+) -> Counts:
+    """Counts of `suffix` on the images themselves (view 0), all of them or some; no randomness."""
     device = next(suffix.parameters()).device
     counts = Counts.zero(classes)
     suffix.eval()
     with torch.inference_mode():
-        for start in range(0, len(examples), _EVALUATION_BATCH):
-            indices = torch.arange(start, min(start + _EVALUATION_BATCH, len(examples)))
+        at = torch.arange(len(examples)) if some is None else some
+        for indices in at.split(_EVALUATION_BATCH) if len(at) else ():
             logits = suffix(examples.batch(indices, 0, device))
             counts = counts + Counts.of(logits.float().cpu(), examples.labels[indices])
     return counts

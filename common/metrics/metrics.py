@@ -1,5 +1,6 @@
 """Metrics from counts that add up: figures of the union of images, never a mean of means."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
@@ -7,7 +8,7 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from common.errors import ContractError, RunError
+from common.errors import ContractError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,16 +39,19 @@ class Counts:
       negative: int64 [K, BINS], the same for the images of all other classes. Both are empty for
         images whose scores are withheld: figures of scores are then of the other images alone.
       loss_sum: cross-entropy in nats, summed over the images with scores.
+      noise: Standard deviation of the noise in each cell of `confusion`; 0 where there is none.
+        With noise, cells and totals may be negative, and shares of them are cut to 0 and 1.
     """
 
     confusion: Ints
     positive: Ints
     negative: Ints
     loss_sum: float
+    noise: float = 0.0
 
     @property
     def n(self) -> int:
-        """How many images were counted."""
+        """How many images were counted; with noise, about how many."""
         return int(self.confusion.sum())
 
     @property
@@ -66,14 +70,11 @@ class Counts:
     def of(cls, logits: "Tensor", labels: "Tensor") -> Self:
         """Count one batch: logits float [n, K], labels int [n] in 0..K-1.
 
-        Raises:
-          RunError: a logit is NaN or infinite.
+        An image with a logit that is no finite number counts as wrong, for sure: an error would
+        tell the server that there is such an image.
         """
-        z = logits.detach().cpu().double().numpy()
         truth = labels.detach().cpu().long().numpy()
-        if not np.isfinite(z).all():
-            remedy = "The model diverged: lower train.lr."
-            raise RunError("logits", expected="numbers", got="NaN or inf", remedy=remedy)
+        z = _finite(logits.detach().cpu().double().numpy(), truth)
         classes = z.shape[1]
         log_p, log_odds = _log_scores(z)
         bins = np.floor((np.arcsinh(log_odds) + REACH) * (BINS / (2 * REACH)))
@@ -92,12 +93,13 @@ class Counts:
             self.positive + other.positive,
             self.negative + other.negative,
             self.loss_sum + other.loss_sum,
+            math.hypot(self.noise, other.noise),
         )
 
-    def unscored(self, confusion: Ints) -> Self:
+    def unscored(self, confusion: Ints, noise: float = 0.0) -> Self:
         """These counts without scores and losses, with another confusion matrix."""
         nothing = np.zeros_like(self.positive)
-        return type(self)(confusion, nothing, nothing, 0.0)
+        return type(self)(confusion, nothing, nothing, 0.0, noise)
 
     def sparse(self) -> Sparse:
         """These counts for the wire: each array as [index, count, …] of its non-zero cells."""
@@ -106,11 +108,17 @@ class Counts:
             "positive": _pairs(self.positive),
             "negative": _pairs(self.negative),
             "loss_sum": self.loss_sum,
+            "noise": self.noise,
         }
 
     @classmethod
     def from_sparse(
-        cls, record: Mapping[str, object], classes: int, *, scored: bool = True
+        cls,
+        record: Mapping[str, object],
+        classes: int,
+        *,
+        scored: bool = True,
+        noised: bool = False,
     ) -> Self:
         """The counts another machine sent, trusting none of it.
 
@@ -118,14 +126,16 @@ class Counts:
           record: what `sparse` gave there.
           classes: K as agreed at join; sizes come from here, never from the record.
           scored: Whether it must have the scores of all images, or of none.
+          noised: Whether its cells must have noise, or none.
 
         Raises:
           ContractError: a key, type, index, count or total is not what `sparse` could have given.
         """
-        keys = {"confusion", "positive", "negative", "loss_sum"}
+        keys = {"confusion", "positive", "negative", "loss_sum", "noise"}
         if set(record) != keys:
             raise _bad("", f"the keys {sorted(keys)}", f"{len(record)} keys that are not those")
-        confusion = _dense("confusion", record["confusion"], classes, classes)
+        least = -MOST if noised else 1
+        confusion = _dense("confusion", record["confusion"], classes, classes, least=least)
         positive = _dense("positive", record["positive"], classes, BINS)
         negative = _dense("negative", record["negative"], classes, BINS)
         images = confusion.sum(axis=1) * scored
@@ -134,7 +144,14 @@ class Counts:
         if (negative.sum(axis=1) != images.sum() - images).any():
             raise _bad("negative", "as many images outside each class as in confusion", "others")
         loss_sum = _loss_sum(record["loss_sum"], int(images.sum()))
-        return cls(confusion, positive, negative, loss_sum)
+        return cls(confusion, positive, negative, loss_sum, _noise(record["noise"], noised))
+
+
+def _finite(z: Floats, truth: Ints) -> Floats:
+    """Logits [n, K], with those of a row that is not finite as wrong as a histogram can show."""
+    good = np.isfinite(z).all(axis=1, keepdims=True)
+    wrong = np.eye(z.shape[1])[(truth + 1) % z.shape[1]] * math.sinh(REACH)
+    return np.where(good, z, wrong)
 
 
 def _log_scores(z: Floats) -> tuple[Floats, Floats]:
@@ -171,18 +188,19 @@ def _bad(key: str, expected: str, got: object) -> ContractError:
     return ContractError(where, expected=expected, got=got)
 
 
-def _dense(key: str, pairs: object, rows: int, columns: int) -> Ints:
+def _dense(key: str, pairs: object, rows: int, columns: int, *, least: int = 1) -> Ints:
     """The array [rows, columns] behind `_pairs`, or a ContractError."""
     size = rows * columns
     if not isinstance(pairs, list) or len(pairs) % 2 or len(pairs) > 2 * size:
         raise _bad(key, f"a list of at most {size} pairs", type(pairs).__name__)
-    if any(type(number) is not int or not 0 <= number <= MOST for number in pairs):
-        raise _bad(key, f"whole numbers from 0 to {MOST}", "something else")
+    if any(type(number) is not int or not -MOST <= number <= MOST for number in pairs):
+        raise _bad(key, f"whole numbers up to {MOST}", "something else")
     at, count = np.array(pairs, np.int64).reshape(-1, 2).T
-    if (np.diff(at) <= 0).any() or (at >= size).any():
-        raise _bad(key, f"rising indices below {size}", "others")
-    if (count < 1).any() or count.sum() > rows * MOST:
-        raise _bad(key, f"counts from 1, {rows * MOST} together at most", "others")
+    if (np.diff(at) <= 0).any() or ((at < 0) | (at >= size)).any():
+        raise _bad(key, f"rising indices from 0, below {size}", "others")
+    if (count < least).any() or not count.all() or abs(count.sum()) > rows * MOST:
+        expected = f"counts from {least}, none of them 0, {rows * MOST} together at most"
+        raise _bad(key, expected, "others")
     flat = np.zeros(size, np.int64)
     flat[at] = count
     return flat.reshape(rows, columns)
@@ -191,6 +209,12 @@ def _dense(key: str, pairs: object, rows: int, columns: int) -> Ints:
 def _loss_sum(value: object, n: int) -> float:
     if not isinstance(value, float) or not np.isfinite(value) or value < 0 or (n == 0 and value):
         raise _bad("loss_sum", "a finite sum of losses, at least 0, and 0 without scores", value)
+    return value
+
+
+def _noise(value: object, noised: bool) -> float:
+    if not isinstance(value, float) or not 0 <= value <= MOST or (value > 0) != noised:
+        raise _bad("noise", "a deviation above 0" if noised else "no noise", value)
     return value
 
 
@@ -214,7 +238,7 @@ def sensitivity(counts: Counts, k: int) -> float | None:
 def specificity(counts: Counts, k: int) -> float | None:
     """Share of the other classes' images that were not called k; None without such images."""
     others = np.delete(counts.confusion, k, axis=0)
-    return _number(_ratio(others.sum() - others[:, k].sum(), others.sum()))
+    return _number(_share(others.sum() - others[:, k].sum(), others.sum()))
 
 
 def class_auroc(counts: Counts, k: int) -> float | None:
@@ -223,7 +247,7 @@ def class_auroc(counts: Counts, k: int) -> float | None:
 
 
 def _accuracy(counts: Counts) -> float | None:
-    return _number(_ratio(np.trace(counts.confusion), counts.n))
+    return _number(_share(np.trace(counts.confusion), counts.n))
 
 
 def _balanced_accuracy(counts: Counts) -> float | None:
@@ -234,7 +258,7 @@ def _f1(counts: Counts) -> float | None:
     """Macro F1 over the classes that have images."""
     right = np.diagonal(counts.confusion)
     true, called = counts.confusion.sum(axis=1), counts.confusion.sum(axis=0)
-    return _macro(np.where(true > 0, _ratio(2 * right, true + called), np.nan))
+    return _macro(np.where(true > 0, _share(2 * right, true + called), np.nan))
 
 
 def _auroc(counts: Counts) -> float | None:
@@ -277,7 +301,7 @@ def better(name: str, a: float | None, b: float | None) -> bool:
 
 
 def _recalls(counts: Counts) -> Floats:
-    return _ratio(np.diagonal(counts.confusion), counts.confusion.sum(axis=1))
+    return _share(np.diagonal(counts.confusion), counts.confusion.sum(axis=1))
 
 
 def _aurocs(counts: Counts) -> Floats:
@@ -285,6 +309,12 @@ def _aurocs(counts: Counts) -> Floats:
     below = counts.negative.cumsum(axis=1) - counts.negative / 2
     pairs = counts.positive.sum(axis=1, dtype=np.float64) * counts.negative.sum(axis=1)
     return _ratio((counts.positive * below).sum(axis=1), pairs)
+
+
+def _share(part: object, whole: object) -> Floats:
+    """The ratio of counts; noise may take it out of 0 to 1, so it is cut."""
+    cut: Floats = _ratio(part, whole).clip(0, 1)
+    return cut
 
 
 def _ratio(part: object, whole: object) -> Floats:

@@ -27,7 +27,7 @@ def intervals(
     It does not know that images share a patient (then it is too narrow), nor what training again
     would give (see `t_interval`). Counts do not tell which scores belong to one image, so with
     three classes or more the AUROC's interval is 10 to 20 % too narrow. A figure free of errors
-    has an interval of width zero.
+    has an interval of width zero. Where cells have noise, it is drawn again, too.
 
     Args:
       counts: of one model on one set of images.
@@ -38,17 +38,18 @@ def intervals(
     Returns:
       An estimate per name, None where the metric is undefined.
     """
-    if not counts.n:
+    if counts.n <= 0:
         return dict.fromkeys(names)
     figures = {name: value(counts, name) for name in names}
-    # Fixed totals per class: a metric defined once is defined in every draw.
+    # Fixed totals per class: a metric defined once is defined in every draw, but for noise.
     drawn = np.array(
         [[value(again, name) for name in names] for again in _redraws(counts, seed, draws)],
         np.float64,
     )
     result: dict[str, Estimate | None] = {}
     for (name, figure), column in zip(figures.items(), drawn.T, strict=True):
-        low, high = np.quantile(column, (0.025, 0.975))
+        defined = column[~np.isnan(column)] if figure is not None else np.zeros(1)
+        low, high = np.quantile(defined, (0.025, 0.975))
         result[name] = None if figure is None else Estimate(figure, float(low), float(high))
     return result
 
@@ -60,6 +61,8 @@ def _redraws(counts: Counts, seed: int, draws: int) -> Iterator[Counts]:
     nats = np.logaddexp(0, -CENTRES[used])  # the loss of an image, from its class's log-odds
     for _ in range(draws):
         confusion, own, rest = (_redraw(a, rng) for a in (counts.confusion, positive, negative))
+        if counts.noise:
+            confusion = confusion + rng.normal(0, counts.noise, confusion.shape).round().astype(int)
         loss_sum = counts.loss_sum + float(((own - positive) @ nats).sum())
         yield Counts(confusion, own, rest, loss_sum)
 
@@ -68,8 +71,9 @@ def _redraw(counts: Ints, rng: np.random.Generator) -> Ints:
     """Each row drawn again with its own total and shares."""
     if not counts.size:  # scores are withheld
         return counts
-    totals = counts.sum(axis=1)
-    return rng.multinomial(totals, counts / np.maximum(totals, 1)[:, None])
+    some = np.maximum(counts, 0)  # noise may have made cells negative: they keep their mean
+    totals = some.sum(axis=1)
+    return counts - some + rng.multinomial(totals, some / np.maximum(totals, 1)[:, None])
 
 
 # --- over seeds ---

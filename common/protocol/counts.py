@@ -11,13 +11,18 @@ from common.protocol.fields import get_part
 
 
 def read_counts(
-    record: RecordDict, key: str, images: Sequence[int] | None, disclosure: Disclosure
+    record: RecordDict,
+    key: str,
+    images: Sequence[int] | None,
+    classes: int,
+    disclosure: Disclosure,
 ) -> Counts:
-    """Counts of exactly these images of each class, no finer than the site disclosed at join."""
-    told, base = get_part(record.metric_records, key), disclosure.base
-    counts = Counts.from_sparse(told, len(images or ()), scored=base == 1)
-    if counts.confusion.sum(axis=1).tolist() != list(images or ()):
+    """Counts no finer than the site disclosed at join, and of the images it told, if it did."""
+    told, noised = get_part(record.metric_records, key), disclosure.epsilon is not None
+    scored = disclosure.tells_scores
+    counts = Counts.from_sparse(told, classes, scored=scored, noised=noised)
+    if not noised and counts.confusion.sum(axis=1).tolist() != list(images or ()):
         raise ContractError("counts of other images than it told at join")
-    if disclosure.coarse(counts).sparse() != counts.sparse():
+    if not noised and (counts.confusion % disclosure.base).any():
         raise ContractError("counts finer than it disclosed at join")
     return counts

@@ -62,13 +62,13 @@ class FinalReply:
         return RecordDict({part: MetricRecord(told.sparse()) for part, told in parts.items()})
 
     @classmethod
-    def read(cls, record: RecordDict, joined: JoinReply) -> "FinalReply":
+    def read(cls, record: RecordDict, classes: int, joined: JoinReply) -> "FinalReply":
         """Back from Flower; raises `ContractError` unless it is exactly as told at join."""
         if joined.disclosure.metrics == "none":
             check_parts(record)
             return cls(counts=None)
         check_parts(record, VALIDATION, TEST)
         told, disclosure = joined.images, joined.disclosure
-        validation = read_counts(record, VALIDATION, told.validation, disclosure)
-        test = read_counts(record, TEST, told.test, disclosure)
+        validation = read_counts(record, VALIDATION, told.validation, classes, disclosure)
+        test = read_counts(record, TEST, told.test, classes, disclosure)
         return cls(counts=FinalCounts(validation=validation, test=test))

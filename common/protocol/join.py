@@ -68,12 +68,13 @@ class JoinReply(Section):
 
     @model_validator(mode="after")
     def _tells_what_it_says(self) -> Self:
-        disclosure, silent = self.disclosure, self.disclosure.counts == "none"
+        disclosure = self.disclosure
         told = list(zip(self.patients.all, self.images.all, strict=True))
         if any((patients is None) != (images is None) for patients, images in told):
             raise ValueError("expected both patients and images of a part, or neither")
+        there = [patients is not None for patients in self.patients.all]
         # Under privacy training patients are not told, whatever else is.
-        if any((patients is None) != silent for patients, _ in (told if silent else told[1:])):
+        if there[1:] != [disclosure.tells_held_out] * 2 or there[0] > disclosure.tells:
             raise ValueError("expected the parts that it says it tells")
         numbers = [n for patients, images in told for n in (patients or 0, *(images or ()))]
         if any(n % disclosure.base for n in numbers):

@@ -71,8 +71,8 @@ def make_round_config(study: str) -> ConfigRecord:
 class Figures:
     """What a site tells about a round beside its tensors."""
 
-    train_loss: float | None
-    """Mean over the images seen; None where losses are withheld."""
+    train_loss: float
+    """Mean over the images seen."""
     counts: Counts
     """Of the tensors received, on the site's validation patients."""
 
@@ -91,9 +91,8 @@ class RoundReply:
     def record(self) -> RecordDict:
         """As Flower sends it."""
         record = RecordDict({ARRAYS: self.arrays, LEDGER_HEAD: self.ledger.record()})
-        if self.figures and self.figures.train_loss is not None:
-            record[METRICS] = MetricRecord({LOSS: self.figures.train_loss})
         if self.figures:
+            record[METRICS] = MetricRecord({LOSS: self.figures.train_loss})
             record[VALIDATION] = MetricRecord(self.figures.counts.sparse())
         return record
 
@@ -107,9 +106,7 @@ class RoundReply:
           joined: What the site told at join.
         """
         tells = joined.disclosure.metrics == "every_round"
-        scored = tells and joined.disclosure.tells_scores
-        expected = {ARRAYS: True, LEDGER_HEAD: True, METRICS: scored, VALIDATION: tells}
-        check_parts(record, *(name for name, there in expected.items() if there))
+        check_parts(record, ARRAYS, LEDGER_HEAD, *((METRICS, VALIDATION) if tells else ()))
         arrays = get_part(record.array_records, ARRAYS)
         from_arrays(arrays, shapes)
         ordered = ArrayRecord({name: arrays[name] for name in shapes})
@@ -118,9 +115,8 @@ class RoundReply:
 
 
 def _figures(record: RecordDict, joined: JoinReply) -> Figures:
-    counts = read_counts(record, VALIDATION, joined.images.validation, joined.disclosure)
-    if not joined.disclosure.tells_scores:
-        return Figures(train_loss=None, counts=counts)
+    images = joined.images.validation
+    counts = read_counts(record, VALIDATION, images, len(images or ()), joined.disclosure)
     metrics = get_part(record.metric_records, METRICS)
     if set(metrics) != {LOSS}:
         raise ContractError("metrics other than the agreed ones")

@@ -31,8 +31,7 @@ T = TypeVar("T")
 
 # What the server may say about a site's public code; anything else a site sends is not repeated.
 _MEANING = {
-    "refused": "its policy refuses this study",
-    "data": "its images or labels cannot be used",
+    "refused": "its policy or its data do not let it take part",
     "site": "its site file or its ledger is wrong",
     "backbone": "it lacks the backbone's weights",
     "study": "it cannot read the study",

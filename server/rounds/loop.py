@@ -122,7 +122,7 @@ class Run:
         lines = [self._line(number, name, reply) for name, reply in replies.items()]
         heads = {name: reply.ledger for name, reply in replies.items()}
         self._heads.keep_heads(heads)
-        losses = {n: f.train_loss for n, f in told.items() if f.train_loss is not None}
+        losses = {name: figures.train_loss for name, figures in told.items()}
         total = sum(weight[name] for name in losses)
         mean = sum(weight[n] * x for n, x in losses.items()) / total if losses else None
         lines.append(_line(number, None, mean, self._bytes * len(replies), counts))
@@ -204,9 +204,12 @@ class Run:
             return [Message(request, member.node, MessageType.EVALUATE) for member in members]
 
         def read(member: Member, record: RecordDict) -> FinalReply:
-            return FinalReply.read(record, member.reply)
+            return FinalReply.read(record, len(self._study.classes), member.reply)
 
-        members = self._federation.members
+        history = self._folder.read_history()
+        trained = {line["site"] for line in history if line["round"] <= self._last.round}
+        # Who was drawn for no round took no part, and answers nothing about its patients.
+        members = [m for m in self._federation.members if not m.trains or m.name in trained]
         everyone = len(members)
         replies = self._ask("evaluation", members, everyone, messages, read, enough=everyone)
         told = {name: reply.counts for name, reply in replies.items() if reply.counts}

@@ -120,7 +120,10 @@ def read_results(path: Path, classes: int) -> tuple[Results, dict[str, Any]]:
     results = {
         way: {
             name: Counts.from_sparse(
-                site["counts"], classes, scored=bool(site["counts"]["positive"])
+                site["counts"],
+                classes,
+                scored=bool(site["counts"]["positive"]),
+                noised=bool(site["counts"]["noise"]),
             )
             for name, site in result["sites"].items()
         }

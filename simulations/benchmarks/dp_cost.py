@@ -11,7 +11,7 @@ from torch import nn
 from client.features.extract import Prepared
 from client.features.store import Rows
 from client.privacy import dp_sgd, self_check
-from client.privacy.parameters import PrivateRound
+from client.privacy.parameters import PrivateRelease
 from client.privacy.plan import PrivacyPlan
 from client.privacy.sampling import Patients
 from client.training import trainer
@@ -47,7 +47,7 @@ def _contenders(
     examples, suffix = _ready(backbone, depth, private=False)
     protected, private = _ready(backbone, depth, private=True)
     rate, steps = _BATCH / _ROWS, _ROWS // _BATCH
-    one = PrivateRound(
+    one = PrivateRelease(
         mechanism="dp_sgd",
         noise_multiplier=1.0,
         sample_rate=rate,

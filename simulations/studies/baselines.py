@@ -49,9 +49,7 @@ def train_baselines(study: Study, site_files: Sequence[Path], runtime: Runtime) 
 
 def _tested(sessions: Sequence[Session], model: Tensors) -> dict[str, Counts]:
     return {
-        session.prepared.site.name: session.prepared.offer.disclosure.coarse(
-            session.evaluate(model, "test")
-        )
+        session.prepared.site.name: session.tell(model, "test")[0]
         for session in sessions
         if session.prepared.offer.disclosure.metrics != "none"
     }

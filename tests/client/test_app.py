@@ -20,13 +20,15 @@ from client.features.store import Store
 from client.ledger.entries import Release, Sent
 from client.ledger.ledger import Ledger, read_ledger
 from client.ledger.release import Reply, release
-from client.privacy.parameters import PrivateRound
+from client.ledger.spending import Spending
+from client.privacy.held_out import plan_end
+from client.privacy.parameters import PrivateRelease
 from client.session import Session
 from client.site import Site
 from common.flower.messages import recorddict_to_proto
 from common.model.contract import digest
 from common.model.network import Network
-from common.protocol.final import FinalRequest
+from common.protocol.final import FinalReply, FinalRequest
 from common.protocol.join import JoinReply, JoinRequest
 from common.protocol.ledger import LEDGER, LedgerReply, LedgerRequest
 from common.protocol.round import make_round_config
@@ -173,7 +175,9 @@ def test_a_line_names_all_that_left(tmp_path):
     assert {"name", "role", "patients.train", "images.test", "ledger.hash"} <= set(told[0])
     for reply, names in ((first, told[1]), (final, told[2])):
         records = reply.content.metric_records
-        assert sorted(names) == sorted(f"{part}.{key}" for part in records for key in records[part])
+        assert sorted(names) == sorted(
+            f"{part}.{key}" for part in records for key in records[part] if records[part][key]
+        )
     assert "metrics.train-loss" in told[1]
     assert not join.has_error()
     silent = Server(hospital(tmp_path / "silent", policy={"disclose": {"counts": "none"}}), study())
@@ -210,6 +214,7 @@ def test_an_error_leaves_no_line_and_no_figure(server):
 
 @pytest.mark.parametrize("room", [0, 1, 200])
 def test_nothing_leaves_if_the_disk_is_full(server, room):
+    server.round()
     path = state(server) / "ledger.jsonl"
     before = path.read_bytes()
     with limited(resource.RLIMIT_FSIZE, len(before) + room):
@@ -294,6 +299,181 @@ def test_a_thousand_questions_get_no_more_than_was_agreed(tmp_path):
     assert server.final(7).error.reason == "contract"
 
 
+def test_a_site_that_trains_answers_no_end_before_a_round_of_its_own(server, caplog):
+    assert server.final().error.reason == "contract"
+    assert "expected a round of this site before the end, got none" in caplog.text
+    server.round()
+    assert not server.final().has_error()
+
+
+def test_the_models_of_its_own_rounds_are_no_news_where_figures_are_told_every_round(server):
+    for seed in range(3):
+        server.round(seed + 1, seed=seed)
+    for seed in (0, 1, 2, 7, 2, 0, 7):  # its own, and one more: the last average
+        assert not server.final(seed).has_error()
+    assert server.final(8).error.reason == "contract"
+
+
+def test_a_site_that_only_evaluates_answers_of_one_model(tmp_path):
+    server = Server(hospital(tmp_path / "ward", role="evaluate"), study())
+    server.join()
+    assert not server.final(0).has_error()
+    assert server.final(1).error.reason == "contract"
+
+
+# --- held-out patients with an ε of their own ---
+
+NOISED = {"delta": 1e-5, "disclose": {"counts": "exact", "epsilon": 1.0}}
+
+
+def test_an_end_with_an_epsilon_is_reserved_sealed_and_sent_and_the_same_again(tmp_path):
+    server = Server(hospital(tmp_path / "ward", policy=NOISED), study())
+    joined = JoinReply.read(server.join().content)
+    assert (joined.images.validation, joined.images.test) == (None, None)
+    assert joined.images.train == (2, 2)  # of a study without privacy
+    assert not server.round().content.metric_records
+    first = server.final()
+    lines = [e for e in read_ledger(state(server)) if e.n > 1 and e.release.kind == "final"]
+    assert [line.state for line in lines] == ["reserved", "sealed", "sent"]
+    spent = Spending.of(read_ledger(state(server)), 1e-5)
+    assert spent.ends == 1
+    assert 0.97 < spent.held_out() <= 1.0
+    assert spent.total() == 0.0  # of training patients
+    RUNTIME.close_sites()
+    RUNTIME.close_sessions()
+    assert sha256(server.final()) == sha256(first)  # nothing is drawn anew
+    assert server.final(seed=5).error.reason == "contract"
+    spent = Spending.of(read_ledger(state(server)), 1e-5)
+    assert spent.ends == 1
+
+
+def test_an_end_with_an_epsilon_tells_noise(tmp_path):
+    """Of two test patients, cells are told that no confusion matrix of theirs could have."""
+    server = Server(hospital(tmp_path / "ward", policy=NOISED), study())
+    server.join(), server.round()
+    told = server.final().content
+    reply = FinalReply.read(told, 2, JoinReply.read(server.join().content))
+    assert reply.counts.test.noise == pytest.approx(plan_end(1.0, 1e-5).noise_multiplier)
+    cells = [*reply.counts.test.confusion.ravel(), *reply.counts.validation.confusion.ravel()]
+    assert max(abs(n) for n in cells) < 40
+    assert min(cells) < 0 or max(cells) > 2
+
+
+def test_two_ends_add_up_and_training_stays_apart(tmp_path):
+    file = hospital(tmp_path / "ward", policy=NOISED)
+    for seed in (1, 2):
+        server = Server(file, study(seed=seed))
+        server.join(), server.round(), server.final()
+    spent = Spending.of(read_ledger(state(server)), 1e-5)
+    assert spent.ends == 2
+    assert 1.3 < spent.held_out() < 1.6  # √2 and a little: Gaussian noise composes
+    assert spent.total() == 0.0
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_threshold_at_one_patients_score_tells_nothing_certain(tmp_path):
+    """Two models that differ on one test patient alone, told to a site that rounds.
+
+    The attacker knows all other patients and how they are scored. Rounding to the nearest multiple
+    made both answers a function of the cells, so that in one of ten directions they differed by a
+    whole ten exactly if the patient was there. Now their coins are others: over sites alike but for
+    their secret, the answers say the same with the patient and without, but for one in ten.
+    """
+    file = hospital(tmp_path / "ward", patients=8, policy=COARSE)
+    server = Server(file, study())
+    server.join()
+    session = server.session
+
+    def shifted(by):
+        model = server.model(1)
+        (bias,) = (name for name, t in model.items() if t.shape == (len(CLASSES),))
+        return {**model, bias: model[bias] + torch.tensor([float(by), 0.0])}
+
+    def cells(model):
+        return session.evaluate(model, "test").confusion
+
+    # A threshold that splits a class, sought by halving; and a model that decides alike.
+    low, high = -50.0, 50.0
+    while (cells(shifted((low + high) / 2)) > 0).sum() <= 2:
+        dark = cells(shifted((low + high) / 2))[:, 0].sum()
+        low, high = ((low + high) / 2, high) if dark <= 2 else (low, (low + high) / 2)
+        assert high - low > 1e-9
+    below = shifted((low + high) / 2)
+    above = {name: 2 * tensor for name, tensor in below.items()}
+    assert (cells(below) == cells(above)).all()
+    assert digest(below) != digest(above)
+    differ = 0
+    for k in range(60):
+        (state(server) / "secret").write_bytes(bytes([k]) * 32)
+        a, b = (session.tell(model, "test")[0].confusion for model in (below, above))
+        differ += bool((a != b).any())
+    # Though nothing moved, the answers differ: that they do is no evidence of a patient.
+    assert 0 < differ < 60
+
+
+# --- every answer that was computed on patients has a line ---
+
+
+def test_every_error_about_patients_has_a_line_before_it_leaves(server):
+    """A withdrawn patient shows in a word; the word is on record, and tells no more than no."""
+    server.round()
+    exclusions.exclude_patient(Site.read(server.file), PATIENT.format(3))
+    RUNTIME.close_sessions()
+    before = len(left(server))
+    for reply in (server.round(2), server.final(0)):
+        assert reply.error.reason == "refused"
+    lines = left(server)[before:]
+    assert [(line.release.kind, line.contents.metrics) for line in lines] == [
+        ("round", ("refused",)),
+        ("final", ("refused",)),
+    ]
+
+
+def test_a_refused_study_bad_data_and_a_withdrawn_patient_look_alike(tmp_path):
+    strict = hospital(tmp_path / "strict", policy={"min_patients": 1000})
+    torn = hospital(tmp_path / "torn")
+    (torn.parent / PICTURE.format(0)).write_bytes(b"no image")
+    labelled = hospital(tmp_path / "labelled")
+    words = []
+    for file, wanted in (
+        (strict, study()),
+        (torn, study()),
+        (labelled, study(classes=("dark", "grey"))),
+    ):
+        server = Server(file, wanted)
+        words.append(server.join().error.reason)
+        assert [line.contents.metrics for line in left(server)] == [("refused",)]
+    assert words == ["refused"] * 3
+
+
+def test_an_unforeseen_error_has_a_line_too(server, monkeypatch):
+    def broken(*_, **__):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(server.session, "work", broken)
+    assert server.round().error.reason == "internal"
+    assert left(server)[-1].contents.metrics == ("internal",)
+    assert left(server)[-1].release.received == digest(server.model())
+
+
+@pytest.mark.usefixtures("quick")
+def test_no_model_makes_the_figures_fail(tmp_path):
+    """Logits beyond any number count as wrong: one answer, on record, and no oracle of its own.
+
+    A server used to send models that overflow on some images and not on others, and read the
+    word of the error, for which there was no line and no limit.
+    """
+    server = Server(hospital(tmp_path / "ward", policy=COARSE), study())
+    server.join()
+    server.round()
+    overflow = {name: torch.full_like(t, 1e4) for name, t in server.model().items()}
+    request = FinalRequest(study=server.study.id, arrays=to_arrays(overflow))
+    reply = server.send(request.record(), MessageType.EVALUATE)
+    assert not reply.has_error()
+    assert left(server)[-1].release.received == digest(overflow)
+    assert server.final(3).error.reason == "contract"  # it was the end
+
+
 @pytest.mark.usefixtures("quick")
 def test_rejoining_does_not_make_it_tell_more(tmp_path):
     server = Server(hospital(tmp_path / "ward", policy=COARSE), study())
@@ -311,7 +491,7 @@ def test_sealed_replies_of_a_study_that_ended_go_at_the_next_join(server):
     outbox = state(server) / "outbox"
 
     def seal(of):
-        privacy = PrivateRound(
+        privacy = PrivateRelease(
             mechanism="dp_sgd",
             noise_multiplier=1.0,
             sample_rate=0.1,
@@ -325,6 +505,7 @@ def test_sealed_replies_of_a_study_that_ended_go_at_the_next_join(server):
 
     seal(server.study.id)
     seal("f" * 16)
+    server.round()
     server.final()
     server.join()  # the same study: it may be resumed
     assert len(list(outbox.iterdir())) == 2

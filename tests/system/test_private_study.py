@@ -261,7 +261,7 @@ def test_too_few_sites_that_can_pay_end_the_study_with_the_reason(phantoms, tmp_
     wanted = study(aggregate={"quorum": 4})
     tight = {"max_epsilon": 3.0, "delta": DELTA}
     files = settle(wanted, phantoms, tmp_path / "run", north=tight)
-    with pytest.raises(RunError, match=r"4 training sites .*policy refuses this study"):
+    with pytest.raises(RunError, match=r"4 training sites .*its policy or its data do not let it"):
         simulate_run(server_app, client_app, files, tmp_path / "run")
 
 

@@ -29,7 +29,8 @@ from client.privacy.accountant import (
     compute_epsilon,
     compute_filtered_epsilon,
 )
-from client.privacy.parameters import PrivateRound
+from client.privacy.held_out import plan_end
+from client.privacy.parameters import PrivateRelease
 from client.site import Site
 from common.config.study import Study
 from common.config.yaml import dump
@@ -87,8 +88,8 @@ def study(folder: Path, **changes: object) -> Path:
     return path
 
 
-def privacy(noise: float = 1.0, steps: int = 16) -> PrivateRound:
-    return PrivateRound(
+def privacy(noise: float = 1.0, steps: int = 16) -> PrivateRelease:
+    return PrivateRelease(
         mechanism="dp_sgd",
         noise_multiplier=noise,
         sample_rate=0.05,
@@ -129,7 +130,22 @@ def test_the_ledger_adds_up_over_studies_and_counts_the_rest_apart(
     assert rows["chest"] == ["chest", CHEST, "0", "–", "–", "–", "–", "3", "rounds"]
     assert f"total ε {spent:.2f} at δ = 1e-05 by PRV; {8 - spent:.2f} left of max_epsilon 8" in text
     assert "3 rounds not accounted: trained without differential privacy" in text
-    assert "added or removed. Validation and test patients it does not cover" in text
+    assert "added or removed. Validation and test patients have an ε of their own" in text
+    assert "held-out patients" not in text  # no study has ended with one
+
+
+def test_the_ends_of_studies_are_added_up_apart(command: Command, tmp_path: Path) -> None:
+    spend(tmp_path / "state")
+    end = plan_end(0.5, 1e-5)
+    with Ledger(tmp_path / "state") as ledger:
+        for of in (SKIN, CHEST):
+            ledger.reserve(Release(study=of, name="x", kind="final", privacy=end))
+    policy = {"delta": 1e-5, "disclose": {"epsilon": 0.5}}
+    code, text = command("ledger", site(tmp_path, policy=policy))
+    assert code == 0, text
+    assert f"total ε {compute_epsilon([DpEvent(1.0, 0.05, 48)], 1e-5):.2f}" in text
+    told = compute_epsilon([end.event] * 2, 1e-5)
+    assert f"held-out patients: ε {told:.2f} at δ = 1e-05, by 2 ends" in text
 
 
 def test_several_studies_compose_and_are_not_just_added(command: Command, tmp_path: Path) -> None:

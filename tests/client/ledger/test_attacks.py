@@ -14,11 +14,11 @@ from client.ledger.entries import Contents, Created, Release, Sealed, find_adopt
 from client.ledger.ledger import Ledger, read_ledger
 from client.ledger.place import describe_place
 from client.ledger.spending import Spending
-from client.privacy.parameters import PrivateRound
+from client.privacy.parameters import PrivateRelease
 from common.errors import SiteError
 
 STUDY, DELTA, ROUNDS = "1" * 16, 1e-5, 5
-PRIVACY = PrivateRound(
+PRIVACY = PrivateRelease(
     mechanism="dp_sgd", noise_multiplier=2.0, sample_rate=1.0, steps=1, delta=DELTA, clip_norm=1.0
 )
 CONTENTS = Contents(tensors={}, metrics=(), bytes=1, sha256="c" * 64)
@@ -194,7 +194,7 @@ def test_adopting_after_one_damaged_byte_gives_no_budget_back(state, line):
         assert epsilon(here) == before
         with Ledger(here) as ledger:
             lost = line == 16 and at != -1
-            assert ledger.ends == ({} if lost else {STUDY: frozenset({"0" * 64})})
+            assert ledger.models(STUDY, "final") == (set() if lost else {"0" * 64})
 
 
 def test_adopting_again_and_again_gives_nothing_back_either(state):
@@ -209,7 +209,7 @@ def test_adopting_again_and_again_gives_nothing_back_either(state):
         assert find_adopted(found).epsilon >= 1.0
         assert Spending(found, DELTA).total() >= before + 1.0
         with Ledger(state) as ledger:
-            assert ledger.ends == {STUDY: frozenset({"0" * 64})}
+            assert ledger.models(STUDY, "final") == {"0" * 64}
 
 
 def test_what_was_sealed_or_sent_proves_what_was_reserved(state):

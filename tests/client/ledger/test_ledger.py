@@ -16,12 +16,12 @@ from client.ledger.entries import Contents, Release, find_adopted, list_events
 from client.ledger.ledger import Ledger, read_ledger
 from client.ledger.place import describe_place
 from client.privacy.accountant import DpEvent
-from client.privacy.parameters import PrivateRound
+from client.privacy.parameters import PrivateRelease
 from common.errors import SiteError
 from tests.processes import another, limited
 
 STUDY, OTHER = "1" * 16, "2" * 16
-PRIVACY = PrivateRound(
+PRIVACY = PrivateRelease(
     mechanism="dp_sgd",
     noise_multiplier=1.25,
     sample_rate=0.0625,

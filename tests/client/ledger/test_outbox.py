@@ -21,14 +21,14 @@ from client.ledger.entries import Release, find_adopted, list_events
 from client.ledger.ledger import Ledger, read_ledger
 from client.ledger.outbox import Outbox
 from client.ledger.release import Reply, release
-from client.privacy.parameters import PrivateRound
+from client.privacy.parameters import PrivateRelease
 from common.errors import RefusedError, SiteError
 
 STUDY, OTHER = "1" * 16, "2" * 16
 
 
 def a_round(number=1, *, study=STUDY, noise=1.0, private=True, received="a"):
-    privacy = PrivateRound(
+    privacy = PrivateRelease(
         mechanism="dp_sgd",
         noise_multiplier=noise,
         sample_rate=0.0625,

@@ -21,7 +21,7 @@ from client.privacy.accountant import find_noise_multiplier
 from client.privacy.dp_sgd import compute_row_gradient, make_sum
 from client.privacy.noise import DEVIATION, Entropy
 from client.privacy.noised_sum import NoisedSum
-from client.privacy.parameters import PrivateRound
+from client.privacy.parameters import PrivateRelease
 from client.privacy.plan import PrivacyPlan
 from client.privacy.sampling import Patients
 from client.training import trainer
@@ -47,7 +47,7 @@ def examples(inputs, labels):
 
 
 def privacy_plan(sigma, *, rate=1.0, steps=1, enrolled=10, clip=1.0):
-    one = PrivateRound(
+    one = PrivateRelease(
         mechanism="dp_sgd",
         noise_multiplier=sigma,
         sample_rate=rate,

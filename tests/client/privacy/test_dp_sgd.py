@@ -14,7 +14,7 @@ from client.privacy import dp_sgd
 from client.privacy.dp_sgd import compute_row_gradient, make_sum
 from client.privacy.noise import DEVIATION, Entropy
 from client.privacy.noised_sum import NoisedSum
-from client.privacy.parameters import PrivateRound
+from client.privacy.parameters import PrivateRelease
 from client.privacy.plan import PrivacyPlan
 from client.privacy.sampling import Patients
 from client.training import trainer
@@ -66,7 +66,7 @@ def plan(**changes):
 
 
 def privacy_plan(*, sigma=SILENT, rate=1.0, steps=1, clip=1.0, enrolled=10):
-    one = PrivateRound(
+    one = PrivateRelease(
         mechanism="dp_sgd",
         noise_multiplier=sigma,
         sample_rate=rate,

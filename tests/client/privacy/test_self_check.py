@@ -11,7 +11,7 @@ from client.features.store import Rows
 from client.privacy import dp_sgd, self_check
 from client.privacy.noise import DEVIATION, Entropy
 from client.privacy.noised_sum import NoisedSum
-from client.privacy.parameters import PrivateRound
+from client.privacy.parameters import PrivateRelease
 from client.privacy.plan import PrivacyPlan
 from client.privacy.self_check import check_noise, check_rows
 from client.training.dataset import Examples
@@ -26,7 +26,7 @@ SIZES = {"inception_v3": 80, "vit_b_16": 224}
 QUICK = ("mobilenet_v3_small", "shufflenet_v2_x0_5", "squeezenet1_1")
 
 PROTECTION = PrivacyPlan(
-    round=PrivateRound(
+    round=PrivateRelease(
         mechanism="dp_sgd",
         noise_multiplier=1.3,
         sample_rate=0.1,

@@ -11,7 +11,7 @@ from sklearn import metrics as sk
 from torch.nn.functional import cross_entropy, one_hot
 
 from common.config.study import Study
-from common.errors import ContractError, RunError
+from common.errors import ContractError
 from common.metrics.metrics import (
     BINS,
     METRICS,
@@ -152,11 +152,17 @@ def test_a_study_selects_among_exactly_these_metrics() -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_a_diverged_model_is_not_counted(bad: float) -> None:
+def test_what_is_no_number_counts_as_wrong(bad: float) -> None:
+    """An error would tell that there is an image on which this model gives none."""
     logits, labels = scores(4, 3, 1.0)
+    others = Counts.of(logits[[0, 1, 3]], labels[[0, 1, 3]])
     logits[2, 1] = bad
-    with pytest.raises(RunError, match=r"train\.lr"):
-        Counts.of(logits, labels)
+    counts, k = Counts.of(logits, labels), int(labels[2])
+    wrong = counts.confusion - others.confusion
+    assert (wrong.sum(), wrong[k].sum(), wrong[k, k]) == (1, 1, 0)
+    assert (counts.positive - others.positive)[k].argmax() == 0
+    assert math.isfinite(counts.loss_sum)
+    assert Counts.from_sparse(counts.sparse(), 3).n == 4
 
 
 def test_enormous_logits_are_counted_without_a_warning() -> None:
@@ -259,6 +265,7 @@ def test_the_largest_counts_add_up_without_overflow() -> None:
             "positive": [BINS - 1, MOST, 2 * BINS - 1, MOST],
             "negative": [0, MOST, BINS, MOST],
             "loss_sum": 1.0,
+            "noise": 0.0,
         },
         2,
     )
@@ -287,3 +294,36 @@ def test_the_loss_is_of_the_images_with_scores() -> None:
     assert value(withheld, "loss") is None
     assert value(one + withheld, "loss") == value(one, "loss")
     assert value(one + withheld, "accuracy") == value(one + other, "accuracy")
+
+
+# --- noise ---
+
+
+def noised(cells: list[list[int]], noise: float = 3.5) -> Counts:
+    return Counts.zero(len(cells)).unscored(np.array(cells, np.int64), noise)
+
+
+def test_noised_counts_travel_with_their_noise() -> None:
+    counts = noised([[20, -3], [0, 7]])
+    again = Counts.from_sparse(counts.sparse(), 2, scored=False, noised=True)
+    assert np.array_equal(again.confusion, counts.confusion)
+    assert again.noise == 3.5
+    for record, expected in (
+        (counts.sparse(), False),
+        (noised([[1, 2], [3, 4]], 0.0).sparse(), True),
+    ):
+        with pytest.raises(ContractError, match=r"counts: (noise|confusion)"):
+            Counts.from_sparse(record, 2, scored=False, noised=expected)
+
+
+def test_noise_adds_up_by_its_variance() -> None:
+    total = noised([[20, 3], [0, 7]], 3.0) + noised([[-2, 1], [4, 9]], 4.0)
+    assert total.noise == 5.0
+    assert total.confusion.tolist() == [[18, 4], [4, 16]]
+
+
+@pytest.mark.parametrize("cells", [[[20, -3], [0, 7]], [[-4, -3], [2, 7]], [[-1, 0], [0, -9]]])
+def test_figures_of_noised_counts_stay_within_bounds(cells: list[list[int]]) -> None:
+    for name in METRICS:
+        figure = value(noised(cells), name)
+        assert figure is None or 0 <= figure <= 1

@@ -12,6 +12,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from numpy.typing import NDArray
 
+from client.privacy.rounding import Rounding
 from common.errors import ContractError
 from common.flower.messages import recorddict_from_proto, recorddict_to_proto
 from common.metrics.metrics import Counts
@@ -48,24 +49,33 @@ JOINED = JoinReply(
     ledger=LedgerHead(count=3, hash="ab" * 32, receipt="cd" * 32),
     versions=Versions.here(),
 )
+SECRET = bytes(32)
+TENS = ByPart(train=10, validation=10, test=10)
+NO_IMAGES = ByPart(train=(0, 0, 0), validation=(0, 0, 0), test=(0, 0, 0))
 NOTHING = ByPart(train=None, validation=None, test=None)
 
 
 def joined(disclosure: Disclosure) -> JoinReply:
     """What the same site says at join if it discloses less."""
-    silent = disclosure.counts == "none"
-    numbers = {part: disclosure.number(n) for part, n in JOINED.patients.model_dump().items()}
-    images = {part: disclosure.numbers(n or ()) for part, n in IMAGES.model_dump().items()}
+    rounding = Rounding(SECRET, disclosure.base)
+    told = [*["train"] * disclosure.tells, *["validation", "test"] * disclosure.tells_held_out]
+    patients = {p: rounding.round_number(getattr(JOINED.patients, p), "patients", p) for p in told}
+    images = {p: rounding.round_images(getattr(IMAGES, p), p) for p in told}
     return JOINED.model_copy(
         update={
             "disclosure": disclosure,
-            "patients": NOTHING if silent else ByPart(**numbers),
-            "images": NOTHING if silent else ByPart(**images),
+            "patients": NOTHING.model_copy(update=patients),
+            "images": NOTHING.model_copy(update=images),
         }
     )
 
 
-ROUNDED = joined(Disclosure(counts="rounded"))
+def rounded(counts: Counts, part: str) -> Counts:
+    return Rounding(SECRET, 10).round_counts(counts, part, "model")
+
+
+ROUNDED = joined(Disclosure(counts="rounded", metrics="final"))
+NOISED = joined(Disclosure(counts="exact", metrics="final", epsilon=1.0))
 FINAL = joined(Disclosure(counts="exact", metrics="final"))
 SILENT = joined(Disclosure(counts="none", metrics="none"))
 
@@ -97,7 +107,7 @@ def round_request() -> RecordDict:
     return RecordDict({"arrays": to_arrays(TENSORS), "config": config})
 
 
-def round_reply(loss: float | None = 0.5, counts: Counts | None = COUNTS) -> RecordDict:
+def round_reply(loss: float = 0.5, counts: Counts | None = COUNTS) -> RecordDict:
     figures = Figures(train_loss=loss, counts=counts) if counts else None
     arrays = to_arrays(TENSORS)
     return RoundReply(arrays=arrays, figures=figures, ledger=JOINED.ledger).record()
@@ -137,7 +147,7 @@ def read_final_request(record: RecordDict) -> Tensors:
 
 
 def read_final_reply(record: RecordDict) -> FinalReply:
-    return FinalReply.read(record, JOINED)
+    return FinalReply.read(record, CLASSES, JOINED)
 
 
 # Every message: how a good one is made, and how the other side reads it.
@@ -229,25 +239,34 @@ def test_a_question_about_the_ledger_and_its_answers_arrive() -> None:
 
 
 def test_what_is_told_coarsely_arrives() -> None:
-    tells = ROUNDED.disclosure
-    once, twice = tells.coarse(COUNTS), tells.coarse(COUNTS + COUNTS)
-    figures = RoundReply.read(sent(round_reply(None, once)), SHAPES, ROUNDED).figures
-    assert figures is not None
-    assert same(figures.counts, once)
-    assert figures.train_loss is None
-    counts = FinalReply.read(sent(final(once, twice)), ROUNDED).counts
+    once, twice = rounded(COUNTS, "validation"), rounded(COUNTS + COUNTS, "test")
+    counts = FinalReply.read(sent(final(once, twice)), CLASSES, ROUNDED).counts
     assert counts is not None
+    assert same(counts.validation, once)
     assert same(counts.test, twice)
+
+
+def test_what_is_told_with_noise_arrives() -> None:
+    noisy = COUNTS.unscored(COUNTS.confusion - 3, 2.5)
+    counts = FinalReply.read(sent(final(noisy, noisy)), CLASSES, NOISED).counts
+    assert counts is not None
+    assert same(counts.test, noisy)
+    assert counts.test.noise == 2.5
+    for plain in (COUNTS, COUNTS.unscored(COUNTS.confusion)):
+        with pytest.raises(ContractError):
+            FinalReply.read(sent(final(plain, plain)), CLASSES, NOISED)
+    with pytest.raises(ContractError):
+        FinalReply.read(sent(final(noisy, noisy)), CLASSES, FINAL)
 
 
 def test_who_withholds_figures_still_answers() -> None:
     for told in (FINAL, SILENT):
-        reply = RoundReply.read(sent(round_reply(None, None)), SHAPES, told)
+        reply = RoundReply.read(sent(round_reply(counts=None)), SHAPES, told)
         assert reply.figures is None
         assert equal(from_arrays(reply.arrays, SHAPES), TENSORS)
-    assert FinalReply.read(sent(final_reply()), FINAL).counts is not None
+    assert FinalReply.read(sent(final_reply()), CLASSES, FINAL).counts is not None
     nothing = FinalReply(counts=None).record()
-    assert FinalReply.read(sent(nothing), SILENT).counts is None
+    assert FinalReply.read(sent(nothing), CLASSES, SILENT).counts is None
 
 
 @pytest.mark.parametrize("told", [FINAL, SILENT])
@@ -261,40 +280,43 @@ def test_a_round_that_tells_more_than_was_said_is_refused(told: JoinReply) -> No
 
 def test_an_end_that_tells_more_than_was_said_is_refused() -> None:
     with pytest.raises(ContractError, match="other parts than agreed"):
-        FinalReply.read(sent(final_reply()), SILENT)
+        FinalReply.read(sent(final_reply()), CLASSES, SILENT)
 
 
-@pytest.mark.parametrize("told", [JOINED, ROUNDED])
+@pytest.mark.parametrize("told", [JOINED])
 def test_who_said_it_tells_and_does_not_is_refused(told: JoinReply) -> None:
     with pytest.raises(ContractError, match="other parts than agreed"):
-        RoundReply.read(sent(round_reply(None, None)), SHAPES, told)
+        RoundReply.read(sent(round_reply(counts=None)), SHAPES, told)
     with pytest.raises(ContractError, match="other parts than agreed"):
-        FinalReply.read(sent(FinalReply(counts=None).record()), told)
+        FinalReply.read(sent(FinalReply(counts=None).record()), CLASSES, told)
 
 
 def test_a_loss_said_to_be_told_is_not_left_out() -> None:
+    record = round_reply()
+    del record["metrics"]
     with pytest.raises(ContractError, match="other parts than agreed"):
-        read_round_reply(sent(round_reply(None)))
+        read_round_reply(sent(record))
 
 
-def test_a_round_that_tells_finer_than_was_said_is_refused() -> None:
-    coarse = ROUNDED.disclosure.coarse(COUNTS)
+def test_an_end_that_tells_finer_than_was_said_is_refused() -> None:
+    coarse, good = rounded(COUNTS, "validation"), rounded(COUNTS + COUNTS, "test")
     unrounded = coarse.unscored(COUNTS.confusion)
     scored = Counts(coarse.confusion, COUNTS.positive, COUNTS.negative, coarse.loss_sum)
     with_loss = Counts(coarse.confusion, coarse.positive, coarse.negative, 0.01)
-    shifted = coarse.unscored(coarse.confusion[::-1].copy())
     cells = coarse.confusion.copy()
-    cells[0, cells[0].argmax()] -= 1
-    cells[0, cells[0].argmin()] += 1  # the row's sum stays
+    cells[coarse.confusion.sum(axis=1).argmax(), 0] += 10
+    more = coarse.unscored(cells)
+    cells = coarse.confusion.copy()
+    row = cells[cells.sum(axis=1).argmax()]
+    row[row.argmax()] -= 1
+    row[row.argmin()] += 1  # the row's sum stays
     finer = coarse.unscored(cells)
     with pytest.raises(ContractError, match="counts finer than it disclosed"):
-        RoundReply.read(sent(round_reply(None, finer)), SHAPES, ROUNDED)
-    for counts in (COUNTS, unrounded, scored, with_loss, shifted, finer):
+        FinalReply.read(sent(final(finer, good)), CLASSES, ROUNDED)
+    for counts in (COUNTS, unrounded, scored, with_loss, more, finer):
         with pytest.raises(ContractError):
-            RoundReply.read(sent(round_reply(None, counts)), SHAPES, ROUNDED)
-        with pytest.raises(ContractError):
-            FinalReply.read(sent(final(counts, counts)), ROUNDED)
-    RoundReply.read(sent(round_reply(None, coarse)), SHAPES, ROUNDED)
+            FinalReply.read(sent(final(counts, good)), CLASSES, ROUNDED)
+    FinalReply.read(sent(final(coarse, good)), CLASSES, ROUNDED)
     with pytest.raises(ContractError, match="other parts than agreed"):
         RoundReply.read(sent(round_reply(0.5, coarse)), SHAPES, ROUNDED)
 
@@ -308,8 +330,10 @@ def test_scores_said_to_be_told_are_not_left_out() -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"disclosure": Disclosure(counts="rounded")},
-        {"disclosure": Disclosure(counts="exact", min_cell=7)},
+        {"disclosure": Disclosure(counts="rounded", metrics="final")},
+        {"disclosure": Disclosure(counts="rounded"), "patients": TENS, "images": NO_IMAGES},
+        {"disclosure": Disclosure(counts="exact", metrics="final", min_cell=7)},
+        {"disclosure": Disclosure(counts="exact", metrics="final", epsilon=1.0)},
         {"disclosure": Disclosure(counts="none", metrics="none")},
         {"disclosure": Disclosure(counts="exact"), "patients": NOTHING, "images": NOTHING},
         {"patients": NOTHING},
@@ -328,7 +352,7 @@ def test_a_join_reply_that_contradicts_itself_is_refused(change: dict[str, Any])
         JoinReply.read(sent(JOINED.model_copy(update=change).record()))
 
 
-@pytest.mark.parametrize("told", [JOINED, ROUNDED, FINAL, SILENT])
+@pytest.mark.parametrize("told", [JOINED, ROUNDED, NOISED, FINAL, SILENT])
 def test_a_join_reply_tells_as_much_as_it_says(told: JoinReply) -> None:
     assert JoinReply.read(sent(told.record())) == told
     # Under privacy it keeps its training patients to itself, whatever else it tells.
@@ -368,7 +392,7 @@ def test_a_round_reply_holds_the_float32_tensors_of_the_suffix_and_no_other_arra
     }
     assert {part: set(metrics) for part, metrics in record.metric_records.items()} == {
         "metrics": {"train-loss"},
-        "validation": {"confusion", "positive", "negative", "loss_sum"},
+        "validation": {"confusion", "positive", "negative", "loss_sum", "noise"},
     }
 
 

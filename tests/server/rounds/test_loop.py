@@ -432,7 +432,7 @@ def test_a_join_below_the_quorum_tells_each_reason(tmp_path: Path, phantoms: Pat
     study, folder = demo("aggregate.quorum=4"), tmp_path / "run"
     site_files = settle(study, folder, phantoms)
     edit_site(site_files[0], policy={"max_epsilon": 1.0, "delta": 1e-5})
-    with pytest.raises(RunError, match=r"expected 4 training sites.*its policy refuses"):
+    with pytest.raises(RunError, match=r"expected 4 training sites.*its policy or its data"):
         simulate_run(server_app, client_app, site_files, folder)
 
 

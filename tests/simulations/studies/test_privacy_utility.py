@@ -45,7 +45,7 @@ def test_a_study_at_several_epsilons_is_compared_on_the_same_holdouts(
     out = capsys.readouterr().out
     assert "AUROC of nodule" in out
     assert "ε = 2: spent by the ledger, the most of any seed: north 1." in out
-    assert "Validation and test patients it does not cover" in out.replace("\n", " ")
+    assert "Validation and test patients have an ε of their own" in out.replace("\n", " ")
     told = json.loads((tmp_path / "u" / "utility.json").read_text())
     assert set(told["figures"]) == {"no privacy", "ε = 2"}
     assert all(len(values) == 2 for values in told["figures"]["ε = 2"].values())
