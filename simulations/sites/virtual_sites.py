@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from client.consent.cohort import PARTS, count_patients
+from client.consent.exclusions import drop_excluded, exclude_patient
 from client.consent.proposals import keep_proposal
 from client.data.records import Record
 from client.data.registry import Data, guess_format
@@ -64,12 +65,14 @@ class PlannedSite:
     Attributes:
       hospital: The virtual hospital.
       secret: The secret that keys its holdout, from the study's seed.
+      forgotten: The patients whom the real hospital leaves out, and the virtual one does, too.
       images: The number of images of each class, by part.
       training: The number of patients that train.
     """
 
     hospital: VirtualSite
     secret: bytes
+    forgotten: tuple[str, ...]
     images: Mapping[str, list[int]]
     training: int
 
@@ -149,6 +152,10 @@ def _plan(hospital: VirtualSite, study: Study) -> PlannedSite:
     if hospital.patients is not None:
         used = set(hospital.patients)
         records = [record for record in records if record.patient in used]
+    listed = {record.patient for record in records}
+    if hospital.site is not None:
+        records = drop_excluded(hospital.site, records)
+    forgotten = listed - {record.patient for record in records}
     secret = hashlib.sha256(f"{derive(study.seed, hospital.name, 'secret')}".encode()).digest()
     parts = Parts(train=[], validation=[], test=list(records))
     if hospital.trains:
@@ -158,7 +165,11 @@ def _plan(hospital: VirtualSite, study: Study) -> PlannedSite:
         for part in PARTS
     }
     return PlannedSite(
-        hospital=hospital, secret=secret, images=images, training=count_patients(parts.train)
+        hospital=hospital,
+        secret=secret,
+        forgotten=tuple(sorted(forgotten)),
+        images=images,
+        training=count_patients(parts.train),
     )
 
 
@@ -209,7 +220,10 @@ def _write(plan: PlannedSite, study: Study, folder: Path, cache: Path) -> Path:
         data["enrolled_patients"] = max(plan.training, 1)
     path = folder / "site.yaml"
     files.write(path, dump(content))
-    files.write(Site.read(path).private() / "secret", plan.secret, 0o600)
+    site = Site.read(path)
+    files.write(site.private() / "secret", plan.secret, 0o600)
+    for patient in plan.forgotten:
+        exclude_patient(site, patient)
     return path
 
 

@@ -3,6 +3,7 @@
 import pytest
 
 from client.consent.cohort import count_patients, cut_records
+from client.consent.exclusions import exclude_patient
 from client.data.records import Format
 from client.site import Site
 from common.errors import DataError, SiteError
@@ -61,3 +62,26 @@ def test_an_id_of_two_lines_is_refused(tmp_path):
     write_images(tmp_path / "pool", [("a.png", "a", "P1\nx"), ("b.png", "b", "P2")])
     with pytest.raises(DataError, match="ids of one line, got 1 rows"):
         virtual_sites.cut_pool(tmp_path / "pool", make_study(), spec="iid", sites=1)
+
+
+def test_whoever_a_hospital_forgot_is_left_out_of_its_simulations_too(tmp_path):
+    """A patient who withdrew was trained on again by whoever simulated from the real site file."""
+    home = tmp_path / "real"
+    rows = [(f"{i}.png", PHANTOM_CLASSES[i % 2], f"p{i // 2}") for i in range(20)]
+    write_images(home, rows)
+    real = Site.read(write_site(home, name="real"))
+    for patient in ("p3", "p7"):
+        exclude_patient(real, patient)
+    wanted = make_study(classes=PHANTOM_CLASSES, holdout={"validation": 0.3, "test": 0.3})
+    (plan,) = virtual_sites.plan_sites([virtual_sites.find_site(home)], wanted)
+    assert sum(sum(counts) for counts in plan.images.values()) == 16
+    (path,) = virtual_sites.write_sites([plan], wanted, tmp_path / "run", tmp_path / "cache")
+    virtual = Site.read(path)
+    parts = cut_records(virtual, wanted)
+    used = {r.patient for r in (*parts.train, *parts.validation, *parts.test)}
+    assert used == {f"p{i}" for i in range(10)} - {"p3", "p7"}
+    assert count_patients(parts.train) == plan.training
+    # By its own secret: the list of one tells nothing about the other's.
+    lists = [(site.state / "forgotten").read_text().split() for site in (real, virtual)]
+    assert len(lists[1]) == 2
+    assert not set(lists[0]) & set(lists[1])
