@@ -108,8 +108,8 @@ class Site(YamlFile):
     role: Literal["train", "evaluate"] = "train"
     """`evaluate`: never trains; all of its patients are test patients."""
     policy: Policy = Policy()
-    connect: Connect | None = None
-    """Not needed in a simulation."""
+    connect: tuple[Connect, ...] = ()
+    """One for each coordinator, all of them served on one ledger; not needed in a simulation."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     threads: AtLeastOne = 1
     """Cores that a round computes on; how sums are split among them decides their last digits."""
@@ -122,6 +122,19 @@ class Site(YamlFile):
         if isinstance(given, dict) and "precision" in given:
             remedy = "Remove it: the study says it for all of its sites, as model.precision."
             raise ValueError(f"expected no key precision, got {given['precision']!r}. {remedy}")
+        return given
+
+    @field_validator("connect", mode="before")
+    @classmethod
+    def _one_is_a_list_of_one(cls, given: object) -> object:
+        return [given] if isinstance(given, dict) else given
+
+    @field_validator("connect")
+    @classmethod
+    def _each_server_is_named_once(cls, given: tuple[Connect, ...]) -> tuple[Connect, ...]:
+        servers = [one.server for one in given]
+        if len(set(servers)) < len(servers):
+            raise ValueError(f"expected each server once, got {', '.join(servers)}")
         return given
 
     @field_validator("cache", mode="before")
@@ -150,6 +163,18 @@ class Site(YamlFile):
         with explain_disk_errors(f"{self.source}: cache.folder", SiteError):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         return folder
+
+    def list_connections(self) -> tuple[Connect, ...]:
+        """Where the coordinators are; raises `SiteError` if there is none."""
+        if not self.connect:
+            where, expected = f"{self.source}: connect", "server, ca and key"
+            remedy = "consilium-client init shows how they are written."
+            raise SiteError(where, expected=expected, got="nothing", remedy=remedy)
+        return self.connect
+
+    def find_link_folder(self, connect: Connect) -> Path:
+        """What is kept of the exchange with one coordinator; made on demand."""
+        return self.private("link", connect.server.replace(":", "-"))
 
     def private(self, *parts: str) -> Path:
         """A folder under `state`, made on demand, readable by this user alone.

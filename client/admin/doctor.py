@@ -194,11 +194,17 @@ def _speed(site: Site, study: Study) -> Gain:
 
 
 def _connection(site: Site) -> Iterator[Finding]:
-    connect = site.connect
-    if connect is not None:
-        yield _try("key", lambda: _key(connect))[1]
-        yield _try("ca", lambda: _authority(connect))[1]
-    fleet, finding = _try("server", lambda: Fleet.from_site(site))
+    connections, finding = _try("server", site.list_connections)
+    if connections is None:
+        yield finding
+    for connect in connections or ():
+        yield from _coordinator(site, connect)
+
+
+def _coordinator(site: Site, connect: Connect) -> Iterator[Finding]:
+    yield _try("key", lambda: _key(connect))[1]
+    yield _try("ca", lambda: _authority(connect))[1]
+    fleet, finding = _try("server", lambda: Fleet.open(site, connect))
     if fleet is None:
         yield finding
         return

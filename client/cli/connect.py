@@ -79,8 +79,8 @@ def init(
         f"1. Send {public} to the coordinator, and tell the fingerprint by telephone. There:"
     )
     console.print(f"   consilium-server admit {public.name} --name {shlex.quote(site.name)}")
-    if site.connect:
-        console.print(f"2. Put the coordinator's ca.crt at {site.connect.ca}.")
+    for connect in site.connect:
+        console.print(f"2. Put the coordinator's ca.crt at {connect.ca}.")
     console.print(f"3. consilium-client check {shlex.quote(str(site_file))}")
     console.print(f"4. consilium-client start {shlex.quote(str(site_file))}")
     if unit:

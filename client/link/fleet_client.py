@@ -14,8 +14,8 @@ from flwr.app import Message
 
 from client.link import tls
 from client.link.limits import CappedStream, Meter
-from client.site import Site
-from common.errors import ContractError, LinkError, SiteError
+from client.site import Connect, Site
+from common.errors import ContractError, LinkError
 from common.flower.compat import APP, VERSION, VERSION_HEADER, parse_version
 from common.flower.messages import (
     MessageLimit,
@@ -154,19 +154,13 @@ class Fleet:
         self._node = Node()
 
     @classmethod
-    def from_site(cls, site: Site) -> "Fleet":
-        """The connection that a site file describes; nothing is sent yet.
+    def open(cls, site: Site, connect: Connect) -> "Fleet":
+        """One of the connections that a site file describes; nothing is sent yet.
 
         Raises:
-          SiteError: the file describes none.
           LinkError: its key or certificate cannot be used.
         """
-        connect = site.connect
-        if connect is None:
-            where, expected = f"{site.source}: connect", "server, ca and key"
-            remedy = "consilium-client init shows how they are written."
-            raise SiteError(where, expected=expected, got="nothing", remedy=remedy)
-        memory = site.private("link") / "certificate"
+        memory = site.find_link_folder(connect) / "certificate"
         return cls(connect.server, connect.ca, keys.read_private(connect.key), memory)
 
     def close(self) -> None:

@@ -1,5 +1,7 @@
 """The hospital's node: asks for messages, has this installation's own app answer, sends replies.
 
+It serves every coordinator that the site file names. The app answers them one after the other.
+
 One process that stays: what a study has loaded is there in the next round. No code comes over the
 connection. Whatever breaks it, the node connects again and continues with the message at hand: a
 lost connection, a restarted coordinator and a killed node are all the same to it.
@@ -15,20 +17,22 @@ from pathlib import Path
 from flwr.app import Context, Message, RecordDict
 
 from client.app import make_app
+from client.link import tls
 from client.link.fleet_client import HEARTBEAT, Envelope, Fleet, OverError
 from client.link.limits import MessageLimits
+from client.link.owners import StudyOwners, name_study
 from client.link.pending import PendingMessage
 from client.runtime import Runtime
-from client.site import Site
+from client.site import Connect, Site
 from common.config.study import Study
-from common.errors import ConsiliumError, ContractError, LinkError
+from common.errors import ConsiliumError, ContractError, LinkError, RefusedError
 from common.flower.compat import VERSION, is_same_version
 from common.flower.messages import make_error_reply
 from common.protocol.backbone import BACKBONE
 from common.protocol.join import JoinRequest
 from common.protocol.ledger import LEDGER
 from common.protocol.round import RoundRequest
-from common.support import files
+from common.support import files, keys
 
 log = logging.getLogger(__name__)
 
@@ -51,27 +55,97 @@ _KEPT = "what was answered before"
 
 
 class Node:
-    """One site's presence at its coordinator.
+    """A site's presence at all of its coordinators, on one ledger.
 
     Args:
       site_file: Of the site.
-      stop: Ends `serve`; a message that is being answered is answered first.
+      stop: Ends `serve`; messages that are being answered are answered first.
 
     Raises:
-      ConsiliumError: the site file, key, certificate or ledger is wrong, or another process of this
-        site is at work.
+      ConsiliumError: the site file, a key, certificate or the ledger is wrong, or another process
+        of this site is at work.
     """
 
     def __init__(self, site_file: Path, stop: threading.Event) -> None:
         site = Site.read(site_file)
-        self._fleet = Fleet.from_site(site)
-        runtime = Runtime(bound=True)
-        runtime.open_site(site)  # keeps every other process out as long as this one lives
-        self._app = make_app(runtime)
+        connections, app = site.list_connections(), SiteApp(site_file)
+        self._presences = [_Presence(site, connect, app, stop) for connect in connections]
+        self._stop = stop
+
+    def serve(self) -> None:
+        """Answer messages until told to stop, whatever the network does."""
+        failures: list[Exception] = []
+
+        def serve(presence: "_Presence") -> None:
+            try:
+                presence.serve()
+            except Exception as ex:
+                failures.append(ex)
+                self._stop.set()
+
+        first, *others = self._presences
+        threads = [threading.Thread(target=serve, args=(one,), daemon=True) for one in others]
+        for thread in threads:
+            thread.start()
+        serve(first)
+        for thread in threads:
+            thread.join()
+        for failure in failures:
+            raise failure
+
+
+class SiteApp:
+    """This installation's own app, at one site: it answers one message at a time, for whoever asks.
+
+    Args:
+      site_file: Of the site.
+
+    Raises:
+      SiteError: the ledger is wrong, or another process of this site is at work.
+    """
+
+    def __init__(self, site_file: Path) -> None:
+        site = Site.read(site_file)
+        self._runtime = Runtime(bound=True)
+        self._runtime.open_site(site)  # keeps every other process out as long as this one lives
+        self._app = make_app(self._runtime)
         self._config = {"site": str(site_file.resolve())}
-        self._folder, self._stop = site.private("link"), stop
+        self._owners = StudyOwners(site.private("link") / "studies.json")
+        self._turn = threading.Lock()
+
+    def answer(
+        self, message: Message, run: int, node: int, coordinator: str, limits: MessageLimits
+    ) -> Message:
+        """What leaves for a message, once it is its turn.
+
+        Args:
+          message: As it came.
+          run: Flower's number of the run it is of.
+          node: The number of this site at that coordinator.
+          coordinator: The fingerprint of its authority.
+          limits: Of its messages; they grow by what a study that was joined needs.
+        """
+        with self._turn:
+            study = name_study(message)
+            self._owners.check_owner(study, coordinator)
+            context = Context(run, node, dict(self._config), RecordDict(), {})
+            reply = self._app(message, context)
+            if message.metadata.message_type == "query" and not reply.has_error():
+                self._owners.keep_owner(study, coordinator)
+            limits.expect(self._runtime.list_shapes())
+            return reply
+
+
+class _Presence:
+    """A site's presence at one coordinator."""
+
+    def __init__(self, site: Site, connect: Connect, app: SiteApp, stop: threading.Event) -> None:
+        self._fleet = Fleet.open(site, connect)
+        self._app, self._stop = app, stop
+        self._coordinator = keys.fingerprint(tls.read_authority(connect.ca))
+        self._folder = site.find_link_folder(connect)
         self._pending = PendingMessage(self._folder)
-        self._runtime, self._limits = runtime, MessageLimits(self._folder / "sizes")
+        self._limits = MessageLimits(self._folder / "sizes")
         self._number: int | None = self._remembered()
         self._trouble: str | None = "not connected yet"
         self._last: Envelope | None = None
@@ -205,13 +279,11 @@ class Node:
             if message is None:
                 return None
             self._introduce(message)
-            context = Context(envelope.run, self._number or 0, dict(self._config), RecordDict(), {})
-            reply = self._app(message, context)
-            self._limits.expect(self._runtime.list_shapes())
-            return reply
+            number = self._number or 0
+            return self._app.answer(message, envelope.run, number, self._coordinator, self._limits)
         except LinkError:
             raise
-        except ContractError as ex:
+        except (ContractError, RefusedError) as ex:
             log.error("%s", ex)
             return make_error_reply(envelope.empty, ex.code)
         except Exception:  # the app answers every failure itself; this is what it cannot

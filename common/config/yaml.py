@@ -103,6 +103,9 @@ def _anchor(section: S, folder: Path) -> S:
             update[name] = folder / _home(value)
         elif isinstance(value, Section):
             update[name] = _anchor(value, folder)
+        elif isinstance(value, tuple):
+            inside = (_anchor(one, folder) if isinstance(one, Section) else one for one in value)
+            update[name] = tuple(inside)
     return section.model_copy(update=update)
 
 

@@ -41,8 +41,8 @@ def show_deployment(folder: Path) -> None:
         process = world.start_run(str(world.study), "--out", str(run))
         wait_until(lambda: (run / "last.json").exists() or process.poll() is not None, 90)
         tell("The first round is over")
-        letter = Site.read(world.sites[_UNLUCKY]).state / "link" / "letter"
-        wait_until(lambda: letter.exists() or process.poll() is not None, 30)
+        state = Site.read(world.sites[_UNLUCKY]).state
+        wait_until(lambda: any(state.glob("link/*/letter")) or process.poll() is not None, 30)
         world.kill_process(_UNLUCKY)
         tell(f"{_UNLUCKY} is killed at work")
         world.start_hospital(_UNLUCKY)

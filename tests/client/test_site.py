@@ -247,3 +247,17 @@ def test_home_is_understood_in_paths(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_truth_is_no_number_of_patients(tmp_path: Path) -> None:
     told = refusal(write_site(tmp_path, policy={"min_patients": True}))
     assert "policy.min_patients: expected a valid integer, got True" in told
+
+
+def test_several_coordinators_are_a_list_and_each_has_a_folder(tmp_path: Path) -> None:
+    one = {"server": "a.example:443", "ca": "a.crt", "key": "site.key"}
+    two = {"server": "b.example:443", "ca": "b.crt", "key": "site.key"}
+    assert len(make_site(tmp_path, connect=one).connect) == 1
+    site = make_site(tmp_path, connect=[one, two])
+    assert [each.ca for each in site.connect] == [tmp_path / "a.crt", tmp_path / "b.crt"]
+    folders = {site.find_link_folder(each) for each in site.connect}
+    assert {folder.name for folder in folders} == {"a.example-443", "b.example-443"}
+    with pytest.raises(SiteError, match=r"connect: .*expected each server once"):
+        make_site(tmp_path, connect=[one, two, one])
+    with pytest.raises(SiteError, match="connect: expected server, ca and key, got nothing"):
+        make_site(tmp_path, connect=[]).list_connections()

@@ -115,7 +115,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
 
 def noted(world: Loopback, name: str) -> bool:
     """Whether a hospital is answering a message."""
-    return (Site.read(world.sites[name]).state / "link" / "letter").exists()
+    return any(Site.read(world.sites[name]).state.glob("link/*/letter"))
 
 
 def spent(world: Loopback, name: str) -> int:

@@ -449,10 +449,10 @@ def test_files_that_cannot_be_used(
     keys.write_private(key, keys.new())
     ca.write_bytes(coordinator.ca.read_bytes())
     site = site_in(tmp_path, {"server": coordinator.address, "ca": "ca.crt", "key": "site.key"})
-    Fleet.from_site(site).close()
+    Fleet.open(site, site.connect[0]).close()
     spoil(key, ca)
     with pytest.raises(LinkError) as caught:
-        Fleet.from_site(site)
+        Fleet.open(site, site.connect[0])
     assert expected in str(caught.value)
 
 
@@ -465,7 +465,7 @@ def site_in(folder: Path, connect: dict[str, str] | None) -> Site:
 
 def test_a_site_file_must_say_where(tmp_path: Path) -> None:
     with pytest.raises(SiteError, match="connect: expected server, ca and key, got nothing"):
-        Fleet.from_site(site_in(tmp_path, None))
+        site_in(tmp_path, None).list_connections()
     for server_ in ("localhost", "localhost:0", "localhost:70000", "https://x:1", "a b:1", ":443"):
         with pytest.raises(SiteError, match="expected host:port"):
             site_in(tmp_path, {"server": server_, "ca": "ca.crt", "key": "site.key"})

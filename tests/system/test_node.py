@@ -15,6 +15,7 @@ from multiprocessing.context import ForkServerProcess as Process
 from pathlib import Path
 
 import pytest
+import yaml
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.supercore.fab import Fab
 
@@ -79,7 +80,7 @@ class World:
             data={"format": "manifest", "root": str(data)},
             connect={"server": server_, "ca": ca, "key": "site.key"},
         )
-        self.link = folder / "state" / "link"
+        self.link = folder / "state" / "link" / server_.replace(":", "-")
 
     def up(self) -> AbstractContextManager[int]:
         """The link, served by a thread."""
@@ -408,3 +409,50 @@ def test_a_reply_beyond_any_answer_is_refused_and_dropped(
         until(lambda: (world.link / "reply").exists())
         until(lambda: not (world.link / "letter").exists())
         assert grid.pull_messages([asked]) == []
+
+
+def test_two_coordinators_share_one_ledger_and_one_budget(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Before, each needed a state folder of its own, and so got a whole budget of its own."""
+    other = Project.create(world.folder / "other", ("localhost",), find_free_port())
+    Sites(other).admit(world.key.public_key(), "north")
+    second = {
+        "server": f"localhost:{other.settings.port}",
+        "ca": str(certificates.find_authority_file(other.folder)),
+        "key": "site.key",
+    }
+    content = yaml.safe_load(world.site.read_text("utf-8"))
+    content["connect"] = [content["connect"], second]
+    content["data"]["enrolled_patients"] = 20
+    content["policy"] = {"max_epsilon": 4.0, "delta": 1e-5}
+    world.site.write_text(yaml.safe_dump(content), "utf-8")
+    privacy = {"mechanism": "dp_sgd", "epsilon": 4.0, "delta": 1e-5, "clip_norm": 1.0}
+    private = partial(study, privacy=privacy, select="balanced_accuracy")
+    one, two = private(name="one"), private(name="two")
+    with (
+        world.up(),
+        link_up(other),
+        world.node(),
+        open_grid(world.project.database) as grid,
+        open_grid(other.database) as theirs,
+    ):
+
+        def put(at: LinkGrid, kind: str, content: RecordDict) -> str:
+            """A process is one coordinator for Flower."""
+            (task,) = at._state.get_tasks(run_ids=[at.run.run_id])
+            identify_task(task.task_id, at.run.run_id)
+            return ask(at, kind, content)
+
+        assert not hear(grid, put(grid, "query", join(one))).has_error()
+        # Each alone could be paid for; the second is asked for by who knows nothing of the first.
+        assert not hear(grid, put(grid, "train", request(one, 1))).has_error()
+        mine, his = put(grid, "train", request(one, 2)), put(theirs, "query", join(two))
+        assert hear(theirs, his).error.reason == "budget"
+        assert not hear(grid, mine).has_error()
+        # Nor can he go on with the first, or join it.
+        for kind, content in (("train", request(one, 2)), ("query", join(one))):
+            assert hear(theirs, put(theirs, kind, content)).error.reason == "refused"
+    assert "expected a study of this coordinator, got another's" in caplog.text
+    kinds = [entry.release.kind for entry in world.left() if entry.release.name == "one"]
+    assert kinds == ["join", "round", "round"]

@@ -69,9 +69,9 @@ def test_init_by_flags(command: Command, phantoms: Path, tmp_path: Path) -> None
     assert site.data.enrolled_patients == 120
     assert site.state == here.resolve() / "state"
     assert site.weights == tmp_path / "nets"
-    assert site.connect is not None
-    assert site.connect.server == "localhost:4443"
-    assert (site.connect.ca, site.connect.key) == (here / "ca.crt", here / "site.key")
+    (connect,) = site.connect
+    assert connect.server == "localhost:4443"
+    assert (connect.ca, connect.key) == (here / "ca.crt", here / "site.key")
     assert mode(here / "site.key") == 0o600
     private = keys.read_private(here / "site.key")
     public = keys.read_public(here / "site.pub")
