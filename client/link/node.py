@@ -20,7 +20,7 @@ from client.app import make_app
 from client.link import tls
 from client.link.fleet_client import HEARTBEAT, Envelope, Fleet, OverError
 from client.link.limits import MessageLimits
-from client.link.owners import StudyOwners, name_study
+from client.link.owners import StudyOwners
 from client.link.pending import PendingMessage
 from client.runtime import Runtime
 from client.site import Connect, Site
@@ -29,6 +29,7 @@ from common.errors import ConsiliumError, ContractError, LinkError, RefusedError
 from common.flower.compat import VERSION, is_same_version
 from common.flower.messages import make_error_reply
 from common.protocol.backbone import BACKBONE
+from common.protocol.fields import CONFIG, STUDY, get_value
 from common.protocol.join import JoinRequest
 from common.protocol.ledger import LEDGER
 from common.protocol.round import RoundRequest
@@ -126,7 +127,7 @@ class SiteApp:
           limits: Of its messages; they grow by what a study that was joined needs.
         """
         with self._turn:
-            study = name_study(message)
+            study = _name_study(message)
             self._owners.check_owner(study, coordinator)
             context = Context(run, node, dict(self._config), RecordDict(), {})
             reply = self._app(message, context)
@@ -302,3 +303,13 @@ class _Presence:
             elif kind == "train":
                 what = f"round {RoundRequest.read(content).round}"
         self._doing = f"{self._study}{what}"
+
+
+def _name_study(message: Message) -> str:
+    """The id of the study that a message is about; empty if it is about none, or cannot be read."""
+    content = message.content
+    with suppress(ConsiliumError, ValueError):  # the app says what is wrong with it
+        if message.metadata.message_type == "query":
+            return Study.model_validate_json(JoinRequest.read(content).proposal).id
+        return str(get_value(content, CONFIG, STUDY, str))
+    return ""

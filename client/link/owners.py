@@ -1,16 +1,10 @@
 """Which coordinator each study is of: no other goes on with it, or with what was agreed for it."""
 
 import json
-from contextlib import suppress
 from pathlib import Path
 
-from flwr.app import Message
-
 from client.storage import explain_disk_errors
-from common.config.study import Study
-from common.errors import ConsiliumError, RefusedError, SiteError
-from common.protocol.fields import CONFIG, STUDY, get_value
-from common.protocol.join import JoinRequest
+from common.errors import RefusedError, SiteError
 from common.support import files
 
 
@@ -51,13 +45,3 @@ class StudyOwners:
             self._owners[study] = coordinator
             with explain_disk_errors(self._path, SiteError):
                 files.write(self._path, json.dumps(self._owners, indent=1), mode=0o600)
-
-
-def name_study(message: Message) -> str:
-    """The id of the study that a message is about; empty if it is about none, or cannot be read."""
-    content = message.content
-    with suppress(ConsiliumError, ValueError):  # the app says what is wrong with it
-        if message.metadata.message_type == "query":
-            return Study.model_validate_json(JoinRequest.read(content).proposal).id
-        return str(get_value(content, CONFIG, STUDY, str))
-    return ""
