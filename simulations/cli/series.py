@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from common.support.terminal import Changes
+from common.support.terminal import Changes, console, table
 from simulations.cli.options import (
     CACHE,
     Cache,
@@ -150,6 +150,28 @@ def poison(
         )
 
 
+def disclosure(
+    runs: Annotated[list[Path], typer.Argument(help="Finished runs with exact counts.")],
+    epsilons: Annotated[
+        str, typer.Option(help="ε of held-out patients to compare.")
+    ] = "8,4,2,1,0.5",
+    delta: Annotated[float, typer.Option(help="δ of each.")] = 1e-5,
+    metric: Annotated[
+        str, typer.Option(help="accuracy, balanced_accuracy or f1, of all sites together.")
+    ] = "balanced_accuracy",
+    draws: Annotated[int, typer.Option(min=1, help="How often each run is told again.")] = 50,
+) -> None:
+    """Show what rounding and noise cost the figures of finished runs; nothing is trained."""
+    from simulations.studies.disclosure_cost import measure_costs, read_exact_counts
+
+    chosen = [epsilon for epsilon in parse_epsilons(epsilons) if epsilon is not None]
+    exact = [read_exact_counts(run) for run in runs]
+    shown = table("told", metric.replace("_", " "), "off by", "width of the 95 % interval")
+    for cost in measure_costs(exact, metric, chosen, delta, draws):
+        shown.add_row(cost.way, f"{cost.figure:.3f}", f"{cost.error:.3f}", f"{cost.width:.3f}")
+    console.print(shown)
+
+
 COMMANDS: dict[Callable[..., None], str] = {
     sweep: "configs/demo.yaml --set train.lr=0.001,0.01,0.1 --set model.unfreeze=head,last:1 "
     "--seeds 0,1,2 --site runs/phantom/north --site … --out runs/sweep",
@@ -157,5 +179,6 @@ COMMANDS: dict[Callable[..., None], str] = {
     "--epsilons none,8,3,1 --seeds 0,1,2,3,4,5,6,7,8,9 --class mel",
     poison: "configs/poisoned.yaml --pool runs/many/north --partition dirichlet:5 --sites 9 "
     "--mislabels site-1 --scales site-2",
+    disclosure: "runs/skin/seed-0 runs/skin/seed-1 --epsilons 4,1",
 }
 """The commands, with an example of each."""
