@@ -11,8 +11,8 @@ from client.storage import AGREED
 from common.errors import ContractError
 
 
-def list_lost_rounds(site: Site, entries: Sequence[Entry]) -> list[Release]:
-    """Every private round of the studies that were agreed to and have no line left.
+def list_lost_releases(site: Site, entries: Sequence[Entry]) -> list[Release]:
+    """Every private release of the studies that were agreed to and have no line left.
 
     Joining adds a line. Without it nothing tells how far a study came, so it counts to its end.
 
@@ -26,17 +26,21 @@ def list_lost_rounds(site: Site, entries: Sequence[Entry]) -> list[Release]:
     known = {entry.release.study for entry in entries if not isinstance(entry, Created | Adopted)}
     paths = sorted(site.state.glob(f"studies/*{AGREED}"))
     studies = [path.name.removesuffix(AGREED) for path in paths]
-    return [lost for study in studies if study not in known for lost in _list_rounds(site, study)]
+    return [lost for study in studies if study not in known for lost in _list_releases(site, study)]
 
 
-def _list_rounds(site: Site, study: str) -> list[Release]:
+def _list_releases(site: Site, study: str) -> list[Release]:
     agreed, name = Agreement.kept(site, study), "unknown"
-    if agreed is None or agreed.privacy_plan is None:
+    if agreed is None:
         return []
     with suppress(ContractError):
         name = read_proposal(site, study).name
-    plan = agreed.privacy_plan
-    return [
-        Release(study=study, name=name, kind="round", round=number, privacy=plan.round)
-        for number in range(1, plan.rounds + 1)
-    ]
+    plan, end = agreed.privacy_plan, agreed.end
+    lost: list[Release] = []
+    if plan:
+        rounds = range(1, plan.rounds + 1)
+        one = Release(study=study, name=name, kind="round", privacy=plan.round)
+        lost += [one.model_copy(update={"round": number}) for number in rounds]
+    if end:
+        lost.append(Release(study=study, name=name, kind="final", privacy=end))
+    return lost

@@ -1,7 +1,6 @@
 """The commands of `consilium-client` about what leaves the hospital, and what it costs."""
 
 import json
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -136,19 +135,19 @@ def ledger_adopt(
     What else the lost lines spent is known to nobody but you: the reports of past studies tell. Say
     too much rather than too little: it adds to the rest for good. The old file is set aside.
     """
-    from client.admin.lost import list_lost_rounds
+    from client.admin.lost import list_lost_releases
     from client.ledger.adoption import adopt_ledger, salvage_ledger
     from client.site import Site
 
     site = Site.read(site_file)
     state = site.private()
     left = salvage_ledger(state)
-    whole = list_lost_rounds(site, left.entries)
+    whole = list_lost_releases(site, left.entries)
     console.print(f"{len(left.entries)} lines can be read, and stay.")
     if left.lost:
         console.print(f"Others cannot: {left.lost}", style="yellow")
-    for name, rounds in Counter(one.name for one in whole).items():
-        console.print(f"No line is left of study {name}: all {rounds} rounds count as spent.")
+    for name in sorted({one.name for one in whole}):
+        console.print(f"No line is left of study {name}: it counts as if it had come to its end.")
     console.print(f"What else was lost: ε {epsilon:g} at δ = {delta:g} is spent for good.")
     console.print("If more was spent in truth, every ε that is told from here on is too low.")
     console.print("A coordinator that remembers the old ledger will leave this site out; tell him.")

@@ -79,7 +79,7 @@ def adopt_ledger(folder: Path, epsilon: float, delta: float, whole: Sequence[Rel
       folder: The site's state folder.
       epsilon: What the lost lines spent, at least, >= 0; it stays spent for good.
       delta: The δ of that ε, in [0, 1).
-      whole: Private rounds of studies that were agreed to and have no line left: they count.
+      whole: Private releases of studies that were agreed to and have no line left: they count.
 
     Raises:
       SiteError: another process uses the ledger, its secret is lost, or the disk refuses.

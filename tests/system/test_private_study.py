@@ -15,8 +15,10 @@ from flwr.app import ConfigRecord, MessageType, RecordDict
 from PIL import Image
 from safetensors.torch import load_file
 
+from client.admin.lost import list_lost_releases
+from client.consent.agreement import Agreement
 from client.consent.proposals import keep_proposal
-from client.ledger.adoption import adopt_ledger
+from client.ledger.adoption import adopt_ledger, salvage_ledger
 from client.ledger.entries import Reserved, Sealed, Sent, list_events
 from client.ledger.ledger import read_ledger
 from client.privacy import dp_sgd
@@ -333,6 +335,24 @@ def test_a_ledger_that_was_adopted_gives_no_study_its_budget_again(phantoms, tmp
     other.join()
     replies = [other.round(1, scale) for scale in (0.0, 0.1, 0.2, 0.3, 0.4)]
     assert [reply.has_error() for reply in replies] == [False] * 4 + [True]
+
+
+def test_a_deleted_ledger_gives_no_budget_back_either(phantoms, tmp_path, new_process):
+    """Before, `ledger-adopt --epsilon 0` restored all of it, whatever had been agreed to."""
+    files = settle(study(), phantoms, tmp_path / "run")
+    coordinator = Coordinator(files[0], study())
+    coordinator.join()
+    assert not coordinator.round().has_error()
+    new_process()
+    site = Site.read(files[0])
+    for path in site.state.glob("ledger.*"):
+        path.unlink()
+    for _ in range(2):  # the second time nothing is counted again
+        lost = list_lost_releases(site, salvage_ledger(site.state).entries)
+        adopt_ledger(site.state, 0.0, 0.0, lost)
+        plan = Agreement.kept(site, study().id).privacy_plan
+        assert len(list_events(entries(files[0]))) == plan.rounds
+    assert coordinator.round(2).error.reason == "budget"
 
 
 def test_whatever_patients_decide_about_a_join_is_recorded(phantoms, tmp_path):

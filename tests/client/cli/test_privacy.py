@@ -4,6 +4,7 @@ yes."""
 import csv
 import json
 import re
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -34,6 +35,7 @@ from client.privacy.parameters import PrivateRelease
 from client.site import Site
 from common.config.study import Study
 from common.config.yaml import dump
+from common.errors import SiteError
 from tests.builders import session_of
 
 SKIN, CHEST = "1" * 16, "2" * 16
@@ -417,3 +419,31 @@ def test_purge_takes_sealed_replies_too_and_says_so(command: Command, tmp_path: 
     assert command("purge", path, "--yes")[0] == 0
     assert not list((tmp_path / "state/outbox").iterdir())
     assert len(read_ledger(tmp_path / "state")) == 4
+
+
+def test_a_ledger_is_used_elsewhere_only_once_somebody_says_so(
+    command: Command, tmp_path: Path
+) -> None:
+    spend(tmp_path / "old")
+    shutil.copytree(tmp_path / "old", tmp_path / "state")
+    path = site(tmp_path)
+    assert command("ledger-move", path, typed="n\n")[0] == 1
+    with pytest.raises(SiteError, match="consilium-client ledger-move"):
+        Ledger(tmp_path / "state", bound=True)
+    code, text = command("ledger-move", path, typed="y\n")
+    assert code == 0, text
+    assert "used here from now on, and nowhere else" in text
+    Ledger(tmp_path / "state", bound=True).close()
+
+
+def test_a_lost_secret_is_named_and_no_ledger_is_adopted_without_it(
+    command: Command, tmp_path: Path
+) -> None:
+    spend(tmp_path / "state")
+    (tmp_path / "state/secret").unlink()
+    path = site(tmp_path)
+    for name, *rest in (["ledger"], ["disclosed"], ["ledger-adopt", "--epsilon=0", "--delta=0"]):
+        code, text = command(name, path, *rest)
+        assert (code, text.count("\n")) == (1, 1)
+        assert "state/secret: expected the secret that this site worked with" in text
+        assert "Restore the file secret from a backup" in text
