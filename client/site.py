@@ -1,6 +1,5 @@
 """The site: what one hospital says about itself in its `site.yaml`. It always wins."""
 
-import os
 import re
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -13,6 +12,7 @@ from common.config.study import Name, Number, Positive, Unfreeze, Word
 from common.config.yaml import Section, YamlFile
 from common.errors import SiteError
 from common.protocol.disclosure import Disclosure
+from common.support import files
 
 Keep = Literal["auto", "activations", "images"]
 """What a site may ask to be kept of an image; `auto` is what pays."""
@@ -156,12 +156,17 @@ class Site(YamlFile):
 
     @property
     def cache_folder(self) -> Path:
-        """Where prepared images are kept; by default inside `state`; made on demand."""
+        """Where prepared images are kept; by default inside `state`; made on demand.
+
+        Raises:
+          SiteError: it cannot be made, or is open to others.
+        """
         folder = self.cache.folder
         if folder is None:
             return self.private("cache")
         with explain_disk_errors(f"{self.source}: cache.folder", SiteError):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._check_closed(folder, "cache.folder")
         return folder
 
     def list_connections(self) -> tuple[Connect, ...]:
@@ -186,15 +191,17 @@ class Site(YamlFile):
         with explain_disk_errors(where, SiteError):
             folder.parent.mkdir(parents=True, exist_ok=True)
             folder.mkdir(mode=0o700, exist_ok=True)
-            rights = folder.stat().st_mode & 0o777
-            if os.name == "posix" and rights & 0o077:
-                expected, remedy = "a folder closed to other users", f"chmod 700 {folder}"
-                got = f"mode {rights:03o}"
-                raise SiteError(where, expected=expected, got=got, remedy=remedy)
+            self._check_closed(folder, "state")
             for part in parts:  # one by one: mkdir(parents=True) leaves the parents open to others
                 folder = folder / part
                 folder.mkdir(mode=0o700, exist_ok=True)
         return folder
+
+    def _check_closed(self, folder: Path, key: str) -> None:
+        if got := files.find_open_rights(folder):
+            expected, remedy = "a folder closed to other users", f"chmod 700 {folder}"
+            where = f"{self.source}: {key}"
+            raise SiteError(where, expected=expected, got=got, remedy=remedy)
 
     def secret(self) -> bytes:
         """256 bits that key the holdout and the ledger; drawn once from the operating system.

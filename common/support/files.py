@@ -24,6 +24,12 @@ def create(path: Path, content: bytes | str, mode: int = 0o644) -> None:
     sync(path.parent)
 
 
+def find_open_rights(path: Path) -> str:
+    """How other users may use a file or folder, as `mode 755`; empty if they may not."""
+    rights = path.stat().st_mode & 0o777
+    return f"mode {rights:03o}" if os.name == "posix" and rights & 0o077 else ""
+
+
 def held(lock: Path) -> bool:
     """Whether a process holds a lock file; makes none where there is none."""
     if not lock.exists():

@@ -1,7 +1,6 @@
 """Keys and certificates that say who somebody is: files, and fingerprints to compare."""
 
 import hashlib
-import os
 from pathlib import Path
 
 from cryptography import x509
@@ -46,9 +45,8 @@ def read_private(path: Path) -> PrivateKey:
         key = None
     if not isinstance(key, PrivateKey):
         raise LinkError(path, expected="a private key, PEM", got="something else")
-    rights = path.stat().st_mode & 0o777
-    if os.name == "posix" and rights & 0o077:
-        expected, got = "a key that only this user can read", f"mode {rights:03o}"
+    if got := files.find_open_rights(path):
+        expected = "a key that only this user can read"
         raise LinkError(path, expected=expected, got=got, remedy=f"chmod 600 {path}")
     return key
 

@@ -3,7 +3,6 @@
 import getpass
 import ipaddress
 import json
-import os
 import re
 import sys
 from collections.abc import Iterator
@@ -136,10 +135,8 @@ class Project:
             remedy = "Name it by --project, or make one by consilium-server init."
             expected, got = "a coordinator's project", f"no {_SETTINGS} in it"
             raise LinkError(folder, expected=expected, got=got, remedy=remedy)
-        rights = folder.stat().st_mode & 0o777
-        if os.name == "posix" and rights & 0o077:
+        if got := files.find_open_rights(folder):
             expected, remedy = "a folder closed to other users", f"chmod 700 {folder}"
-            got = f"mode {rights:03o}"
             raise LinkError(folder, expected=expected, got=got, remedy=remedy)
         return cls(folder, Settings.load(folder / _SETTINGS, LinkError))
 

@@ -50,6 +50,15 @@ def test_the_cache_is_private_unless_the_hospital_says_where(tmp_path: Path) -> 
     assert mode(elsewhere) == 0o700
 
 
+def test_a_cache_folder_that_others_may_use_is_refused(tmp_path: Path) -> None:
+    elsewhere = tmp_path / "prepared"
+    elsewhere.mkdir()
+    elsewhere.chmod(0o777)
+    site = make_site(tmp_path, cache={"folder": str(elsewhere)})
+    with pytest.raises(SiteError, match=r"cache\.folder: expected .* got mode 777\. chmod 700"):
+        site.cache_folder  # noqa: B018
+
+
 def test_the_cache_has_no_limits_unless_the_hospital_sets_them(tmp_path: Path) -> None:
     cache = make_site(tmp_path).cache
     assert (cache.limit, cache.days) == (None, None)

@@ -104,40 +104,41 @@ def test_an_endless_answer_is_cut_off(project: Project) -> None:
     assert sent < 20 * MIB, "what fits into the buffers of the two sides"
 
 
-def offered(fleet: Fleet, project: Project, kind: str, content: RecordDict) -> Envelope:
-    number = fleet.activate(None)
+def refuse(fleet: Fleet, number: int, project: Project, kind: str, content: RecordDict) -> None:
+    """A message of this kind is not fetched by a site that joined no study."""
     with open_grid(project.database) as grid:
         grid.push_messages([grid.create_message(content, kind, number, "")])
         envelope = fleet.pull_envelope()
         assert envelope is not None
         known = MessageLimits(Path("absent"))
         fetched = 0
-        fetch = fleet._fetch
+        fetch = Fleet._fetch
 
-        def count(envelope: Envelope, name: str) -> bytes | None:
+        def count(self: Fleet, envelope: Envelope, name: str) -> bytes | None:
             nonlocal fetched
-            part = fetch(envelope, name)
+            part = fetch(self, envelope, name)
             fetched += len(part or b"")
             return part
 
-        fleet._fetch = count  # type: ignore[method-assign]
-        with pytest.raises(ContractError, match="a message "):
-            fleet.pull_message(envelope, known.get(envelope.kind))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Fleet, "_fetch", count)
+            with pytest.raises(ContractError, match="a message "):
+                fleet.pull_message(envelope, known.get(envelope.kind))
         assert fetched < limit_message([]).size + 5 * 6 * MIB, "as many at once as travel at once"
-    return envelope
 
 
-@pytest.mark.parametrize("kind", ["query", "train", "evaluate", "query.ledger", BACKBONE])
 @pytest.mark.parametrize(("count", "size"), [(200, 4), (30, 2 * MIB)])
 def test_a_message_of_many_or_large_parts_is_not_fetched(
-    project: Project, kind: str, count: int, size: int
+    project: Project, count: int, size: int
 ) -> None:
     def one(i: int) -> Array:
         return Array("float32", (1,), "numpy.ndarray", i.to_bytes(4, "big") * (size // 4))
 
     large = RecordDict({"x": ArrayRecord({f"a{i}": one(i) for i in range(count)})})
     with link_up(project) as port, closing(connect(project, port)) as fleet:
-        offered(fleet, project, kind, large)
+        number = fleet.activate(None)
+        for kind in ("query", "train", "evaluate", "query.ledger", BACKBONE):
+            refuse(fleet, number, project, kind, large)
 
 
 def test_what_is_expected_follows_the_studies_joined(tmp_path: Path) -> None:

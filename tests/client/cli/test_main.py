@@ -28,6 +28,12 @@ def command(
     return partial(run_main, cli.main)
 
 
+@pytest.fixture(autouse=True)
+def closed(tmp_path: Path) -> None:
+    """The cache folder, closed to others whatever the umask."""
+    (tmp_path / "prepared").mkdir(mode=0o700)
+
+
 def cached(folder: Path, **limits: object) -> Path:
     """A site's file in `folder`, and its cache folder beside it."""
     return write_site(folder, cache={"folder": "prepared", **limits})
