@@ -4,7 +4,12 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from client.consent.agreement import Agreement, check_agreement, keep_holdout
+from client.consent.agreement import (
+    Agreement,
+    check_agreement,
+    check_holdout,
+    keep_holdout,
+)
 from client.features.precision import fix_numerics
 from client.ledger.budget import check_budget
 from client.ledger.entries import Entry
@@ -57,7 +62,6 @@ class Session:
         if self._agreed is None:
             self._afford(entries, whole=True)
         if offer != self._agreed:
-            keep_holdout(site, study)
             offer.keep(site)
             self._agreed = offer
         disclosure = offer.disclosure
@@ -111,12 +115,14 @@ class Session:
         self._afford(entries, whole=False)
         if privacy_plan is None:
             return
+        check_holdout(prepared.site, prepared.study)  # another study may have drawn since the join
         if not self._noise_checked:
             check_noise(privacy_plan)
             self._noise_checked = True
         prepared.network.load(tensors)
         with fix_numerics(prepared.site.threads):
             check_rows(prepared.network.split.suffix, prepared.examples["train"], privacy_plan)
+        keep_holdout(prepared.site, prepared.study)
 
     def _afford(self, entries: Sequence[Entry], *, whole: bool) -> None:
         prepared = self.prepared

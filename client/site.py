@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, StrictInt, field_validator, model_validator
+from pydantic import BeforeValidator, Field, StrictInt, field_validator, model_validator
 
 from client.data.registry import Data
 from client.storage import explain_disk_errors, read_site_secret
@@ -17,11 +17,28 @@ from common.support import files
 Keep = Literal["auto", "activations", "images"]
 """What a site may ask to be kept of an image; `auto` is what pays."""
 AtLeastOne = Annotated[StrictInt, Field(ge=1)]
+Share = Annotated[Number, Field(ge=0, le=1)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+def _map_names(given: object) -> object:
+    if not isinstance(given, list | tuple | dict):
+        raise ValueError(f"expected a list of names, or names with their SHA-256, got {given!r}")
+    return given if isinstance(given, dict) else dict.fromkeys(given)
+
+
+Backbones = Annotated[dict[Word, Sha256 | None], BeforeValidator(_map_names)]
+"""Names of backbones, each with the SHA-256 of the file of its weights; None for any weights."""
 
 
 class Policy(Section):
-    """What this hospital agrees to; a study that asks for more is refused."""
+    """What this hospital agrees to; a study that asks for more is refused.
 
+    What a site file leaves out is as it stands here: nothing that tells of few is open by accident.
+    """
+
+    approve: Literal["ask", "policy"] = "ask"
+    """`ask`: each study waits until a person approves it; `policy`: the keys below decide alone."""
     require_privacy: bool = False
     """Refuse studies without differential privacy."""
     max_epsilon: Positive | None = None
@@ -30,8 +47,14 @@ class Policy(Section):
     """Refuse a larger δ; the δ of `max_epsilon`, which means nothing without one."""
     min_patients: AtLeastOne = 1
     """Refuse to train on fewer training patients."""
-    backbones: tuple[Word, ...] | None = None
-    """The backbones allowed; without it, any."""
+    min_images: AtLeastOne = 50
+    """Without privacy, refuse rounds of fewer training images: their reply would tell each."""
+    max_holdout: Share = 0.5
+    """Largest share of its patients that a study may hold out, validation and test together."""
+    max_studies: AtLeastOne | None = 4
+    """New studies within 30 days, those refused for what the data are too; None for any number."""
+    backbones: Backbones | None = None
+    """The backbones allowed, with any weights or those of a SHA-256; without it, any."""
     unfreeze: tuple[Unfreeze, ...] | None = None
     """The depths allowed; without it, any."""
     max_local_epochs: AtLeastOne | None = None

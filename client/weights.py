@@ -8,7 +8,13 @@ from pathlib import Path
 from client.site import Site
 from client.storage import explain_disk_errors
 from common.config.study import Study
-from common.errors import BackboneError, ContractError, MissingWeightsError, SiteError
+from common.errors import (
+    BackboneError,
+    ContractError,
+    MissingWeightsError,
+    RefusedError,
+    SiteError,
+)
 from common.model import backbones
 from common.protocol.backbone import BackbonePart
 from common.support import files
@@ -24,9 +30,38 @@ def find_weights(site: Site, study: Study) -> str:
 
     Raises:
       MissingWeightsError: it has no copy.
+      RefusedError: the policy allows other weights only.
     """
+    found = _find(site, study)
+    if _allowed(site, study) is not None:
+        _check_allowed(site, study, _hash(study, found))
+    return found
+
+
+def _allowed(site: Site, study: Study) -> str | None:
+    return (site.policy.backbones or {}).get(study.model.backbone)
+
+
+def _check_allowed(site: Site, study: Study, sha256: str) -> None:
+    allowed = _allowed(site, study)
+    if allowed not in (None, sha256):
+        where, expected = f"{site.source}: policy.backbones", f"weights with the SHA-256 {allowed}"
+        remedy = "Ask the coordinator for those weights, or change policy.backbones."
+        raise RefusedError(where, expected=expected, got=sha256, remedy=remedy)
+
+
+def _hash(study: Study, found: str) -> str:
+    """SHA-256 of the file that `find_weights` found; random weights are no file."""
+    if found == "none":
+        return "none: random ones"
+    own = backbones.get(study.model.backbone).own_file
+    with (own if found == "DEFAULT" else Path(found)).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _find(site: Site, study: Study) -> str:
     weights = study.model.weights
-    here = weights == "DEFAULT" and backbones.get(study.model.backbone).downloaded
+    here = weights == "DEFAULT" and backbones.get(study.model.backbone).own_file.is_file()
     if weights == "none" or here:
         return weights
     own = site.weights / Path(weights).name if site.weights else None
@@ -62,8 +97,10 @@ def receive_part(site: Site, study: Study, part: BackbonePart) -> int:
     Raises:
       ContractError: it is too large for this backbone, or the whole is not what was announced, or
         no such backbone, and was deleted.
+      RefusedError: the policy allows other weights only.
       SiteError: the disk refuses.
     """
+    _check_allowed(site, study, part.sha256)
     if part.size > (most := backbones.get(study.model.backbone).largest_sent):
         raise ContractError(f"a backbone of {part.size} bytes, where {most} are plenty")
     folder, whole = site.private("weights"), _place(site, part.sha256)

@@ -86,6 +86,9 @@ def make_network(**changes: Any) -> Network:
 
 # --- sites ---
 
+OPEN = {"approve": "policy", "min_images": 1, "max_holdout": 1, "max_studies": None}
+"""A policy that lets few and small images take part, without a person."""
+
 
 def paint_noise(number: int, label: str) -> NDArray[np.uint8]:
     """Pixels that no other image has, whatever its label is."""
@@ -109,17 +112,26 @@ def write_images(
 
 
 def write_site(folder: Path, **changes: object) -> Path:
-    """The file of a site whose manifest and images lie beside it, unless `changes` say where."""
+    """The file of a site whose manifest and images lie beside it, unless `changes` say where.
+
+    Its policy is open but for what `changes` say of it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     content: dict[str, object] = {
         "name": "ward",
         "data": {"format": "manifest", "root": "."},
         "state": "state",
         "device": "cpu",
+        "policy": {},
     }
     path = folder / "site.yaml"
-    path.write_text(dump(content | changes))
+    path.write_text(dump(_opened(content | changes)))
     return path
+
+
+def _opened(content: dict[str, Any]) -> dict[str, Any]:
+    policy = content["policy"]
+    return content | ({"policy": OPEN | policy} if isinstance(policy, dict) else {})
 
 
 def make_site(folder: Path, **changes: object) -> Site:
@@ -129,7 +141,7 @@ def make_site(folder: Path, **changes: object) -> Site:
 
 def edit_site(path: Path, **changes: object) -> Path:
     """Change a site's file, as its hospital would."""
-    path.write_text(dump(yaml.safe_load(path.read_text()) | changes))
+    path.write_text(dump(_opened(yaml.safe_load(path.read_text()) | changes)))
     return path
 
 

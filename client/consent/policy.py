@@ -1,6 +1,5 @@
 """The hospital's last word: a study is agreed to or refused, never quietly altered."""
 
-import logging
 import math
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -8,10 +7,8 @@ from typing import NamedTuple
 from client.features.precision import can_compute, choose_device
 from client.privacy.plan import PrivacyPlan
 from client.site import Policy, Site
-from common.config.study import DpSgd, Study
+from common.config.study import DpSgd, Privacy, Study
 from common.errors import RefusedError
-
-log = logging.getLogger(__name__)
 
 
 def check_policy(
@@ -30,21 +27,39 @@ def check_policy(
         where, expected = f"{site.source}: device", f"one that computes in {study.model.precision}"
         remedy = "Write device: cpu, or ask the coordinator for model.precision: float32."
         raise RefusedError(where, expected=expected, got=device.type, remedy=remedy)
-    if isinstance(study.privacy, DpSgd) and study.privacy.delta * 10 * patients > 1:
-        few, delta = f"{patients} training patients", f"δ = {study.privacy.delta:g}"
-        log.warning("%s is more than a tenth of 1 / %s: it protects few of them", delta, few)
     # Numbers as coarse as they are told, so that yes and no tell nothing finer.
     base = site.policy.disclose.resolved(private=study.private).base
-    fewest, most = max(patients // base * base, min(patients, 1)), -(-images // base) * base
+    most = -(-images // base) * base
     length = _private_length(privacy_plan) if privacy_plan else _length(study, most)
-    for kept, expected, got in _rules(site, study, length, fewest):
-        if not kept:
-            where = f"{site.source}: policy"
-            raise RefusedError(where, expected=expected, got=got)
+    rules = [*_asked(site.policy, study)]
+    if site.role == "train":
+        rules += _trained(site.policy, length, _fewest(patients, base))
+    if privacy_plan:
+        rules.append(_protected(study.privacy, privacy_plan))
+    elif site.role == "train" and not study.private:
+        rules.append(_unprotected(site.policy, length, _fewest(images, base)))
+    for rule in rules:
+        if not rule.kept:
+            where, remedy = f"{site.source}: policy", f"Ask the coordinator for {rule.instead}"
+            remedy += f", or change policy.{rule.key}." if rule.key else "."
+            raise RefusedError(where, expected=rule.expected, got=rule.got, remedy=remedy)
 
 
-Rule = tuple[bool, str, object]
-"""Whether it is kept, what was expected, and what the study has."""
+def _fewest(number: int, base: int) -> int:
+    """Rounded down, as coarsely as numbers are told, but for the step from none to one."""
+    return max(number // base * base, min(number, 1))
+
+
+class Rule(NamedTuple):
+    """One thing that the policy asks of a study."""
+
+    kept: bool
+    key: str
+    """Of the policy; empty for what no hospital can allow."""
+    expected: str
+    got: object
+    instead: str
+    """What to ask the coordinator for, where it is not kept."""
 
 
 class Length(NamedTuple):
@@ -68,40 +83,61 @@ def _private_length(privacy_plan: PrivacyPlan) -> Length:
     return Length(one.steps, one.steps * one.sample_rate, privacy_plan.batch)
 
 
-def _rules(site: Site, study: Study, length: Length, patients: int) -> Iterator[Rule]:
-    policy, model = site.policy, study.model
-    yield from _privacy(site, study)
-    if policy.backbones is not None:
-        allowed = f"backbone to be one of {', '.join(policy.backbones)} (backbones)"
-        yield model.backbone in policy.backbones, allowed, model.backbone
-    if policy.unfreeze is not None:
-        allowed = f"unfreeze to be one of {', '.join(policy.unfreeze)}"
-        yield model.unfreeze in policy.unfreeze, allowed, model.unfreeze
-    if site.role == "train":
-        least = f"at least {policy.min_patients} training patients (min_patients)"
-        yield patients >= policy.min_patients, least, patients
-        yield from _caps(policy, length)
-
-
-def _privacy(site: Site, study: Study) -> Iterator[Rule]:
-    policy, privacy = site.policy, study.privacy
+def _asked(policy: Policy, study: Study) -> Iterator[Rule]:
+    """What is of the study alone, whoever the patients are."""
+    model, privacy = study.model, study.privacy
     if isinstance(privacy, DpSgd):
         epsilon, delta = policy.max_epsilon or math.inf, policy.delta or 1.0
-        yield privacy.epsilon <= epsilon, f"ε within {epsilon:g} (max_epsilon)", privacy.epsilon
-        yield privacy.delta <= delta, f"δ within {delta:g} (delta)", privacy.delta
+        allowed, less = f"ε within {epsilon:g} (max_epsilon)", "a smaller privacy.epsilon"
+        yield Rule(privacy.epsilon <= epsilon, "max_epsilon", allowed, privacy.epsilon, less)
+        allowed, less = f"δ within {delta:g} (delta)", "a smaller privacy.delta"
+        yield Rule(privacy.delta <= delta, "delta", allowed, privacy.delta, less)
     else:
         key = "require_privacy" if policy.require_privacy else "max_epsilon"
-        private = f"a study with differential privacy ({key})"
-        yield not (policy.require_privacy or policy.max_epsilon), private, "privacy: none"
+        allowed = f"a study with differential privacy ({key})"
+        kept = not (policy.require_privacy or policy.max_epsilon)
+        yield Rule(kept, key, allowed, "privacy: none", "privacy.mechanism: dp_sgd")
+    if policy.backbones is not None:
+        allowed = f"backbone to be one of {', '.join(policy.backbones)} (backbones)"
+        kept = model.backbone in policy.backbones
+        yield Rule(kept, "backbones", allowed, model.backbone, "another model.backbone")
+    if policy.unfreeze is not None:
+        allowed = f"unfreeze to be one of {', '.join(policy.unfreeze)}"
+        kept = model.unfreeze in policy.unfreeze
+        yield Rule(kept, "unfreeze", allowed, model.unfreeze, "another model.unfreeze")
+    held = round(study.holdout.validation + study.holdout.test, 9)
+    allowed = f"at most {policy.max_holdout:g} of the patients held out (max_holdout)"
+    yield Rule(held <= policy.max_holdout, "max_holdout", allowed, held, "a smaller holdout")
 
 
-def _caps(policy: Policy, round_: Length) -> Iterator[Rule]:
-    asked = f"{round_.steps} steps, {round_.epochs:g} epochs"
+def _trained(policy: Policy, round_: Length, patients: int) -> Iterator[Rule]:
+    least = f"at least {policy.min_patients} training patients (min_patients)"
+    kept = patients >= policy.min_patients
+    yield Rule(kept, "min_patients", least, patients, "a smaller holdout")
+    asked, fewer = f"{round_.steps} steps, {round_.epochs:g} epochs", "shorter rounds"
     if (most := policy.max_local_epochs) is not None:
         allowed = f"rounds of at most {most} epochs (max_local_epochs)"
-        yield round_.epochs <= most, allowed, asked
+        yield Rule(round_.epochs <= most, "max_local_epochs", allowed, asked, fewer)
     if (most := policy.max_local_steps) is not None:
-        yield round_.steps <= most, f"rounds of at most {most} steps (max_local_steps)", asked
+        allowed = f"rounds of at most {most} steps (max_local_steps)"
+        yield Rule(round_.steps <= most, "max_local_steps", allowed, asked, fewer)
     if (most := policy.max_batch_size) is not None:
-        allowed = f"batches of at most {most} (max_batch_size)"
-        yield round_.batch <= most, allowed, f"{round_.batch:g}"
+        allowed, got = f"batches of at most {most} (max_batch_size)", f"{round_.batch:g}"
+        kept = round_.batch <= most
+        yield Rule(kept, "max_batch_size", allowed, got, "a smaller train.batch_size")
+
+
+def _protected(privacy: Privacy, privacy_plan: PrivacyPlan) -> Rule:
+    """A mechanism that tells all of one patient in 1 / δ has that δ: it would protect nobody."""
+    delta, enrolled = privacy.delta if isinstance(privacy, DpSgd) else 0.0, privacy_plan.enrolled
+    most = 1 / (10 * enrolled)
+    allowed = f"δ of at most {most:g}, a tenth of 1 / enrolled_patients ({enrolled})"
+    return Rule(delta <= most, "", allowed, delta, f"a privacy.delta of at most {most:g}")
+
+
+def _unprotected(policy: Policy, round_: Length, images: int) -> Rule:
+    """An update made of one image holds its activation and its label, as if they were sent."""
+    least, in_round = policy.min_images, min(images, round(round_.steps * round_.batch))
+    expected = f"rounds of at least {least} different images without privacy (min_images)"
+    more = "longer rounds, larger batches or privacy"
+    return Rule(in_round >= least, "min_images", expected, in_round, more)

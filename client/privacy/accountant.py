@@ -282,4 +282,5 @@ def _within(
 
 
 def _refusal(name: str, expected: str, got: object) -> RefusedError:
-    return RefusedError(f"privacy: {name}", expected=expected, got=got)
+    remedy = "Ask the coordinator for a study that can be accounted."
+    return RefusedError(f"privacy: {name}", expected=expected, got=got, remedy=remedy)

@@ -74,7 +74,8 @@ def train(
     """
     if plan.imbalance == "weighted":
         expected, got = "class weights that are constants", "weights from patients"
-        raise RefusedError("train.imbalance", expected=expected, got=got)
+        remedy = "Ask the coordinator for train.class_weights."
+        raise RefusedError("train.imbalance", expected=expected, got=got, remedy=remedy)
     entropy, one = entropy or Entropy(), privacy_plan.round
     device = next(suffix.parameters()).device
     weights = torch.tensor(plan.class_weights, device=device) if plan.class_weights else None

@@ -182,10 +182,9 @@ class Backbone:
         return int(numbers) + checkpoints.LARGEST_HEADER
 
     @property
-    def downloaded(self) -> bool:
-        """Whether torchvision has its own weights of it on this machine already."""
-        name = Path(self._published("DEFAULT").url).name
-        return (Path(torch.hub.get_dir()) / "checkpoints" / name).is_file()
+    def own_file(self) -> Path:
+        """Where this machine has torchvision's own weights of it, once they are downloaded."""
+        return Path(torch.hub.get_dir(), "checkpoints", Path(self._published("DEFAULT").url).name)
 
     def _fit(self, state: dict[str, torch.Tensor]) -> Fit:
         return Fit.of(state, self._outline(), ignore=(f"{self.head}.", *self.dropped))

@@ -35,6 +35,8 @@ from simulations.sites import partition
 
 log = logging.getLogger(__name__)
 
+_OPEN = {"approve": "policy", "min_images": 1, "max_holdout": 1, "max_studies": None}
+"""A virtual hospital keeps nothing from the researcher, whose data it is."""
 _RULE = "letters, digits, . _ -, starting with a letter or digit, at most 64"
 
 
@@ -211,9 +213,10 @@ def _write(plan: PlannedSite, study: Study, folder: Path, cache: Path) -> Path:
     if hospital.site:
         own = {"role", "policy", "device", "threads", "keep"}
         kept = hospital.site.model_dump(mode="json", include=own)
+        kept["policy"]["approve"] = "policy"  # nobody is there to be asked
         content.update(kept)
-    else:  # a virtual hospital keeps nothing from the researcher, whose data it is
-        content["policy"] = {"disclose": {"counts": "exact"}}
+    else:
+        content["policy"] = {**_OPEN, "disclose": {"counts": "exact"}}
     if hospital.evaluates_only:
         content["role"] = "evaluate"
     if study.private and hospital.data.enrolled_patients is None:  # a real hospital declares it
@@ -234,7 +237,7 @@ def prepare_sites(site_files: Sequence[Path], study: Study, runtime: Runtime) ->
     """
     for path in site_files:
         site = Site.read(path)
-        keep_proposal(site, study.proposal())
+        keep_proposal(site, study)
         log.info("%s", site.name)
         with suppress(RefusedError):
             runtime.open_session(path, study.id)

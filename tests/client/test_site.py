@@ -99,7 +99,11 @@ def test_a_cache_by_its_path_alone_is_shown_the_section(tmp_path: Path) -> None:
         ({"policy": {"max_epsilon": True}}, ["policy.max_epsilon", "a number, got True"]),
         ({"policy": {"delta": 1}}, ["policy.delta", "less than 1", "got 1"]),
         ({"policy": {"delta": 0}}, ["policy.delta", "greater than 0", "got 0"]),
-        ({"policy": {"backbones": "resnet18"}}, ["policy.backbones", "a list", "'resnet18'"]),
+        (
+            {"policy": {"backbones": "resnet18"}},
+            ["policy.backbones", "a list of names", "'resnet18'"],
+        ),
+        ({"policy": {"backbones": {"resnet18": "57e9"}}}, ["policy.backbones.resnet18", "57e9"]),
         ({"policy": {"max_local_epochs": 0}}, ["policy.max_local_epochs", "equal to 1", "got 0"]),
         ({"policy": {"max_local_steps": 1.5}}, ["policy.max_local_steps", "integer", "got 1.5"]),
         ({"policy": {"max_batch_size": True}}, ["policy.max_batch_size", "integer", "got True"]),

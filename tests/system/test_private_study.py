@@ -255,7 +255,7 @@ def test_patients_that_come_or_go_change_no_constant_of_the_mechanism(phantoms, 
 
 
 def _sent(site_file: Path, wanted: Study) -> str:
-    keep_proposal(Site.read(site_file), wanted.proposal())
+    keep_proposal(Site.read(site_file), wanted)
     return wanted.id
 
 
@@ -368,7 +368,9 @@ def test_whatever_patients_decide_about_a_join_is_recorded(phantoms, tmp_path):
 
 def test_other_shares_held_out_are_refused_to_later_studies(phantoms, tmp_path, new_process):
     files = settle(study(), phantoms, tmp_path / "run")
-    assert not Coordinator(files[0], study()).join().has_error()
+    first = Coordinator(files[0], study())
+    assert not first.join().has_error()
+    assert not first.round().has_error()
     new_process()
     wanted = study(holdout={"validation": 0.4, "test": 0.1})
     assert Coordinator(files[0], wanted).join().error.reason == "refused"

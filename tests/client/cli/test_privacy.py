@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,7 +37,7 @@ from client.site import Site
 from common.config.study import Study
 from common.config.yaml import dump
 from common.errors import SiteError
-from tests.builders import session_of
+from tests.builders import OPEN, session_of
 
 SKIN, CHEST = "1" * 16, "2" * 16
 SITE = {"name": "east", "data": {"format": "manifest", "root": "."}, "state": "state"}
@@ -69,7 +70,7 @@ def command(
     return partial(run_main, cli.main)
 
 
-def site(folder: Path, patients: int = 0, **changes: object) -> Path:
+def site(folder: Path, patients: int = 0, **changes: Any) -> Path:
     """A site's file, and so many patients of two images each."""
     with (folder / "manifest.csv").open("w", newline="") as file:
         table = csv.writer(file)
@@ -80,7 +81,9 @@ def site(folder: Path, patients: int = 0, **changes: object) -> Path:
             table.writerow([f"{i}.png", ("dark", "bright")[i % 2], f"p{i // 2}"])
     path = folder / "site.yaml"
     data = SITE["data"] | ({"enrolled_patients": patients} if patients else {})
-    path.write_text(yaml.safe_dump({**SITE, "data": data, "device": "cpu", **changes}))
+    policy = OPEN | changes.pop("policy", {})
+    content = {**SITE, "data": data, "device": "cpu", "policy": policy, **changes}
+    path.write_text(yaml.safe_dump(content))
     return path
 
 

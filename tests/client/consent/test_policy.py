@@ -1,17 +1,16 @@
 """The hospital has the last word: it agrees or refuses by name, and holds to what it agreed to."""
 
+import ast
 import hashlib
-import logging
 import os
 import re
 import shutil
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 import pytest
 
-from client.consent.agreement import Agreement, check_holdout, keep_holdout
+from client.consent.agreement import Agreement
 from client.consent.policy import check_policy
 from client.privacy.plan import plan_privacy
 from client.site import Site
@@ -19,7 +18,7 @@ from common.errors import ContractError, DataError, RefusedError, SiteError
 from common.protocol.ledger import LedgerHead
 from common.protocol.round import RoundRequest
 from common.protocol.tensors import to_arrays
-from tests.builders import edit_site, make_site, make_study, session_of, write_images
+from tests.builders import ROOT, edit_site, make_site, make_study, session_of, write_images
 
 CLASSES = ("dark", "bright")
 HEAD = LedgerHead(count=1, hash="0" * 64, receipt="0" * 64)
@@ -57,6 +56,7 @@ def refused(site, wanted, patients=100, images=None):
     told = str(caught.value)
     assert told.startswith(f"{site.source}: policy: expected ")
     assert ", got " in told
+    assert ". Ask the coordinator for " in told
     assert "\n" not in told
     return told
 
@@ -89,6 +89,21 @@ REFUSED = {
         {"backbones": ["resnet18", "vit_b_16"]},
         (study(), 100),
         ["resnet18, vit_b_16 (backbones), got shufflenet_v2_x0_5"],
+    ),
+    "few images": (
+        {"min_images": 50},
+        (study(), 49),
+        ["at least 50 different images without privacy (min_images), got 49"],
+    ),
+    "few images in a round, of many": (
+        {"min_images": 50},
+        (train(local_steps=7, batch_size=7), 100),
+        ["(min_images), got 49"],
+    ),
+    "held out": (
+        {"max_holdout": 0.4},
+        (study(holdout={"validation": 0.2, "test": 0.21}), 100),
+        ["at most 0.4 of the patients held out (max_holdout), got 0.41"],
     ),
     "no backbone at all": ({"backbones": []}, (study(), 100), ["(backbones)"]),
     "depth": (
@@ -140,6 +155,9 @@ AGREED = {
     "steps": ({"max_local_steps": 9}, (train(local_steps=9), 100)),
     "steps asked for in epochs": ({"max_local_steps": 8}, (train(local_epochs=2), 100)),
     "batches": ({"max_batch_size": 32}, (study(train={"rounds": 1, "batch_size": 32}), 100)),
+    "images": ({"min_images": 50}, (train(local_steps=1, batch_size=50), 50)),
+    "images of studies without privacy only": ({"min_images": 50}, (private(), 49)),
+    "held out": ({"max_holdout": 0.4}, (study(holdout={"validation": 0.15, "test": 0.25}), 100)),
     "a δ of studies with privacy only": ({"delta": 1e-9}, (study(), 1)),
 }
 
@@ -159,7 +177,9 @@ def test_what_the_policy_allows_is_agreed_to(case, tmp_path):
 
 def test_every_rule_of_a_policy_is_tried_here(tmp_path):
     tried = {key for policy, *_ in REFUSED.values() for key in policy}
-    assert tried | {"disclose"} == set(write(tmp_path).policy.model_dump())
+    assert tried | {"approve", "disclose", "max_studies"} == set(
+        write(tmp_path).policy.model_dump()
+    )
 
 
 def test_images_not_patients_make_an_epoch(tmp_path):
@@ -223,35 +243,39 @@ def test_the_length_of_private_rounds_is_what_will_run_whoever_trains(tmp_path):
     check_policy(site, whole, plan_privacy(site, whole, whole.privacy), 1, 100_000)
 
 
-def test_private_studies_of_one_site_hold_out_the_same_patients(tmp_path):
-    """With other shares, what is told of test patients would add up to how many train."""
-    site, first = write(tmp_path), private(name="first")
-    keep_holdout(site, study(holdout={"test": 0.1}))  # without privacy: nothing to keep
-    check_holdout(site, first)
-    keep_holdout(site, first)
-    check_holdout(site, private(epsilon=1.0))
-    check_holdout(site, study(holdout={"test": 0.5}))
-    for shares in ({"test": 0.5}, {"validation": 0.0}, {"test": 0.2000001}):
-        with pytest.raises(RefusedError, match="expected that of the private studies before"):
-            check_holdout(site, private(holdout=shares))
-    keep_holdout(site, private(holdout={"test": 0.5}))
-    check_holdout(site, first)
+@pytest.mark.parametrize(("delta", "allowed"), [(1e-3, True), (1.001e-3, False), (0.5, False)])
+def test_a_delta_that_protects_few_is_refused(tmp_path, delta, allowed):
+    """At δ = 1 / n a mechanism may tell one patient whole; n is what the hospital declares."""
+    data = {"format": "manifest", "root": "images", "enrolled_patients": 100}
+    site, wanted = write(tmp_path, data=data), private(delta=delta)
+    privacy_plan = plan_privacy(site, wanted, wanted.privacy)
+    for patients in (1, 10**6):
+        if allowed:
+            check_policy(site, wanted, privacy_plan, patients, patients)
+        else:
+            with pytest.raises(RefusedError, match=r"at most 0\.001, a tenth.*got.*privacy\.delta"):
+                check_policy(site, wanted, privacy_plan, patients, patients)
 
 
-@pytest.mark.parametrize(
-    ("wanted", "patients", "warned"),
-    [
-        (private(delta=1.001e-3), 100, True),
-        (private(delta=1e-3), 100, False),  # exactly a tenth of 1/100
-        (private(delta=1e-3), 101, True),
-        (private(delta=0.5), 0, False),
-        (study(), 10**6, False),
-    ],
-)
-def test_a_delta_that_protects_few_is_warned_of(tmp_path, caplog, wanted, patients, warned):
-    with caplog.at_level(logging.WARNING), suppress(RefusedError):
-        check_policy(write(tmp_path), wanted, None, patients, patients)
-    assert ("δ = " in caplog.text and f"{patients} training patients" in caplog.text) == warned
+def test_what_a_policy_leaves_out_is_nothing_open(tmp_path):
+    path = tmp_path / "site.yaml"
+    path.write_text("{name: ward, data: {format: manifest, root: .}, state: state}")
+    site = Site.read(path)
+    assert site.policy.approve == "ask"
+    assert site.policy.max_studies == 4
+    refused(site, study(), 49)
+    refused(site, study(holdout={"validation": 0.3, "test": 0.3}))
+    check_policy(site, study(), None, 50, 50)
+
+
+def test_every_refusal_has_a_remedy():
+    """Whoever writes `RefusedError(...)` says what to do; one that repeats a whole text has it."""
+    for path in sorted((ROOT / "client").rglob("*.py")):
+        for call in ast.walk(ast.parse(path.read_text("utf-8"))):
+            name = getattr(getattr(call, "func", None), "id", "")
+            if isinstance(call, ast.Call) and name in {"RefusedError", "BudgetError"}:
+                given = {keyword.arg for keyword in call.keywords}
+                assert not given or "remedy" in given, f"{path}:{call.lineno}"
 
 
 # --- what it agreed to, it holds to ---

@@ -6,17 +6,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-import yaml
 from flwr.app import Context, Message
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from common.config.yaml import dump
 from server.app import app as server_app
 from server.reports.tensorboard import Events
 from server.runs.run_folder import RunFolder
 from simulations.engines.grid import simulate_run
 from simulations.sites import virtual_sites
-from tests.builders import PHANTOMS, client_app, create_run, read_study
+from tests.builders import PHANTOMS, client_app, create_run, edit_site, read_study
 
 ClientApp = Callable[[Message, Context], Message]
 
@@ -96,7 +94,7 @@ def test_what_a_site_keeps_to_itself_is_absent(tmp_path: Path, four: list[Path])
     run = create_demo(tmp_path / "run", four, "train.rounds=1")
     for name, tells in (("north", {"metrics": "none"}), ("south", {"counts": "rounded"})):
         path = run.path / f"sites/{name}/site.yaml"
-        path.write_text(dump(yaml.safe_load(path.read_text()) | {"policy": {"disclose": tells}}))
+        edit_site(path, policy={"disclose": tells})
     run_apps(run)
     told = curves(run)
     assert told == recorded(run)

@@ -17,7 +17,7 @@ from common.support.terminal import console
 from server.runs.run_folder import RunFolder
 from simulations.cli.main import main
 from simulations.studies.sweep import plan_settings
-from tests.builders import DEMO
+from tests.builders import DEMO, OPEN
 
 pytestmark = pytest.mark.system
 
@@ -126,7 +126,7 @@ def test_without_validation_figures_none_is_chosen(sweep: Sweep, phantoms: Path)
     sites = []
     for name in ("north", "south"):
         data = {"format": "manifest", "root": str(phantoms / name), "manifest": "manifest.csv"}
-        policy = {"disclose": {"metrics": "none"}}
+        policy = OPEN | {"disclose": {"metrics": "none"}}
         site = {"name": name, "data": data, "state": "state", "policy": policy}
         Path(f"{name}.yaml").write_text(dump(site))
         sites.append(Path(f"{name}.yaml").resolve())
@@ -140,7 +140,8 @@ def test_without_validation_figures_none_is_chosen(sweep: Sweep, phantoms: Path)
 
 def test_a_setting_that_a_site_refuses_is_compared_with_none(sweep: Sweep, phantoms: Path) -> None:
     data = {"format": "manifest", "root": str(phantoms / "west"), "manifest": "manifest.csv"}
-    site = {"name": "west", "data": data, "state": "state", "policy": {"unfreeze": ["head"]}}
+    policy = OPEN | {"unfreeze": ["head"]}
+    site = {"name": "west", "data": data, "state": "state", "policy": policy}
     Path("west.yaml").write_text(dump(site))
     sites = ("north", "south", Path("west.yaml").resolve())
     code, text = sweep("--set", "model.unfreeze=head,last:1", "--seeds", "0", sites=sites)
