@@ -8,7 +8,9 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from client.consent.agreement import check_end
-from client.consent.proposals import drop_proposal, keep_proposal, read_proposal
+from client.consent.approval import check_approval
+from client.consent.proposals import drop_proposal, keep_proposal, parse_proposal, read_proposal
+from client.ledger.budget import check_studies
 from client.ledger.entries import Release
 from client.ledger.release import Reply, record_errors, release
 from client.runtime import Runtime, SiteRuntime
@@ -22,6 +24,7 @@ from common.errors import (
     MissingWeightsError,
     RefusedError,
     SiteError,
+    WaitingError,
 )
 from common.flower.messages import (
     ClientAppCallable,
@@ -57,6 +60,8 @@ def boundary(message: Message, context: Context, work: ClientAppCallable) -> Mes
     """Answer any failure with its public code; the text stays in this site's log."""
     try:
         return work(message, context)
+    except WaitingError as ex:  # said when it came; it is asked for again and again
+        return make_error_reply(message, ex.code)
     except ConsiliumError as ex:
         log.error("%s: %s", context.node_config.get("site"), ex)
         return make_error_reply(message, ex.code)
@@ -78,7 +83,10 @@ class Handlers:
         opened = self._runtime.open_site(site)
         if request.known is not None:
             opened.ledger.check_receipt(request.known)
-        study = keep_proposal(site, request.proposal)
+        study = parse_proposal(request.proposal)
+        check_studies(opened.ledger.began, site, study)
+        check_approval(site, study)
+        keep_proposal(site, study)
         for ended in opened.ledger.ended - {study.id}:
             opened.outbox.purge(ended)
         what = Release(study=study.id, name=study.name, kind="join")

@@ -65,6 +65,12 @@ class RefusedError(ConsiliumError):
     code = "refused"
 
 
+class WaitingError(ConsiliumError):
+    """A person at the hospital has not decided on this study yet."""
+
+    code = "waiting"
+
+
 class BudgetError(RefusedError):
     """The hospital's privacy budget does not suffice."""
 

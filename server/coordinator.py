@@ -41,7 +41,8 @@ def run_study(run: RunFolder, database: Path, ledgers: Path, *, wait: float) -> 
       run: The run; one process at a time can be on it.
       database: The file in which the link keeps its messages.
       ledgers: The file of how far each site's ledger went, in whatever run.
-      wait: The seconds within which as many sites as the quorum must connect.
+      wait: The seconds within which as many sites as the quorum must connect, and persons at
+        hospitals may approve the study.
 
     Raises:
       RunError: too few sites, or too few that can take part; the run can be resumed.
@@ -49,8 +50,9 @@ def run_study(run: RunFolder, database: Path, ledgers: Path, *, wait: float) -> 
     with run.locked(), open_grid(database) as grid:
         run.write("process", str(os.getpid()), durable=False)
         try:
-            _await(grid, run.study.aggregate.quorum, wait)
-            Run(grid, run, Announcer(run), ledgers).run()
+            limit = time.monotonic() + wait
+            _await(grid, run.study.aggregate.quorum, limit)
+            Run(grid, run, Announcer(run), ledgers).run(limit - time.monotonic())
         finally:
             (run.path / "process").unlink(missing_ok=True)
 
@@ -84,8 +86,7 @@ def show_run(run: RunFolder) -> None:
     show_results(results, run.study.classes, facts.get("withheld", {}), run.path)
 
 
-def _await(grid: Grid, quorum: int, wait: float) -> None:
-    limit = time.monotonic() + wait
+def _await(grid: Grid, quorum: int, limit: float) -> None:
     with console.status("") as shown:
         while (found := len(list(grid.get_node_ids()))) < quorum:
             left = limit - time.monotonic()

@@ -1,12 +1,13 @@
 """What a study would cost at this site, before anything runs."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from client.consent.agreement import check_holdout
-from client.consent.cohort import count_patients, cut_records
+from client.consent.cohort import PARTS, count_patients, cut_records
 from client.consent.policy import check_policy
-from client.ledger.budget import check_budget
+from client.ledger.budget import check_budget, check_studies
+from client.ledger.entries import Entry, find_beginnings
 from client.ledger.ledger import read_ledger
 from client.ledger.spending import Spending
 from client.privacy.plan import PrivacyPlan, plan_privacy
@@ -17,6 +18,7 @@ from common.errors import BudgetError, DataError, RefusedError
 _MOST_NOISE = 10.0
 _MOST_NOISE_PER_BATCH = 0.1
 _ROWS = 6
+_USUAL_SIDE = 224
 
 
 @dataclass(frozen=True)
@@ -72,14 +74,22 @@ class Cost:
     Attributes:
       training: Patients that would train.
       images: Of theirs.
+      room: Bytes that prepared images may take.
       refusal: Why this site's policy says no; None if it agrees.
       noise: None for a study without privacy, or at a site that only evaluates.
     """
 
     training: int
     images: int
+    room: int
     refusal: str | None
     noise: Noise | None
+
+
+def estimate_room(study: Study | None, images: int) -> int:
+    """Bytes of so many prepared images, as pixels; of a usual side where no study names one."""
+    side = (study.images.size if study else None) or _USUAL_SIDE
+    return 3 * side * side * images * (study.images.augment.views if study else 1)
 
 
 def estimate_cost(site: Site, study: Study) -> Cost:
@@ -88,23 +98,25 @@ def estimate_cost(site: Site, study: Study) -> Cost:
     Raises:
       ConsiliumError: the site's data cannot be read, or its ledger is damaged.
     """
-    records = cut_records(site, study).train
+    cut, entries = cut_records(site, study), read_ledger(site.state)
+    records, room = cut.train, estimate_room(study, sum(len(getattr(cut, p)) for p in PARTS))
     training, refusal, noise = count_patients(records), None, None
     if isinstance(study.privacy, DpSgd) and site.role == "train":
         if not training:
             where, expected = f"{site.source}: data", "at least one training patient"
             raise DataError(where, expected=expected, got=0)
-        noise = _noise(site, study, study.privacy)
+        noise = _noise(site, study, study.privacy, entries)
     try:
+        check_studies(find_beginnings(entries), site, study)
         check_holdout(site, study)
         check_policy(site, study, noise.privacy_plan if noise else None, training, len(records))
     except RefusedError as ex:
         refusal = str(ex)
-    return Cost(training, len(records), refusal, noise)
+    return Cost(training, len(records), room, refusal, noise)
 
 
-def _noise(site: Site, study: Study, privacy: DpSgd) -> Noise:
-    entries, privacy_plan = read_ledger(site.state), plan_privacy(site, study, privacy)
+def _noise(site: Site, study: Study, privacy: DpSgd, entries: Sequence[Entry]) -> Noise:
+    privacy_plan = plan_privacy(site, study, privacy)
     try:
         check_budget(entries, site, study, privacy, privacy_plan.whole)
         unaffordable = None

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from client import weights
-from client.admin.cost import estimate_cost
+from client.admin.cost import estimate_cost, estimate_room
 from client.admin.speed import Gain, measure_gain
 from client.data.records import Record, Row
 from client.features.precision import can_compute, choose_device
@@ -36,7 +36,6 @@ from common.support.terminal import size
 T = TypeVar("T")
 
 _SAMPLE = 16
-_USUAL_SIDE = 224
 _SMALL = Preprocess(resize=32, crop=32, mean=(0, 0, 0), std=(1, 1, 1))
 _SOON = timedelta(days=10)
 _CLOSE = 3.0
@@ -151,9 +150,7 @@ def _readable(found: Sequence[Record | Row], skips: bool) -> str:
 
 
 def _room(site: Site, study: Study | None, images: int) -> str:
-    side = (study.images.size if study else None) or _USUAL_SIDE
-    views = study.images.augment.views if study else 1
-    needed, limit = 3 * side * side * images * views, site.cache.limit
+    needed, limit = estimate_room(study, images), site.cache.limit
     folder = site.cache_folder
     with explain_disk_errors(folder, SiteError):
         free = shutil.disk_usage(folder).free

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from client.cli import connect, privacy
+from client.cli import connect, consent, privacy
 from client.cli.privacy import SiteFile, Yes
 from common.errors import SiteError
 from common.support import terminal
@@ -29,7 +29,10 @@ for command, name, rest in (
     (connect.init, "init", "--server link.example.org:443"),
     (connect.check, "check", "study.yaml"),
     (connect.start, "start", ""),
-    (privacy.plan, "plan", "study.yaml"),
+    (consent.studies, "studies", ""),
+    (consent.approve, "approve", "skin-lesions"),
+    (consent.decline, "decline", "skin-lesions"),
+    (consent.plan, "plan", "study.yaml"),
     (privacy.ledger, "ledger", "--picture epsilon.png"),
     (privacy.disclosed, "disclosed", "--study skin-lesions"),
     (privacy.ledger_adopt, "ledger-adopt", "--epsilon 3 --delta 1e-6"),

@@ -11,17 +11,12 @@ from rich.table import Table
 from common.support.terminal import console, size, table
 
 if TYPE_CHECKING:
-    from client.admin.cost import Noise
     from client.ledger.entries import Contents, Sent
     from client.ledger.spending import Spending, StudySpending
     from client.site import Site
-    from common.config.study import DpSgd, Study
 
 SiteFile = Annotated[
     Path, typer.Argument(metavar="SITE_YAML", help="The hospital's own file, site.yaml.")
-]
-StudyFile = Annotated[
-    Path, typer.Argument(metavar="STUDY_YAML", help="The study that the coordinator asks for.")
 ]
 Yes = Annotated[bool, typer.Option("--yes", help="Do it without asking.")]
 
@@ -242,72 +237,3 @@ def _tensors(contents: "Contents") -> str:
     shapes = ["×".join(map(str, shape)) for shape in contents.tensors.values()]
     more = [f"{len(shapes) - _SHAPES} more"] if len(shapes) > _SHAPES else []
     return ", ".join([*shapes[:_SHAPES], *more]) or "–"
-
-
-def plan(site_file: SiteFile, study_file: StudyFile) -> None:
-    """Show what a study would mean here, before anything runs; nothing is changed or sent.
-
-    For a study with differential privacy: the noise this site would need, and what all its
-    studies together would have spent after each round. For one without: that nothing bounds what
-    it tells. In both cases: whether the policy agrees, and what would leave.
-    """
-    from client.admin.cost import estimate_cost
-    from client.ledger import spending
-    from client.site import Site
-    from common.config.study import DpSgd, Study
-
-    site, study = Site.read(site_file), Study.read(study_file)
-    found = estimate_cost(site, study)
-    console.print(f"training here  {found.training:,} patients, {found.images:,} images")
-    if isinstance(study.privacy, DpSgd):
-        if found.noise:
-            _show_noise(found.noise, study.privacy)
-        console.print(spending.MEANING, style="dim")
-    else:
-        text = "trained without differential privacy: not accounted, no ε bounds what it tells"
-        console.print(f"privacy        none; {text}")
-    console.print(f"leaves         {_leaving(site, study)}")
-    unaffordable = found.noise.unaffordable if found.noise else None
-    for no in filter(None, (found.refusal, unaffordable)):
-        console.print(f"refused        {no}", style="red")
-    if not found.refusal and not unaffordable:
-        console.print("agreed         the policy has nothing against it", style="green")
-
-
-def _show_noise(noise: "Noise", privacy: "DpSgd") -> None:
-    one, rounds = noise.privacy_plan.round, noise.privacy_plan.rounds
-    batch, total = noise.privacy_plan.batch, one.steps * rounds
-    in_all = f"{rounds} rounds, {privacy.spare_rounds} of them spare"
-    console.print(f"asked for      ε {privacy.epsilon:g} at δ = {privacy.delta:g}")
-    console.print(f"sampling       q {one.sample_rate:.3g}, {batch:g} patients a step")
-    console.print(f"steps          {one.steps} a round, {total:,} in {in_all}")
-    clip = privacy.clip_norm
-    console.print(f"noise          σ {one.noise_multiplier:.4g}, clipping at {clip:g}")
-    if noise.before.entries:
-        console.print("               ε below is of all studies of this site together")
-    shown = table("after round", f"ε by {noise.before.bound(noise.study)}", left=())
-    for rounds in (0, *noise.shown):
-        shown.add_row(str(rounds) if rounds else "now", f"{noise.after(rounds):.2f}")
-    console.print(shown)
-    for warning in noise.warnings:
-        console.print(f"hopeless?      {warning}", style="yellow")
-
-
-def _leaving(site: "Site", study: "Study") -> str:
-    from math import prod
-
-    from common.model.network import assemble
-
-    told = site.policy.disclose.resolved(private=study.private)
-    network = assemble(study, "none")
-    shapes = network.shapes
-    numbers = sum(prod(shape) for shape in shapes.values())
-    each = f"each round {len(shapes)} tensors of {numbers:,} numbers ({size(4 * numbers)})"
-    if network.frozen:
-        each += f"; not trained with privacy: {len(network.frozen)} tensors of BatchNorm"
-    if site.role == "evaluate":
-        each = "no tensors"
-    withheld = told.withheld
-    return f"{each}; counts: {told.counts}, metrics: {told.metrics}" + (
-        f" (withheld: {withheld})" if withheld else ""
-    )

@@ -7,6 +7,7 @@ from typing import Literal, Self
 
 from pydantic import Field
 
+from client.consent.approval import check_approval
 from client.data.records import Record
 from client.privacy.parameters import PrivateRelease
 from client.privacy.plan import PrivacyPlan
@@ -75,6 +76,7 @@ def check_agreement(
 
     Raises:
       ContractError: the site has not joined the study.
+      WaitingError: it is to be approved now, and nobody has decided.
       RefusedError: its policy now allows it to tell less than it agreed to.
       DataError: other patients take part than it joined with.
     """
@@ -82,6 +84,7 @@ def check_agreement(
         raise ContractError("an agreement about another kind of privacy than the study's")
     if agreed is None:
         raise ContractError(f"this site has not joined study {study.id!r}")
+    check_approval(site, study)  # a yes can be taken back
     remedy = "It can take part again when the coordinator resumes the run."
     if not agreed.disclosure.within(offer.disclosure):
         where, expected = f"{site.source}: policy.disclose", "what was agreed at join"
@@ -134,13 +137,17 @@ def check_holdout(site: Site, study: Study) -> None:
     with explain_disk_errors(path, SiteError):
         text = path.read_bytes() if path.is_file() else None
     if text is not None and study.private and text != _shares(study):
-        where, got = "holdout", _shares(study).decode()
+        where, got = f"study {study.name}: holdout", _shares(study).decode()
         expected = f"that of the private studies before, {text.decode()}"
-        raise RefusedError(where, expected=expected, got=got)
+        remedy = "Ask the coordinator for those shares."
+        raise RefusedError(where, expected=expected, got=got, remedy=remedy)
 
 
 def keep_holdout(site: Site, study: Study) -> None:
-    """From its first private study on, a site holds out the same patients in all of them."""
+    """From its first private draw on, a site holds out the same patients in all private studies.
+
+    Not from its first agreement on: whoever proposes a study would fix them for all others.
+    """
     path = site.private() / "holdout.json"
     with explain_disk_errors(path, SiteError):
         if study.private and not path.exists():

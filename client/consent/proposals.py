@@ -15,17 +15,19 @@ from common.errors import (
 from common.support import files
 
 
-def keep_proposal(site: Site, proposal: str) -> Study:
-    """Keep an agreed proposal in the state folder, so that rounds need to name only its id.
+def keep_proposal(site: Site, study: Study) -> None:
+    """Keep a proposal in the state folder, so that rounds need to name only its id.
 
     Raises:
-      ContractError: the proposal is not a valid study.
+      ContractError: another study of the same id is there; what was agreed to is not replaced.
+      SiteError: the disk refuses.
     """
-    study = _parse(proposal)
-    folder = site.private("studies")
+    path, proposal = site.private("studies") / f"{study.id}.json", study.proposal()
     with explain_disk_errors(f"{site.source}: state", SiteError):
-        files.write(folder / f"{study.id}.json", proposal, mode=0o600)
-    return study
+        if not path.is_file():
+            files.write(path, proposal, mode=0o600)
+        elif path.read_text(encoding="utf-8") != proposal:
+            raise ContractError(f"a second study with the id {study.id}")
 
 
 def drop_proposal(site: Site, study: Study) -> None:
@@ -35,11 +37,15 @@ def drop_proposal(site: Site, study: Study) -> None:
 
 
 @lru_cache(maxsize=8)  # all virtual sites of a study share it
-def _parse(proposal: str) -> Study:
+def parse_proposal(proposal: str) -> Study:
+    """The study that a proposal is; raises `ContractError` if it is none, or written otherwise."""
     try:
-        return Study.model_validate_json(proposal)
+        study = Study.model_validate_json(proposal)
     except (ValueError, StudyError) as ex:
         raise ContractError(f"the proposal is not a valid study: {ex}") from None
+    if study.proposal() != proposal:  # its hash would not be that of the study
+        raise ContractError("the proposal is not written as this version writes it")
+    return study
 
 
 def read_proposal(site: Site, study_id: str) -> Study:
@@ -48,4 +54,4 @@ def read_proposal(site: Site, study_id: str) -> Study:
     # The id is a name from the network: one spelling, no path, no second session.
     if not re.fullmatch(r"[0-9a-f]{16}", study_id) or not path.is_file():
         raise ContractError(f"this site has not joined study {study_id!r}")
-    return _parse(path.read_text(encoding="utf-8"))
+    return parse_proposal(path.read_text(encoding="utf-8"))

@@ -1,13 +1,19 @@
-"""What may still be spent: by each study its own ε, by all studies together the site's."""
+"""What may still be spent: by each study its own ε, by all studies together the site's.
 
-from collections.abc import Sequence
+And how many new studies may be looked at.
+"""
 
-from client.ledger.entries import Entry
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+
+from client.ledger.entries import TIME, Entry
 from client.ledger.spending import Spending
 from client.privacy.accountant import DpEvent
 from client.site import Site
 from common.config.study import DpSgd, Study
-from common.errors import BudgetError
+from common.errors import BudgetError, RefusedError
+
+_MONTH = timedelta(days=30)
 
 
 def check_budget(
@@ -38,6 +44,27 @@ def check_budget(
             remedy = "Together with what is spent it is too much; ask for a study that costs less."
             where = f"{site.source}: policy.max_epsilon"
             raise _over(where, most, together, bound, remedy)
+
+
+def check_studies(began: Mapping[str, str], site: Site, study: Study) -> None:
+    """Return if a site may look at its patients for one more study, or knows this one.
+
+    Whether it takes part tells a bit of them each time, whatever the answer is.
+
+    Args:
+      began: When the site first answered whether it takes part, by study.
+      site: Whose policy limits the number.
+      study: The one that asks.
+
+    Raises:
+      RefusedError: there were as many new ones within a month as the policy allows.
+    """
+    most, since = site.policy.max_studies, (datetime.now(UTC) - _MONTH).strftime(TIME)
+    recent = sum(time > since for time in began.values())
+    if most is not None and study.id not in began and recent >= most:
+        where, expected = f"{site.source}: policy.max_studies", f"{most} new studies in 30 days"
+        remedy = "Wait, or change policy.max_studies."
+        raise RefusedError(where, expected=expected, got="one more", remedy=remedy)
 
 
 def _over(where: str, most: float, needed: float, bound: str, remedy: str) -> BudgetError:

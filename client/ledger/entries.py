@@ -12,6 +12,9 @@ from client.privacy.parameters import Count, PrivateRelease
 from common.config.study import Name
 from common.config.yaml import Section
 
+TIME = "%Y-%m-%dT%H:%M:%SZ"
+"""How a line tells when it was written, in UTC: as text, later is larger."""
+
 Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -113,6 +116,15 @@ def find_adopted(entries: Iterable[Entry]) -> Adopted | None:
         "studies": tuple(sorted({study for entry in found for study in entry.studies})),
     }
     return found[-1].model_copy(update=summed)
+
+
+def find_beginnings(entries: Iterable[Entry]) -> dict[str, str]:
+    """When a site first answered whether it takes part, by study, in order."""
+    joins = (e for e in entries if isinstance(e, Sent) and e.release.kind == "join")
+    began: dict[str, str] = {}
+    for entry in joins:
+        began.setdefault(entry.release.study, entry.time)
+    return began
 
 
 def list_events(

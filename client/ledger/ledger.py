@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 
 from client.ledger.chain import Chain, damage
 from client.ledger.entries import (
+    TIME,
     Adopted,
     Contents,
     Created,
@@ -29,6 +30,7 @@ from client.ledger.entries import (
     Reserved,
     Sealed,
     Sent,
+    find_beginnings,
 )
 from client.ledger.place import describe_place
 from client.storage import explain_disk_errors, has_worked
@@ -125,6 +127,8 @@ class Ledger:
         """Every line but those of what was sent: what ε is computed from."""
         self._sealed = {e.key: e.contents for e in entries if isinstance(e, Sealed)}
         self._drawing: set[str] = set()
+        self.began = find_beginnings(entries)
+        """When the site first answered whether it takes part, by study."""
         self._received: dict[tuple[str, str], set[str]] = defaultdict(set)
         for entry in entries:
             self._note_received(entry)
@@ -225,7 +229,9 @@ class Ledger:
         """Just before a reply leaves. Raises `ValueError` if it is private and not sealed."""
         if release.privacy and self.sealed(release) != contents:
             raise ValueError("a private reply leaves only after it was sealed")
-        self._note_received(self._append(Sent, release, contents=contents))
+        sent = self._append(Sent, release, contents=contents)
+        self.began = find_beginnings([sent]) | self.began
+        self._note_received(sent)
 
     def models(self, study: str, kind: Literal["round", "final"]) -> Set[str]:
         """SHA-256 of the models that came with messages of a kind, answered or attempted."""
@@ -330,4 +336,4 @@ def name_aside(folder: Path, word: str) -> Path:
 
 def write_time() -> str:
     """Now, as lines have it."""
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return datetime.now(UTC).strftime(TIME)

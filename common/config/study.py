@@ -357,6 +357,11 @@ class Study(YamlFile):
         return self.model_copy(update={"model": model}).model_dump_json()
 
     @property
+    def sha256(self) -> str:
+        """Of this exact proposal."""
+        return hashlib.sha256(self.proposal().encode()).hexdigest()
+
+    @property
     def id(self) -> str:
-        """16 hex digits naming this exact proposal."""
-        return hashlib.sha256(self.proposal().encode()).hexdigest()[:16]
+        """16 hex digits of that; whoever computes for long finds another study with the same."""
+        return self.sha256[:16]

@@ -26,14 +26,18 @@ def run(
         Path | None, typer.Option(help="The run folder; by default a new one under runs/.")
     ] = None,
     wait: Annotated[
-        float, typer.Option(min=0, help="Seconds for a quorum of sites to connect.")
-    ] = 600.0,
+        float,
+        typer.Option(
+            min=0, help="Seconds for a quorum of sites to connect, and for hospitals to approve."
+        ),
+    ] = 3600.0,
     project: Folder = HERE,
 ) -> None:
     """Run a study on the hospitals that are connected, or go on with one that was interrupted.
 
-    The link must be up: consilium-server start. This may be interrupted, or killed, at any time;
-    --resume goes on after the last finished round.
+    The link must be up: consilium-server start. It begins once no hospital has a person's yes or
+    no pending, or after --wait with those that agreed. This may be interrupted, or killed, at any
+    time; --resume goes on after the last finished round, and with the approvals given meanwhile.
     """
     from common.config.study import Study
     from server import coordinator

@@ -1,6 +1,7 @@
 """The sites of one study, and the exchanges with them. Every reply is hostile until checked."""
 
 import logging
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
@@ -29,9 +30,13 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+_AGAIN = 10.0
+"""Seconds until a site is asked again whose hospital has not decided."""
+
 # What the server may say about a site's public code; anything else a site sends is not repeated.
 _MEANING = {
     "refused": "its policy or its data do not let it take part",
+    "waiting": "it waits for its hospital's approval",
     "site": "its site file or its ledger is wrong",
     "backbone": "it lacks the backbone's weights",
     "study": "it cannot read the study",
@@ -40,6 +45,7 @@ _MEANING = {
     "budget": "its privacy budget does not suffice",
     "internal": "it failed",
 }
+_WAITS = _MEANING["waiting"]
 _SILENT = "it did not answer in time"
 
 
@@ -73,15 +79,17 @@ class Federation:
         """The weight of each training site in the average."""
         return weigh_sites(self.training, self._study.aggregate.max_weight)
 
-    def join(self) -> None:
+    def join(self, wait: float = 0.0) -> None:
         """Propose the study to every connected node.
+
+        Args:
+          wait: The seconds in which sites are asked again that wait for their hospital's approval,
+            and others that connect meanwhile are asked, too.
 
         Raises:
           RunError: fewer training sites joined than the study's quorum.
         """
-        self._names = {info.node_id: info.name for info in self._grid.get_nodes()}
-        nodes = sorted(self._names)
-        replies, failures = self._propose(nodes)
+        replies, failures = self._propose_until(time.monotonic() + wait)
         self.refusals = {name_node(node, self._names): why for node, why in failures.items()}
         contract = self._network.contract
         self.members, refusals = admit_sites(replies, self._names, self._study, contract)
@@ -90,8 +98,29 @@ class Federation:
         quorum = self._study.aggregate.quorum
         if len(self.training) < quorum:
             expected = f"{quorum} training sites (aggregate.quorum)"
-            got = f"{len(self.training)} of {len(nodes)} sites{_because(self.refusals)}"
-            raise RunError("join", expected=expected, got=got)
+            got = f"{len(self.training)} of {len(self._names)} sites{_because(self.refusals)}"
+            remedy = "Approvals are kept: go on with run --resume." * (_WAITS in failures.values())
+            raise RunError("join", expected=expected, got=got, remedy=remedy)
+
+    def _propose_until(self, limit: float) -> tuple[dict[int, JoinReply], dict[int, str]]:
+        """Ask nodes to join until none of them waits for a person, or time is over."""
+        replies: dict[int, JoinReply] = {}
+        failures: dict[int, str] = {}
+        while True:
+            self._names |= {info.node_id: info.name for info in self._grid.get_nodes()}
+            undecided = {node for node, why in failures.items() if why == _WAITS}
+            nodes = sorted(self._names.keys() - replies.keys() - failures.keys() | undecided)
+            joined, failed = self._propose(nodes)
+            replies, failures = replies | joined, failures | failed
+            failures = {node: why for node, why in failures.items() if node not in replies}
+            waiting = {node for node, why in failures.items() if why == _WAITS}
+            left = limit - time.monotonic()
+            if not waiting or left <= 0:
+                return replies, failures
+            if waiting != undecided:
+                names = ", ".join(sorted(name_node(node, self._names) for node in waiting))
+                log.info("waiting %.0f s for the approval of %s", left, names)
+            time.sleep(min(_AGAIN, left))
 
     def _propose(self, nodes: Sequence[int]) -> tuple[dict[int, JoinReply], dict[int, str]]:
         """Ask nodes to join; sites without a copy of the backbone get one, and are asked again."""

@@ -69,9 +69,13 @@ class Run:
         self._aggregator.restore_state(last.state)
         return last
 
-    def run(self) -> Outcome:
-        """Join, train whatever rounds are left, evaluate, report."""
-        self._federation.join()
+    def run(self, wait: float = 0.0) -> Outcome:
+        """Join, train whatever rounds are left, evaluate, report.
+
+        Args:
+          wait: Seconds that hospitals have to approve the study, where a person decides.
+        """
+        self._federation.join(wait)
         heads = {member.name: member.reply.ledger for member in self._federation.members}
         self._heads.keep_heads(heads)
         self._folder.write_facts(self._facts())

@@ -18,7 +18,7 @@ import torch
 from flwr.app import Context, Message, RecordDict
 
 from client.consent.cohort import cut_records
-from client.consent.proposals import keep_proposal
+from client.consent.proposals import keep_proposal, parse_proposal
 from client.data import npz
 from client.preparation import Workspace
 from client.site import Site
@@ -36,6 +36,7 @@ from common.protocol.join import JoinRequest
 from common.protocol.ledger import LedgerHead
 from simulations.sites.pretrain import WEIGHTS
 from tests.builders import (
+    OPEN,
     ROOT,
     RUNTIME,
     client_app,
@@ -144,6 +145,7 @@ def test_a_phantom_hospital_is_cut_by_patient_and_learns(phantoms, tmp_path):
         "data": data,
         "state": "state",
         "weights": str(WEIGHTS.parent),
+        "policy": OPEN,
     }
     (tmp_path / "site.yaml").write_text(dump(content))
     wanted = study(
@@ -411,7 +413,7 @@ def test_a_second_opening_computes_nothing(tmp_path):
 
 def test_an_agreed_study_is_remembered_across_processes(tmp_path):
     hospital, wanted = hospital_of(tmp_path, patients(3)), study()
-    keep_proposal(hospital, wanted.proposal())
+    keep_proposal(hospital, wanted)
     RUNTIME.close_sessions()
     session = RUNTIME.open_session(tmp_path / "site.yaml", wanted.id)
     assert session.prepared.study.id == wanted.id
@@ -423,7 +425,7 @@ def test_an_agreed_study_is_remembered_across_processes(tmp_path):
 @pytest.mark.parametrize("spelling", ["zz/{}", "./{}", "../studies/{}", "{}\n", " {}", "{}.json/"])
 def test_a_study_has_one_spelling(tmp_path, spelling):
     hospital, wanted = hospital_of(tmp_path, patients(3)), study()
-    keep_proposal(hospital, wanted.proposal())
+    keep_proposal(hospital, wanted)
     (tmp_path / "state" / "studies" / "zz").mkdir()
     with pytest.raises(ContractError, match="not joined"):
         RUNTIME.open_session(tmp_path / "site.yaml", spelling.format(wanted.id))
@@ -456,11 +458,30 @@ def test_a_study_never_joined_is_not_opened(tmp_path, name):
 
 
 @pytest.mark.parametrize("proposal", ["", "{}", "[1]", '{"name": "x", "extra": 1}'])
-def test_a_proposal_that_is_no_study_is_refused_and_not_kept(tmp_path, proposal):
-    hospital = hospital_of(tmp_path, patients(1))
+def test_a_proposal_that_is_no_study_is_refused(proposal):
     with pytest.raises(ContractError, match="not a valid study"):
-        keep_proposal(hospital, proposal)
-    assert not hospital.state.exists()
+        parse_proposal(proposal)
+
+
+def test_a_proposal_has_one_spelling():
+    """What a person approves is known by the hash of its bytes."""
+    wanted = study()
+    assert parse_proposal(wanted.proposal()).sha256 == wanted.sha256
+    for other in (f" {wanted.proposal()}", wanted.proposal().replace('":', '": ')):
+        with pytest.raises(ContractError, match="not written as this version writes it"):
+            parse_proposal(other)
+
+
+def test_another_study_with_the_same_id_replaces_nothing(tmp_path, monkeypatch):
+    """64 bits are few for whoever may choose both studies."""
+    hospital, wanted = hospital_of(tmp_path, patients(3)), study()
+    keep_proposal(hospital, wanted)
+    other = study(train={"rounds": 9})
+    monkeypatch.setattr(type(other), "id", property(lambda _: hospital_id))
+    hospital_id = (next((tmp_path / "state/studies").iterdir())).stem
+    with pytest.raises(ContractError, match=f"a second study with the id {hospital_id}"):
+        keep_proposal(hospital, other)
+    assert (tmp_path / f"state/studies/{hospital_id}.json").read_text() == wanted.proposal()
 
 
 def test_a_state_folder_that_cannot_be_made_is_the_sites_mistake(tmp_path):
@@ -477,7 +498,7 @@ def test_a_full_disk_is_the_sites_mistake(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (16, hard))
     try:
         with pytest.raises(SiteError, match=r"site\.yaml: state: .*Free space"):
-            keep_proposal(hospital, study().proposal())
+            keep_proposal(hospital, study())
         with pytest.raises(SiteError, match=r"secret: .*Free space"):
             hospital.secret()
     finally:

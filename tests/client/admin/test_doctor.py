@@ -22,7 +22,7 @@ from server.link.sites import Sites
 from server.project import certificates
 from server.project.project import Project
 from simulations.demo.loopback import find_free_port
-from tests.builders import DEMO
+from tests.builders import DEMO, edit_site
 from tests.processes import link_up
 
 Command = Callable[..., tuple[int, str]]
@@ -178,8 +178,7 @@ def settled(command: Command, project: Project, phantoms: Path, **changes: Any) 
     path = Path("site.yaml").resolve()
     shutil.copy(certificates.find_authority_file(project.folder), "ca.crt")
     Sites(project).admit(keys.read_public(Path("site.pub")), f"west-{time.monotonic_ns()}")
-    path.write_text(dump(yaml.safe_load(path.read_text()) | changes))
-    return path
+    return edit_site(path, **({"policy": {}} | changes))
 
 
 def found(text: str) -> dict[str, tuple[bool, str]]:

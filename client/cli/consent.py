@@ -1,0 +1,184 @@
+"""The commands of `consilium-client` by which a person decides what this hospital takes part in."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from client.cli.privacy import SiteFile, Yes
+from common.support.terminal import console, size, table
+
+if TYPE_CHECKING:
+    from client.admin.cost import Noise
+    from client.site import Site
+    from common.config.study import DpSgd, Study
+
+StudyFile = Annotated[
+    Path, typer.Argument(metavar="STUDY_YAML", help="The study that the coordinator asks for.")
+]
+StudyName = Annotated[
+    str, typer.Argument(metavar="STUDY", help="By name or id, as studies lists them.")
+]
+
+_SHOWN = 8
+_SAID = {"waiting": "waits for yes or no", "approved": "yes", "declined": "no"}
+
+
+def studies(site_file: SiteFile) -> None:
+    """List the studies that were sent here for a person to decide, and what was said to them.
+
+    With approve: ask in site.yaml, which is so unless the file says otherwise, a study does nothing
+    here until somebody says approve.
+    """
+    from client.consent.approval import list_approvals
+    from client.site import Site
+
+    site = Site.read(site_file)
+    if site.policy.approve == "policy":
+        console.print(f"approve: policy in {site_file}: no study waits for a person.")
+    shown = table("study", "id", "sent", "answer", left=("study", "id", "sent", "answer"))
+    found = list_approvals(site)
+    for one in found:
+        answer = f"{_SAID[one.decision]}, {one.decided}" if one.decided else _SAID[one.decision]
+        shown.add_row(one.study.name, one.study.id, one.asked, answer)
+    console.print(shown if found else "No study was sent for a person to decide.")
+
+
+def approve(site_file: SiteFile, name: StudyName, yes: Yes = False) -> None:
+    """Show what a study would do, cost and tell here; take part in it if you say yes.
+
+    The yes is to the study exactly as it was sent, and is kept in the state folder; a study with
+    one digit changed waits anew. The policy in site.yaml is asked all the same. decline takes the
+    yes back.
+    """
+    from client.consent.approval import find_approval, keep_decision
+    from client.site import Site
+
+    site = Site.read(site_file)
+    approval = find_approval(site, name)
+    study = approval.study
+    _show(site, study)
+    console.print(f"sent           {approval.asked}, SHA-256 {study.sha256}")
+    if not yes and not typer.confirm("Take part in it?"):
+        console.print(
+            f"Nothing was changed. To say no: consilium-client decline {site_file} {name}"
+        )
+        raise typer.Exit(1)
+    keep_decision(site, approval, "approved")
+    console.print("Approved. It begins when the coordinator asks the next time.", style="green")
+
+
+def decline(site_file: SiteFile, name: StudyName) -> None:
+    """Say no to a study that waits, or take back a yes: it gets no further answer from here.
+
+    The coordinator learns that this site does not take part, and no reason. What has left before
+    cannot be called back.
+    """
+    from client.consent.approval import find_approval, keep_decision
+    from client.site import Site
+
+    site = Site.read(site_file)
+    approval = find_approval(site, name)
+    keep_decision(site, approval, "declined")
+    console.print(f"Declined: {approval.study.name} ({approval.study.id}).")
+
+
+def plan(site_file: SiteFile, study_file: StudyFile) -> None:
+    """Show what a study would do, cost and tell here, before it is sent; nothing is changed.
+
+    For a study with differential privacy: the noise this site would need, and what all its
+    studies together would have spent after each round. For one without: that nothing bounds what
+    it tells. In both cases: whether the policy agrees, and what would leave.
+    """
+    from client.site import Site
+    from common.config.study import Study
+
+    _show(Site.read(site_file), Study.read(study_file))
+
+
+# --- the page about a study ---
+
+
+def _show(site: "Site", study: "Study") -> None:
+    from client.admin.cost import estimate_cost
+    from client.ledger import spending
+    from common.config.study import DpSgd
+
+    found = estimate_cost(site, study)
+    for line in _asked(study):
+        console.print(line)
+    console.print(f"training here  {found.training:,} patients, {found.images:,} images")
+    console.print(f"disk           up to about {size(found.room)} of prepared images")
+    if isinstance(study.privacy, DpSgd):
+        if found.noise:
+            _show_noise(found.noise, study.privacy, site.policy.max_epsilon)
+        console.print(spending.MEANING, style="dim")
+    else:
+        text = "trained without differential privacy: not accounted, no ε bounds what it tells"
+        console.print(f"privacy        none; {text}")
+    console.print(f"leaves         {_leaving(site, study)}")
+    unaffordable = found.noise.unaffordable if found.noise else None
+    for no in filter(None, (found.refusal, unaffordable)):
+        console.print(f"refused        {no}", style="red")
+    if not found.refusal and not unaffordable:
+        console.print("agreed         the policy has nothing against it", style="green")
+
+
+def _asked(study: "Study") -> Iterator[str]:
+    """What the study says of itself."""
+    model, train, images = study.model, study.train, study.images
+    rest = len(study.classes) - _SHOWN
+    classes = ", ".join(study.classes[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+    yield f"study          {study.name} ({study.id}), of {classes}"
+    weights = f"weights {Path(model.weights).name}, {model.precision}"
+    yield f"trains         {model.unfreeze} of {model.backbone}, {weights}"
+    epochs = f"{train.local_epochs or 1} epochs"
+    length = f"{train.local_steps} steps" if train.local_steps else epochs
+    yield f"rounds         {train.rounds} of {length}, batches of {train.batch_size}"
+    side = f"{images.size} pixels wide" if images.size else "as wide as the backbone has them"
+    yield f"images         {side}, {images.augment.views} views of each that trains"
+    held = study.holdout
+    yield f"held out       {held.validation:.0%} for validation, {held.test:.0%} for the test"
+
+
+def _show_noise(noise: "Noise", privacy: "DpSgd", budget: float | None) -> None:
+    one, rounds = noise.privacy_plan.round, noise.privacy_plan.rounds
+    batch, total = noise.privacy_plan.batch, one.steps * rounds
+    in_all = f"{rounds} rounds, {privacy.spare_rounds} of them spare"
+    console.print(f"asked for      ε {privacy.epsilon:g} at δ = {privacy.delta:g}")
+    console.print(f"sampling       q {one.sample_rate:.3g}, {batch:g} patients a step")
+    console.print(f"steps          {one.steps} a round, {total:,} in {in_all}")
+    clip = privacy.clip_norm
+    console.print(f"noise          σ {one.noise_multiplier:.4g}, clipping at {clip:g}")
+    if noise.before.entries:
+        console.print("               ε below is of all studies of this site together")
+    shown = table("after round", f"ε by {noise.before.bound(noise.study)}", left=())
+    for done in (0, *noise.shown):
+        shown.add_row(str(done) if done else "now", f"{noise.after(done):.2f}")
+    console.print(shown)
+    if budget is not None:
+        left = f"{budget - noise.after(rounds):.2f} of max_epsilon {budget:g}"
+        console.print(f"left after it  {left}")
+    for warning in noise.warnings:
+        console.print(f"hopeless?      {warning}", style="yellow")
+
+
+def _leaving(site: "Site", study: "Study") -> str:
+    from math import prod
+
+    from common.model.network import assemble
+
+    told = site.policy.disclose.resolved(private=study.private)
+    network = assemble(study, "none")
+    shapes = network.shapes
+    numbers = sum(prod(shape) for shape in shapes.values())
+    each = f"each round {len(shapes)} tensors of {numbers:,} numbers ({size(4 * numbers)})"
+    if network.frozen:
+        each += f"; not trained with privacy: {len(network.frozen)} tensors of BatchNorm"
+    if site.role == "evaluate":
+        each = "no tensors"
+    withheld = told.withheld
+    return f"{each}; counts: {told.counts}, metrics: {told.metrics}" + (
+        f" (withheld: {withheld})" if withheld else ""
+    )
