@@ -3,6 +3,7 @@
 import getpass
 import sys
 from dataclasses import dataclass
+from decimal import ROUND_DOWN, Context
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +31,30 @@ _SITE = """\
 {state}
 {weights}
 
-# What this site agrees to; a study that asks for more is refused. For instance:
-# policy:
-#   require_privacy: true
-#   max_epsilon: 8 # of all studies together
-#   delta: 1.0e-5
-#   min_patients: 50
-#   disclose: {{counts: rounded}} # or exact, or none
+# What this site agrees to, whoever asks; a study that asks for more is refused.
+policy:
+  approve: ask # each study waits for consilium-client approve; policy: the keys below decide alone
+{privacy}
+  min_patients: 20 # refuse to train on fewer training patients
+  max_holdout: 0.4 # largest share of patients that a study may keep from training, to test on
+  max_studies: 4 # new studies in 30 days: whether a site takes part tells a little, each time
+  unfreeze: [head] # what may train, and so leave; the deeper (last:1, last:2), the more it can tell
+  disclose:
+    counts: rounded # numbers of patients and images, in tens; or exact, or none
+    metrics: final # how well models do here, told at the end alone; or every_round, or none
 
 # The coordinator, and this site's own key, which never leaves this machine.
 {connect}
 """
+
+_PRIVATE = """\
+  require_privacy: true # refuse studies without differential privacy
+  max_epsilon: {epsilon:g} # of all studies together: the smaller, the less they tell of any patient
+  delta: {delta:.1e} # the chance that this fails; at most a tenth of 1 / enrolled_patients"""
+
+_OPEN = """\
+  require_privacy: false # true: only studies with differential privacy; needs max_epsilon, delta
+  min_images: 50 # refuse rounds of fewer training images: what they send would tell each of them"""
 
 _SERVICE = """\
 # sudo cp {unit} /etc/systemd/system/
@@ -82,6 +96,7 @@ class Answers:
       server: The coordinator's `host:port`.
       ca: The certificate that the coordinator gave out; it may come later.
       enrolled: About how many patients train there.
+      epsilon: What all studies together may spend; None if they need no differential privacy.
       weights: Its folder of backbone weights.
     """
 
@@ -92,6 +107,7 @@ class Answers:
     server: str
     ca: Path
     enrolled: int | None
+    epsilon: float | None
     weights: Path | None
 
 
@@ -128,7 +144,18 @@ def _site(path: Path, answers: Answers) -> str:
         state=_line("state", _from(home, answers.state)),
         weights=_line("weights", weights) if weights else "# weights: a folder of backbone files",
         connect=_line("connect", connect),
+        privacy=_privacy(answers.epsilon, answers.enrolled),
     )
+
+
+def _privacy(epsilon: float | None, enrolled: int | None) -> str:
+    if epsilon is None:
+        return _OPEN
+    if enrolled is None:
+        expected, remedy = "how many patients train here, for δ", "Say --enrolled-patients."
+        raise SiteError("--enrolled-patients", expected=expected, got="nothing", remedy=remedy)
+    delta = Context(prec=1, rounding=ROUND_DOWN).divide(1, 10 * enrolled)
+    return _PRIVATE.format(epsilon=epsilon, delta=delta)
 
 
 def _line(key: str, value: object) -> str:

@@ -14,6 +14,9 @@ from common.support.terminal import StoppedError, console, log_to
 
 log = logging.getLogger(__name__)
 
+_EPSILON = 8.0
+"""What all studies together may spend, where nobody says otherwise."""
+
 
 def init(
     site_file: SiteFile,
@@ -36,34 +39,48 @@ def init(
     enrolled_patients: Annotated[
         int | None, typer.Option(min=1, help="About how many patients train here.")
     ] = None,
+    privacy: Annotated[
+        bool | None, typer.Option(help="Whether only studies with differential privacy may train.")
+    ] = None,
+    max_epsilon: Annotated[
+        float | None, typer.Option(help="The ε that all of them together may spend.")
+    ] = None,
     weights: Annotated[
         Path | None, typer.Option(help="A folder of backbone weights, if there is one.")
     ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Ask nothing that has a default.")] = False,
 ) -> None:
     """Write a site file, make this site's key, and say what the coordinator needs to know.
 
-    What no option says is asked for. Nothing is overwritten: a key that is there is kept, and so is
-    a site file. The private key never leaves this machine.
+    What no option says is asked for. The policy it writes is strict; loosen it where that is meant.
+    Nothing is overwritten: a key that is there is kept, and so is a site file. The private key
+    never leaves this machine.
     """
     from client.admin import setup
     from client.site import Site
     from common.support import keys
 
     if not site_file.exists():
-        asks = None in (name, data, server)
         home = site_file.parent
+        name = name or typer.prompt("Name of this site, short, without spaces")
+        data = data or Path(typer.prompt("Folder or file with its images"))
+        server = server or typer.prompt("The coordinator's host:port")
+        epsilon = _privacy(privacy, max_epsilon, yes=yes)
+        if epsilon is not None and enrolled_patients is None:
+            enrolled_patients = _number()
         answers = setup.Answers(
-            name=name or typer.prompt("Name of this site, short, without spaces"),
-            data=data or Path(typer.prompt("Folder or file with its images")),
+            name=name,
+            data=data,
             format=data_format,
-            server=server or typer.prompt("The coordinator's host:port"),
-            enrolled=enrolled_patients or (_number() if asks else None),
+            server=server,
+            enrolled=enrolled_patients,
+            epsilon=epsilon,
             state=state or home / "state",
             ca=ca or home / "ca.crt",
             weights=weights,
         )
         setup.write_site(site_file, answers)
-        console.print(f"wrote {site_file}: read it, above all what it agrees to", style="green")
+        console.print(f"wrote {site_file}: read it, above all its policy", style="green")
     else:
         console.print(f"{site_file} is there already, and stays as it is")
     site = Site.read(site_file)
@@ -85,15 +102,32 @@ def init(
     console.print(f"4. consilium-client start {shlex.quote(str(site_file))}")
     if unit:
         console.print(f"   or, from every start of this machine on: see {unit}")
-
-
-def _number() -> int | None:
-    text = typer.prompt(
-        "About how many patients train here (needed for private studies; empty: later)",
-        default="",
-        show_default=False,
+    console.print(
+        f"5. consilium-client studies {shlex.quote(str(site_file))}: what waits for a yes"
     )
-    return int(text) if text.isdigit() and int(text) else None
+
+
+def _privacy(privacy: bool | None, max_epsilon: float | None, *, yes: bool) -> float | None:
+    """The ε that all studies together may spend; None if they need no differential privacy."""
+    if privacy is None:
+        question = (
+            "Only studies with differential privacy (otherwise nothing bounds what they tell)"
+        )
+        privacy = yes or max_epsilon is not None or typer.confirm(question, default=True)
+    if not privacy:
+        return None
+    if max_epsilon is None and not yes:
+        max_epsilon = typer.prompt(
+            "The ε that all studies together may spend", _EPSILON, type=float
+        )
+    return _EPSILON if max_epsilon is None else max_epsilon
+
+
+def _number() -> int:
+    while True:
+        text = typer.prompt("About how many patients train here, a number that you stay with")
+        if text.isdecimal() and int(text):
+            return int(text)
 
 
 def check(

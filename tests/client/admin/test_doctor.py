@@ -27,6 +27,7 @@ from tests.processes import link_up
 
 Command = Callable[..., tuple[int, str]]
 FLAGS = ("--name", "west", "--server", "localhost:4443")
+OPENLY = "--no-privacy"
 
 
 @pytest.fixture
@@ -58,7 +59,7 @@ def mode(path: Path) -> int:
 
 def test_init_by_flags(command: Command, phantoms: Path, tmp_path: Path) -> None:
     options = (*FLAGS, "--data", phantoms / "west", "--enrolled-patients", "120")
-    code, text = command("init", "here/site.yaml", *options, "--weights", "nets")
+    code, text = command("init", "here/site.yaml", *options, "--weights", "nets", "--yes")
     assert code == 0, text
     here = tmp_path / "here"
     found = {path.name for path in here.iterdir()}
@@ -82,28 +83,60 @@ def test_init_by_flags(command: Command, phantoms: Path, tmp_path: Path) -> None
     assert all(isinstance(key, str) for key in yaml.safe_load((here / "site.yaml").read_text()))
 
 
-def test_its_comments_are_right(command: Command, phantoms: Path, tmp_path: Path) -> None:
-    """What the file offers in comments can be used by removing the marks."""
-    command("init", "site.yaml", *FLAGS, "--data", phantoms / "west")
-    text = (tmp_path / "site.yaml").read_text()
-    assert "# policy:\n" in text
-    lines = text.splitlines()
-    begin = lines.index("# policy:")
-    end = next(i for i in range(begin, len(lines)) if not lines[i].startswith("# "))
-    lines[begin:end] = [line.removeprefix("# ") for line in lines[begin:end]]
-    (tmp_path / "site.yaml").write_text("\n".join(lines))
+@pytest.mark.parametrize(
+    ("enrolled", "delta"), [(1, 0.1), (120, 8e-4), (500, 2e-4), (1000, 1e-4), (7777, 1e-5)]
+)
+def test_what_init_writes_is_active_and_strict(
+    command: Command, phantoms: Path, tmp_path: Path, enrolled: int, delta: float
+) -> None:
+    options = (*FLAGS, "--data", phantoms / "west", "--enrolled-patients", enrolled, "--yes")
+    code, text = command("init", "site.yaml", *options)
+    assert code == 0, text
     policy = Site.read(tmp_path / "site.yaml").policy
-    assert policy.require_privacy
-    assert policy.disclose.counts == "rounded"
+    assert policy.model_dump(exclude_none=True, exclude={"disclose"}) == {
+        "approve": "ask",
+        "require_privacy": True,
+        "max_epsilon": 8.0,
+        "delta": delta,
+        "min_patients": 20,
+        "min_images": 50,
+        "max_holdout": 0.4,
+        "max_studies": 4,
+        "unfreeze": ("head",),
+    }
+    assert delta <= 1 / (10 * enrolled)
+    assert (policy.disclose.counts, policy.disclose.metrics) == ("rounded", "final")
+    lines = (tmp_path / "site.yaml").read_text().splitlines()
+    begin, end = (
+        lines.index("policy:"),
+        lines.index("# The coordinator, and this site's own key, which never leaves this machine."),
+    )
+    told = [line for line in lines[begin + 1 : end - 1] if not line.endswith(":")]
+    assert all(" # " in line for line in told)
+    assert len(told) == 10
+
+
+def test_a_hospital_may_do_without_privacy(
+    command: Command, phantoms: Path, tmp_path: Path
+) -> None:
+    options = (*FLAGS, "--data", phantoms / "west", "--no-privacy")
+    code, text = command("init", "site.yaml", *options)
+    assert code == 0, text
+    policy = Site.read(tmp_path / "site.yaml").policy
+    assert (policy.approve, policy.require_privacy, policy.min_images) == ("ask", False, 50)
 
 
 def test_init_asks_for_the_rest(command: Command, phantoms: Path, tmp_path: Path) -> None:
-    typed = f"east\n{phantoms / 'east'}\nlocalhost:443\n\n"
+    typed = f"east\n{phantoms / 'east'}\nlocalhost:443\n\n3\nmany\n600\n"
     code, text = command("init", "site.yaml", typed=typed)
     assert code == 0, text
     site = Site.read(tmp_path / "site.yaml")
     assert (site.name, site.data.root) == ("east", phantoms / "east")
-    assert site.data.enrolled_patients is None
+    assert site.data.enrolled_patients == 600
+    assert (site.policy.max_epsilon, site.policy.delta) == (3.0, 1e-4)
+    (tmp_path / "site.yaml").unlink()
+    command("init", "site.yaml", typed=f"east\n{phantoms / 'east'}\nlocalhost:443\nn\n")
+    assert not Site.read(tmp_path / "site.yaml").policy.require_privacy
     (tmp_path / "site.yaml").unlink()
     assert command("init", "site.yaml", typed="east\n")[0] == 130
     assert not (tmp_path / "site.yaml").exists()
@@ -121,14 +154,14 @@ def test_init_asks_for_the_rest(command: Command, phantoms: Path, tmp_path: Path
 def test_wrong_answers_leave_nothing(
     options: tuple[str, ...], expected: str, command: Command, tmp_path: Path
 ) -> None:
-    code, text = command("init", "site.yaml", *FLAGS, *options)
+    code, text = command("init", "site.yaml", *FLAGS, *options, OPENLY)
     assert code == 1
     assert expected in text
     assert not list(tmp_path.iterdir())
 
 
 def test_nothing_is_replaced(command: Command, phantoms: Path, tmp_path: Path) -> None:
-    options = (*FLAGS, "--data", phantoms / "west")
+    options = (*FLAGS, "--data", phantoms / "west", OPENLY)
     command("init", "site.yaml", *options)
     path, key = tmp_path / "site.yaml", tmp_path / "site.key"
     path.write_text(path.read_text() + "device: cpu\n")
@@ -151,7 +184,7 @@ def test_nothing_is_replaced(command: Command, phantoms: Path, tmp_path: Path) -
 @pytest.mark.skipif(sys.platform != "linux", reason="systemd")
 def test_its_unit_is_one(command: Command, phantoms: Path, tmp_path: Path) -> None:
     folder = tmp_path / "a b%c"
-    command("init", folder / "site.yaml", *FLAGS, "--data", phantoms / "west")
+    command("init", folder / "site.yaml", *FLAGS, "--data", phantoms / "west", OPENLY)
     unit = folder / "consilium-client.service"
     text = unit.read_text()
     assert f'start "{folder}/site.yaml"'.replace("%", "%%") in text
@@ -173,7 +206,7 @@ def test_its_unit_is_one(command: Command, phantoms: Path, tmp_path: Path) -> No
 def settled(command: Command, project: Project, phantoms: Path, **changes: Any) -> Path:
     """A hospital that `init` made, admitted."""
     server_ = f"localhost:{project.settings.port}"
-    options = ("--name", "west", "--server", server_, "--data", phantoms / "west")
+    options = ("--name", "west", "--server", server_, "--data", phantoms / "west", OPENLY)
     command("init", "site.yaml", *options)
     path = Path("site.yaml").resolve()
     shutil.copy(certificates.find_authority_file(project.folder), "ca.crt")
