@@ -38,6 +38,7 @@ class Coordinator:
 
     def __init__(self, site_file):
         self.file, self.grid = site_file, InProcessGrid(client_app, [site_file])
+        self.shapes = {}
 
     def ask(self, content, kind):
         (node,) = self.grid.get_node_ids()
@@ -47,20 +48,22 @@ class Coordinator:
     def join(self, wanted):
         """The word that a site says no with; None if it joins."""
         reply = self.ask(JoinRequest(proposal=wanted.proposal()).record(), "query")
-        return reply.error.reason if reply.has_error() else None
+        if reply.has_error():
+            return reply.error.reason
+        self.shapes = self.session(wanted).prepared.network.shapes
+        return None
 
     def session(self, wanted):
         return RUNTIME.open_session(self.file, wanted.id)
 
     def round(self, wanted, number=1):
         """What a round of zeros sends back, or the word of the no."""
-        shapes = self.session(wanted).prepared.network.shapes
-        arrays = to_arrays({name: torch.zeros(shape) for name, shape in shapes.items()})
+        arrays = to_arrays({name: torch.zeros(shape) for name, shape in self.shapes.items()})
         config = ConfigRecord({**make_round_config(wanted.id), "server-round": number})
         reply = self.ask(RecordDict({"arrays": arrays, "config": config}), MessageType.TRAIN)
         if reply.has_error():
             return reply.error.reason
-        return from_arrays(reply.content.array_records["arrays"], shapes)
+        return from_arrays(reply.content.array_records["arrays"], self.shapes)
 
 
 def private(name, **holdout):
@@ -123,8 +126,9 @@ def test_no_round_is_made_of_single_images(tmp_path, caplog):
     single = study(train=plan | {"batch_size": 1}, holdout={"validation": 0, "test": 0})
     for name in ("one", "other"):
         hospital(tmp_path / name)
-    assert Coordinator(tmp_path / "one/site.yaml").join(single) is None
-    assert read_single_images(Coordinator(tmp_path / "one/site.yaml"), single)
+    lax = Coordinator(tmp_path / "one/site.yaml")
+    assert lax.join(single) is None
+    assert read_single_images(lax, single)
     strict = write_site(tmp_path / "other", data=DATA, policy={"min_images": 50})
     assert Coordinator(strict).join(single) == "refused"
     assert "50 different images without privacy (min_images), got 1. Ask the" in caplog.text
