@@ -1,8 +1,9 @@
 """The only way out for whatever is computed on patients: reserve, seal, send.
 
 Errors, too, have a line before their public code leaves. Four messages have none, as nothing of a
-patient is in them: that the backbone is lacking, how much of it is here by now, a hash of the
-ledger, and that a message breaks the protocol.
+patient is in them: how much of the backbone is here by now, a hash of the ledger, that a person has
+not decided yet, and that a message breaks the protocol. That the backbone is lacking has one: the
+policy and the patients would let the site take part.
 """
 
 import hashlib
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from client.ledger.entries import Contents, Release
 from client.ledger.ledger import Ledger
 from client.ledger.outbox import Outbox
-from common.errors import ConsiliumError, ContractError, MissingWeightsError, SiteError
+from common.errors import ConsiliumError, ContractError, SiteError, WaitingError
 
 
 @dataclass(frozen=True)
@@ -40,12 +41,12 @@ class Reply:
 def record_errors(ledger: Ledger, what: Release) -> Iterator[None]:
     """Write the line of any error inside before its public code leaves, as it may tell of patients.
 
-    A message that breaks the protocol tells nothing of them, nor does a disk that fails: that may
-    be the ledger's own.
+    That a person has not decided tells nothing of them, nor does a message that breaks the protocol
+    or a disk that fails, which may be the ledger's own.
     """
     try:
         yield
-    except (ContractError, SiteError, MissingWeightsError):
+    except (ContractError, SiteError, WaitingError):
         raise
     except Exception as ex:
         code = ex.code if isinstance(ex, ConsiliumError) else ConsiliumError.code

@@ -12,6 +12,7 @@ from client.ledger.ledger import read_ledger
 from client.site import Site
 from common.errors import RunError, SiteError
 from common.protocol.backbone import BACKBONE, BackbonePart
+from common.protocol.join import JoinRequest
 from server.reports.progress import Reporter
 from server.rounds import federation
 from server.rounds.loop import Run
@@ -148,6 +149,23 @@ def test_a_month_has_few_new_studies_refused_ones_too(tmp_path, caplog):
     assert coordinator.join(known) == words[0]  # one that was answered is not new
     RUNTIME.close_sites()
     assert coordinator.join(study()) == "refused"  # nor does the next process forget
+
+
+def test_that_only_the_backbone_is_lacking_is_an_answer_too(tmp_path):
+    """It says that policy, labels and patients are as the study wants them."""
+    path = hospital(tmp_path, max_studies=2)
+    coordinator = Coordinator(path)
+    for seed in range(2):
+        coordinator.ask(_lost(seed), "query")
+    told = [line.contents.metrics for line in read_ledger(tmp_path / "state")[1:]]
+    assert told == [("backbone",)] * 2
+    assert coordinator.ask(_lost(2), "query").error.reason == "refused"
+    assert not coordinator.ask(_lost(1), "query").has_error()
+
+
+def _lost(seed):
+    asked = study(seed=seed, model={"weights": "lost.pth"})
+    return JoinRequest(proposal=asked.proposal()).record()
 
 
 def test_after_a_month_there_are_new_ones(tmp_path, monkeypatch):
