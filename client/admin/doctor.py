@@ -111,6 +111,8 @@ def _state(site: Site) -> str:
 
 def _ledger(site: Site) -> str:
     lines = len(ledger.read_ledger(site.state))
+    if lines:
+        ledger.check_place(site.state)
     return f"{lines} lines, as they were written" if lines else "none yet"
 
 

@@ -85,6 +85,25 @@ def read_ledger(folder: Path) -> list[Entry]:
         return _load(folder)[0]
 
 
+def check_place(folder: Path) -> None:
+    """Return unless the ledger in a state folder is a copy, or was moved without a word.
+
+    Raises:
+      SiteError: it was last in use in another file, or on another machine.
+    """
+    path = folder / "ledger.head"
+    if not path.exists():
+        return
+    chain, here = Chain.of(folder), describe_place(folder / "ledger.jsonl")
+    if chain.read_head(path, path.read_bytes()).place != chain.name_place(here):
+        expected, got = "the ledger where it was last in use", "a copy, or another machine"
+        remedy = (
+            "If it was moved, and no other copy is in use or was used since: "
+            "`consilium-client ledger-move`."
+        )
+        raise SiteError(folder, expected=expected, got=got, remedy=remedy)
+
+
 class Ledger:
     """The ledger of the site with this state folder, open for writing; nobody else can open it.
 
@@ -111,7 +130,7 @@ class Ledger:
                 entries, self._hashes = _create(folder)
             self._place = describe_place(self._path)
             if bound:
-                self._check_place()
+                check_place(folder)
             self._file = _opened(stack, self._path, os.O_APPEND)
             self._inode, self._size = self._path.stat().st_ino, self._path.stat().st_size
             if torn:
@@ -132,18 +151,6 @@ class Ledger:
         self._received: dict[tuple[str, str], set[str]] = defaultdict(set)
         for entry in entries:
             self._note_received(entry)
-
-    def _check_place(self) -> None:
-        """Of a copy, and of the file it was copied from, only one can go on without a word."""
-        path = self._folder / "ledger.head"
-        head = self._chain.read_head(path, path.read_bytes()) if path.exists() else None
-        if head and head.place != self._chain.name_place(self._place):
-            expected, got = "the ledger where it was last in use", "a copy, or another machine"
-            remedy = (
-                "If it was moved, and no other copy is in use or was used since: "
-                "`consilium-client ledger-move`."
-            )
-            raise SiteError(self._folder, expected=expected, got=got, remedy=remedy)
 
     def _head(self) -> bytes:
         return self._chain.make_head(len(self._hashes), self._hashes[-1], self._place)

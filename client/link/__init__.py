@@ -1,4 +1,4 @@
-"""The process that connects out to a coordinator and answers its messages.
+"""The process that connects out to coordinators and answers their messages.
 
 The way in is `node`. Nothing here listens on a port.
 """

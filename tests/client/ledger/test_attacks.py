@@ -11,7 +11,7 @@ import pytest
 from client.ledger.adoption import adopt_ledger, salvage_ledger
 from client.ledger.chain import Chain, SecretError
 from client.ledger.entries import Contents, Created, Release, Sealed, find_adopted, list_events
-from client.ledger.ledger import Ledger, read_ledger
+from client.ledger.ledger import Ledger, check_place, read_ledger
 from client.ledger.place import describe_place
 from client.ledger.spending import Spending
 from client.privacy.parameters import PrivateRelease
@@ -251,6 +251,8 @@ def test_a_copied_state_folder_is_refused_until_somebody_says_it_was_moved(
         monkeypatch.setattr("client.ledger.place._read_machine", lambda: "another")
     with pytest.raises(SiteError, match=r"last in use, got a copy.*consilium-client ledger-move"):
         Ledger(copy, bound=True)
+    with pytest.raises(SiteError, match="ledger-move"):
+        check_place(copy)  # as `check` does
     assert len(read_ledger(copy)) == 17  # to be read, it may lie anywhere
     Ledger(copy).close()  # as ledger-move does
     for _ in range(2):
