@@ -16,9 +16,13 @@ from common.protocol.backbone import BACKBONE, PIECE
 from common.protocol.tensors import Shapes
 from common.support import files
 
-_LARGEST = {"/v1/fleet/pull-messages": 2**20, "/v1/fleet/pull-object": 6 * 2**20}
+_LARGEST = {
+    "/v1/fleet/pull-messages": 2**20,  # an envelope, and the names of up to ten thousand parts
+    "/v1/fleet/push-messages": 2**20,
+    "/v1/fleet/pull-object": 6 * 2**20,  # an object travels in parts of 5 MiB
+}
 _SMALL = 64 * 2**10
-"""Bytes of an answer, by what was asked; an object travels in parts of 5 MiB."""
+"""Bytes of an answer, by what was asked, and of any other."""
 _STUDIES = 32
 """The last ones joined, whose tensors are expected."""
 

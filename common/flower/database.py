@@ -20,7 +20,7 @@ from filelock import FileLock
 from sqlalchemy import BigInteger, Column, MetaData, String, Table, func, select, text, update
 
 from common.flower.compat import require_flwr
-from common.flower.messages import MessageLimit
+from common.flower.messages import MessageLimit, Status
 
 with require_flwr():
     from flwr.common.constant import NOOP_FLWR_AID
@@ -41,6 +41,7 @@ __all__ = [
     "NodeStatus",
     "TaskType",
     "count_stored",
+    "drop_ended",
     "drop_limits",
     "free_key",
     "measure_use",
@@ -148,6 +149,12 @@ def measure_use(state: LinkState) -> int:
         names = ("page_count", "freelist_count", "page_size")
         pages, free, size = (int(session.scalar(text(f"PRAGMA {n}"))) for n in names)
     return (pages - free) * size
+
+
+def drop_ended(state: LinkState) -> None:
+    """Delete messages of runs that ended; one that was killed leaves its own behind."""
+    for run in state.get_run_info(statuses=[Status.FINISHED]):
+        state.cleanup_run(run.run_id)
 
 
 def shrink_file(state: LinkState) -> None:

@@ -18,6 +18,7 @@ from common.flower.database import (
     NOOP_FLWR_AID,
     LinkState,
     TaskType,
+    drop_ended,
     drop_limits,
     open_state,
     shrink_file,
@@ -185,6 +186,7 @@ def limit_reply(asked: Message) -> MessageLimit:
 def open_grid(database: Path) -> Iterator[LinkGrid]:
     """A grid for one new run, which ends with the block; sites drop what was left of it."""
     state = open_state(database)
+    drop_ended(state)
     run_id = state.create_run(
         APP, VERSION, "", {}, NOOP_FEDERATION_ID, None, NOOP_FLWR_AID, TaskType.SERVER_APP
     )

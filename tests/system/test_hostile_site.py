@@ -206,22 +206,40 @@ def test_an_envelope_carries_no_content_and_names_its_own_tree(
             hospital.announce(envelope, reply._replace(tree=ObjectTree(object_id="0" * 64)))
 
 
+@pytest.mark.parametrize(("count", "size"), [(5, 500_000), (550, 10)])
 def test_a_reply_as_large_as_the_tensors_it_answers_is_taken(
-    hospital: Hospital, project: Project
+    hospital: Hospital, project: Project, count: int, size: int
 ) -> None:
     """Equal tensors travel once in the question, and differ in the answer."""
-    same = {f"a{i}": Array(np.zeros(500_000, np.float32)) for i in range(5)}
+    same = {f"a{i}": Array(np.zeros(size, np.float32)) for i in range(count)}
     with open_grid(project.database) as grid:
         content = RecordDict({"arrays": ArrayRecord(same)})
         (name,) = grid.push_messages([grid.create_message(content, "train", hospital.number, "")])
         envelope = hospital.fleet.pull_envelope()
         assert envelope is not None
-        message = hospital.fleet.pull_message(envelope, limit_message([2_000_256] * 5))
-        trained = {f"a{i}": Array(np.full(500_000, i, np.float32)) for i in range(5)}
+        message = hospital.fleet.pull_message(envelope, limit_message([4 * size + 256] * count))
+        trained = {f"a{i}": Array(np.full(size, i, np.float32)) for i in range(count)}
         reply = Message(RecordDict({"arrays": ArrayRecord(trained)}), reply_to=message)
+        if count > 500:  # its parts would take a while, one by one
+            assert hospital.announce(envelope, pack_message(reply))
+            return
         hospital.fleet.push_reply(envelope, reply)
         (got,) = grid.pull_messages([name])
         assert not got.has_error()
+
+
+def test_what_a_killed_run_left_is_deleted_and_the_file_shrinks(
+    hospital: Hospital, project: Project
+) -> None:
+    with open_grid(project.database) as killed:
+        large = RecordDict({"x": arrays(5, 4 * MIB)})
+        killed.push_messages([killed.create_message(large, "train", hospital.number, "")])
+        (task,) = killed._state.get_tasks(run_ids=[killed.run.run_id])
+        killed._state.finish_task(task.task_id, "failed", "")
+        assert on_disk(project) > 20 * MIB
+        with open_grid(project.database):
+            pass
+        assert on_disk(project) < 5 * MIB
 
 
 def test_beyond_its_quota_the_link_takes_no_reply_and_says_so(

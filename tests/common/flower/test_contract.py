@@ -61,6 +61,8 @@ CALLS = [
     # A callable, how many arguments we give it by place (self among them), and which by name.
     (f"{STATE}.create_run", 9, ()),
     (f"{STATE}.get_run_info", 1, ("run_ids",)),
+    (f"{STATE}.get_run_info", 1, ("statuses",)),
+    (f"{STATE}.cleanup_run", 2, ()),
     (f"{STATE}.stop_run", 2, ()),
     (f"{STATE}.get_tasks", 1, ("run_ids",)),
     (f"{STATE}.claim_task", 2, ()),
@@ -181,7 +183,7 @@ WORDS = [
     (f"{STATE}", ("object_store",)),
     ("flwr.supercore.constant:NodeStatus", ("REGISTERED", "ONLINE", "OFFLINE", "UNREGISTERED")),
     ("flwr.supercore.constant:TaskType", ("SERVER_APP",)),
-    ("flwr.common.constant:Status", ("RUNNING",)),
+    ("flwr.common.constant:Status", ("RUNNING", "FINISHED")),
     (
         "flwr.common.constant:ErrorCode",
         ("CLIENT_APP_RAISED_EXCEPTION", "MESSAGE_UNAVAILABLE", "UNKNOWN"),
