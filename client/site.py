@@ -182,15 +182,14 @@ class Site(YamlFile):
         """Where prepared images are kept; by default inside `state`; made on demand.
 
         Raises:
-          SiteError: it cannot be made, or is open to others.
+          SiteError: it cannot be made, or was open to others before.
         """
         folder = self.cache.folder
         if folder is None:
             return self.private("cache")
-        with explain_disk_errors(f"{self.source}: cache.folder", SiteError):
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._check_closed(folder, "cache.folder")
-        return folder
+        where = f"{self.source}: cache.folder"
+        with explain_disk_errors(where, SiteError):
+            return files.make_private(folder, where, SiteError)
 
     def list_connections(self) -> tuple[Connect, ...]:
         """Where the coordinators are; raises `SiteError` if there is none."""
@@ -212,19 +211,10 @@ class Site(YamlFile):
         """
         folder, where = self.state, f"{self.source}: state"
         with explain_disk_errors(where, SiteError):
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            folder.mkdir(mode=0o700, exist_ok=True)
-            self._check_closed(folder, "state")
+            files.make_private(folder, where, SiteError)
             for part in parts:  # one by one: mkdir(parents=True) leaves the parents open to others
-                folder = folder / part
-                folder.mkdir(mode=0o700, exist_ok=True)
+                folder = files.make_private(folder / part, where, SiteError)
         return folder
-
-    def _check_closed(self, folder: Path, key: str) -> None:
-        if got := files.find_open_rights(folder):
-            expected, remedy = "a folder closed to other users", f"chmod 700 {folder}"
-            where = f"{self.source}: {key}"
-            raise SiteError(where, expected=expected, got=got, remedy=remedy)
 
     def secret(self) -> bytes:
         """256 bits that key the holdout and the ledger; drawn once from the operating system.

@@ -122,7 +122,7 @@ class Ledger:
     def __init__(self, folder: Path, *, bound: bool = False) -> None:
         self._folder, self._path = folder, folder / "ledger.jsonl"
         with ExitStack() as stack, explain_disk_errors(folder, SiteError):
-            folder.mkdir(mode=0o700, exist_ok=True)
+            files.make_private(folder, folder, SiteError)
             stack.enter_context(lock_state(folder))
             entries, self._hashes, torn = _load(folder)
             self._chain = Chain.of(folder)

@@ -21,7 +21,7 @@ class Outbox:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         with explain_disk_errors(folder, SiteError):
-            folder.mkdir(mode=0o700, exist_ok=True)
+            files.make_private(folder, folder, SiteError)
             files.sync(folder.parent)
 
     def write(self, release: Release, data: bytes) -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from common.errors import ConsiliumError
+
 
 def write(path: Path, content: bytes | str, mode: int = 0o644, *, durable: bool = True) -> None:
     """Replace `path` by `content` in one step; if `durable`, on disk before returning."""
@@ -24,10 +26,24 @@ def create(path: Path, content: bytes | str, mode: int = 0o644) -> None:
     sync(path.parent)
 
 
-def find_open_rights(path: Path) -> str:
-    """How other users may use a file or folder, as `mode 755`; empty if they may not."""
+def make_private(folder: Path, where: object, error: type[ConsiliumError]) -> Path:
+    """Make a folder, with its parents, that only this user can look into; returns it.
+
+    Raises:
+      error: it was there, and is open to others. `where` says which folder it is.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    check_private(folder, where, error)
+    return folder
+
+
+def check_private(path: Path, where: object, error: type[ConsiliumError]) -> None:
+    """Raise `error`, with its remedy, if other users have any right to a file or a folder."""
     rights = path.stat().st_mode & 0o777
-    return f"mode {rights:03o}" if os.name == "posix" and rights & 0o077 else ""
+    if os.name == "posix" and rights & 0o077:
+        kind, right = ("folder", 700) if path.is_dir() else ("file", 600)
+        expected, got = f"a {kind} closed to other users", f"mode {rights:03o}"
+        raise error(where, expected=expected, got=got, remedy=f"chmod {right} {path}")
 
 
 def held(lock: Path) -> bool:

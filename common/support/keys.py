@@ -45,9 +45,7 @@ def read_private(path: Path) -> PrivateKey:
         key = None
     if not isinstance(key, PrivateKey):
         raise LinkError(path, expected="a private key, PEM", got="something else")
-    if got := files.find_open_rights(path):
-        expected = "a key that only this user can read"
-        raise LinkError(path, expected=expected, got=got, remedy=f"chmod 600 {path}")
+    files.check_private(path, path, LinkError)
     return key
 
 

@@ -135,9 +135,7 @@ class Project:
             remedy = "Name it by --project, or make one by consilium-server init."
             expected, got = "a coordinator's project", f"no {_SETTINGS} in it"
             raise LinkError(folder, expected=expected, got=got, remedy=remedy)
-        if got := files.find_open_rights(folder):
-            expected, remedy = "a folder closed to other users", f"chmod 700 {folder}"
-            raise LinkError(folder, expected=expected, got=got, remedy=remedy)
+        files.check_private(folder, folder, LinkError)
         return cls(folder, Settings.load(folder / _SETTINGS, LinkError))
 
     def renew(self, hosts: tuple[str, ...], authority_key: Path | None = None) -> Self:

@@ -46,10 +46,16 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Path) -> Self:
-        """Create a folder for a new run; raises `RunError` unless it is new or empty."""
+        """Create a folder for a new run, of this user's alone; it must be new or empty.
+
+        Raises:
+          RunError: there is something in it, or it cannot be made.
+        """
         try:
             path.mkdir(parents=True, exist_ok=True)
             taken = any(path.iterdir())
+            if not taken:
+                path.chmod(0o700)
         except OSError as ex:
             raise RunError(path, expected="a folder to write", got=ex.strerror) from None
         if taken:

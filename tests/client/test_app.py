@@ -592,3 +592,15 @@ def test_nothing_that_a_coordinator_sends_forges_a_line_of_the_log(tmp_path, qui
     lines = (tmp_path / "client.log").read_text("utf-8").splitlines()
     assert sum(" ERROR " in line for line in lines) == len(odd) + 6
     assert not [line for line in lines if line.startswith(FORGED) or "\x1b" in line]
+
+
+def test_no_image_is_prepared_into_a_folder_that_others_can_read(tmp_path, quick):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache").chmod(0o777)
+    ward = hospital(tmp_path / "ward", cache={"folder": str(tmp_path / "cache")})
+    reply = Server(ward, study()).join()
+    assert reply.has_error()
+    assert reply.error.reason == "site"
+    assert not list((tmp_path / "cache").iterdir())
+    (tmp_path / "cache").chmod(0o700)
+    assert not Server(ward, study()).join().has_error()

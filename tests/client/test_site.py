@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from client.data.manifest import Manifest
+from client.ledger.outbox import Outbox
 from client.site import Site
 from common.errors import SiteError
 from common.support import files
@@ -48,15 +49,6 @@ def test_the_cache_is_private_unless_the_hospital_says_where(tmp_path: Path) -> 
     elsewhere = tmp_path / "elsewhere" / "prepared"
     assert make_site(tmp_path, cache={"folder": str(elsewhere)}).cache_folder == elsewhere
     assert mode(elsewhere) == 0o700
-
-
-def test_a_cache_folder_that_others_may_use_is_refused(tmp_path: Path) -> None:
-    elsewhere = tmp_path / "prepared"
-    elsewhere.mkdir()
-    elsewhere.chmod(0o777)
-    site = make_site(tmp_path, cache={"folder": str(elsewhere)})
-    with pytest.raises(SiteError, match=r"cache\.folder: expected .* got mode 777\. chmod 700"):
-        site.cache_folder  # noqa: B018
 
 
 def test_the_cache_has_no_limits_unless_the_hospital_sets_them(tmp_path: Path) -> None:
@@ -228,6 +220,28 @@ def test_a_state_folder_open_to_others_is_refused(rights: int, tmp_path: Path) -
     assert list((tmp_path / "state").iterdir()) == []
     (tmp_path / "state").chmod(0o700)
     make_site(tmp_path).private()
+
+
+@pytest.mark.parametrize("rights", [0o777, 0o755, 0o750, 0o701, 0o720])
+def test_a_cache_folder_open_to_others_is_refused(rights: int, tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    folder.chmod(rights)
+    where = r"site\.yaml: cache\.folder: expected a folder closed to other users"
+    with pytest.raises(SiteError, match=rf"{where}, got mode {rights:o}\. chmod 700 {folder}$"):
+        _ = make_site(tmp_path, cache={"folder": str(folder)}).cache_folder
+    folder.chmod(0o700)
+    assert make_site(tmp_path, cache={"folder": str(folder)}).cache_folder == folder
+
+
+@pytest.mark.parametrize("part", ["cache", "outbox", "studies", "weights", "logs", "link"])
+def test_a_link_out_of_state_into_an_open_folder_is_refused(part: str, tmp_path: Path) -> None:
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o777)
+    state = make_site(tmp_path).private()
+    (state / part).symlink_to(tmp_path / "open")
+    with pytest.raises(SiteError, match=rf"got mode 777\. chmod 700 {state / part}$"):
+        Outbox(state / part) if part == "outbox" else make_site(tmp_path).private(part)
 
 
 @pytest.mark.usefixtures("open_umask")

@@ -436,7 +436,7 @@ def lose_ca(key: Path, ca: Path) -> None:
     ("spoil", "expected"),
     [
         (spoil_key, "site.key: expected a private key, PEM, got something else"),
-        (open_key, "expected a key that only this user can read, got mode 640. chmod 600"),
+        (open_key, "expected a file closed to other users, got mode 640. chmod 600"),
         (lose_key, "site.key: expected a key that can be read, got No such file"),
         (spoil_ca, "ca.crt: expected the coordinator's certificate, PEM, got something else"),
         (lose_ca, "ca.crt: expected the coordinator's certificate, PEM, got No such file"),

@@ -274,7 +274,7 @@ def test_every_failure_is_said_and_none_hides_another(
     said = found(text)
     assert said["state"][1].endswith(f"chmod 700 {state}")
     assert "expected the study's classes clear, fracture" in said["data"][1]
-    assert "expected a key that only this user can read" in said["key"][1]
+    assert "expected a file closed to other users" in said["key"][1]
     bad = {what for what, (good, _) in said.items() if not good}
     assert bad == {"state", "data", "policy", "key", "server"}
     state.chmod(0o700)

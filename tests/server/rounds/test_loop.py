@@ -398,6 +398,14 @@ def test_a_run_of_another_study_is_not_resumed(tmp_path: Path, phantoms: Path) -
         RunFolder.create(folder.path)
 
 
+def test_a_run_folder_is_closed_to_others(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there").chmod(0o777)
+    for name in ("there", "new"):
+        folder = RunFolder.create(tmp_path / name)
+        assert folder.path.stat().st_mode & 0o777 == 0o700
+
+
 def test_an_evaluating_site_only_tests(tmp_path: Path, phantoms: Path) -> None:
     study, folder = demo(), tmp_path / "run"
     found = find_phantoms(phantoms, PHANTOMS[:-1])
