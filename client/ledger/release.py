@@ -1,9 +1,9 @@
 """The only way out for whatever is computed on patients: reserve, seal, send.
 
-Errors, too, have a line before their public code leaves. Four messages have none, as nothing of a
-patient is in them: how much of the backbone is here by now, a hash of the ledger, that a person has
-not decided yet, and that a message breaks the protocol. That the backbone is lacking has one: the
-policy and the patients would let the site take part.
+Errors, too, have a line before their public code leaves. Only messages that nothing of a patient is
+in have none: how much of the backbone is here by now, a hash of the ledger, that a study is one too
+many or not approved, and that a message breaks the protocol. That the backbone is lacking has one:
+the policy and the patients would let the site take part.
 """
 
 import hashlib

@@ -25,6 +25,7 @@ from simulations.demo import loopback
 from simulations.demo.loopback import Loopback, wait_until
 from simulations.engines.grid import simulate_run
 from tests.builders import (
+    OPEN,
     PHANTOM_CLASSES,
     client_app,
     create_run,
@@ -111,6 +112,35 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
     assert set(one) == set(other)
     for name, tensor in one.items():
         assert torch.equal(tensor, other[name]), name
+
+
+def test_a_run_waits_for_a_person_is_stopped_and_finds_the_yes(
+    phantoms: Path, tmp_path: Path
+) -> None:
+    """`approve` is said while the hospital's client is at work, and the run is none."""
+    wanted = study(train={"rounds": 1, "local_steps": 1})
+    with Loopback(tmp_path / "world", wanted, find_phantoms(phantoms, ("east", "north"))) as world:
+        asked = world.sites["north"]
+        loopback.change_site_file(asked, policy=OPEN | {"approve": "ask"})
+        everybody(world)
+        run = Run(world)
+        waiting = "for the approval of north"
+        wait_until(lambda: waiting in world.read_output("run"), 120)
+        assert not run.lines()
+        run.process.send_signal(signal.SIGINT)
+        assert run.process.wait(60)
+        site = Site.read(asked)
+        assert len(read_ledger(site.state)) == 1
+        told = [sys.executable, "-c", "from client.cli.main import main; main()"]
+        done = subprocess.run(
+            [*told, "approve", str(asked), "together", "--yes"], capture_output=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        assert b"training here" in done.stdout
+        run.resume()
+        run.ended()
+        assert run.rounds("north") == {1}
+        assert "consilium-client approve" in world.read_output("north")
 
 
 def noted(world: Loopback, name: str) -> bool:
