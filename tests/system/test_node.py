@@ -40,7 +40,7 @@ from server.link.sites import Sites
 from server.project import certificates
 from server.project.project import Project
 from simulations.demo.loopback import find_free_port
-from tests.builders import PHANTOM_CLASSES, make_study, write_site
+from tests.builders import OPEN, PHANTOM_CLASSES, make_study, write_site
 from tests.processes import link_up
 
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -425,7 +425,7 @@ def test_two_coordinators_share_one_ledger_and_one_budget(
     content = yaml.safe_load(world.site.read_text("utf-8"))
     content["connect"] = [content["connect"], second]
     content["data"]["enrolled_patients"] = 20
-    content["policy"] = {"max_epsilon": 4.0, "delta": 1e-5}
+    content["policy"] = OPEN | {"max_epsilon": 4.0, "delta": 1e-5}
     world.site.write_text(yaml.safe_dump(content), "utf-8")
     privacy = {"mechanism": "dp_sgd", "epsilon": 4.0, "delta": 1e-5, "clip_norm": 1.0}
     private = partial(study, privacy=privacy, select="balanced_accuracy")

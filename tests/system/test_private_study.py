@@ -359,10 +359,10 @@ def test_whatever_patients_decide_about_a_join_is_recorded(phantoms, tmp_path):
     """A label that one patient has is one bit about that patient: it leaves a line."""
     files = settle(study(), phantoms, tmp_path / "run")
     wanted = study(classes=["clear", "nodule", "consolidation"])
-    assert Coordinator(files[0], wanted).join().error.reason == "data"
+    assert Coordinator(files[0], wanted).join().error.reason == "refused"
     (line,) = [entry for entry in entries(files[0]) if isinstance(entry, Sent)]
     assert (line.release.study, line.release.kind) == (wanted.id, "join")
-    assert line.contents.metrics == ("data",)
+    assert line.contents.metrics == ("refused",)
     assert not (Site.read(files[0]).state / "studies" / f"{wanted.id}.json").exists()
 
 
