@@ -268,7 +268,8 @@ def test_a_request_overheard_is_of_no_use(hospital: Hospital) -> None:
     headers = hospital.headers(path, body)
     leave: bytes = DeactivateNodeRequest(node_id=hospital.number).SerializeToString()
     assert hospital.post("/v1/fleet/deactivate-node", leave, headers) == 401, "another path"
-    assert hospital.post(path, leave, headers) == 401, "another body"
+    longer = SendNodeHeartbeatRequest(node=hospital.node, heartbeat_interval=20)
+    assert hospital.post(path, longer.SerializeToString(), headers) == 401, "another body"
     assert hospital.post(path, body, headers) == 409, "its stamp was used by the wrong body"
     headers = hospital.headers(path, body)
     assert hospital.post(path, body, headers) == 200
