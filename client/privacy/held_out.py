@@ -72,4 +72,4 @@ def noise_counts(counts: Sequence[Counts], plan: PrivateRelease) -> list[Counts]
     (noised,) = total.release(Entropy())
     told = noised.round().long().numpy()
     deviation = plan.noise_multiplier * plan.clip_norm
-    return [part.unscored(told[k], deviation) for k, part in enumerate(counts)]
+    return [part.coarse(told[k], deviation) for k, part in enumerate(counts)]

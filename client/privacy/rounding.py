@@ -15,6 +15,7 @@ One patient more or less, who adds one to a cell, changes what is told of it wit
 
 import hashlib
 import hmac
+import math
 from collections.abc import Sequence
 from fractions import Fraction
 
@@ -49,6 +50,8 @@ class Rounding:
     def round_counts(self, counts: Counts, part: str, model: str) -> Counts:
         """Counts of a part as they are told, without scores; all of them where the base is 1.
 
+        The deviation told with them is that of a cell which may lie anywhere between two multiples.
+
         Args:
           counts: Of all images of the part.
           part: Its name.
@@ -62,7 +65,7 @@ class Rounding:
             self._apportion(row, total, "cells", part, model, str(k))
             for k, (row, total) in enumerate(zip(rows, told, strict=True))
         ]
-        return counts.unscored(np.array(cells, np.int64))
+        return counts.coarse(np.array(cells, np.int64), self._base / math.sqrt(6))
 
     def _apportion(self, numbers: Sequence[int], total: int, *what: str) -> tuple[int, ...]:
         """Each number to a multiple next to it, together `total`, one of the two next to the sum.

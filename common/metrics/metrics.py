@@ -39,8 +39,9 @@ class Counts:
       negative: int64 [K, BINS], the same for the images of all other classes. Both are empty for
         images whose scores are withheld: figures of scores are then of the other images alone.
       loss_sum: cross-entropy in nats, summed over the images with scores.
-      noise: Standard deviation of the noise in each cell of `confusion`; 0 where there is none.
-        With noise, cells and totals may be negative, and shares of them are cut to 0 and 1.
+      noise: Standard deviation of what noise or rounding adds to a cell of `confusion`; 0 where
+        cells are exact, and just there scores are told. With noise, cells and totals may be
+        negative, and shares of them are cut to 0 and 1.
     """
 
     confusion: Ints
@@ -96,8 +97,8 @@ class Counts:
             math.hypot(self.noise, other.noise),
         )
 
-    def unscored(self, confusion: Ints, noise: float = 0.0) -> Self:
-        """These counts without scores and losses, with another confusion matrix."""
+    def coarse(self, confusion: Ints, noise: float) -> Self:
+        """These counts without scores and losses, with a confusion matrix that is not exact."""
         nothing = np.zeros_like(self.positive)
         return type(self)(confusion, nothing, nothing, 0.0, noise)
 
@@ -118,15 +119,13 @@ class Counts:
         classes: int,
         *,
         scored: bool = True,
-        noised: bool = False,
     ) -> Self:
         """The counts another machine sent, trusting none of it.
 
         Args:
           record: what `sparse` gave there.
           classes: K as agreed at join; sizes come from here, never from the record.
-          scored: Whether it must have the scores of all images, or of none.
-          noised: Whether its cells must have noise, or none.
+          scored: Whether it must be exact, with the scores of all images, or coarse with none.
 
         Raises:
           ContractError: a key, type, index, count or total is not what `sparse` could have given.
@@ -134,7 +133,7 @@ class Counts:
         keys = {"confusion", "positive", "negative", "loss_sum", "noise"}
         if set(record) != keys:
             raise _bad("", f"the keys {sorted(keys)}", f"{len(record)} keys that are not those")
-        least = -MOST if noised else 1
+        least = 1 if scored else -MOST
         confusion = _dense("confusion", record["confusion"], classes, classes, least=least)
         positive = _dense("positive", record["positive"], classes, BINS)
         negative = _dense("negative", record["negative"], classes, BINS)
@@ -144,7 +143,7 @@ class Counts:
         if (negative.sum(axis=1) != images.sum() - images).any():
             raise _bad("negative", "as many images outside each class as in confusion", "others")
         loss_sum = _loss_sum(record["loss_sum"], int(images.sum()))
-        return cls(confusion, positive, negative, loss_sum, _noise(record["noise"], noised))
+        return cls(confusion, positive, negative, loss_sum, _noise(record["noise"], scored=scored))
 
 
 def _finite(z: Floats, truth: Ints) -> Floats:
@@ -212,9 +211,9 @@ def _loss_sum(value: object, n: int) -> float:
     return value
 
 
-def _noise(value: object, noised: bool) -> float:
-    if not isinstance(value, float) or not 0 <= value <= MOST or (value > 0) != noised:
-        raise _bad("noise", "a deviation above 0" if noised else "no noise", value)
+def _noise(value: object, *, scored: bool) -> float:
+    if not isinstance(value, float) or not 0 <= value <= MOST or (value == 0) != scored:
+        raise _bad("noise", "none" if scored else "a deviation above 0", value)
     return value
 
 

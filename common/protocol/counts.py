@@ -18,11 +18,12 @@ def read_counts(
     disclosure: Disclosure,
 ) -> Counts:
     """Counts no finer than the site disclosed at join, and of the images it told, if it did."""
-    told, noised = get_part(record.metric_records, key), disclosure.epsilon is not None
-    scored = disclosure.tells_scores
-    counts = Counts.from_sparse(told, classes, scored=scored, noised=noised)
-    if not noised and counts.confusion.sum(axis=1).tolist() != list(images or ()):
+    told = get_part(record.metric_records, key)
+    counts = Counts.from_sparse(told, classes, scored=disclosure.tells_scores)
+    if disclosure.epsilon is not None:
+        return counts
+    if counts.confusion.sum(axis=1).tolist() != list(images or ()) or (counts.confusion < 0).any():
         raise ContractError("counts of other images than it told at join")
-    if not noised and (counts.confusion % disclosure.base).any():
+    if (counts.confusion % disclosure.base).any():
         raise ContractError("counts finer than it disclosed at join")
     return counts

@@ -122,8 +122,7 @@ def read_results(path: Path, classes: int) -> tuple[Results, dict[str, Any]]:
             name: Counts.from_sparse(
                 site["counts"],
                 classes,
-                scored=bool(site["counts"]["positive"]),
-                noised=bool(site["counts"]["noise"]),
+                scored=not site["counts"]["noise"],
             )
             for name, site in result["sites"].items()
         }

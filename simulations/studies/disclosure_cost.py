@@ -49,7 +49,7 @@ def read_exact_counts(path: Path) -> Mapping[str, Counts]:
     """
     classes = len(RunFolder(path).study.classes)
     sites = read_results(path, classes)[0][FEDERATED]
-    if coarse := sorted(name for name, counts in sites.items() if _is_coarse(counts)):
+    if coarse := sorted(name for name, counts in sites.items() if counts.noise):
         remedy = "Run it again with disclose: {counts: exact} at every site."
         got = f"coarse ones of {', '.join(coarse)}"
         raise RunError(path, expected="exact counts of every site", got=got, remedy=remedy)
@@ -78,10 +78,6 @@ def measure_costs(
         _measure(way, tell, runs, metric, 1 if way == "exact" else draws)
         for way, tell in ways.items()
     ]
-
-
-def _is_coarse(counts: Counts) -> bool:
-    return bool(counts.confusion.any()) and not counts.positive.any()
 
 
 def _measure(

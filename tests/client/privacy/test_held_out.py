@@ -14,7 +14,7 @@ CELLS = np.array([[12, 3, 0], [1, 20, 2], [0, 0, 0]], np.int64)
 
 
 def counts(cells: np.ndarray = CELLS) -> Counts:
-    return Counts.zero(3).unscored(cells)
+    return Counts.zero(3).coarse(cells, 0.0)
 
 
 @pytest.mark.parametrize(("epsilon", "delta"), [(0.5, 1e-5), (1.0, 1e-5), (4.0, 1e-3)])

@@ -276,7 +276,7 @@ def test_the_largest_counts_add_up_without_overflow() -> None:
 
 def test_scores_are_told_of_all_images_or_of_none() -> None:
     counts = Counts.of(*scores(60, 3, 2.0))
-    withheld = counts.unscored(counts.confusion)
+    withheld = counts.coarse(counts.confusion, 1.0)
     assert (withheld.positive.any(), withheld.negative.any(), withheld.loss_sum) == (0, 0, 0)
     again = Counts.from_sparse(withheld.sparse(), 3, scored=False)
     assert np.array_equal(again.confusion, counts.confusion)
@@ -290,7 +290,7 @@ def test_scores_are_told_of_all_images_or_of_none() -> None:
 
 def test_the_loss_is_of_the_images_with_scores() -> None:
     one, other = Counts.of(*scores(60, 3, 2.0)), Counts.of(*scores(40, 3, 2.0, seed=1))
-    withheld = other.unscored(other.confusion)
+    withheld = other.coarse(other.confusion, 1.0)
     assert value(withheld, "loss") is None
     assert value(one + withheld, "loss") == value(one, "loss")
     assert value(one + withheld, "accuracy") == value(one + other, "accuracy")
@@ -300,20 +300,18 @@ def test_the_loss_is_of_the_images_with_scores() -> None:
 
 
 def noised(cells: list[list[int]], noise: float = 3.5) -> Counts:
-    return Counts.zero(len(cells)).unscored(np.array(cells, np.int64), noise)
+    return Counts.zero(len(cells)).coarse(np.array(cells, np.int64), noise)
 
 
 def test_noised_counts_travel_with_their_noise() -> None:
     counts = noised([[20, -3], [0, 7]])
-    again = Counts.from_sparse(counts.sparse(), 2, scored=False, noised=True)
+    again = Counts.from_sparse(counts.sparse(), 2, scored=False)
     assert np.array_equal(again.confusion, counts.confusion)
     assert again.noise == 3.5
-    for record, expected in (
-        (counts.sparse(), False),
-        (noised([[1, 2], [3, 4]], 0.0).sparse(), True),
-    ):
+    exact = noised([[1, 2], [3, 4]], 0.0)
+    for record, scored in ((counts.sparse(), True), (exact.sparse(), False)):
         with pytest.raises(ContractError, match=r"counts: (noise|confusion)"):
-            Counts.from_sparse(record, 2, scored=False, noised=expected)
+            Counts.from_sparse(record, 2, scored=scored)
 
 
 def test_noise_adds_up_by_its_variance() -> None:

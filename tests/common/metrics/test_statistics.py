@@ -168,7 +168,7 @@ def test_calibration_leaves_out_a_class_without_images() -> None:
 
 def test_without_scores_the_other_intervals_stay() -> None:
     counts = counted(120, 3, 0)
-    withheld = counts.unscored(counts.confusion)
+    withheld = counts.coarse(counts.confusion, 1.0)
     found = intervals(withheld, list(METRICS), seed=0, draws=50)
     assert {name for name, estimate in found.items() if estimate} == {
         "accuracy",
@@ -180,7 +180,7 @@ def test_without_scores_the_other_intervals_stay() -> None:
 
 def test_calibration_and_auroc_are_of_the_images_with_scores() -> None:
     one, other = counted(120, 3, 0), counted(90, 3, 1)
-    together = one + other.unscored(other.confusion)
+    together = one + other.coarse(other.confusion, 1.0)
     assert calibration(together).error == pytest.approx(calibration(one).error)
     found = intervals(together, ["auroc", "accuracy", "loss"], seed=0, draws=50)
     assert found["accuracy"].value == value(one + other, "accuracy")

@@ -247,12 +247,12 @@ def test_what_is_told_coarsely_arrives() -> None:
 
 
 def test_what_is_told_with_noise_arrives() -> None:
-    noisy = COUNTS.unscored(COUNTS.confusion - 3, 2.5)
+    noisy = COUNTS.coarse(COUNTS.confusion - 3, 2.5)
     counts = FinalReply.read(sent(final(noisy, noisy)), CLASSES, NOISED).counts
     assert counts is not None
     assert same(counts.test, noisy)
     assert counts.test.noise == 2.5
-    for plain in (COUNTS, COUNTS.unscored(COUNTS.confusion)):
+    for plain in (COUNTS, COUNTS.coarse(COUNTS.confusion, 0.0)):
         with pytest.raises(ContractError):
             FinalReply.read(sent(final(plain, plain)), CLASSES, NOISED)
     with pytest.raises(ContractError):
@@ -300,17 +300,17 @@ def test_a_loss_said_to_be_told_is_not_left_out() -> None:
 
 def test_an_end_that_tells_finer_than_was_said_is_refused() -> None:
     coarse, good = rounded(COUNTS, "validation"), rounded(COUNTS + COUNTS, "test")
-    unrounded = coarse.unscored(COUNTS.confusion)
+    unrounded = coarse.coarse(COUNTS.confusion, coarse.noise)
     scored = Counts(coarse.confusion, COUNTS.positive, COUNTS.negative, coarse.loss_sum)
     with_loss = Counts(coarse.confusion, coarse.positive, coarse.negative, 0.01)
     cells = coarse.confusion.copy()
     cells[coarse.confusion.sum(axis=1).argmax(), 0] += 10
-    more = coarse.unscored(cells)
+    more = coarse.coarse(cells, coarse.noise)
     cells = coarse.confusion.copy()
     row = cells[cells.sum(axis=1).argmax()]
     row[row.argmax()] -= 1
     row[row.argmin()] += 1  # the row's sum stays
-    finer = coarse.unscored(cells)
+    finer = coarse.coarse(cells, coarse.noise)
     with pytest.raises(ContractError, match="counts finer than it disclosed"):
         FinalReply.read(sent(final(finer, good)), CLASSES, ROUNDED)
     for counts in (COUNTS, unrounded, scored, with_loss, more, finer):
@@ -322,7 +322,7 @@ def test_an_end_that_tells_finer_than_was_said_is_refused() -> None:
 
 
 def test_scores_said_to_be_told_are_not_left_out() -> None:
-    unscored = COUNTS.unscored(COUNTS.confusion)
+    unscored = COUNTS.coarse(COUNTS.confusion, 0.0)
     with pytest.raises(ContractError):
         read_round_reply(sent(round_reply(0.5, unscored)))
 
