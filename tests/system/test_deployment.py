@@ -2,9 +2,12 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
+import time
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,7 @@ from dp_accounting import GaussianDpEvent, NeighboringRelation, PoissonSampledDp
 from dp_accounting.pld import PLDAccountant
 from safetensors.torch import load_file
 
-from client.ledger.entries import Sealed, list_events
+from client.ledger.entries import Reserved, Sealed, Sent, list_events
 from client.ledger.ledger import read_ledger
 from client.ledger.spending import Spending
 from client.site import Site
@@ -404,6 +407,56 @@ def test_a_hospital_without_the_backbone_is_sent_it_once(phantoms, tmp_path, sha
         )
         assert second.wait(120) == 0, world.read_output("run")
         assert world.read_output("run").count("sending the backbone") == sent
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
+def test_a_hundred_random_kills_leave_every_ledger_whole_and_its_epsilon_exact(phantoms, tmp_path):
+    """Hospitals, the link and the run, killed at any moment: nothing is spent or averaged twice."""
+    kills, choose = 100, random.Random(5)  # noqa: S311
+    wanted = study(
+        privacy=PRIVATE | {"spare_rounds": kills},
+        train={"rounds": 60, "local_epochs": 1, "batch_size": 8},
+        aggregate={"quorum": 1, "round_timeout": 120},
+    )
+    killed = Counter[str]()
+    with deployed(tmp_path / "real", wanted, phantoms) as world:
+        everybody(world)
+        run = Run(world)
+        run.reached(1)
+        while killed.total() < kills and run.process.poll() != 0:
+            time.sleep(choose.uniform(0.2, 8))
+            victim = choose.choice([*NAMES, *NAMES, "link", "run"])
+            world.kill_process(victim)
+            killed[victim] += 1
+            if victim == "link":
+                world.start_link()
+            elif victim != "run":
+                world.start_hospital(victim)
+            if run.process.poll():  # also where too few were there when it went on
+                run.resume()
+        while run.process.wait(600):
+            run.resume()  # one may have been lost to a quorum that was not there
+        assert run.rounds() == set(range(1, 61))
+        assert killed.total() == kills
+        for name in NAMES:
+            world.kill_process(name)
+            entries = read_ledger(Site.read(world.sites[name]).state)  # checked line by line
+            rounds = [
+                entry
+                for entry in entries
+                if isinstance(entry, Reserved | Sealed | Sent) and entry.release.privacy
+                if entry.release.kind == "round"
+            ]
+            reserved = Counter(e.key for e in rounds if isinstance(e, Reserved))
+            sealed = {e.key: e.contents.sha256 for e in rounds if isinstance(e, Sealed)}
+            sent = {(e.key, e.contents.sha256) for e in rounds if isinstance(e, Sent)}
+            assert sent <= set(sealed.items())
+            assert len(sealed) <= reserved.total() <= len(sealed) + killed[name]
+            assert len(list_events(entries)) == reserved.total()
+            assert {e.release.round for e in rounds if e.key in sealed} >= run.rounds(name)
+            ours, theirs = Spending(entries, 1e-5).total(), by_google(list_events(entries))
+            assert 0 <= ours - theirs <= 0.02
 
 
 @pytest.mark.slow
