@@ -5,12 +5,15 @@ INSTALLED := .venv/.installed
 PHANTOMS := runs/phantom
 HOSPITALS := north south east west
 SEEDS := 0,1,2,3,4,5,6,7,8,9
+# For every platform; versions that are pinned stay unless something forces them.
+LOCK := $(BIN)/uv pip compile --quiet --universal --generate-hashes --no-header --no-annotate \
+  $(UPGRADE) pyproject.toml
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --durations=15
 # The kernels of a CPU without AVX-512: of PyTorch, oneDNN, MKL, and NumPy's OpenBLAS.
 AS_OLDER := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=AVX2 OPENBLAS_CORETYPE=Haswell
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo deployment-demo test test-unit test-isa test-all format clean
+.PHONY: help install lock sbom audit demo deployment-demo test test-unit test-isa test-all format clean
 
 help: ## Show the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -20,8 +23,19 @@ install: $(INSTALLED) ## Make .venv with pinned versions (several GB, minutes)
 $(INSTALLED): pyproject.toml constraints.txt
 	@echo "Installing into .venv (PyTorch is several GB: this takes minutes, once) ..."
 	@$(PYTHON) -m venv .venv
-	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r constraints.txt
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
+
+lock: ## Pin versions and hashes anew; UPGRADE=--upgrade takes the newest that pyproject.toml allows
+	@$(LOCK) --extra dev -o constraints.txt
+	@$(LOCK) --extra dev --extra ray -c constraints.txt -o constraints-ray.txt
+
+sbom: $(INSTALLED) ## Write the software bill of materials of .venv, sbom.json (CycloneDX)
+	@$(BIN)/python -m tools.sbom > sbom.json
+
+audit: $(INSTALLED) ## Known weaknesses of .venv, by ADVISORIES=<folder>; fails if it cannot look, too
+	@$(BIN)/python -m tools.audit "$(ADVISORIES)"
 
 demo: $(INSTALLED) ## Four phantom hospitals train together, beside local and pooled training, on ten seeds
 	@$(BIN)/consilium-simulate phantom $(PHANTOMS)

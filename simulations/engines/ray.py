@@ -52,7 +52,9 @@ class Ray(InProcess):
             version("ray")
         except PackageNotFoundError:
             where, expected = "--engine ray", "Ray, an optional extra"
-            remedy = "In the checkout: .venv/bin/pip install -c constraints.txt -e '.[dev,ray]'"
+            remedy = (
+                "In the checkout: .venv/bin/pip install --require-hashes -r constraints-ray.txt"
+            )
             raise RunError(where, expected=expected, got="none installed", remedy=remedy) from None
         super().__init__()
         self._address = address

@@ -104,7 +104,7 @@ def test_without_ray_it_says_how_to_get_it(
         main()
     assert ended.value.code == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert "pip install -c constraints.txt -e '.[dev,ray]'" in line
+    assert "pip install --require-hashes -r constraints-ray.txt" in line
 
 
 # --- with a cluster ---
