@@ -193,7 +193,10 @@ def _ours(task: Task, lap: Lap) -> dict[str, Any]:
         RunFolder.create(folder).write_study(study)
         # What a study costs before its first image is paid at a hospital with one image.
         # On all cores, as the tutorials are.
-        site = Site(name="b", data=data, state=Path("state"), threads=torch.get_num_threads())
+        threads = torch.get_num_threads()
+        site = Site(
+            name="b", data=data, state=Path("state"), threads=threads, policy=virtual_sites.OPEN
+        )
         found = [
             VirtualSite(name="a", data=data, patients=(one,), site=site, listed=records),
             VirtualSite(name="b", data=data, site=site, listed=records),

@@ -24,10 +24,11 @@ from client.data.splits import Parts, split_records
 from client.ledger.ledger import read_ledger
 from client.ledger.spending import Spending
 from client.runtime import Runtime
-from client.site import Site
+from client.site import Policy, Site
 from common.config.study import NAME, Study
 from common.config.yaml import dump
 from common.errors import DataError, RefusedError, RunError, SiteError
+from common.protocol.disclosure import Disclosure
 from common.support import files
 from common.support.seeds import derive
 from server.rounds.strategies import count_least_replies
@@ -35,7 +36,13 @@ from simulations.sites import partition
 
 log = logging.getLogger(__name__)
 
-_OPEN = {"approve": "policy", "min_images": 1, "max_holdout": 1, "max_studies": None}
+OPEN = Policy(
+    approve="policy",
+    min_images=1,
+    max_holdout=1,
+    max_studies=None,
+    disclose=Disclosure(counts="exact"),
+)
 """A virtual hospital keeps nothing from the researcher, whose data it is."""
 _RULE = "letters, digits, . _ -, starting with a letter or digit, at most 64"
 
@@ -216,7 +223,7 @@ def _write(plan: PlannedSite, study: Study, folder: Path, cache: Path) -> Path:
         kept["policy"]["approve"] = "policy"  # nobody is there to be asked
         content.update(kept)
     else:
-        content["policy"] = {**_OPEN, "disclose": {"counts": "exact"}}
+        content["policy"] = OPEN.model_dump(mode="json")
     if hospital.evaluates_only:
         content["role"] = "evaluate"
     if study.private and hospital.data.enrolled_patients is None:  # a real hospital declares it
