@@ -58,7 +58,7 @@ def approve(site_file: SiteFile, name: StudyName, yes: Yes = False) -> None:
     site = Site.read(site_file)
     approval = find_approval(site, name)
     study = approval.study
-    _show(site, study)
+    agreed = _show(site, study)
     console.print(f"sent           {approval.asked}, SHA-256 {study.sha256}")
     if not yes and not typer.confirm("Take part in it?"):
         console.print(
@@ -66,7 +66,10 @@ def approve(site_file: SiteFile, name: StudyName, yes: Yes = False) -> None:
         )
         raise typer.Exit(1)
     keep_decision(site, approval, "approved")
-    console.print("Approved. It begins when the coordinator asks the next time.", style="green")
+    if agreed:
+        console.print("Approved. It begins when the coordinator asks the next time.", style="green")
+    else:
+        console.print("Approved, but refused as above: site.yaml has the last word.", style="red")
 
 
 def decline(site_file: SiteFile, name: StudyName) -> None:
@@ -100,7 +103,8 @@ def plan(site_file: SiteFile, study_file: StudyFile) -> None:
 # --- the page about a study ---
 
 
-def _show(site: "Site", study: "Study") -> None:
+def _show(site: "Site", study: "Study") -> bool:
+    """The page; returns whether the site would take part."""
     from client.admin.cost import estimate_cost
     from client.ledger import spending
     from common.config.study import DpSgd
@@ -118,11 +122,12 @@ def _show(site: "Site", study: "Study") -> None:
         text = "trained without differential privacy: not accounted, no ε bounds what it tells"
         console.print(f"privacy        none; {text}")
     console.print(f"leaves         {_leaving(site, study)}")
-    unaffordable = found.noise.unaffordable if found.noise else None
-    for no in filter(None, (found.refusal, unaffordable)):
+    refusals = [found.refusal, found.noise and found.noise.unaffordable]
+    for no in filter(None, refusals):
         console.print(f"refused        {no}", style="red")
-    if not found.refusal and not unaffordable:
+    if not any(refusals):
         console.print("agreed         the policy has nothing against it", style="green")
+    return not any(refusals)
 
 
 def _asked(study: "Study") -> Iterator[str]:
@@ -133,13 +138,19 @@ def _asked(study: "Study") -> Iterator[str]:
     yield f"study          {study.name} ({study.id}), of {classes}"
     weights = f"weights {Path(model.weights).name}, {model.precision}"
     yield f"trains         {model.unfreeze} of {model.backbone}, {weights}"
-    epochs = f"{train.local_epochs or 1} epochs"
-    length = f"{train.local_steps} steps" if train.local_steps else epochs
-    yield f"rounds         {train.rounds} of {length}, batches of {train.batch_size}"
+    steps, epochs = train.local_steps, train.local_epochs or 1
+    length = _count(steps, "step") if steps else _count(epochs, "epoch")
+    # With privacy, patients are drawn: how many is told with the noise.
+    batches = "" if study.private else f", batches of {train.batch_size}"
+    yield f"rounds         {train.rounds} of {length}{batches}"
     side = f"{images.size} pixels wide" if images.size else "as wide as the backbone has them"
-    yield f"images         {side}, {images.augment.views} views of each that trains"
+    yield f"images         {side}, {_count(images.augment.views, 'view')} of each that trains"
     held = study.holdout
     yield f"held out       {held.validation:.0%} for validation, {held.test:.0%} for the test"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' if number > 1 else ''}"
 
 
 def _show_noise(noise: "Noise", privacy: "DpSgd", budget: float | None) -> None:
@@ -153,7 +164,8 @@ def _show_noise(noise: "Noise", privacy: "DpSgd", budget: float | None) -> None:
     console.print(f"noise          σ {one.noise_multiplier:.4g}, clipping at {clip:g}")
     if noise.before.entries:
         console.print("               ε below is of all studies of this site together")
-    shown = table("after round", f"ε by {noise.before.bound(noise.study)}", left=())
+    bound = f"ε by {noise.before.bound(noise.study)} at δ = {noise.before.delta:g}"
+    shown = table("after round", bound, left=())
     for done in (0, *noise.shown):
         shown.add_row(str(done) if done else "now", f"{noise.after(done):.2f}")
     console.print(shown)

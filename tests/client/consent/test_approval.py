@@ -267,12 +267,13 @@ def test_a_person_sees_what_it_would_do_cost_and_tell_and_decides(command, tmp_p
     for told in (
         f"study          skin ({wanted.id}), of dark, bright\n",
         "trains         head of shufflenet_v2_x0_5, weights none, float32\n",
-        "rounds         2 of 1 steps, batches of 32\n",
-        "images         32 pixels wide, 1 views of each that trains\n",
+        "rounds         2 of 1 step\n",
+        "images         32 pixels wide, 1 view of each that trains\n",
         "held out       15% for validation, 20% for the test\n",
         "training here  ",
         "disk           up to about 184.3 kB of prepared images\n",
         "asked for      ε 2 at δ = 1e-05\n",
+        "ε by PRV at δ = 1e-05",
         "of max_epsilon 8\n",
         "leaves         each round 2 tensors of 2,050 numbers (8.2 kB)",
         "agreed         the policy has nothing against it\n",
@@ -294,6 +295,7 @@ def test_what_the_policy_refuses_is_said_before_the_question(command, tmp_path):
     text = command("approve", path, "skin", typed="n\n")[1]
     assert "refused        " in text
     assert "(min_images)" in text
+    assert "Approved, but refused" in command("approve", path, "skin", typed="y\n")[1]
 
 
 def test_a_name_that_is_none_or_several_is_said(command, tmp_path):
