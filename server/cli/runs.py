@@ -21,7 +21,9 @@ HERE = Path()
 def run(
     study: Annotated[Path | None, typer.Argument(help="The study, a YAML file.")] = None,
     changes: Changes = None,
-    resume: Annotated[Path | None, typer.Option(help="A run folder to go on with.")] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="A run to go on with, by folder or name.")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="The run folder; by default a new one under runs/.")
     ] = None,
@@ -50,7 +52,7 @@ def run(
     if resume is not None:
         if changes or out:
             raise typer.BadParameter("--resume goes on with the run's own study")
-        folder = RunFolder.resume(resume)
+        folder = RunFolder.resume(_find(resume, project))
     else:
         assert study is not None  # noqa: S101  (one of the two is there)
         name = f"{study.stem}-{datetime.now():%Y%m%d-%H%M%S}"
@@ -67,11 +69,13 @@ def run(
 
 
 def stop(
-    run: Annotated[Path, typer.Argument(help="The run folder.")],
+    run: Annotated[Path, typer.Argument(help="The run, by folder or name.")],
+    project: Folder = HERE,
 ) -> None:
     """Stop a run that is going on; it can be resumed."""
     from server.runs.run_folder import RunFolder
 
+    run = _find(run, project)
     if not RunFolder.resume(run).busy:
         raise RunError(run, expected="a run that is going on", got="none")
     process = run / "process"
@@ -84,7 +88,8 @@ def stop(
 
 def logs(
     run: Annotated[
-        Path | None, typer.Argument(help="A run folder; without one, the link's own log.")
+        Path | None,
+        typer.Argument(help="A run, by folder or name; without one, the link's own log."),
     ] = None,
     lines: Annotated[int, typer.Option(min=1, help="How many of the last.")] = 50,
     project: Folder = HERE,
@@ -92,8 +97,14 @@ def logs(
     """Show the last lines of a run's log, or of the link's."""
     from server.project.project import Project
 
-    path = run / "run.log" if run else Project.open(project).log
+    path = _find(run, project) / "run.log" if run else Project.open(project).log
     if not path.is_file():
         raise RunError(path, expected="a log", got="no such file")
     for line in path.read_text(encoding="utf-8").splitlines()[-lines:]:
         console.print(line)
+
+
+def _find(run: Path, project: Path) -> Path:
+    """The folder of a run, which may be given by its name alone, as status shows it."""
+    named = project / "runs" / run
+    return named if named.is_dir() and not run.is_dir() else run

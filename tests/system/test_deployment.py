@@ -288,12 +288,12 @@ def test_a_coordinator_stops_a_run_reads_its_log_and_goes_on(phantoms, tmp_path)
 
     with deployed(tmp_path / "real", wanted, phantoms) as world:
         everybody(world)
-        run = Run(world)
+        run = Run(world, world.project.runs / "named")
         run.reached(1)
         waited_for = world.running["south"]
         os.killpg(waited_for.pid, signal.SIGSTOP)  # else all rounds may be over before a command
         assert "east" in command(world, "sites")
-        assert "run --resume" in command(world, "stop", str(run.path))
+        assert "run --resume" in command(world, "stop", run.path.name)
         assert run.process.wait(60) == 130
         os.killpg(waited_for.pid, signal.SIGCONT)
         assert f"Go on with: consilium-server run --resume {run.path}" in world.read_output("run")
@@ -303,7 +303,7 @@ def test_a_coordinator_stops_a_run_reads_its_log_and_goes_on(phantoms, tmp_path)
         run.ended()
         assert run.rounds() == set(range(1, 13))
         assert "run folder" in world.read_output("run")
-        assert "is left out" not in command(world, "logs", str(run.path))
+        assert "is left out" not in command(world, "logs", run.path.name)
         assert "serving hospitals" in command(world, "logs")
         assert "up" in command(world, "status")
 
