@@ -63,7 +63,8 @@ def boundary(message: Message, context: Context, work: ClientAppCallable) -> Mes
     except WaitingError as ex:  # said when it came; it is asked for again and again
         return make_error_reply(message, ex.code)
     except ConsiliumError as ex:
-        log.error("%s: %s", context.node_config.get("site"), ex)
+        text, site = str(ex), str(context.node_config.get("site"))
+        log.error("%s", text if text.startswith(site) else f"{site}: {text}")
         return make_error_reply(message, ex.code)
     except Exception:
         log.exception("an error nobody foresaw")

@@ -92,7 +92,7 @@ def _await(grid: Grid, quorum: int, limit: float) -> None:
             left = limit - time.monotonic()
             if left <= 0:
                 expected, got = f"{quorum} sites connected (aggregate.quorum)", str(found)
-                remedy = "See consilium-server sites; go on with run --resume."
+                remedy = "See consilium-server status: is the link up? Go on with run --resume."
                 raise RunError("join", expected=expected, got=got, remedy=remedy)
             shown.update(f"{found} of {quorum} sites connected; waiting {left:.0f} s more")
             time.sleep(min(_LOOK, left))

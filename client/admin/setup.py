@@ -1,6 +1,7 @@
 """A hospital's first files: its site file, its key, and what starts it with the machine."""
 
 import getpass
+import shlex
 import sys
 from dataclasses import dataclass
 from decimal import ROUND_DOWN, Context
@@ -57,8 +58,7 @@ _OPEN = """\
   min_images: 50 # refuse rounds of fewer training images: what they send would tell each of them"""
 
 _SERVICE = """\
-# sudo cp {unit} /etc/systemd/system/
-# sudo systemctl enable --now {name}
+# sudo cp {unit} /etc/systemd/system/ && sudo systemctl enable --now {name}
 [Unit]
 Description=Consilium at {site}
 Wants=network-online.target
@@ -198,7 +198,7 @@ def write_unit(site_file: Path, name: str) -> Path | None:
         return None
     path = site_file.with_name(UNIT)
     text = _SERVICE.format(
-        unit=UNIT,
+        unit=shlex.quote(str(path.resolve())),
         name=Path(UNIT).stem,
         site=name,
         user=getpass.getuser(),

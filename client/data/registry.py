@@ -31,5 +31,5 @@ def guess_format(place: Path) -> Data:
         return ImageFolder(root=place)
     expected = "one .npz file, a folder with a manifest.csv, or a folder with a subfolder per class"
     got = "something else" if place.exists() else "nothing there"
-    remedy = "Describe the data in a site file."
+    remedy = "Is the path right? Otherwise describe the data in a site file."
     raise SiteError(place, expected=expected, got=got, remedy=remedy)

@@ -211,7 +211,8 @@ class _Presence:
     def _say(self, trouble: str) -> None:
         """Once, not at every attempt."""
         if trouble != self._trouble:
-            log.warning("%s. It tries again every %.0f s.", trouble.rstrip("."), _AGAIN)
+            stop = "" if trouble.endswith((".", "?")) else "."
+            log.warning("%s%s It tries again every %.0f s.", trouble, stop, _AGAIN)
         self._trouble = trouble
 
     def _attend(self) -> None:

@@ -30,8 +30,16 @@ def _no_truth(value: object) -> object:
 Number = Annotated[float, BeforeValidator(_no_truth)]
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 """Names of studies and sites; they become folders and stand in logs."""
+NAMED = "letters, digits, '.', '_' and '-', at most 64, a letter or digit first"
 
-Name = Annotated[str, Field(pattern=f"^{NAME}$")]
+
+def _name(text: str) -> str:
+    if not re.fullmatch(NAME, text):
+        raise ValueError(f"expected {NAMED}, got {text!r}")
+    return text
+
+
+Name = Annotated[str, AfterValidator(_name)]
 Fraction = Annotated[Number, Field(ge=0, lt=1)]
 Positive = Annotated[Number, Field(gt=0)]
 Moderate = Annotated[Number, Field(gt=0, le=1e4)]

@@ -78,7 +78,7 @@ class YamlFile(Section):
         try:
             parsed = cls.model_validate(content, context=folder and {"folder": folder})
         except ValidationError as ex:
-            lines = [_explain(cls, source, problem) for problem in ex.errors()]
+            lines = [_explain(cls, source, problem) for problem in _tell_apart(ex.errors())]
             raise error("\n".join(lines)) from None
         parsed._source = source
         return parsed
@@ -164,6 +164,12 @@ def alternatives(change: str, error: type[ConsiliumError]) -> list[str]:
     return [f"{key}={text[start:end].strip()}" for start, end in marks] or [change]
 
 
+def _tell_apart(problems: list[ErrorDetails]) -> list[ErrorDetails]:
+    """Without lists that are too short only because one of their items is wrong."""
+    within = {problem["loc"][:-1] for problem in problems}
+    return [p for p in problems if p["type"] != "too_short" or p["loc"] not in within]
+
+
 def _explain(model: type[BaseModel], source: str, problem: ErrorDetails) -> str:
     """One validation problem as *file: key: expected, got, remedy*."""
     section, keys = _locate(model, problem["loc"])
@@ -182,6 +188,8 @@ def _explain(model: type[BaseModel], source: str, problem: ErrorDetails) -> str:
     expected = PLAIN.get(kind) or problem["msg"].removeprefix("Input should be ")
     if kind == "union_tag_invalid":
         expected = problem["ctx"]["expected_tags"]
+    if kind == "too_short":
+        expected = f"at least {problem['ctx']['min_length']} of them"
     text, near = f"{where}: expected {expected}, got {got!r}", _near(got, problem)
     return f"{text}. {near}" if near else text
 

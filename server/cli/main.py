@@ -123,15 +123,14 @@ def admit(
     The fingerprint must be the one that consilium-client init showed there: compare by telephone,
     since whoever can change the hospital's mail can send another key.
     """
-    from common.config.study import NAME
+    from common.config.study import NAME, NAMED
     from common.support import keys
     from server.link.sites import Sites
     from server.project.project import Project
 
     opened, key = Project.open(project), keys.read_public(public)
     if not re.fullmatch(NAME, name):
-        expected = "letters, digits, '.', '_' and '-', at most 64, a letter or digit first"
-        raise LinkError("--name", expected=expected, got=repr(name))
+        raise LinkError("--name", expected=NAMED, got=repr(name))
     console.print(f"key of {name}: {keys.fingerprint(key)}")
     if not yes and not typer.confirm("Does the hospital read out the same?"):
         console.print("Nothing was changed.")

@@ -25,7 +25,7 @@ from client.ledger.ledger import read_ledger
 from client.ledger.spending import Spending
 from client.runtime import Runtime
 from client.site import Policy, Site
-from common.config.study import NAME, Study
+from common.config.study import NAME, NAMED, Study
 from common.config.yaml import dump
 from common.errors import DataError, RefusedError, RunError, SiteError
 from common.protocol.disclosure import Disclosure
@@ -44,7 +44,6 @@ OPEN = Policy(
     disclose=Disclosure(counts="exact"),
 )
 """A virtual hospital keeps nothing from the researcher, whose data it is."""
-_RULE = "letters, digits, . _ -, starting with a letter or digit, at most 64"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +95,7 @@ def find_site(path: Path, *, evaluates_only: bool = False) -> VirtualSite:
     name = place.stem if place.is_file() else place.name
     data = guess_format(place)
     if not re.fullmatch(NAME, name):
-        expected = f"a folder whose name can name the site ({_RULE})"
+        expected = f"a folder whose name can name the site ({NAMED})"
         remedy = "Rename it, or put a site.yaml with a name into it."
         raise SiteError(f"--site {path}", expected=expected, got=name, remedy=remedy)
     return VirtualSite(name=name, data=data, evaluates_only=evaluates_only)
