@@ -10,7 +10,7 @@ from flwr.clientapp import ClientApp
 from client.consent.agreement import check_end
 from client.consent.approval import check_approval
 from client.consent.proposals import drop_proposal, keep_proposal, parse_proposal, read_proposal
-from client.ledger.budget import check_studies
+from client.ledger.budget import check_noise_once, check_studies
 from client.ledger.entries import Release
 from client.ledger.release import Reply, record_errors, release
 from client.runtime import Runtime, SiteRuntime
@@ -32,7 +32,6 @@ from common.flower.messages import (
     record_from_bytes,
     record_to_bytes,
 )
-from common.model.contract import digest
 from common.protocol.backbone import BackboneHeld, BackbonePart
 from common.protocol.final import FinalReply, FinalRequest
 from common.protocol.join import JoinReply, JoinRequest, lack_backbone
@@ -89,7 +88,7 @@ class Handlers:
         check_approval(site, study)
         keep_proposal(site, study)
         for ended in opened.ledger.ended - {study.id}:
-            opened.outbox.purge(ended)
+            opened.outbox.purge(ended, keep=opened.ledger.sealed_ends(ended))
         what = Release(study=study.id, name=study.name, kind="join")
         try:
             with record_errors(opened.ledger, what):
@@ -134,7 +133,9 @@ class Handlers:
             agreed = session.agreed()
         tensors = from_arrays(request.arrays, session.prepared.network.shapes)
         privacy = agreed.privacy_plan.round if agreed.privacy_plan else None
-        what = what.model_copy(update={"received": digest(tensors), "privacy": privacy})
+        what = what.model_copy(
+            update={"received": session.prepared.network.digest(tensors), "privacy": privacy}
+        )
         with record_errors(opened.ledger, what):
             return _leave(
                 message,
@@ -154,12 +155,18 @@ class Handlers:
             session = self._runtime.open_session(find_site_file(context), study.id)
             agreed = session.agreed()
         released = from_arrays(request.arrays, session.prepared.network.shapes)
-        received = digest(released)
+        received = session.prepared.network.digest(released)
         rounds, ends = (opened.ledger.models(study.id, kind) for kind in ("round", "final"))
         check_end(study, agreed, received, rounds=rounds, ends=ends)
         what = what.model_copy(update={"received": received, "privacy": agreed.end})
         with record_errors(opened.ledger, what):
-            return _leave(message, opened, what, lambda: session.finish(released))
+            return _leave(
+                message,
+                opened,
+                what,
+                lambda: session.finish(released),
+                allow=lambda: check_noise_once(opened.ledger.sealed_ends(study.id), study),
+            )
 
     def _find_study(self, context: Context, study_id: str) -> tuple[Site, Study]:
         """The site this app runs in, and a study that it was sent."""

@@ -22,7 +22,7 @@ from client.privacy.self_check import check_noise, check_rows
 from client.training import trainer
 from common.config.study import DpSgd
 from common.metrics.metrics import Counts
-from common.model.contract import Versions, digest
+from common.model.contract import Versions
 from common.protocol.fields import ByPart
 from common.protocol.final import FinalCounts, FinalReply
 from common.protocol.join import JoinReply
@@ -170,7 +170,8 @@ class Session:
         if agreed.end is not None:
             return noise_counts([self.evaluate(model, p, drawn[p]) for p in parts], agreed.end)
         rounding = Rounding(self.prepared.site.secret(), agreed.disclosure.base)
-        return [rounding.round_counts(self.evaluate(model, p), p, digest(model)) for p in parts]
+        name = self.prepared.network.digest(model)
+        return [rounding.round_counts(self.evaluate(model, p), p, name) for p in parts]
 
     def train(self, tensors: Tensors, round_number: int, proximal_mu: float) -> float:
         """Train the received tensors on this site's training patients; returns the mean loss.

@@ -3,7 +3,7 @@
 And how many new studies may be looked at.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 
 from client.ledger.entries import TIME, Entry
@@ -65,6 +65,25 @@ def check_studies(began: Mapping[str, str], site: Site, study: Study) -> None:
         where, expected = f"{site.source}: policy.max_studies", f"{most} new studies in 30 days"
         remedy = "Wait, or change policy.max_studies."
         raise RefusedError(where, expected=expected, got="one more", remedy=remedy)
+
+
+def check_noise_once(sealed: Collection[str], study: Study) -> None:
+    """Return if the counts at the end of a study may be noised: those of no end were sealed before.
+
+    What was sealed may have been sent. Other noise on the same counts would be a second answer, and
+    many would average it out. What was reserved alone, as by a process that was killed, never left.
+
+    Args:
+      sealed: Keys of the sealed ends of the study.
+      study: That ends.
+
+    Raises:
+      BudgetError: an end was sealed, and is lost or was about something else.
+    """
+    if sealed:
+        where, expected = f"study {study.name}: its end", "the reply that was sealed"
+        remedy = "Run it again under another name or seed."
+        raise BudgetError(where, expected=expected, got="none, or another question", remedy=remedy)
 
 
 def _over(where: str, most: float, needed: float, bound: str, remedy: str) -> BudgetError:

@@ -27,7 +27,7 @@ class Release(Section):
     kind: Literal["join", "round", "final"]
     round: Count | None = None
     received: Hash | None = None
-    """SHA-256 of the tensors received."""
+    """SHA-256 of the model received, with the backbone it was put on (`Network.digest`)."""
     privacy: PrivateRelease | None = None
     """None: released without differential privacy."""
 

@@ -244,6 +244,11 @@ class Ledger:
         """SHA-256 of the models that came with messages of a kind, answered or attempted."""
         return self._received.get((study, kind), set())
 
+    def sealed_ends(self, study: str) -> Set[str]:
+        """Keys of the replies to final messages of a study that were sealed."""
+        sealed = (e for e in self.spending if isinstance(e, Sealed))
+        return {e.key for e in sealed if (e.release.study, e.release.kind) == (study, "final")}
+
     @property
     def ended(self) -> Set[str]:
         """Studies whose final message came."""

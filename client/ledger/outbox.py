@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+from collections.abc import Container
 from pathlib import Path
 
 from client.ledger.entries import Contents, Release
@@ -39,11 +40,11 @@ class Outbox:
         log.warning("%s: the sealed reply is lost; this round spends anew", path)
         return None
 
-    def purge(self, study: str = "") -> None:
-        """Delete every reply of a study that has ended, or of all."""
+    def purge(self, study: str = "", keep: Container[str] = ()) -> None:
+        """Delete every reply of a study that has ended, or of all, but for those of some keys."""
         with explain_disk_errors(self._folder, SiteError):
             for path in self._folder.iterdir():
-                if path.name.lstrip(".").startswith(study):
+                if path.name.lstrip(".").startswith(study) and path.name[17:] not in keep:
                     path.unlink(missing_ok=True)
 
     def _path(self, release: Release) -> Path:

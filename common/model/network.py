@@ -1,5 +1,7 @@
 """The study's network, built the same way by every party."""
 
+import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -7,7 +9,7 @@ from torch import Tensor, nn
 from common.config.study import Study
 from common.errors import ContractError
 from common.model import backbones
-from common.model.contract import Contract
+from common.model.contract import Contract, digest
 from common.model.images import Preprocess
 from common.model.split import Split, list_batchnorm, split
 from common.model.weights import LARGEST
@@ -39,6 +41,14 @@ class Network:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Their shapes."""
         return {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
+
+    def digest(self, tensors: Mapping[str, Tensor]) -> str:
+        """SHA-256 of a model: tensors that travel, in this network with all that stays as loaded.
+
+        A backbone can be sent anew; the same tensors behind another one are another model.
+        """
+        whole = f"{self.contract.model_dump_json()} {digest(tensors)}"
+        return hashlib.sha256(whole.encode()).hexdigest()
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Overwrite the tensors that travel; raises `ContractError` unless all of them fit."""

@@ -46,6 +46,8 @@ class Signature(NamedTuple):
           ValueError: it did not sign it, or is none of ours.
         """
         key = keys.parse_public(self.public)
+        if keys.pem(key) != self.public:  # what was signed does not cover how its key is written
+            raise ValueError("a key that is written otherwise")
         text = _text(method, path, host, self.time, self.nonce, self.body)
         try:
             key.verify(self.proof, text, _ALGORITHM)

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import resource
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -21,19 +22,25 @@ from client.ledger.entries import Release, Sent
 from client.ledger.ledger import Ledger, read_ledger
 from client.ledger.release import Reply, release
 from client.ledger.spending import Spending
+from client.link.limits import MessageLimits
+from client.link.node import SiteApp
 from client.privacy.held_out import plan_end
 from client.privacy.parameters import PrivateRelease
 from client.session import Session
 from client.site import Site
+from common.errors import ContractError, RefusedError
 from common.flower.messages import recorddict_to_proto
+from common.model import backbones
 from common.model.contract import digest
 from common.model.network import Network
+from common.protocol.backbone import BACKBONE, BackboneHeld
 from common.protocol.final import FinalReply, FinalRequest
 from common.protocol.join import JoinReply, JoinRequest
 from common.protocol.ledger import LEDGER, LedgerReply, LedgerRequest
 from common.protocol.round import make_round_config
 from common.protocol.tensors import to_arrays
 from common.support.terminal import log_to
+from server.rounds.weights import BackboneFile
 from simulations.engines.grid import InProcessGrid
 from tests.builders import RUNTIME, client_app, edit_site, make_study, write_images, write_site
 from tests.processes import another, limited
@@ -104,6 +111,9 @@ class Server:
         shapes = self.session.prepared.network.shapes
         return {name: torch.randn(shape) * 0.01 for name, shape in shapes.items()}
 
+    def name(self, model):
+        return self.session.prepared.network.digest(model)
+
     def round(self, number=1, seed=0, **changes):
         config = {**make_round_config(self.study.id), "server-round": number} | changes
         arrays = to_arrays(self.model(seed))
@@ -164,7 +174,7 @@ def test_what_arrives_is_what_the_ledger_says_left_byte_for_byte(tmp_path):
     shapes = server.session.prepared.network.shapes
     assert [line.contents.tensors for line in lines] == [{}, shapes, shapes, {}]
     received = [line.release.received for line in lines]
-    assert received[:3] == [None, digest(server.model(0)), digest(server.model(1))]
+    assert received[:3] == [None, *(server.name(server.model(seed)) for seed in (0, 1))]
     assert len(set(received)) == 4
 
 
@@ -347,6 +357,33 @@ def test_an_end_with_an_epsilon_is_reserved_sealed_and_sent_and_the_same_again(t
     assert spent.ends == 1
 
 
+def test_no_second_noise_is_drawn_for_an_end(tmp_path):
+    """Another study in between deleted the sealed reply, and each question drew anew: an average."""
+    file = hospital(tmp_path / "ward", role="evaluate", policy=NOISED)
+    one, other = (Server(file, study(seed=seed)) for seed in (1, 2))
+    one.join()
+    first = sha256(one.final())
+    for _ in range(3):
+        other.join()
+        assert sha256(one.final()) == first
+    for sealed in (state(one) / "outbox").iterdir():
+        sealed.unlink()  # as `forget` does
+    assert one.final().error.reason == "budget"
+    assert left(one)[-1].contents.metrics == ("budget",)
+    assert Spending.of(read_ledger(state(one)), 1e-5).ends == 1
+
+
+def test_an_end_that_was_reserved_and_never_sealed_is_drawn_again(tmp_path, monkeypatch):
+    server = Server(hospital(tmp_path / "ward", role="evaluate", policy=NOISED), study())
+    server.join()
+    with monkeypatch.context() as killed:
+        killed.setattr(Session, "finish", lambda *_: 1 / 0)
+        assert server.final().error.reason == "internal"
+    first = sha256(server.final())
+    assert sha256(server.final()) == first
+    assert Spending.of(read_ledger(state(server)), 1e-5).ends == 2
+
+
 def test_an_end_with_an_epsilon_tells_noise(tmp_path):
     """Of two test patients, cells are told that no confusion matrix of theirs could have."""
     server = Server(hospital(tmp_path / "ward", policy=NOISED), study())
@@ -368,6 +405,42 @@ def test_two_ends_add_up_and_training_stays_apart(tmp_path):
     assert spent.ends == 2
     assert 1.3 < spent.held_out() < 1.6  # √2 and a little: Gaussian noise composes
     assert spent.total() == 0.0
+
+
+def deliver(server, path):
+    """Send the study's backbone, whatever was sent before."""
+    model = server.study.model.model_copy(update={"weights": str(path)})
+    source = BackboneFile(server.study.model_copy(update={"model": model}))
+    held = BackboneHeld(0)
+    while held.bytes < source.size:
+        part = replace(source.cut_part(held), study=server.study.id)
+        held = BackboneHeld.read(server.send(part.record(), BACKBONE).content)
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_same_tensors_behind_another_backbone_are_another_model(tmp_path):
+    """A backbone sent after the end gave one more answer each, all rounded by the same coins."""
+    name = "shufflenet_v2_x0_5"
+    for seed in (1, 2):
+        model = backbones.get(name).build(classes=2, dropout=0.0, weights="none", seed=seed)
+        found = {key: t for key, t in model.state_dict().items() if not key.startswith("fc.")}
+        torch.save(found, tmp_path / f"{seed}.pth")
+    file = hospital(tmp_path / "ward", role="evaluate", policy=COARSE)
+    asked = study(model={"backbone": name, "weights": str(tmp_path / "1.pth")})
+    server, other = Server(file, asked), Server(file, study(seed=2))
+    server.send(JoinRequest(proposal=asked.proposal()).record(), "query")
+    deliver(server, tmp_path / "1.pth")
+    server.join()
+    first = sha256(server.final())
+    told = server.name(server.model())
+    other.join()
+    assert sha256(server.final()) == first
+    other.join()  # what is open is closed, and made anew
+    deliver(server, tmp_path / "2.pth")
+    assert server.final().error.reason == "contract"
+    server.join()
+    assert server.final().error.reason == "contract"
+    assert server.name(server.model()) != told
 
 
 @pytest.mark.usefixtures("quick")
@@ -409,6 +482,27 @@ def test_a_threshold_at_one_patients_score_tells_nothing_certain(tmp_path):
         differ += bool((a != b).any())
     # Though nothing moved, the answers differ: that they do is no evidence of a patient.
     assert 0 < differ < 60
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_message_by_another_name_goes_past_no_check(tmp_path):
+    """To Flower `query.default` is `query`; the check whose study it is took it for another."""
+    server = Server(hospital(tmp_path / "ward"), study())
+    app, limits = SiteApp(server.file), MessageLimits(tmp_path / "sizes")
+    (node,) = server.grid.get_node_ids()
+
+    def ask(kind, coordinator):
+        content = JoinRequest(proposal=server.study.proposal()).record()
+        message = server.grid.create_message(content, kind, node, "0")
+        return app.answer(message, 1, node, coordinator, limits)
+
+    assert not ask("query", "north").has_error()
+    with pytest.raises(RefusedError, match="another's"):
+        ask("query", "south")
+    for kind in ("query.default", "train.default", "evaluate.default", "query.other", "system"):
+        with pytest.raises(ContractError, match="a message of type"):
+            ask(kind, "south")
+    app._runtime.close()
 
 
 # --- every answer that was computed on patients has a line ---
@@ -453,7 +547,7 @@ def test_an_unforeseen_error_has_a_line_too(server, monkeypatch):
     monkeypatch.setattr(server.session, "work", broken)
     assert server.round().error.reason == "internal"
     assert left(server)[-1].contents.metrics == ("internal",)
-    assert left(server)[-1].release.received == digest(server.model())
+    assert left(server)[-1].release.received == server.name(server.model())
 
 
 @pytest.mark.usefixtures("quick")
@@ -470,7 +564,7 @@ def test_no_model_makes_the_figures_fail(tmp_path):
     request = FinalRequest(study=server.study.id, arrays=to_arrays(overflow))
     reply = server.send(request.record(), MessageType.EVALUATE)
     assert not reply.has_error()
-    assert left(server)[-1].release.received == digest(overflow)
+    assert left(server)[-1].release.received == server.name(overflow)
     assert server.final(3).error.reason == "contract"  # it was the end
 
 
