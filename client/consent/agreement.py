@@ -13,7 +13,7 @@ from client.privacy.parameters import PrivateRelease
 from client.privacy.plan import PrivacyPlan
 from client.site import Site
 from client.storage import AGREED, explain_disk_errors
-from common.config.study import Study
+from common.config.study import Holdout, Study
 from common.config.yaml import Section
 from common.errors import ContractError, DataError, RefusedError, SiteError
 from common.protocol.disclosure import Disclosure
@@ -124,6 +124,22 @@ def check_end(
         raise ContractError(where, expected=expected, got="another", remedy=remedy)
 
 
+def read_holdout(site: Site) -> Holdout | None:
+    """The shares that the private studies of this site hold out; None before a private draw.
+
+    Raises:
+      SiteError: the file cannot be read, or is damaged.
+    """
+    path = site.state / "holdout.json"
+    with explain_disk_errors(path, SiteError):
+        text = path.read_bytes() if path.is_file() else None
+    try:
+        return None if text is None else Holdout.model_validate_json(text)
+    except ValueError:
+        expected, remedy = "shares as written", "Restore it from a backup."
+        raise SiteError(path, expected=expected, got="something else", remedy=remedy) from None
+
+
 def check_holdout(site: Site, study: Study) -> None:
     """Return if a private study holds out the shares that every private one here does.
 
@@ -133,12 +149,10 @@ def check_holdout(site: Site, study: Study) -> None:
     Raises:
       RefusedError: an earlier one held out others.
     """
-    path = site.state / "holdout.json"
-    with explain_disk_errors(path, SiteError):
-        text = path.read_bytes() if path.is_file() else None
-    if text is not None and study.private and text != _shares(study):
-        where, got = f"study {study.name}: holdout", _shares(study).decode()
-        expected = f"that of the private studies before, {text.decode()}"
+    kept = read_holdout(site)
+    if kept is not None and study.private and kept != study.holdout:
+        where, got = f"study {study.name}: holdout", study.holdout.model_dump_json()
+        expected = f"that of the private studies before, {kept.model_dump_json()}"
         remedy = "Ask the coordinator for those shares."
         raise RefusedError(where, expected=expected, got=got, remedy=remedy)
 
@@ -151,11 +165,7 @@ def keep_holdout(site: Site, study: Study) -> None:
     path = site.private() / "holdout.json"
     with explain_disk_errors(path, SiteError):
         if study.private and not path.exists():
-            files.write(path, _shares(study), mode=0o600)
-
-
-def _shares(study: Study) -> bytes:
-    return study.holdout.model_dump_json().encode()
+            files.write(path, study.holdout.model_dump_json(), mode=0o600)
 
 
 def name_record(record: Record, part: str, site: Site, secret: bytes) -> str:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from client.consent.agreement import Agreement, name_record
+from client.consent.agreement import Agreement, name_record, read_holdout
 from client.consent.exclusions import drop_excluded
 from client.data.records import Record
 from client.data.splits import Parts, split_records
@@ -13,11 +13,17 @@ PARTS = ("train", "validation", "test")
 
 
 def cut_records(site: Site, study: Study) -> Parts:
-    """The site's records, cut by patient; at a site that only evaluates, all are test patients."""
+    """The site's records, cut by patient; at a site that only evaluates, all are test patients.
+
+    But for those that it trained on with privacy, when its role was another: ε is theirs.
+    """
     records = drop_excluded(site, site.data.records(study.classes))
-    if site.role == "evaluate":
-        return Parts(train=[], validation=[], test=records)
-    return split_records(records, study.holdout, site.secret())
+    if site.role == "train":
+        return split_records(records, study.holdout, site.secret())
+    if (drawn := read_holdout(site)) is not None:
+        trained = {r.patient for r in split_records(records, drawn, site.secret()).train}
+        records = [record for record in records if record.patient not in trained]
+    return Parts(train=[], validation=[], test=records)
 
 
 def list_cohort(site: Site, study: Study, agreed: Agreement | None) -> dict[str, list[Record]]:

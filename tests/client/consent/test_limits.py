@@ -6,12 +6,14 @@ import pytest
 import torch
 from flwr.app import ConfigRecord, MessageType, RecordDict
 
+from client.consent.cohort import cut_records
 from client.features.precision import fix_numerics
+from client.site import Site
 from common.protocol.join import JoinRequest
 from common.protocol.round import make_round_config
 from common.protocol.tensors import from_arrays, to_arrays
 from simulations.engines.grid import InProcessGrid
-from tests.builders import RUNTIME, client_app, make_study, write_images, write_site
+from tests.builders import RUNTIME, client_app, edit_site, make_study, write_images, write_site
 
 CLASSES = ("dark", "bright")
 DATA = {"format": "manifest", "root": ".", "enrolled_patients": 60}
@@ -91,6 +93,24 @@ def test_an_agreement_alone_fixes_the_holdout_for_nobody(tmp_path, caplog):
     assert coordinator.join(private("later", validation=0.0, test=0.9)) == "refused"
     assert "Ask the coordinator for those shares." in caplog.text
     assert not isinstance(coordinator.round(honest, 2), str)
+
+
+def test_who_trained_with_privacy_is_no_test_patient_when_the_role_changes(tmp_path):
+    """What noise of ε hid in training would have been counted at the end of the next study."""
+    file = hospital(tmp_path)
+    coordinator = Coordinator(file)
+    first = private("first")
+    coordinator.join(first)
+    everybody = {record.patient for record in Site.read(file).data.records(CLASSES)}
+    trained = {record.patient for record in cut_records(Site.read(file), first).train}
+    only = edit_site(file, role="evaluate")
+    assert {r.patient for r in cut_records(Site.read(only), first).test} == everybody  # none drew
+    coordinator.file = edit_site(file, role="train")
+    assert not isinstance(coordinator.round(first), str)
+    site = Site.read(edit_site(file, role="evaluate"))
+    for later in (private("later"), study(name="open", holdout={"validation": 0, "test": 0.5})):
+        tested = {record.patient for record in cut_records(site, later).test}
+        assert tested == everybody - trained
 
 
 # --- few images ---
