@@ -46,7 +46,8 @@ class Policy(Section):
     delta: Annotated[Number, Field(gt=0, lt=1)] | None = None
     """Refuse a larger δ; the δ of `max_epsilon`, which means nothing without one."""
     min_patients: AtLeastOne = 1
-    """Refuse to train on fewer training patients."""
+    """Refuse to train on fewer training patients; where numbers are told rounded, on up to a base
+    more, as the site's secret has it: no patient's presence decides but in one of base sites."""
     min_images: AtLeastOne = 50
     """Without privacy, refuse rounds of fewer training images: their reply would tell each."""
     max_holdout: Share = 0.5

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from client.features.precision import can_compute, choose_device
 from client.privacy.plan import PrivacyPlan
+from client.privacy.rounding import Rounding
 from client.site import Policy, Site
 from common.config.study import DpSgd, Privacy, Study
 from common.errors import RefusedError
@@ -33,7 +34,8 @@ def check_policy(
     length = _private_length(privacy_plan) if privacy_plan else _length(study, most)
     rules = [*_asked(site.policy, study)]
     if site.role == "train":
-        rules += _trained(site.policy, length, _fewest(patients, base))
+        fewest = Rounding(site.secret(), base).lower_number(patients, "patients")
+        rules += _trained(site.policy, length, max(fewest, min(patients, 1)))
     if privacy_plan:
         rules.append(_protected(study.privacy, privacy_plan))
     elif site.role == "train" and not study.private:

@@ -42,6 +42,13 @@ class Rounding:
         down = n - n % self._base
         return down + self._base * (self._coin(*what) * self._base < n % self._base)
 
+    def lower_number(self, n: int, *what: str) -> int:
+        """A number less than a base below that `what` names, by as much each time.
+
+        Whatever it is compared with, one patient more or less decides in one of base cases.
+        """
+        return n - int(self._coin("lower", *what) * self._base)
+
     def round_images(self, images: Sequence[int], part: str) -> tuple[int, ...]:
         """Images of each class in a part, as they are told."""
         total = self.round_number(sum(images), "images", part)
