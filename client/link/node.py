@@ -126,6 +126,8 @@ class SiteApp:
           coordinator: The fingerprint of its authority.
           limits: Of its messages; they grow by what a study that was joined needs.
         """
+        if (kind := message.metadata.message_type) not in {"train", *_NAMES}:
+            raise ContractError(f"a message of type {kind!r}")  # Flower knows two names of each
         with self._turn:
             study = _name_study(message)
             self._owners.check_owner(study, coordinator)

@@ -358,7 +358,7 @@ def test_an_end_with_an_epsilon_is_reserved_sealed_and_sent_and_the_same_again(t
 
 
 def test_no_second_noise_is_drawn_for_an_end(tmp_path):
-    """Another study in between deleted the sealed reply, and each question drew anew: an average."""
+    """Another study in between deleted the sealed reply: what was asked again was drawn anew."""
     file = hospital(tmp_path / "ward", role="evaluate", policy=NOISED)
     one, other = (Server(file, study(seed=seed)) for seed in (1, 2))
     one.join()
