@@ -8,7 +8,7 @@ the policy and the patients would let the site take part.
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 
 from client.ledger.entries import Contents, Release
@@ -41,17 +41,18 @@ class Reply:
 def record_errors(ledger: Ledger, what: Release) -> Iterator[None]:
     """Write the line of any error inside before its public code leaves, as it may tell of patients.
 
-    That a person has not decided tells nothing of them, nor does a message that breaks the protocol
-    or a disk that fails, which may be the ledger's own.
+    That a person has not decided tells nothing of them, nor that a message breaks the protocol.
+    A disk that fails may be the ledger's own: then there is no line, and it tells of the disk.
     """
     try:
         yield
-    except (ContractError, SiteError, WaitingError):
+    except (ContractError, WaitingError):
         raise
     except Exception as ex:
         code = ex.code if isinstance(ex, ConsiliumError) else ConsiliumError.code
         told = Reply(code.encode(), {}, (code,)).contents
-        ledger.send(what.model_copy(update={"privacy": None}), told)
+        with suppress(SiteError) if isinstance(ex, SiteError) else nullcontext():
+            ledger.send(what.model_copy(update={"privacy": None}), told)
         raise
 
 

@@ -25,7 +25,7 @@ from client.link.pending import PendingMessage
 from client.runtime import Runtime
 from client.site import Connect, Site
 from common.config.study import Study
-from common.errors import ConsiliumError, ContractError, LinkError, RefusedError
+from common.errors import ConsiliumError, ContractError, LinkError, RefusedError, WaitingError
 from common.flower.compat import VERSION, is_same_version
 from common.flower.messages import make_error_reply
 from common.protocol.backbone import BACKBONE
@@ -133,7 +133,8 @@ class SiteApp:
             self._owners.check_owner(study, coordinator)
             context = Context(run, node, dict(self._config), RecordDict(), {})
             reply = self._app(message, context)
-            if message.metadata.message_type == "query" and not reply.has_error():
+            waits = reply.has_error() and reply.error.reason == WaitingError.code
+            if kind == "query" and (waits or not reply.has_error()):
                 self._owners.keep_owner(study, coordinator)
             limits.expect(self._runtime.list_shapes())
             return reply

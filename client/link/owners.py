@@ -40,7 +40,7 @@ class StudyOwners:
             raise RefusedError(f"study {study}", expected=expected, got=got, remedy=remedy)
 
     def keep_owner(self, study: str, coordinator: str) -> None:
-        """A study that was joined stays with the coordinator who proposed it."""
+        """A study that was joined, or waits, stays with the coordinator who proposed it."""
         if study not in self._owners:
             self._owners[study] = coordinator
             with explain_disk_errors(self._path, SiteError):

@@ -316,6 +316,18 @@ def test_a_site_that_trains_answers_no_end_before_a_round_of_its_own(server, cap
     assert not server.final().has_error()
 
 
+def test_a_round_that_failed_is_no_round_of_its_own(server, monkeypatch):
+    with monkeypatch.context() as broken:
+        broken.setattr(Session, "work", lambda *_: 1 / 0)
+        assert server.round().error.reason == "internal"
+    assert left(server)[-1].release.received == server.name(server.model())
+    assert server.final().error.reason == "contract"
+    RUNTIME.close_sites()
+    assert server.final().error.reason == "contract"
+    assert not server.round().has_error()
+    assert not server.final().has_error()
+
+
 def test_the_models_of_its_own_rounds_are_no_news_where_figures_are_told_every_round(server):
     for seed in range(3):
         server.round(seed + 1, seed=seed)
@@ -491,14 +503,19 @@ def test_a_message_by_another_name_goes_past_no_check(tmp_path):
     app, limits = SiteApp(server.file), MessageLimits(tmp_path / "sizes")
     (node,) = server.grid.get_node_ids()
 
-    def ask(kind, coordinator):
-        content = JoinRequest(proposal=server.study.proposal()).record()
+    def ask(kind, coordinator, wanted=server.study):
+        content = JoinRequest(proposal=wanted.proposal()).record()
         message = server.grid.create_message(content, kind, node, "0")
         return app.answer(message, 1, node, coordinator, limits)
 
     assert not ask("query", "north").has_error()
     with pytest.raises(RefusedError, match="another's"):
         ask("query", "south")
+    waiting = study(seed=2)
+    edit_site(server.file, policy={"approve": "ask"})
+    assert ask("query", "north", waiting).error.reason == "waiting"
+    with pytest.raises(RefusedError, match="another's"):
+        ask("query", "south", waiting)
     for kind in ("query.default", "train.default", "evaluate.default", "query.other", "system"):
         with pytest.raises(ContractError, match="a message of type"):
             ask(kind, "south")
@@ -538,6 +555,16 @@ def test_a_refused_study_bad_data_and_a_withdrawn_patient_look_alike(tmp_path):
         words.append(server.join().error.reason)
         assert [line.contents.metrics for line in left(server)] == [("refused",)]
     assert words == ["refused"] * 3
+
+
+def test_that_images_cannot_be_kept_has_a_line_and_counts(tmp_path):
+    """The policy had looked at the patients: that the disk came next told yes, without a limit."""
+    (tmp_path / "open").mkdir(mode=0o755)
+    cache, policy = {"folder": str(tmp_path / "open")}, {"max_studies": 2}
+    file = hospital(tmp_path / "ward", cache=cache, policy=policy)
+    asked = [Server(file, study(seed=seed)) for seed in range(3)]
+    assert [server.join().error.reason for server in asked] == ["site", "site", "refused"]
+    assert [line.contents.metrics for line in left(asked[0])] == [("site",), ("site",)]
 
 
 def test_an_unforeseen_error_has_a_line_too(server, monkeypatch):
