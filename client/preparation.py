@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from client.consent.agreement import Agreement, check_holdout, name_record
-from client.consent.cohort import PARTS, count_patients, list_cohort
+from client.consent.agreement import Agreement
+from client.consent.cohort import PARTS, count_patients, list_cohort, name_record
+from client.consent.holdout import check_holdout
 from client.consent.policy import check_policy
 from client.data.records import Record
 from client.features.cache import prune_stores

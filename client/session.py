@@ -4,12 +4,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from client.consent.agreement import (
-    Agreement,
-    check_agreement,
-    check_holdout,
-    keep_holdout,
-)
+from client.consent.agreement import Agreement, check_agreement
+from client.consent.holdout import check_holdout, keep_holdout
 from client.features.precision import fix_numerics
 from client.ledger.budget import check_budget
 from client.ledger.entries import Entry

@@ -3,8 +3,8 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from client.consent.agreement import check_holdout
 from client.consent.cohort import PARTS, count_patients, cut_records
+from client.consent.holdout import check_holdout
 from client.consent.policy import check_policy
 from client.ledger.budget import check_budget, check_studies
 from client.ledger.entries import Entry, find_beginnings

@@ -1,19 +1,16 @@
 """What a site agreed to at join, kept on disk; everything after that obeys it."""
 
-import hashlib
-import hmac
 from collections.abc import Set
 from typing import Literal, Self
 
 from pydantic import Field
 
 from client.consent.approval import check_approval
-from client.data.records import Record
 from client.privacy.parameters import PrivateRelease
 from client.privacy.plan import PrivacyPlan
 from client.site import Site
 from client.storage import AGREED, explain_disk_errors
-from common.config.study import Holdout, Study
+from common.config.study import Study
 from common.config.yaml import Section
 from common.errors import ContractError, DataError, RefusedError, SiteError
 from common.protocol.disclosure import Disclosure
@@ -80,10 +77,10 @@ def check_agreement(
       RefusedError: its policy now allows it to tell less than it agreed to.
       DataError: other patients take part than it joined with.
     """
-    if agreed and agreed.role == "train" and bool(agreed.privacy_plan) != study.private:
-        raise ContractError("an agreement about another kind of privacy than the study's")
     if agreed is None:
         raise ContractError(f"this site has not joined study {study.id!r}")
+    if agreed.role == "train" and bool(agreed.privacy_plan) != study.private:
+        raise ContractError("an agreement about another kind of privacy than the study's")
     check_approval(site, study)  # a yes can be taken back
     remedy = "It can take part again when the coordinator resumes the run."
     if not agreed.disclosure.within(offer.disclosure):
@@ -122,57 +119,3 @@ def check_end(
     if {received} - known and ends - known - {received}:
         expected = "the model that it ended with before"
         raise ContractError(where, expected=expected, got="another", remedy=remedy)
-
-
-def read_holdout(site: Site) -> Holdout | None:
-    """The shares that the private studies of this site hold out; None before a private draw.
-
-    Raises:
-      SiteError: the file cannot be read, or is damaged.
-    """
-    path = site.state / "holdout.json"
-    with explain_disk_errors(path, SiteError):
-        text = path.read_bytes() if path.is_file() else None
-    try:
-        return None if text is None else Holdout.model_validate_json(text)
-    except ValueError:
-        expected, remedy = "shares as written", "Restore it from a backup."
-        raise SiteError(path, expected=expected, got="something else", remedy=remedy) from None
-
-
-def check_holdout(site: Site, study: Study) -> None:
-    """Return if a private study holds out the shares that every private one here does.
-
-    With other shares, those told of validation and test would add up to who trains; and who trains
-    in one would be a test patient of another, whom no noise protects.
-
-    Raises:
-      RefusedError: an earlier one held out others.
-    """
-    kept = read_holdout(site)
-    if kept is not None and study.private and kept != study.holdout:
-        where, got = f"study {study.name}: holdout", study.holdout.model_dump_json()
-        expected = f"that of the private studies before, {kept.model_dump_json()}"
-        remedy = "Ask the coordinator for those shares."
-        raise RefusedError(where, expected=expected, got=got, remedy=remedy)
-
-
-def keep_holdout(site: Site, study: Study) -> None:
-    """From its first private draw on, a site holds out the same patients in all private studies.
-
-    Not from its first agreement on: whoever proposes a study would fix them for all others.
-    """
-    path = site.private() / "holdout.json"
-    with explain_disk_errors(path, SiteError):
-        if study.private and not path.exists():
-            files.write(path, study.holdout.model_dump_json(), mode=0o600)
-
-
-def name_record(record: Record, part: str, site: Site, secret: bytes) -> str:
-    """Names an image of a patient in a part, with its label, to nobody without the secret.
-
-    Wherever the data is mounted; another label or part is another name.
-    """
-    name = record.image.name.removeprefix(str(site.data.root))
-    text = "\0".join((part, record.patient, name, str(record.label)))
-    return hmac.digest(secret, b"record:" + text.encode(), hashlib.sha256).hex()[:32]

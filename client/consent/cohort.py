@@ -1,9 +1,12 @@
 """Whose images take part in a study at this site, and in which part."""
 
+import hashlib
+import hmac
 from collections.abc import Sequence
 
-from client.consent.agreement import Agreement, name_record, read_holdout
+from client.consent.agreement import Agreement
 from client.consent.exclusions import drop_excluded
+from client.consent.holdout import read_holdout
 from client.data.records import Record
 from client.data.splits import Parts, split_records
 from client.site import Site
@@ -42,3 +45,13 @@ def list_cohort(site: Site, study: Study, agreed: Agreement | None) -> dict[str,
 def count_patients(records: Sequence[Record]) -> int:
     """How many patients these records belong to."""
     return len({record.patient for record in records})
+
+
+def name_record(record: Record, part: str, site: Site, secret: bytes) -> str:
+    """Names an image of a patient in a part, with its label, to nobody without the secret.
+
+    Wherever the data is mounted; another label or part is another name.
+    """
+    name = record.image.name.removeprefix(str(site.data.root))
+    text = "\0".join((part, record.patient, name, str(record.label)))
+    return hmac.digest(secret, b"record:" + text.encode(), hashlib.sha256).hex()[:32]

@@ -7,11 +7,7 @@ from client.consent.agreement import Agreement
 from client.site import Site
 from client.storage import explain_disk_errors
 from common.config.study import Study
-from common.errors import (
-    ContractError,
-    SiteError,
-    StudyError,
-)
+from common.errors import ContractError, SiteError, StudyError
 from common.support import files
 
 
