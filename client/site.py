@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, StrictInt, field_validator, model_v
 
 from client.data.registry import Data
 from client.storage import explain_disk_errors, read_site_secret
-from common.config.study import Name, Number, Positive, Unfreeze, Word
+from common.config.study import Name, Number, Positive, Sha256, Unfreeze, Word
 from common.config.yaml import Section, YamlFile
 from common.errors import SiteError
 from common.protocol.disclosure import Disclosure
@@ -18,7 +18,6 @@ Keep = Literal["auto", "activations", "images"]
 """What a site may ask to be kept of an image; `auto` is what pays."""
 AtLeastOne = Annotated[StrictInt, Field(ge=1)]
 Share = Annotated[Number, Field(ge=0, le=1)]
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 def _map_names(given: object) -> object:

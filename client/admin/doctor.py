@@ -13,7 +13,7 @@ from client.data.records import Record, Row
 from client.features.precision import can_compute, choose_device
 from client.ledger import ledger
 from client.link import tls
-from client.link.fleet_client import AHEAD, BEHIND, Fleet, Heard
+from client.link.fleet_client import Fleet, Heard
 from client.site import Connect, Site
 from client.storage import explain_disk_errors
 from common.config.study import Study
@@ -31,6 +31,7 @@ from common.model.contract import Versions
 from common.model.images import Preprocess
 from common.model.network import assemble
 from common.support import files, keys
+from common.support.signing import AHEAD, BEHIND
 from common.support.terminal import size
 
 T = TypeVar("T")

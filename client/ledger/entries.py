@@ -9,13 +9,11 @@ from pydantic import Field
 
 from client.privacy.accountant import DpEvent
 from client.privacy.parameters import Count, PrivateRelease
-from common.config.study import Name
+from common.config.study import Name, Sha256
 from common.config.yaml import Section
 
 TIME = "%Y-%m-%dT%H:%M:%SZ"
 """How a line tells when it was written, in UTC: as text, later is larger."""
-
-Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class Release(Section):
@@ -26,7 +24,7 @@ class Release(Section):
     """The study's name, for people."""
     kind: Literal["join", "round", "final"]
     round: Count | None = None
-    received: Hash | None = None
+    received: Sha256 | None = None
     """SHA-256 of the model received, with the backbone it was put on (`Network.digest`)."""
     privacy: PrivateRelease | None = None
     """None: released without differential privacy."""
@@ -44,7 +42,7 @@ class Contents(Section):
     """Name and shape of each."""
     metrics: tuple[str, ...]
     bytes: int
-    sha256: Hash
+    sha256: Sha256
     """Of the reply, byte for byte."""
 
 
@@ -80,7 +78,7 @@ class Reserved(_Line):
     """Written before the first private draw: these steps count as spent, whatever comes after."""
 
     state: Literal["reserved"] = "reserved"
-    key: Hash
+    key: Sha256
     release: Release
 
 
@@ -88,7 +86,7 @@ class Sealed(_Line):
     """The exact reply of a private release is in the outbox; sending it costs nothing more."""
 
     state: Literal["sealed"] = "sealed"
-    key: Hash
+    key: Sha256
     release: Release
     contents: Contents
 
@@ -97,7 +95,7 @@ class Sent(_Line):
     """Written just before a reply leaves, each time it does."""
 
     state: Literal["sent"] = "sent"
-    key: Hash
+    key: Sha256
     release: Release
     contents: Contents
 

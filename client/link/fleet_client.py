@@ -47,8 +47,6 @@ T = TypeVar("T")
 
 HEARTBEAT = 15
 """Seconds that one heartbeat is good for; after two of them without, a site counts as gone."""
-AHEAD, BEHIND = 5.0, 300.0
-"""Seconds that a hospital's clock may be off; signatures from the future are refused sooner."""
 
 _AT_ONCE = 4
 """Parts of a message that travel at a time; one by one, most of a round would be waiting."""
@@ -365,7 +363,7 @@ class Fleet:
             return LinkError(self.server, expected=expected, got=got, remedy=remedy)
         unknown = status == httpx.codes.UNAUTHORIZED
         ahead = self.heard.ahead if self.heard else None
-        if unknown and ahead is not None and not -BEHIND < ahead < AHEAD:
+        if unknown and ahead is not None and not -signing.BEHIND < ahead < signing.AHEAD:
             expected, got = "clocks that agree to five seconds", f"{ahead:+.0f} s here"
             remedy = "Set this machine's clock, for instance by NTP."
             return LinkError(self.server, expected=expected, got=got, remedy=remedy)

@@ -28,8 +28,6 @@ _LONGEST_JSON = 1_000_000
 
 Count = Annotated[int, Field(ge=0, le=MOST)]
 
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-
 T = TypeVar("T")
 
 

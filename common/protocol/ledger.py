@@ -7,6 +7,7 @@ from typing import Annotated
 from flwr.app import ConfigRecord, RecordDict
 from pydantic import Field, StrictInt, ValidationError
 
+from common.config.study import Sha256
 from common.config.yaml import Section
 from common.errors import ContractError
 from common.protocol.fields import (
@@ -14,7 +15,6 @@ from common.protocol.fields import (
     COUNT,
     HASH,
     LEDGER_HEAD,
-    Sha256,
     check_parts,
     get_part,
     get_value,

@@ -14,6 +14,8 @@ from common.support import keys
 
 HEADER = "consilium-signature"
 """In which a request carries its signature."""
+AHEAD, BEHIND = 5.0, 300.0
+"""Seconds that the clock of who signs may be off the server's."""
 _ALGORITHM = ec.ECDSA(hashes.SHA384())
 
 

@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from common.flower.compat import VERSION_HEADER, parse_version
 from common.flower.database import LinkState
 from common.support import keys
-from common.support.signing import HEADER, Signature
+from common.support.signing import AHEAD, BEHIND, HEADER, Signature
 
 log = logging.getLogger(__name__)
 
@@ -41,8 +41,6 @@ Flower's other paths are for nodes that register themselves, and for code.
 """
 _PATIENCE = 60.0
 """Seconds in which a body must have come."""
-_AHEAD, _BEHIND = 5.0, 300.0
-"""Seconds that a site's clock may be off."""
 _STAMPS = 1000
 """Of one site that are remembered; what is older than all of them is refused."""
 _REMEMBERED = 1000
@@ -127,7 +125,7 @@ class Door:
             key = signature.check(scope["method"], scope["path"], host)
         except ValueError:
             raise _RefusedError(401) from None
-        if not -_AHEAD < time.time() - signature.time / 1e6 < _BEHIND:
+        if not -AHEAD < time.time() - signature.time / 1e6 < BEHIND:
             raise _RefusedError(401)
         fingerprint = keys.fingerprint(key)
         number = self._state.get_node_id_by_public_key(keys.pem(key))

@@ -43,7 +43,7 @@ class ReplyAccounts:
         limit = read_limit(self._state, told.reply_to_message_id)
         if limit is None:  # nobody waits for it: Flower stores nothing, and says so
             return 0
-        if has_more_parts(tree, limit.parts):
+        if _has_more_parts(tree, limit.parts):
             self._refuse(asked.node.node_id, f"a reply of more than {limit.parts} parts")
         left = limit.size - count_stored(self._state, list_objects(tree))
         self._check_quota(left)
@@ -78,7 +78,7 @@ class ReplyAccounts:
         raise HTTPException(413)
 
 
-def has_more_parts(tree: ObjectTree, most: int) -> bool:
+def _has_more_parts(tree: ObjectTree, most: int) -> bool:
     """Whether a message has more objects than so many; counting ends soon after."""
     waiting, number = [tree], 0
     while waiting and number <= most:
