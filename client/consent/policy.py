@@ -43,8 +43,9 @@ def check_policy(
     for rule in rules:
         if not rule.kept:
             where, remedy = f"{site.source}: policy", f"Ask the coordinator for {rule.instead}"
-            remedy += f", or change policy.{rule.key}." if rule.key else "."
-            raise RefusedError(where, expected=rule.expected, got=rule.got, remedy=remedy)
+            if rule.key:
+                where, remedy = f"{where}.{rule.key}", f"{remedy}, or change this key"
+            raise RefusedError(where, expected=rule.expected, got=rule.got, remedy=f"{remedy}.")
 
 
 def _fewest(number: int, base: int) -> int:
@@ -90,41 +91,41 @@ def _asked(policy: Policy, study: Study) -> Iterator[Rule]:
     model, privacy = study.model, study.privacy
     if isinstance(privacy, DpSgd):
         epsilon, delta = policy.max_epsilon or math.inf, policy.delta or 1.0
-        allowed, less = f"ε within {epsilon:g} (max_epsilon)", "a smaller privacy.epsilon"
+        allowed, less = f"ε within {epsilon:g}", "a smaller privacy.epsilon"
         yield Rule(privacy.epsilon <= epsilon, "max_epsilon", allowed, privacy.epsilon, less)
-        allowed, less = f"δ within {delta:g} (delta)", "a smaller privacy.delta"
+        allowed, less = f"δ within {delta:g}", "a smaller privacy.delta"
         yield Rule(privacy.delta <= delta, "delta", allowed, privacy.delta, less)
     else:
         key = "require_privacy" if policy.require_privacy else "max_epsilon"
-        allowed = f"a study with differential privacy ({key})"
+        allowed = "a study with differential privacy"
         kept = not (policy.require_privacy or policy.max_epsilon)
         yield Rule(kept, key, allowed, "privacy: none", "privacy.mechanism: dp_sgd")
     if policy.backbones is not None:
-        allowed = f"backbone to be one of {', '.join(policy.backbones)} (backbones)"
+        allowed = f"one of {', '.join(policy.backbones)}"
         kept = model.backbone in policy.backbones
         yield Rule(kept, "backbones", allowed, model.backbone, "another model.backbone")
     if policy.unfreeze is not None:
-        allowed = f"unfreeze to be one of {', '.join(policy.unfreeze)}"
+        allowed = f"one of {', '.join(policy.unfreeze)}"
         kept = model.unfreeze in policy.unfreeze
         yield Rule(kept, "unfreeze", allowed, model.unfreeze, "another model.unfreeze")
     held = round(study.holdout.validation + study.holdout.test, 9)
-    allowed = f"at most {policy.max_holdout:g} of the patients held out (max_holdout)"
+    allowed = f"at most {policy.max_holdout:g} of the patients held out"
     yield Rule(held <= policy.max_holdout, "max_holdout", allowed, held, "a smaller holdout")
 
 
 def _trained(policy: Policy, round_: Length, patients: int) -> Iterator[Rule]:
-    least = f"at least {policy.min_patients} training patients (min_patients)"
+    least = f"at least {policy.min_patients} training patients"
     kept = patients >= policy.min_patients
     yield Rule(kept, "min_patients", least, patients, "a smaller holdout")
     asked, fewer = f"{round_.steps} steps, {round_.epochs:g} epochs", "shorter rounds"
     if (most := policy.max_local_epochs) is not None:
-        allowed = f"rounds of at most {most} epochs (max_local_epochs)"
+        allowed = f"rounds of at most {most} epochs"
         yield Rule(round_.epochs <= most, "max_local_epochs", allowed, asked, fewer)
     if (most := policy.max_local_steps) is not None:
-        allowed = f"rounds of at most {most} steps (max_local_steps)"
+        allowed = f"rounds of at most {most} steps"
         yield Rule(round_.steps <= most, "max_local_steps", allowed, asked, fewer)
     if (most := policy.max_batch_size) is not None:
-        allowed, got = f"batches of at most {most} (max_batch_size)", f"{round_.batch:g}"
+        allowed, got = f"batches of at most {most}", f"{round_.batch:g}"
         kept = round_.batch <= most
         yield Rule(kept, "max_batch_size", allowed, got, "a smaller train.batch_size")
 
@@ -140,6 +141,6 @@ def _protected(privacy: Privacy, privacy_plan: PrivacyPlan) -> Rule:
 def _unprotected(policy: Policy, round_: Length, images: int) -> Rule:
     """An update made of one image holds its activation and its label, as if they were sent."""
     least, in_round = policy.min_images, min(images, round(round_.steps * round_.batch))
-    expected = f"rounds of at least {least} different images without privacy (min_images)"
+    expected = f"rounds of at least {least} different images without privacy"
     more = "longer rounds, larger batches or privacy"
     return Rule(in_round >= least, "min_images", expected, in_round, more)

@@ -294,7 +294,7 @@ def test_what_the_policy_refuses_is_said_before_the_question(command, tmp_path):
     Coordinator(path).join(study())
     text = command("approve", path, "skin", typed="n\n")[1]
     assert "refused        " in text
-    assert "(min_images)" in text
+    assert "policy.min_images: expected" in text
     assert "Approved, but refused" in command("approve", path, "skin", typed="y\n")[1]
 
 
