@@ -44,7 +44,7 @@ def check_policy(
         if not rule.kept:
             where, remedy = f"{site.source}: policy", f"Ask the coordinator for {rule.instead}"
             if rule.key:
-                where, remedy = f"{where}.{rule.key}", f"{remedy}, or change this key"
+                where, remedy = f"{where}.{rule.key}", f"{remedy}, or change policy.{rule.key}"
             raise RefusedError(where, expected=rule.expected, got=rule.got, remedy=f"{remedy}.")
 
 

@@ -10,8 +10,6 @@ from common.protocol.fields import CONFIG, DATA, HASH, OFFSET, SIZE, STUDY, chec
 
 BACKBONE = "query.backbone"
 """The type of a message with a piece of the backbone, for a site that has no copy."""
-
-
 PIECE = 2 * 2**20
 """Bytes of one message; small enough for a slow line."""
 _LARGEST_BACKBONE = 4 * 10**9

@@ -41,7 +41,7 @@ class FinalRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class FinalCounts:
-    """Of the released model."""
+    """Counts of the released model, on the two parts that are held out."""
 
     validation: Counts
     test: Counts

@@ -27,10 +27,7 @@ from common.protocol.tensors import Shapes, from_arrays
 
 WEIGHT = "weight"
 
-
 _WORST_LOSS = 1e12
-
-
 _MOST_PROXIMAL = 1e6
 
 

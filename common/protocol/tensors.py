@@ -14,8 +14,6 @@ from common.errors import ContractError
 from common.model.weights import LARGEST
 
 Shapes = Mapping[str, tuple[int, ...]]
-
-
 Tensors = dict[str, Tensor]
 
 

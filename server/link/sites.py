@@ -67,7 +67,7 @@ class Sites:
         self._state: LinkState = open_state(project.database)
 
     def list_sites(self) -> list[AdmittedSite]:
-        """By name."""
+        """All of them, by name."""
         versions = SiteVersions.read(self._project.versions)
         return sorted(_admitted(info, versions) for info in self._infos())
 
