@@ -44,7 +44,7 @@ class Session:
         """Agree, on disk, and tell the server what this site tells about itself.
 
         Joining again, the site may tell less than before, and count without patients who left;
-        nobody who was not there at first is let in.
+        nobody who was not there at first is let in. A policy that tells more is for new studies.
 
         Args:
           ledger: How far this site's ledger goes.
@@ -57,6 +57,9 @@ class Session:
         site, study = prepared.site, prepared.study
         if self._agreed is None:
             self._afford(entries, whole=True)
+        elif not offer.disclosure.within(self._agreed.disclosure):
+            kept = {"disclosure": self._agreed.disclosure, "end": self._agreed.end}
+            offer = offer.model_copy(update=kept)
         if offer != self._agreed:
             offer.keep(site)
             self._agreed = offer

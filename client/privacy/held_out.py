@@ -3,7 +3,8 @@
 Each of these patients counts with one image, always the same, drawn by the site's secret: one
 patient more or less moves one cell of one confusion matrix by one. The cells leave as a noised sum
 (`client.privacy.noised_sum`), the release that training uses, so ε holds for every bit. A patient
-is in one part alone, and stays there, so this ε and that of training do not add up for anybody.
+is in one part alone, and once a private study drew stays there in all of them, so this ε and that
+of training do not add up for anybody; they do for whoever was tested before that and trains now.
 """
 
 import hashlib

@@ -604,6 +604,21 @@ def test_rejoining_does_not_make_it_tell_more(tmp_path):
         assert again == first
 
 
+@pytest.mark.usefixtures("quick")
+def test_a_policy_that_tells_more_is_for_new_studies(tmp_path):
+    """What had left with noise could be asked for once more, exactly, by joining again."""
+    server = Server(hospital(tmp_path / "ward", role="evaluate", policy=NOISED), study())
+    server.join()
+    first = sha256(server.final())
+    edit_site(server.file, policy={})
+    told = JoinReply.read(server.join().content)
+    assert told.disclosure.epsilon == 1.0
+    assert told.images.test is None
+    assert sha256(server.final()) == first
+    other = Server(server.file, study(seed=2))
+    assert JoinReply.read(other.join().content).disclosure.epsilon is None
+
+
 # --- what stays behind ---
 
 
