@@ -1,5 +1,6 @@
 """The hospital's Flower ClientApp: parse, agree, work, record, reply. The error boundary."""
 
+import hashlib
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,16 +33,23 @@ from common.flower.messages import (
     record_from_bytes,
     record_to_bytes,
 )
+from common.model import backbones
 from common.protocol.backbone import BackboneHeld, BackbonePart
 from common.protocol.final import FinalReply, FinalRequest
 from common.protocol.join import JoinReply, JoinRequest, lack_backbone
 from common.protocol.ledger import LedgerReply, LedgerRequest
 from common.protocol.round import RoundReply, RoundRequest
+from common.protocol.sums import (
+    CandidatesReply,
+    CandidatesRequest,
+    SumsReply,
+    SumsRequest,
+)
 from common.protocol.tensors import from_arrays
 
 log = logging.getLogger(__name__)
 
-Answer = JoinReply | RoundReply | FinalReply
+Answer = JoinReply | SumsReply | CandidatesReply | RoundReply | FinalReply
 
 
 def make_app(runtime: Runtime) -> ClientApp:
@@ -50,6 +58,8 @@ def make_app(runtime: Runtime) -> ClientApp:
     app.query()(handlers.join)
     app.query("backbone")(handlers.take_backbone)
     app.query("ledger")(handlers.tell_ledger)
+    app.query("sums")(handlers.tell_sums)
+    app.query("candidates")(handlers.compare_heads)
     app.train()(handlers.work_round)
     app.evaluate()(handlers.finish)
     return app
@@ -120,6 +130,48 @@ class Handlers:
         reply = LedgerReply(opened.ledger.hash_at(request.count))
         return Message(reply.record(), reply_to=message)
 
+    def tell_sums(self, message: Message, context: Context) -> Message:
+        """The sums of features from which a head is solved."""
+        request = SumsRequest.read(message.content)
+        site, study = self._find_solved(context, request.study)
+        opened = self._runtime.open_site(site)
+        what = Release(study=study.id, name=study.name, kind="sums")
+        with record_errors(opened.ledger, what):
+            session = self._runtime.open_session(find_site_file(context), study.id)
+            agreed = session.agreed()
+            width = backbones.get(study.model.backbone).width
+            if agreed.role != "train" or (len(study.classes), width) != (
+                len(request.weights),
+                request.width,
+            ):
+                raise ContractError("sums of other classes or features than the study has")
+            what = what.model_copy(update={"received": hash_request(request.record())})
+            return _leave(
+                message, opened, what, lambda: SumsReply(sums=session.sum_features(request.weights))
+            )
+
+    def compare_heads(self, message: Message, context: Context) -> Message:
+        """How several solved heads do on validation images."""
+        request = CandidatesRequest.read(message.content)
+        site, study = self._find_solved(context, request.study)
+        opened = self._runtime.open_site(site)
+        heads = request.heads(len(study.classes), backbones.get(study.model.backbone).width)
+        received = hash_request(request.record())
+        what = Release(study=study.id, name=study.name, kind="candidates", received=received)
+        with record_errors(opened.ledger, what):
+            session = self._runtime.open_session(find_site_file(context), study.id)
+            session.agreed()
+            return _leave(
+                message, opened, what, lambda: CandidatesReply(counts=session.compare_heads(heads))
+            )
+
+    def _find_solved(self, context: Context, study_id: str) -> tuple[Site, Study]:
+        """The site, and a study that solves its head."""
+        site, study = self._find_study(context, study_id)
+        if study.model.solved_head is None:
+            raise ContractError("a study whose head is not solved")
+        return site, study
+
     def work_round(self, message: Message, context: Context) -> Message:
         """One round: evaluate what came on validation patients, then train it and send it back."""
         request = RoundRequest.read(message.content)
@@ -156,8 +208,10 @@ class Handlers:
             agreed = session.agreed()
         released = from_arrays(request.arrays, session.prepared.network.shapes)
         received = session.prepared.network.digest(released)
-        rounds, ends = (opened.ledger.models(study.id, kind) for kind in ("round", "final"))
-        check_end(study, agreed, received, rounds=rounds, ends=ends)
+        rounds, sums, ends = (
+            opened.ledger.models(study.id, kind) for kind in ("round", "sums", "final")
+        )
+        check_end(study, agreed, received, rounds=rounds, took_part=bool(rounds | sums), ends=ends)
         what = what.model_copy(update={"received": received, "privacy": agreed.end})
         with record_errors(opened.ledger, what):
             return _leave(
@@ -184,6 +238,11 @@ def _leave(
     """The only way out: what leaves is parsed from the very bytes that were recorded."""
     data = release(opened.ledger, opened.outbox, what, lambda: _reply(work()), allow)
     return Message(record_from_bytes(data), reply_to=message)
+
+
+def hash_request(record: RecordDict) -> str:
+    """The SHA-256 of what was asked."""
+    return hashlib.sha256(record_to_bytes(record)).hexdigest()
 
 
 def _reply(answer: Answer) -> Reply:

@@ -16,8 +16,11 @@ from client.privacy.plan import PrivacyPlan
 from client.privacy.rounding import Rounding
 from client.privacy.self_check import check_noise, check_rows
 from client.training import trainer
+from client.training.head_features import compute_head_features, count_heads
 from common.config.study import DpSgd
-from common.metrics.metrics import Counts
+from common.errors import ContractError
+from common.heads.sums import Sums
+from common.metrics.metrics import Counts, Floats
 from common.model.contract import Versions
 from common.protocol.fields import ByPart
 from common.protocol.final import FinalCounts, FinalReply
@@ -171,6 +174,37 @@ class Session:
         rounding = Rounding(self.prepared.site.secret(), agreed.disclosure.base)
         name = self.prepared.network.digest(model)
         return [rounding.round_counts(self.evaluate(model, p), p, name) for p in parts]
+
+    def sum_features(self, weights: Floats) -> Sums:
+        """The sums of this site's training images, for a head that is solved from them.
+
+        Args:
+          weights: [K], of each class.
+        """
+        labels = self.prepared.examples["train"].labels.numpy()
+        return Sums.of(self.compute_features("train"), labels, weights)
+
+    def compare_heads(self, heads: Sequence[tuple[Tensor, Tensor]]) -> list[Counts]:
+        """The counts of heads on this site's validation images, where it tells them each round.
+
+        Args:
+          heads: The weight [K, d] and bias [K] of each.
+        """
+        if self.agreed().disclosure.metrics != "every_round":
+            raise ContractError("figures that this site agreed not to tell")
+        return self.count_heads(heads)
+
+    def count_heads(self, heads: Sequence[tuple[Tensor, Tensor]]) -> list[Counts]:
+        """The same, for this machine alone."""
+        labels = self.prepared.examples["validation"].labels
+        return count_heads(self.compute_features("validation"), labels, heads)
+
+    def compute_features(self, part: str) -> Floats:
+        """What the head reads of the images of a part, by the backbone as it was at first."""
+        prepared = self.prepared
+        prepared.network.load(prepared.network.initial)
+        with fix_numerics(prepared.site.threads):
+            return compute_head_features(prepared.network.split.suffix, prepared.examples[part])
 
     def train(self, tensors: Tensors, round_number: int, proximal_mu: float) -> float:
         """Train the received tensors on this site's training patients; returns the mean loss.

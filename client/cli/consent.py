@@ -180,12 +180,17 @@ def _leaving(site: "Site", study: "Study") -> str:
     from math import prod
 
     from common.model.network import assemble
+    from common.protocol.sums import size_sums
 
     told = site.policy.disclose.resolved(private=study.private)
     network = assemble(study, "none")
     shapes = network.shapes
     numbers = sum(prod(shape) for shape in shapes.values())
     each = f"each round {len(shapes)} tensors of {numbers:,} numbers ({size(4 * numbers)})"
+    if study.model.solved_head:
+        sums = size(sum(size_sums(len(study.classes), network.width)))
+        first = f"once, sums of features by class, not accounted ({sums})"
+        each = f"{first}; then {each}" if study.train.rounds else first
     if network.frozen:
         each += f"; not trained with privacy: {len(network.frozen)} tensors of BatchNorm"
     if site.role == "evaluate":

@@ -93,7 +93,13 @@ def check_agreement(
 
 
 def check_end(
-    study: Study, agreed: Agreement, received: str, *, rounds: Set[str], ends: Set[str]
+    study: Study,
+    agreed: Agreement,
+    received: str,
+    *,
+    rounds: Set[str],
+    took_part: bool,
+    ends: Set[str],
 ) -> None:
     """Return if counts of held-out patients may be told of a model.
 
@@ -106,13 +112,14 @@ def check_end(
       agreed: At join.
       received: SHA-256 of the model.
       rounds: SHA-256 of the models that this site trained in the study.
+      took_part: Whether it trained one, or gave its sums for a solved head.
       ends: SHA-256 of the models that it was asked about at the end, by now.
 
     Raises:
       ContractError: the site trained no round, or the study ended with another model.
     """
     where, remedy = f"study {study.name}", "Run it again under another name or seed."
-    if agreed.role == "train" and not rounds:
+    if agreed.role == "train" and not took_part:
         expected = "a round of this site before the end"
         raise ContractError(where, expected=expected, got="none", remedy=remedy)
     known = rounds if agreed.disclosure.metrics == "every_round" else frozenset()

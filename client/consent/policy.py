@@ -1,7 +1,7 @@
 """The hospital's last word: a study is agreed to or refused, never quietly altered."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from client.features.precision import can_compute, choose_device
@@ -46,6 +46,24 @@ def check_policy(
             if rule.key:
                 where, remedy = f"{where}.{rule.key}", f"{remedy}, or change policy.{rule.key}"
             raise RefusedError(where, expected=rule.expected, got=rule.got, remedy=f"{remedy}.")
+
+
+def check_sums(site: Site, study: Study, patients: Sequence[int]) -> None:
+    """Return if sums of features may be told of classes with so many training patients here.
+
+    Raises:
+      RefusedError: a class has too few, or no sums are told.
+    """
+    least, few = site.policy.disclose.sums, min((n for n in patients if n), default=0)
+    if study.model.solved_head is None or (least != "none" and few >= least):
+        return
+    expected = "no sums" if least == "none" else f"sums over {least} patients of a class or more"
+    remedy = (
+        "Ask the coordinator for head: linear without init: solved, with privacy, or for secure "
+        "aggregation, which hides one site's sums; or change policy.disclose.sums."
+    )
+    where, got = f"{site.source}: policy.disclose.sums", f"sums over {few}"
+    raise RefusedError(where, expected=expected, got=got, remedy=remedy)
 
 
 def _fewest(number: int, base: int) -> int:

@@ -240,8 +240,8 @@ class Ledger:
         self.began = find_beginnings([sent]) | self.began
         self._note_received(sent)
 
-    def models(self, study: str, kind: Literal["round", "final"]) -> Set[str]:
-        """SHA-256 of the models that came: with rounds that were drawn or answered, or any end."""
+    def models(self, study: str, kind: Literal["sums", "round", "final"]) -> Set[str]:
+        """SHA-256 of what came: with sums or rounds that were drawn or answered, or any end."""
         return self._received.get((study, kind), set())
 
     def sealed_ends(self, study: str) -> Set[str]:
@@ -255,8 +255,9 @@ class Ledger:
         return {study for study, kind in self._received if kind == "final"}
 
     def _note_received(self, entry: Entry) -> None:
-        if isinstance(entry, Sent) and entry.release.kind == "round" and not entry.contents.tensors:
-            return  # the word of an error is no round of this site
+        trained = entry.release.kind in ("sums", "round") if isinstance(entry, Sent) else False
+        if isinstance(entry, Sent) and trained and not entry.contents.tensors:
+            return  # the word of an error is no part taken
         if isinstance(entry, Sent | Reserved) and entry.release.received:
             self._received[entry.release.study, entry.release.kind].add(entry.release.received)
 

@@ -13,6 +13,7 @@ import httpx
 from common.errors import ContractError, LinkError
 from common.flower.messages import MessageLimit, limit_message
 from common.protocol.backbone import BACKBONE, PIECE
+from common.protocol.sums import CANDIDATES, MOST_CANDIDATES
 from common.protocol.tensors import Shapes
 from common.support import files
 
@@ -111,6 +112,8 @@ class MessageLimits:
     def get(self, kind: str) -> MessageLimit:
         """The limit of a message of this type; without a study joined, no tensors are expected."""
         small = limit_message([PIECE] if kind == BACKBONE else [])
-        known = self._known.values() if kind in ("train", "evaluate") else ()
+        known = list(self._known.values()) if kind in ("train", "evaluate", CANDIDATES) else []
+        if kind == CANDIDATES:  # so many heads, each no larger than the tensors of its study
+            known = [MessageLimit(MOST_CANDIDATES * size, parts) for size, parts in known]
         sizes, parts = zip(small, *known, strict=True)
         return MessageLimit(max(sizes), max(parts))

@@ -110,8 +110,23 @@ class Model(Section):
     """Scale each image's features, less that mean, to length 1."""
     precision: Dtype = "float32"
     """What frozen layers and, without privacy, trained ones compute in, at every site."""
+    head: Literal["linear", "discriminant", "ridge"] = "linear"
+    """`linear` is trained by rounds; the others are solved from sums over sites, in no round."""
     init: FilePath | None = None
-    """A run folder whose released model is the starting point."""
+    """`solved` begins with the discriminant head, solved from sums; else a run folder, whose
+    released model is the starting point."""
+
+    @property
+    def solved_head(self) -> str | None:
+        """The head that is solved before round 1, if one is."""
+        if self.head != "linear":
+            return self.head
+        return "discriminant" if self.init == "solved" else None
+
+    @property
+    def init_run(self) -> Path | None:
+        """The run folder to begin with, if there is one."""
+        return None if self.init in (None, "solved") else Path(self.init)
 
     @property
     def weights_file(self) -> Path | None:
@@ -153,7 +168,8 @@ class Images(Section):
 class Train(Section):
     """Local training at each site, each round, from a fresh optimizer."""
 
-    rounds: Rounds
+    rounds: Annotated[StrictInt, Field(ge=0, le=100_000)]
+    """0 only where the head is solved."""
     local_epochs: Annotated[StrictInt, Field(ge=1, le=1000)] | None = None
     local_steps: Annotated[StrictInt, Field(ge=1, le=1_000_000)] | None = None
     batch_size: Annotated[StrictInt, Field(ge=1, le=65_536)] = 32
@@ -312,6 +328,37 @@ class Study(YamlFile):
             )
         return self
 
+    @model_validator(mode="before")
+    @classmethod
+    def _solved_heads_need_no_rounds(cls, given: Any) -> Any:
+        """A solved head is trained in no round, and reads features of length 1."""
+        model = _own(given, "model")
+        solved = model.get("head", "linear") != "linear"
+        if not isinstance(given, dict) or not (solved or model.get("init") == "solved"):
+            return given
+        filled = given | {"model": {"unit_features": True} | model}
+        return filled | {"train": {"rounds": 0} | _own(given, "train")} if solved else filled
+
+    @model_validator(mode="after")
+    def _heads_and_rounds(self) -> Self:
+        model, rounds = self.model, self.train.rounds
+        if (model.head == "linear") != (rounds > 0):
+            expected = "1 or more" if model.head == "linear" else "0"
+            raise ValueError(f"expected train.rounds: {expected} with this head, got {rounds}")
+        if model.solved_head is None:
+            return self
+        if self.private:
+            expected = "a head trained by rounds with privacy (head: linear, no init: solved)"
+            raise ValueError(f"expected {expected}, got one solved from sums of patients' features")
+        if not model.unit_features:
+            raise ValueError("expected model.unit_features: true with a solved head, got false")
+        if model.head != "linear" and (model.unfreeze != "head" or model.init):
+            raise ValueError(
+                f"expected unfreeze: head and no init beside model.head: {model.head}. "
+                "To train on from a solved head, write head: linear and init: solved."
+            )
+        return self
+
     @model_validator(mode="after")
     def _nothing_beside_the_mechanism(self) -> Self:
         if not self.private:
@@ -344,8 +391,8 @@ class Study(YamlFile):
         update: dict[str, Any] = {}
         if study.model.weights_file:
             update["weights"] = str((path.parent / study.model.weights).resolve())
-        if study.model.init:
-            update["init"] = str(Path(study.model.init).resolve())
+        if study.model.init_run:
+            update["init"] = str(study.model.init_run.resolve())
         resolved = study.model_copy(update={"model": study.model.model_copy(update=update)})
         resolved._source = study.source
         return resolved
@@ -362,7 +409,8 @@ class Study(YamlFile):
     def proposal(self) -> str:
         """What sites are shown: canonical JSON without this machine's paths."""
         weights = self.model.weights_file.name if self.model.weights_file else self.model.weights
-        model = self.model.model_copy(update={"weights": weights, "init": None})
+        init = "solved" if self.model.init == "solved" else None
+        model = self.model.model_copy(update={"weights": weights, "init": init})
         return self.model_copy(update={"model": model}).model_dump_json()
 
     @property

@@ -23,6 +23,8 @@ class Network:
     backbone: str
     """Its name."""
     model: nn.Module
+    width: int
+    """How many features its head reads."""
     split: Split
     trainable: tuple[str, ...]
     frozen: tuple[str, ...]
@@ -100,6 +102,7 @@ def assemble(study: Study, weights: str) -> Network:
     return Network(
         backbone=backbone.name,
         model=model,
+        width=backbone.width,
         split=split(model, trainable),
         trainable=trainable,
         frozen=untrained,

@@ -28,6 +28,10 @@ class Disclosure(Section):
     """ε, at `policy.delta`, of all that one study tells of a validation or test patient: counts of
     the released model, with noise, and no numbers of these patients at join."""
 
+    sums: Annotated[StrictInt, Field(ge=1, le=10**6)] | Literal["none"] = 10
+    """For a head that is solved from sums of features, without privacy: patients of a class, of
+    those that are here, at least; the sum of a class of one *is* a patient's features."""
+
     @property
     def base(self) -> int:
         """What every number told without noise is a multiple of."""

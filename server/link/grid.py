@@ -37,6 +37,7 @@ from common.flower.messages import (
     pack_message,
     unpack_message,
 )
+from common.protocol.sums import SUMS, SumsRequest, size_sums
 from server.link.base_grid import OneRunGrid
 
 log = logging.getLogger(__name__)
@@ -176,8 +177,12 @@ class LinkGrid(OneRunGrid):
 def limit_reply(asked: Message) -> MessageLimit:
     """How large a reply may be: as large as the tensors it answers, and a little beside.
 
-    Equal tensors travel once, and count as often as they are named: trained, they differ.
+    Equal tensors travel once, and count as often as they are named: trained, they differ. Sums have
+    the size that was asked for.
     """
+    if asked.metadata.message_type == SUMS:
+        request = SumsRequest.read(asked.content)
+        return limit_message(size_sums(len(request.weights), request.width))
     records = asked.content.array_records.values()
     return limit_message(len(array.data) for record in records for array in record.values())
 

@@ -66,6 +66,11 @@ class Reporter:
             console.print(f"  {name} does not take part: {why}", style="yellow")
         self._events = Events(self._folder, by_site=len(joined.replies) <= _FEW)
 
+    def report_solved(self, head: str, strength: float, sites: int, sent: int) -> None:
+        """Print that a head was solved."""
+        told = f"{head}, strength {strength:g}, from the sums of {sites} sites ({size(sent)} each)"
+        console.print(f"  solved: {told}", style="dim")
+
     def report_round(self, lines: Sequence[Mapping[str, Any]], seconds: float) -> None:
         """Print one line of progress; `lines` has the sites first and the overall line last."""
         self._events.add(lines)

@@ -1,5 +1,6 @@
 """The resumable round loop around a Flower strategy."""
 
+import json
 import logging
 import random
 import time
@@ -11,17 +12,35 @@ from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from common.errors import RunError
+from common.heads.registry import LinearHead
+from common.heads.sums import Sums
 from common.metrics.metrics import METRICS, Counts, value
 from common.model.contract import Versions
 from common.model.network import assemble
 from common.protocol.final import FinalCounts, FinalReply, FinalRequest
 from common.protocol.round import RoundReply, make_round_config
+from common.protocol.sums import (
+    CANDIDATES,
+    SUMS,
+    CandidatesReply,
+    CandidatesRequest,
+    SumsReply,
+    SumsRequest,
+    size_sums,
+)
 from common.protocol.tensors import count_bytes, to_arrays
 from common.support.seeds import derive
 from server.reports.progress import Joined, Reporter
 from server.rounds.admission import Member
 from server.rounds.federation import Federation
 from server.rounds.ledger_heads import LedgerHeads
+from server.rounds.solving import (
+    Solved,
+    choose_strength,
+    choose_weights,
+    place_head,
+    solve_candidates,
+)
 from server.rounds.start import describe_weights, load_first_tensors
 from server.rounds.strategies import Aggregator
 from server.runs.results import Outcome, unite_counts
@@ -89,9 +108,55 @@ class Run:
             whole=whole,
         )
         self._reporter.report_join(joined)
+        self._solve()
         while self._last.round < self._study.train.rounds and not self._stalled():
             self._round(self._last.round + 1)
         return self._finish()
+
+    def _solve(self) -> None:
+        """Solve the head before round 1, where the study asks for it; once, also over a resume."""
+        study, members = self._study, self._federation.training
+        if study.model.solved_head is None or self._folder.read_last() is not None:
+            return
+        weights, width = (
+            choose_weights(study, [m.reply.images.train for m in members]),
+            self._network.width,
+        )
+        request = SumsRequest(study=study.id, width=width, weights=weights).record()
+
+        def messages(some: Sequence[Member]) -> list[Message]:
+            return [Message(request, member.node, SUMS) for member in some]
+
+        def read(_: Member, record: RecordDict) -> Sums:
+            return SumsReply.read(record, width, weights).sums
+
+        sums = self._ask("sums", members, len(members), messages, read, enough=len(members))
+        heads = solve_candidates(study, sums)
+        strength, validation = choose_strength(study, self._judge(list(heads.values())))
+        solved = Solved(
+            head=study.model.solved_head,
+            strength=strength,
+            validation=validation,
+            sites=tuple(sums),
+        )
+        self._folder.write("solved.json", json.dumps(solved.facts(), indent=1))
+        self._last = Checkpoint(
+            round=0, tensors=self._last.tensors | place_head(study, heads[strength]), state={}
+        )
+        self._folder.save_last(self._last)
+        sent = sum(size_sums(len(study.classes), width))
+        self._reporter.report_solved(solved.head, strength, len(sums), sent)
+
+    def _judge(self, heads: Sequence[LinearHead]) -> list[Sequence[Counts]]:
+        """How each head does at every site that tells its figures each round."""
+        request = CandidatesRequest.of(self._study.id, heads).record()
+        judges = [member for member in self._federation.training if member.scores]
+        told, _ = self._federation.ask(
+            judges,
+            [Message(request, member.node, CANDIDATES) for member in judges],
+            lambda member, record: CandidatesReply.read(record, len(heads), member.reply),
+        )
+        return [reply.counts for reply in told.values()]
 
     def _facts(self) -> dict[str, Any]:
         members = self._federation.members
@@ -212,6 +277,7 @@ class Run:
 
         history = self._folder.read_history()
         trained = {line["site"] for line in history if line["round"] <= self._last.round}
+        trained |= self._folder.read_solved_sites()
         # Who was drawn for no round took no part, and answers nothing about its patients.
         members = [m for m in self._federation.members if not m.trains or m.name in trained]
         everyone = len(members)

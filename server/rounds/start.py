@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-from pathlib import Path
 from typing import Any
 
 from common.config.study import Study
@@ -34,9 +33,9 @@ def load_first_tensors(study: Study, network: Network) -> Tensors:
         classes, holdout or seed. With another holdout it would have trained on patients that this
         study tests on; in a simulation the seed decides who they are.
     """
-    if study.model.init is None:
+    if study.model.init_run is None:
         return dict(network.initial)
-    folder = RunFolder(Path(study.model.init))
+    folder = RunFolder(study.model.init_run)
     released = folder.read_last() if (folder.path / "report.json").exists() else None
     if released is None:
         raise study.error("model.init", expected="a finished run", got=study.model.init)

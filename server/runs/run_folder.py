@@ -115,6 +115,11 @@ class RunFolder:
         # For people; the checkpoint itself holds the same.
         self.write("last.json", json.dumps(facts, indent=2), durable=False)
 
+    def read_solved_sites(self) -> set[str]:
+        """Read whose sums are in the head that was solved; none where no head was."""
+        path = self.path / "solved.json"
+        return set(json.loads(path.read_text("utf-8"))["sites"]) if path.is_file() else set()
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Keep other processes from running this run; the lock ends with the process."""

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+import torch
+
 from client.features.precision import fix_numerics
 from client.runtime import Runtime
 from client.session import Session
@@ -21,6 +23,7 @@ from common.errors import RefusedError
 from common.metrics.metrics import Counts
 from common.protocol.tensors import Tensors
 from common.support.seeds import derive
+from server.rounds.solving import choose_strength, choose_weights, place_head, solve_candidates
 from server.rounds.start import load_first_tensors
 from server.runs.results import Results
 
@@ -58,11 +61,15 @@ def _tested(sessions: Sequence[Session], model: Tensors) -> dict[str, Counts]:
 def _alone(study: Study, sessions: Sequence[Session], name: str) -> Tensors:
     """Train on the patients of `sessions` as one site; the tensors after the last round."""
     network = sessions[0].prepared.network
-    plan = study.train
+    plan, first = study.train, load_first_tensors(study, network)
+    if study.model.solved_head is not None:
+        first |= _solve(study, sessions)
+    if study.model.head != "linear":
+        return first
     if plan.local_steps:  # as many steps as these sites take in a round of the federation
         plan = plan.model_copy(update={"local_steps": plan.local_steps * len(sessions)})
     examples = _joined([session.prepared.examples["train"] for session in sessions])
-    network.load(load_first_tensors(study, network))
+    network.load(first)
     for number in range(1, plan.rounds + 1):
         with fix_numerics(sessions[0].prepared.site.threads):
             trainer.train(
@@ -75,6 +82,17 @@ def _alone(study: Study, sessions: Sequence[Session], name: str) -> Tensors:
                 dtype=study.model.precision,
             )
     return {name: tensor.clone() for name, tensor in network.tensors.items()}
+
+
+def _solve(study: Study, sessions: Sequence[Session]) -> Tensors:
+    """The head of these sites' sums alone, its strength chosen by their own validation patients."""
+    images = [session.prepared.offer.images.train for session in sessions]
+    weights = choose_weights(study, images)
+    sums = {s.prepared.site.name: s.sum_features(weights) for s in sessions}
+    heads = solve_candidates(study, sums)
+    pairs = [(torch.from_numpy(h.weight), torch.from_numpy(h.bias)) for h in heads.values()]
+    told = [session.count_heads(pairs) for session in sessions]
+    return place_head(study, heads[choose_strength(study, told)[0]])
 
 
 def _joined(parts: Sequence[Examples]) -> Examples:

@@ -342,10 +342,11 @@ def test_a_disk_that_is_full_at_a_checkpoint_stops_the_run_which_goes_on_later(
 
 
 EVIL = """
-import client.link.node as node, torch
+import functools, torch
+import client.link.node as node
 from flwr.app import ArrayRecord, Array, ConfigRecord
-honest, rounds = node.app, iter(("NaN", "shape", "huge", "extra", "text"))
-def evil(message, context):
+make_app, rounds = node.make_app, iter(("NaN", "shape", "huge", "extra", "text"))
+def evil(honest, message, context):
     reply = honest(message, context)
     if message.metadata.message_type != "train" or reply.has_error(): return reply
     way, content = next(rounds, None), reply.content
@@ -358,7 +359,7 @@ def evil(message, context):
     if way in ("NaN", "shape", "huge"): content["arrays"][name] = Array(tensor)
     if way == "text": content["arrays"] = ArrayRecord({"DOE_JOHN": Array(tensor)})
     return reply
-node.app = evil
+node.make_app = lambda runtime: functools.partial(evil, make_app(runtime))
 from client.cli.main import main; main()
 """
 

@@ -1,6 +1,7 @@
 """A study file is exactly what it says; what does not fit is refused by name, in plain words."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import yaml
 
 from common.config.study import Study
 from common.errors import StudyError
-from tests.builders import CONFIGS
+from tests.builders import CONFIGS, make_study
 
 BASE = """
 name: lesions
@@ -61,7 +62,7 @@ WRONG: dict[str, tuple[str, str, list[str]]] = {
     "a class in two lines": ("classes", '[benign, "a\\nb"]', ["classes.1", "printable"]),
     "a class that rings": ("classes", '[benign, "\\a"]', ["classes.1", "printable"]),
     "an endless class": ("classes", f"[benign, {'x' * 101}]", ["classes.1", "1 to 100"]),
-    "no rounds": ("train.rounds", "0", ["train.rounds", "greater than or equal to 1", "0"]),
+    "no rounds": ("train.rounds", "0", ["train.rounds", "1 or more", "0"]),
     "negative rate": ("train.lr", "-1.0", ["train.lr", "greater than 0", "-1.0"]),
     "NaN rate": ("train.lr", ".nan", ["train.lr", "a finite number", "nan"]),
     "infinite decay": ("train.weight_decay", ".inf", ["train.weight_decay", "finite", "inf"]),
@@ -162,7 +163,7 @@ def test_what_is_wrong_in_a_change_is_named(case: str, tmp_path: Path) -> None:
 
 
 def test_every_problem_is_named_at_once(tmp_path: Path) -> None:
-    told = refusal(write(tmp_path, "name: a b\nclases: [x]\ntrain: {rounds: 0, lr: .nan, x: 1}\n"))
+    told = refusal(write(tmp_path, "name: a b\nclases: [x]\ntrain: {rounds: -1, lr: .nan, x: 1}\n"))
     lines = told.splitlines()
     keys = {"name", "clases", "classes", "model", "train.rounds", "train.lr", "train.x"}
     assert {line.split(": ")[1] for line in lines} == keys
@@ -349,6 +350,7 @@ OTHER = {
     "aggregate.max_weight": 2.0,
     "aggregate.round_timeout": 60,
     "privacy.mechanism": None,  # another one brings keys of its own
+    "model.head": None,  # another one has no rounds
     "seed": 1,
 }
 PLAIN = {**yaml.safe_load(BASE), "images": {"augment": {"views": 2, "ops": ["flip"]}}}
@@ -484,3 +486,33 @@ def test_what_patients_would_decide_is_refused_under_privacy(
     assert told.startswith(f"{path}: ")
     Study.read(path, ("train.class_weights=[1, 2]", "train.imbalance=focal"))
     Study.read(write(tmp_path, BASE), (change,))  # without privacy there is nothing to protect
+
+
+# --- heads that are solved ---
+
+
+def test_a_solved_head_needs_no_rounds_and_reads_unit_features() -> None:
+    study = make_study(model={"backbone": "resnet18", "head": "discriminant"}, train={"rounds": 0})
+    assert study.model.unit_features
+    assert study.model.solved_head == "discriminant"
+    begins = make_study(model={"backbone": "resnet18", "init": "solved"})
+    assert (begins.model.solved_head, begins.model.unit_features) == ("discriminant", True)
+    assert begins.model.init_run is None
+    assert make_study().model.solved_head is None
+
+
+@pytest.mark.parametrize(
+    ("model", "changes", "said"),
+    [
+        ({"head": "discriminant"}, {"train": {"rounds": 3}}, "train.rounds: 0 with this head"),
+        ({}, {"train": {"rounds": 0}}, "train.rounds: 1 or more"),
+        ({"head": "ridge", "unfreeze": "last:1"}, {"train": {"rounds": 0}}, "unfreeze: head"),
+        ({"head": "ridge", "init": "solved"}, {"train": {"rounds": 0}}, "no init"),
+        ({"init": "solved", "unit_features": False}, {}, "unit_features: true"),
+        ({"init": "solved"}, {"privacy": PRIVATE["privacy"]}, "trained by rounds with privacy"),
+        ({"head": "quadratic"}, {}, "'linear', 'discriminant' or 'ridge'"),
+    ],
+)
+def test_what_a_solved_head_cannot_be_is_said(model, changes, said) -> None:
+    with pytest.raises(StudyError, match=re.escape(said)):
+        make_study(model={"backbone": "resnet18"} | model, **changes)

@@ -1,0 +1,43 @@
+"""The features that a head reads: what a solved head is solved from, and judged on."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from client.training.dataset import Examples
+from common.heads.sums import map_features
+from common.metrics.metrics import Counts, Floats
+from common.model.backbones import Centre, Head
+
+_BATCH = 256
+
+
+def compute_head_features(suffix: nn.Module, examples: Examples) -> Floats:
+    """Mapped features [n, d], float64, of the images themselves (view 0); no randomness."""
+    (head,) = (part for part in suffix.modules() if isinstance(part, Head))
+    device = next(suffix.parameters()).device
+    seen: list[Tensor] = []
+    hook = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].cpu()))
+    suffix.eval()
+    try:
+        with torch.inference_mode():
+            for indices in torch.arange(len(examples)).split(_BATCH) if len(examples) else ():
+                suffix(examples.batch(indices, 0, device))
+    finally:
+        hook.remove()
+    width = head.get_parameter("linear.weight").shape[1]
+    features = torch.cat(seen).double().numpy() if seen else np.zeros((0, width))
+    centre = head.get_submodule("centre") if hasattr(head, "centre") else None
+    mean = centre.mean.double().cpu().numpy() if isinstance(centre, Centre) else None
+    return map_features(features, mean)
+
+
+def count_heads(
+    features: Floats, labels: Tensor, heads: Sequence[tuple[Tensor, Tensor]]
+) -> list[Counts]:
+    """The counts of each head, weight [K, d] and bias [K], on mapped features [n, d]."""
+    mapped = torch.from_numpy(features)
+    logits = (mapped @ weight.double().T + bias.double() for weight, bias in heads)
+    return [Counts.of(each, labels) for each in logits]

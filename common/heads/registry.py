@@ -1,0 +1,93 @@
+"""The heads that are solved from sums, by name; adding one is a function and a line in `HEADS`."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from common.heads.sums import Sums
+from common.metrics.metrics import Floats
+
+_NEVER = -1e4
+"""The logit of a class without images, and the least that a message may hold."""
+
+
+@dataclass(frozen=True, eq=False)
+class LinearHead:
+    """Logits of mapped features x are `weight @ x + bias`: [K, d] and [K], float64."""
+
+    weight: Floats
+    bias: Floats
+
+
+@dataclass(frozen=True)
+class SolvedHead:
+    """One way to solve a head.
+
+    Attributes:
+      solve: From the sums of all images, and a strength.
+      strengths: Those to choose from by validation, the strongest last.
+      default: The one to take where no site tells how it validates.
+    """
+
+    solve: Callable[[Sums, float], LinearHead]
+    strengths: tuple[float, ...]
+    default: float
+
+
+def solve_discriminant(sums: Sums, shrinkage: float) -> LinearHead:
+    """Linear discriminant analysis (Fisher 1936) with a class-balanced within-class covariance.
+
+    Args:
+      sums: With weights that balance the classes.
+      shrinkage: In (0, 1], how far the covariance is drawn to a multiple of the identity (Ledoit
+        and Wolf 2004): more where features are many and images few.
+
+    Returns:
+      Logits on the scale of log-probabilities, for classes that are all equally likely. A class
+      without images is never called.
+    """
+    means, mass = sums.means, sums.weights * sums.counts
+    within = sums.second - (means.T * mass) @ means
+    within = within / max(float(mass.sum()), np.finfo(float).tiny)
+    size = len(within)
+    level = float(np.trace(within)) / size or 1.0  # one image a class has no spread
+    shrunk = (1 - shrinkage) * within + shrinkage * level * np.eye(size)
+    weight = np.asarray(np.linalg.solve(shrunk, means.T).T, np.float64)
+    return _bounded(weight, -0.5 * (means * weight).sum(axis=1), sums.counts)
+
+
+def solve_ridge(sums: Sums, penalty: float) -> LinearHead:
+    """Ridge regression on one-hot labels with a free intercept (Hoerl and Kennard 1970).
+
+    Args:
+      sums: With weights that balance the classes.
+      penalty: Above 0, relative to the mean weight of an image.
+    """
+    mass = sums.weights * sums.counts
+    whole = max(float(mass.sum()), np.finfo(float).tiny)
+    share = mass / whole
+    mean = sums.weights @ sums.totals / whole
+    spread = sums.second / whole - np.outer(mean, mean)
+    towards = (sums.weights[:, None] * sums.totals) / whole - np.outer(share, mean)
+    weight = np.asarray(
+        np.linalg.solve(spread + penalty * np.eye(len(spread)), towards.T).T, np.float64
+    )
+    return _bounded(weight, share - weight @ mean, sums.counts)
+
+
+def _bounded(weight: Floats, bias: Floats, counts: Floats) -> LinearHead:
+    """Without classes that have no images; scaled down alike if a number is too large to travel."""
+    most = max(float(np.abs(weight).max()), float(np.abs(bias[counts > 0]).max(initial=0.0)))
+    scale = min(1.0, -_NEVER / most) if most else 1.0
+    some = counts > 0
+    return LinearHead(
+        np.where(some[:, None], weight * scale, 0.0), np.where(some, bias * scale, _NEVER)
+    )
+
+
+HEADS: Mapping[str, SolvedHead] = {
+    "discriminant": SolvedHead(solve_discriminant, (0.05, 0.1, 0.2, 0.4, 0.6, 0.8), 0.2),
+    "ridge": SolvedHead(solve_ridge, (1e-4, 3e-4, 1e-3, 3e-3, 1e-2), 1e-3),
+}
+"""Every head that `model.head` can name beside `linear`, which is trained by rounds."""

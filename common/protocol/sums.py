@@ -1,0 +1,172 @@
+"""The exchange behind a solved head: sums of features, and which strength validates best."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+
+from common.errors import ContractError
+from common.heads.registry import LinearHead
+from common.heads.sums import Sums
+from common.metrics.metrics import MOST, Counts, Floats
+from common.protocol.counts import read_counts
+from common.protocol.fields import (
+    ARRAYS,
+    CONFIG,
+    STUDY,
+    check_parts,
+    get_part,
+    get_value,
+)
+from common.protocol.join import JoinReply
+from common.protocol.tensors import FLOAT64, Shapes, from_arrays, to_arrays
+
+SUMS = "query.sums"
+"""The type of the message that asks for sums of features."""
+CANDIDATES = "query.candidates"
+"""The type of the message that asks how several heads validate."""
+
+WEIGHTS, WIDTH = "class-weights", "width"
+COUNTS, TOTALS, SECOND = "counts", "totals", "second"
+WEIGHT, BIAS = "weight", "bias"
+MOST_CANDIDATES = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class SumsRequest:
+    """Add up the features of your training images, each class with this weight."""
+
+    study: str
+    width: int
+    """How many features an image has."""
+    weights: Floats
+    """[K], from 0 to 1."""
+
+    def record(self) -> RecordDict:
+        """As Flower sends it."""
+        config = ConfigRecord({STUDY: self.study, WEIGHTS: self.weights.tolist()})
+        config[WIDTH] = self.width
+        return RecordDict({CONFIG: config})
+
+    @classmethod
+    def read(cls, record: RecordDict) -> "SumsRequest":
+        """Back from Flower; raises `ContractError`."""
+        check_parts(record, CONFIG)
+        weights = get_value(record, CONFIG, WEIGHTS, list)
+        if not all(type(w) is float and 0 <= w <= 1 for w in weights):
+            raise ContractError("class weights that are not from 0 to 1")
+        return cls(
+            study=get_value(record, CONFIG, STUDY, str),
+            width=get_value(record, CONFIG, WIDTH, int),
+            weights=np.array(weights, np.float64),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SumsReply:
+    """The sums of a site."""
+
+    sums: Sums
+
+    def record(self) -> RecordDict:
+        """As Flower sends it: of the symmetric second moment, the upper triangle."""
+        sums = self.sums
+        upper = sums.second[np.triu_indices(len(sums.second))]
+        numbers = {COUNTS: sums.counts, TOTALS: sums.totals, SECOND: upper}
+        tensors = {name: torch.from_numpy(value) for name, value in numbers.items()}
+        return RecordDict({ARRAYS: to_arrays(tensors)})
+
+    @classmethod
+    def read(cls, record: RecordDict, width: int, weights: Floats) -> "SumsReply":
+        """Back from Flower; raises `ContractError` unless they are sums of unit features."""
+        check_parts(record, ARRAYS)
+        arrays = get_part(record.array_records, ARRAYS)
+        shapes = shape_sums(len(weights), width)
+        found = from_arrays(arrays, shapes, FLOAT64, most=MOST)
+        counts, totals = found[COUNTS].numpy(), found[TOTALS].numpy()
+        if (counts < 0).any() or (counts != np.floor(counts)).any():
+            raise ContractError("sums of no whole number of images")
+        if (np.linalg.norm(totals, axis=1) > counts + 1e-3).any():
+            raise ContractError("sums of features longer than 1")
+        second = np.zeros((width, width))
+        second[np.triu_indices(width)] = found[SECOND].numpy()
+        second = second + np.triu(second, 1).T
+        mass = float(weights @ counts)
+        if abs(np.trace(second)) > mass + 1e-3 or (np.diagonal(second) < -1e-9).any():
+            raise ContractError("second moments of features longer than 1")
+        return cls(sums=Sums(counts, totals, second, weights))
+
+
+def shape_sums(classes: int, width: int) -> Shapes:
+    """The shapes of what a site sends."""
+    return {COUNTS: (classes,), TOTALS: (classes, width), SECOND: (width * (width + 1) // 2,)}
+
+
+def size_sums(classes: int, width: int) -> list[int]:
+    """The bytes of each tensor that a site sends, and of its header."""
+    return [8 * math.prod(shape) + 256 for shape in shape_sums(classes, width).values()]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CandidatesRequest:
+    """Tell how each of these heads does on your validation patients."""
+
+    study: str
+    arrays: ArrayRecord
+
+    @classmethod
+    def of(cls, study: str, heads: Sequence[LinearHead]) -> "CandidatesRequest":
+        """Heads of one shape."""
+        tensors = {
+            WEIGHT: torch.tensor(np.stack([head.weight for head in heads]), dtype=torch.float32),
+            BIAS: torch.tensor(np.stack([head.bias for head in heads]), dtype=torch.float32),
+        }
+        return cls(study=study, arrays=to_arrays(tensors))
+
+    def record(self) -> RecordDict:
+        """As Flower sends it."""
+        return RecordDict({ARRAYS: self.arrays, CONFIG: ConfigRecord({STUDY: self.study})})
+
+    @classmethod
+    def read(cls, record: RecordDict) -> "CandidatesRequest":
+        """Back from Flower; the arrays are still unchecked. Raises `ContractError`."""
+        check_parts(record, ARRAYS, CONFIG)
+        arrays = get_part(record.array_records, ARRAYS)
+        return cls(study=get_value(record, CONFIG, STUDY, str), arrays=arrays)
+
+    def heads(self, classes: int, width: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """The weight [K, d] and bias [K] of each; raises `ContractError` if they are others."""
+        number = (
+            self.arrays[BIAS].shape[0] if BIAS in self.arrays and self.arrays[BIAS].shape else 0
+        )
+        if not 1 <= number <= MOST_CANDIDATES:
+            raise ContractError(f"expected 1 to {MOST_CANDIDATES} heads, got {number}")
+        shapes = {WEIGHT: (number, classes, width), BIAS: (number, classes)}
+        found = from_arrays(self.arrays, shapes)
+        return list(zip(found[WEIGHT], found[BIAS], strict=True))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CandidatesReply:
+    """The counts of each head on a site's validation patients, in the order asked."""
+
+    counts: Sequence[Counts]
+
+    def record(self) -> RecordDict:
+        """As Flower sends it."""
+        return RecordDict({str(n): MetricRecord(c.sparse()) for n, c in enumerate(self.counts)})
+
+    @classmethod
+    def read(cls, record: RecordDict, number: int, joined: JoinReply) -> "CandidatesReply":
+        """Back from Flower; raises `ContractError` unless it is exactly as told at join."""
+        check_parts(record, *map(str, range(number)))
+        images = joined.images.validation
+        return cls(
+            counts=[
+                read_counts(record, str(n), images, len(images or ()), joined.disclosure)
+                for n in range(number)
+            ]
+        )

@@ -1,0 +1,127 @@
+"""A study whose head is solved from sums, through the real apps, is the pooled head."""
+
+import json
+
+import pytest
+import torch
+
+from client.ledger.entries import Sent
+from client.ledger.ledger import read_ledger
+from common.errors import RunError
+from server.app import app as server_app
+from server.runs.results import read_results
+from server.runs.run_folder import RunFolder
+from simulations.engines.base import InProcess
+from simulations.engines.grid import simulate_run
+from simulations.studies import runner
+from tests.builders import (
+    PHANTOM_CLASSES,
+    RUNTIME,
+    client_app,
+    create_run,
+    edit_site,
+    find_phantoms,
+    make_study,
+)
+
+HEAD = {"backbone": "shufflenet_v2_x0_5", "weights": "none", "head": "discriminant"}
+
+
+def solved_study(**model):
+    rounds = {"rounds": 2, "local_steps": 1, "batch_size": 8}
+    return make_study(
+        classes=PHANTOM_CLASSES,
+        model=HEAD | model,
+        images={"size": 32},
+        train=rounds if model.get("init") else {"rounds": 0},
+        aggregate={"quorum": 3},
+    )
+
+
+def run(folder, phantoms, study, app=client_app, policy=None):
+    site_files = create_run(find_phantoms(phantoms), study, folder, phantoms / "cache")
+    for path in site_files:
+        if policy and path.parent.name in policy:
+            edit_site(path, policy=policy[path.parent.name])
+    simulate_run(server_app, app, site_files, folder)
+    return RunFolder(folder), site_files
+
+
+@pytest.mark.parametrize("head", ["discriminant", "ridge"])
+def test_the_released_model_is_pooled_trainings_to_the_last_decision(tmp_path, phantoms, head):
+    run(tmp_path / "run", phantoms, solved_study(head=head))
+    runner.resume_run(tmp_path / "run", None, InProcess(), compare=True)
+    results, facts = read_results(tmp_path / "run", len(PHANTOM_CLASSES))
+    assert set(results) == {"federated", "local", "pooled"}
+    for name, counts in results["federated"].items():
+        assert (counts.confusion == results["pooled"][name].confusion).all()
+    assert facts["released_round"] == 0
+    told = json.loads((tmp_path / "run" / "solved.json").read_text())
+    assert told["head"] == head
+    assert told["sites"] == ["east", "north", "south", "west"]
+    best = max(score for score in told["validation"].values() if score is not None)
+    assert told["validation"][f"{told['strength']:g}"] == best
+
+
+def test_every_message_of_it_is_in_the_ledger(tmp_path, phantoms):
+    _, site_files = run(tmp_path / "run", phantoms, solved_study())
+    lines = [e for e in read_ledger(site_files[0].parent / "state") if isinstance(e, Sent)]
+    assert [line.release.kind for line in lines] == ["join", "sums", "candidates", "final"]
+    sums = lines[1].contents
+    assert set(sums.tensors) == {"counts", "totals", "second"}
+    assert sums.tensors["counts"] == (len(PHANTOM_CLASSES),)
+    assert sums.bytes > 4 * sums.tensors["second"][0]
+
+
+def test_a_site_refuses_sums_of_few_patients_and_the_others_go_on(tmp_path, phantoms):
+    folder, site_files = run(
+        tmp_path / "run",
+        phantoms,
+        solved_study(),
+        policy={"south": {"disclose": {"counts": "exact", "sums": 1000}}},
+    )
+    assert folder.read_solved_sites() == {"east", "north", "west"}
+    south = next(path for path in site_files if path.parent.name == "south")
+    (line,) = [e for e in read_ledger(south.parent / "state") if isinstance(e, Sent)]
+    assert (line.release.kind, line.contents.metrics) == ("join", ("refused",))
+
+
+def test_who_tells_no_figures_of_rounds_gives_sums_but_judges_none(tmp_path, phantoms):
+    quiet = {"disclose": {"counts": "exact", "metrics": "final", "sums": 1}}
+    names = ("east", "north", "south", "west")
+    folder, _ = run(tmp_path / "run", phantoms, solved_study(), policy=dict.fromkeys(names, quiet))
+    told = json.loads((folder.path / "solved.json").read_text())
+    assert (told["strength"], told["validation"]) == (0.2, {})
+    assert set(read_results(folder.path, 4)[0]["federated"]) == set(names)
+
+
+def test_a_run_that_begins_with_a_solved_head_trains_it_on(tmp_path, phantoms):
+    folder, site_files = run(tmp_path / "run", phantoms, solved_study(head="linear", init="solved"))
+    last = folder.read_last()
+    assert last.round == 2
+    lines = [e for e in read_ledger(site_files[0].parent / "state") if isinstance(e, Sent)]
+    assert [line.release.kind for line in lines] == [
+        *("join", "sums", "candidates", "round", "round", "final")
+    ]
+    assert any(tensor.abs().max() > 1 for tensor in last.tensors.values())  # not from zero
+
+
+def test_a_run_stopped_after_it_was_solved_does_not_ask_for_sums_again(tmp_path, phantoms):
+    study, asked = solved_study(), []
+
+    def stops(message, context):
+        asked.append(message.metadata.message_type)
+        if message.metadata.message_type == "evaluate" and asked.count("evaluate") <= 12:
+            raise RuntimeError
+        return client_app(message, context)
+
+    folder = tmp_path / "run"
+    with pytest.raises(RunError, match="evaluation"):
+        run(folder, phantoms, study, app=stops)
+    RUNTIME.close()
+    solved = RunFolder(folder).read_last()
+    assert solved.round == 0
+    runner.resume_run(folder, None, InProcess(), compare=False)
+    again = RunFolder(folder).read_last()
+    assert all(torch.equal(again.tensors[name], t) for name, t in solved.tensors.items())
+    assert asked.count("query.sums") == 4
