@@ -33,6 +33,7 @@ from common.protocol.fields import CONFIG, STUDY, get_value
 from common.protocol.join import JoinRequest
 from common.protocol.ledger import LEDGER
 from common.protocol.round import RoundRequest
+from common.protocol.sums import CANDIDATES, SUMS
 from common.support import files, keys
 
 log = logging.getLogger(__name__)
@@ -51,6 +52,8 @@ _NAMES = {
     "evaluate": "the released model",
     LEDGER: "a line of the ledger",
     BACKBONE: "a piece of the backbone",
+    SUMS: "sums of features",
+    CANDIDATES: "heads to compare",
 }
 _KEPT = "what was answered before"
 

@@ -156,6 +156,21 @@ def spent(world: Loopback, name: str) -> int:
     return len(list_events(read_ledger(Site.read(world.sites[name]).state)))
 
 
+def test_a_head_solved_over_tls_is_the_one_a_simulation_solves(phantoms, tmp_path):
+    """Its sums are larger than any question: a message has the room that was asked for."""
+    wanted = study(model={"backbone": "squeezenet1_0", "head": "discriminant"}, train={"rounds": 0})
+    with deployed(tmp_path / "real", wanted, phantoms) as world:
+        everybody(world)
+        run = Run(world)
+        run.ended()
+        same(run.read_last(), simulated(tmp_path / "simulated", wanted, phantoms))
+        told = json.loads((run.path / "solved.json").read_text())
+        assert told["sites"] == list(NAMES)
+        state = Site.read(world.sites["east"]).state
+        kinds = [e.release.kind for e in read_ledger(state) if isinstance(e, Sent)]
+        assert kinds == ["join", "sums", "candidates", "final"]
+
+
 def test_over_tls_comes_out_what_a_simulation_gives(phantoms, tmp_path):
     wanted = study()
     with deployed(tmp_path / "real", wanted, phantoms) as world:
