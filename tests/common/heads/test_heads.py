@@ -1,12 +1,14 @@
 """A head solved from sums over sites is the head of all images together, whatever the split."""
 
 from collections.abc import Sequence
+from typing import get_args
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common.config.study import Model
 from common.heads.registry import HEADS, LinearHead
 from common.heads.sums import Sums, balance, map_features
 from common.metrics.metrics import Floats, Ints
@@ -134,3 +136,8 @@ def test_features_that_are_no_numbers_count_as_nothing() -> None:
 def test_balanced_classes_count_the_same() -> None:
     weights = balance(np.array([10.0, 0.0, 40.0]))
     assert weights.tolist() == [0.05, 0.0, 0.0125]
+
+
+def test_a_study_can_name_exactly_these_heads() -> None:
+    named = get_args(Model.model_fields["head"].annotation)
+    assert set(named) == {"linear", *HEADS}

@@ -8,6 +8,7 @@ import torch
 from client.ledger.entries import Sent
 from client.ledger.ledger import read_ledger
 from common.errors import RunError
+from common.heads.registry import HEADS
 from server.app import app as server_app
 from server.runs.results import read_results
 from server.runs.run_folder import RunFolder
@@ -47,7 +48,7 @@ def run(folder, phantoms, study, app=client_app, policy=None):
     return RunFolder(folder), site_files
 
 
-@pytest.mark.parametrize("head", ["discriminant", "ridge"])
+@pytest.mark.parametrize("head", HEADS)
 def test_the_released_model_is_pooled_trainings_to_the_last_decision(tmp_path, phantoms, head):
     run(tmp_path / "run", phantoms, solved_study(head=head))
     runner.resume_run(tmp_path / "run", None, InProcess(), compare=True)
