@@ -4,6 +4,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Literal
 
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -15,6 +16,7 @@ from client.ledger.budget import check_noise_once, check_studies
 from client.ledger.entries import Release
 from client.ledger.release import Reply, record_errors, release
 from client.runtime import Runtime, SiteRuntime
+from client.session import Session
 from client.site import Site
 from client.weights import receive_part
 from common.config.study import Study
@@ -33,8 +35,8 @@ from common.flower.messages import (
     record_from_bytes,
     record_to_bytes,
 )
-from common.model import backbones
 from common.protocol.backbone import BackboneHeld, BackbonePart
+from common.protocol.fields import CONFIG, STUDY, get_value
 from common.protocol.final import FinalReply, FinalRequest
 from common.protocol.join import JoinReply, JoinRequest, lack_backbone
 from common.protocol.ledger import LedgerReply, LedgerRequest
@@ -42,6 +44,8 @@ from common.protocol.round import RoundReply, RoundRequest
 from common.protocol.sums import (
     CandidatesReply,
     CandidatesRequest,
+    MeansReply,
+    MeansRequest,
     SumsReply,
     SumsRequest,
 )
@@ -49,7 +53,7 @@ from common.protocol.tensors import from_arrays
 
 log = logging.getLogger(__name__)
 
-Answer = JoinReply | SumsReply | CandidatesReply | RoundReply | FinalReply
+Answer = JoinReply | MeansReply | SumsReply | CandidatesReply | RoundReply | FinalReply
 
 
 def make_app(runtime: Runtime) -> ClientApp:
@@ -58,6 +62,7 @@ def make_app(runtime: Runtime) -> ClientApp:
     app.query()(handlers.join)
     app.query("backbone")(handlers.take_backbone)
     app.query("ledger")(handlers.tell_ledger)
+    app.query("means")(handlers.tell_means)
     app.query("sums")(handlers.tell_sums)
     app.query("candidates")(handlers.compare_heads)
     app.train()(handlers.work_round)
@@ -130,47 +135,59 @@ class Handlers:
         reply = LedgerReply(opened.ledger.hash_at(request.count))
         return Message(reply.record(), reply_to=message)
 
+    def tell_means(self, message: Message, context: Context) -> Message:
+        """The sum of all features, from which the sites' common centre is made."""
+        request = MeansRequest.read(message.content)
+
+        def work(session: Session) -> MeansReply:
+            images, total = session.sum_all_features()
+            return MeansReply(images=images, total=total)
+
+        return self._tell_solved(message, context, request.study, "means", work)
+
     def tell_sums(self, message: Message, context: Context) -> Message:
-        """The sums of features from which a head is solved."""
-        request = SumsRequest.read(message.content)
-        site, study = self._find_solved(context, request.study)
-        opened = self._runtime.open_site(site)
-        what = Release(study=study.id, name=study.name, kind="sums")
-        with record_errors(opened.ledger, what):
-            session = self._runtime.open_session(find_site_file(context), study.id)
-            agreed = session.agreed()
-            width = backbones.get(study.model.backbone).width
-            if agreed.role != "train" or (len(study.classes), width) != (
-                len(request.weights),
-                request.width,
-            ):
-                raise ContractError("sums of other classes or features than the study has")
-            what = what.model_copy(update={"received": hash_request(request.record())})
-            return _leave(
-                message, opened, what, lambda: SumsReply(sums=session.sum_features(request.weights))
-            )
+        """The sums of features by class from which a head is solved."""
+        study_id = get_value(message.content, CONFIG, STUDY, str)
+
+        def work(session: Session) -> SumsReply:
+            request = SumsRequest.read(message.content, session.prepared.network.width)
+            if len(request.weights) != len(session.prepared.study.classes):
+                raise ContractError("weights of other classes than the study has")
+            return SumsReply(sums=session.sum_features(request.weights, request.centre))
+
+        return self._tell_solved(message, context, study_id, "sums", work)
 
     def compare_heads(self, message: Message, context: Context) -> Message:
         """How several solved heads do on validation images."""
         request = CandidatesRequest.read(message.content)
-        site, study = self._find_solved(context, request.study)
-        opened = self._runtime.open_site(site)
-        heads = request.heads(len(study.classes), backbones.get(study.model.backbone).width)
-        received = hash_request(request.record())
-        what = Release(study=study.id, name=study.name, kind="candidates", received=received)
-        with record_errors(opened.ledger, what):
-            session = self._runtime.open_session(find_site_file(context), study.id)
-            session.agreed()
-            return _leave(
-                message, opened, what, lambda: CandidatesReply(counts=session.compare_heads(heads))
-            )
 
-    def _find_solved(self, context: Context, study_id: str) -> tuple[Site, Study]:
-        """The site, and a study that solves its head."""
+        def work(session: Session) -> CandidatesReply:
+            prepared = session.prepared
+            heads, centre = request.heads(len(prepared.study.classes), prepared.network.width)
+            return CandidatesReply(counts=session.compare_heads(heads, centre))
+
+        return self._tell_solved(message, context, request.study, "candidates", work)
+
+    def _tell_solved(
+        self,
+        message: Message,
+        context: Context,
+        study_id: str,
+        kind: Literal["means", "sums", "candidates"],
+        work: Callable[[Session], Answer],
+    ) -> Message:
+        """What a site that trains answers in a study whose head is solved."""
         site, study = self._find_study(context, study_id)
+        opened = self._runtime.open_site(site)
         if study.model.solved_head is None:
             raise ContractError("a study whose head is not solved")
-        return site, study
+        received = hash_request(message.content)
+        what = Release(study=study.id, name=study.name, kind=kind, received=received)
+        with record_errors(opened.ledger, what):
+            session = self._runtime.open_session(find_site_file(context), study.id)
+            if session.agreed().role != "train":
+                raise ContractError("sums of a site that does not train")
+            return _leave(message, opened, what, lambda: work(session))
 
     def work_round(self, message: Message, context: Context) -> Message:
         """One round: evaluate what came on validation patients, then train it and send it back."""

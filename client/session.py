@@ -19,7 +19,7 @@ from client.training import trainer
 from client.training.head_features import compute_head_features, count_heads
 from common.config.study import DpSgd
 from common.errors import ContractError
-from common.heads.sums import Sums
+from common.heads.sums import Sums, map_features
 from common.metrics.metrics import Counts, Floats
 from common.model.contract import Versions
 from common.protocol.fields import ByPart
@@ -175,29 +175,37 @@ class Session:
         name = self.prepared.network.digest(model)
         return [rounding.round_counts(self.evaluate(model, p), p, name) for p in parts]
 
-    def sum_features(self, weights: Floats) -> Sums:
+    def sum_all_features(self) -> tuple[int, Floats]:
+        """How many training images there are, and the sum of their features [d]."""
+        features = self.compute_features("train")
+        return len(features), features.sum(axis=0)
+
+    def sum_features(self, weights: Floats, centre: Floats) -> Sums:
         """The sums of this site's training images, for a head that is solved from them.
 
         Args:
           weights: [K], of each class.
+          centre: [d], taken off each image's features.
         """
         labels = self.prepared.examples["train"].labels.numpy()
-        return Sums.of(self.compute_features("train"), labels, weights)
+        return Sums.of(map_features(self.compute_features("train"), centre), labels, weights)
 
-    def compare_heads(self, heads: Sequence[tuple[Tensor, Tensor]]) -> list[Counts]:
+    def compare_heads(self, heads: Sequence[tuple[Tensor, Tensor]], centre: Floats) -> list[Counts]:
         """The counts of heads on this site's validation images, where it tells them each round.
 
         Args:
           heads: The weight [K, d] and bias [K] of each.
+          centre: [d], taken off each image's features.
         """
         if self.agreed().disclosure.metrics != "every_round":
             raise ContractError("figures that this site agreed not to tell")
-        return self.count_heads(heads)
+        return self.count_heads(heads, centre)
 
-    def count_heads(self, heads: Sequence[tuple[Tensor, Tensor]]) -> list[Counts]:
+    def count_heads(self, heads: Sequence[tuple[Tensor, Tensor]], centre: Floats) -> list[Counts]:
         """The same, for this machine alone."""
         labels = self.prepared.examples["validation"].labels
-        return count_heads(self.compute_features("validation"), labels, heads)
+        features = map_features(self.compute_features("validation"), centre)
+        return count_heads(features, labels, heads)
 
     def compute_features(self, part: str) -> Floats:
         """What the head reads of the images of a part, by the backbone as it was at first."""

@@ -78,7 +78,7 @@ class Spending:
         opened = [
             entry.release.study
             for entry in self.entries
-            if isinstance(entry, Sent) and entry.release.kind in ("sums", "round")
+            if isinstance(entry, Sent) and entry.release.kind in ("means", "sums", "round")
             if entry.release.privacy is None and entry.contents.tensors
         ]
         names = {release.study: release.name for release in releases}

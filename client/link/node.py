@@ -33,7 +33,7 @@ from common.protocol.fields import CONFIG, STUDY, get_value
 from common.protocol.join import JoinRequest
 from common.protocol.ledger import LEDGER
 from common.protocol.round import RoundRequest
-from common.protocol.sums import CANDIDATES, SUMS
+from common.protocol.sums import CANDIDATES, MEANS, SUMS
 from common.support import files, keys
 
 log = logging.getLogger(__name__)
@@ -52,7 +52,8 @@ _NAMES = {
     "evaluate": "the released model",
     LEDGER: "a line of the ledger",
     BACKBONE: "a piece of the backbone",
-    SUMS: "sums of features",
+    MEANS: "the sum of all features",
+    SUMS: "sums of features by class",
     CANDIDATES: "heads to compare",
 }
 _KEPT = "what was answered before"

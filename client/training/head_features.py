@@ -7,15 +7,17 @@ import torch
 from torch import Tensor, nn
 
 from client.training.dataset import Examples
-from common.heads.sums import map_features
 from common.metrics.metrics import Counts, Floats
-from common.model.backbones import Centre, Head
+from common.model.backbones import Head
 
 _BATCH = 256
 
 
 def compute_head_features(suffix: nn.Module, examples: Examples) -> Floats:
-    """Mapped features [n, d], float64, of the images themselves (view 0); no randomness."""
+    """Features [n, d], float64, of the images themselves (view 0), as they reach the head.
+
+    An image whose features are not all finite has zeros.
+    """
     (head,) = (part for part in suffix.modules() if isinstance(part, Head))
     device = next(suffix.parameters()).device
     seen: list[Tensor] = []
@@ -29,9 +31,7 @@ def compute_head_features(suffix: nn.Module, examples: Examples) -> Floats:
         hook.remove()
     width = head.get_parameter("linear.weight").shape[1]
     features = torch.cat(seen).double().numpy() if seen else np.zeros((0, width))
-    centre = head.get_submodule("centre") if hasattr(head, "centre") else None
-    mean = centre.mean.double().cpu().numpy() if isinstance(centre, Centre) else None
-    return map_features(features, mean)
+    return np.where(np.isfinite(features).all(axis=1, keepdims=True), features, 0.0)
 
 
 def count_heads(

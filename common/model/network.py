@@ -27,6 +27,8 @@ class Network:
     """How many features its head reads."""
     split: Split
     trainable: tuple[str, ...]
+    centre: str | None
+    """The name of the centre of features, where the sites find it together: it travels, too."""
     frozen: tuple[str, ...]
     """Asked to train as well, but frozen in a private study: BatchNorm's scales and shifts."""
     preprocess: Preprocess
@@ -37,7 +39,8 @@ class Network:
     @property
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that travel, by name; the model's own, not copies."""
-        return {name: self.model.get_parameter(name).data for name in self.trainable}
+        found = {name: self.model.get_parameter(name).data for name in self.trainable}
+        return found | ({self.centre: self.model.get_buffer(self.centre)} if self.centre else {})
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -78,12 +81,13 @@ def assemble(study: Study, weights: str) -> Network:
         expected, got = f"{backbone.width} numbers, the features of {backbone.name}", len(mean)
         remedy = "Make it with consilium-simulate feature-mean."
         raise study.error("model.feature_mean", expected=expected, got=got, remedy=remedy)
+    finds_centre = study.model.solved_head is not None and mean is None
     model = backbone.build(
         classes=classes,
         dropout=dropout,
         weights=weights,
         seed=seed,
-        mean=mean,
+        mean=(0.0,) * backbone.width if finds_centre else mean,
         unit=study.model.unit_features,
     )
     preprocess = backbone.preprocess(study.model.weights).with_size(study.images.size)
@@ -91,10 +95,12 @@ def assemble(study: Study, weights: str) -> Network:
     untrained = list_batchnorm(model, asked) if study.private else ()
     trainable = tuple(name for name in asked if name not in untrained)
     state = model.state_dict()
-    frozen = {name: tensor for name, tensor in state.items() if name not in trainable}
-    shapes = {name: tuple(state[name].shape) for name in trainable}
+    centre = f"{backbone.head}.centre.mean" if finds_centre else None
+    travelling = (*trainable, centre) if centre else trainable
+    frozen = {name: tensor for name, tensor in state.items() if name not in travelling}
+    shapes = {name: tuple(state[name].shape) for name in travelling}
     contract = Contract.of(study=study.id, frozen=frozen, shapes=shapes, preprocess=preprocess)
-    initial = {name: state[name].clone() for name in trainable}
+    initial = {name: state[name].clone() for name in travelling}
     if beyond := [name for name, tensor in initial.items() if tensor.abs().max() > LARGEST]:
         expected = f"trained layers within ±{LARGEST:g}, as messages are"
         remedy = "Train fewer layers."
@@ -105,6 +111,7 @@ def assemble(study: Study, weights: str) -> Network:
         width=backbone.width,
         split=split(model, trainable),
         trainable=trainable,
+        centre=centre,
         frozen=untrained,
         preprocess=preprocess,
         contract=contract,

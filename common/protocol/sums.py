@@ -12,6 +12,7 @@ from common.errors import ContractError
 from common.heads.registry import LinearHead
 from common.heads.sums import Sums
 from common.metrics.metrics import MOST, Counts, Floats
+from common.model.weights import LARGEST
 from common.protocol.counts import read_counts
 from common.protocol.fields import (
     ARRAYS,
@@ -24,45 +25,96 @@ from common.protocol.fields import (
 from common.protocol.join import JoinReply
 from common.protocol.tensors import FLOAT64, Shapes, from_arrays, to_arrays
 
+MEANS = "query.means"
+"""The type of the message that asks for the sum of all features, of which the centre is made."""
 SUMS = "query.sums"
 """The type of the message that asks for sums of features."""
 CANDIDATES = "query.candidates"
 """The type of the message that asks how several heads validate."""
 
-WEIGHTS, WIDTH = "class-weights", "width"
+WEIGHTS = "class-weights"
 COUNTS, TOTALS, SECOND = "counts", "totals", "second"
-WEIGHT, BIAS = "weight", "bias"
+WEIGHT, BIAS, CENTRE = "weight", "bias", "centre"
 MOST_CANDIDATES = 16
+
+
+@dataclass(frozen=True)
+class MeansRequest:
+    """Add up the features of all of your training images."""
+
+    study: str
+
+    def record(self) -> RecordDict:
+        """As Flower sends it."""
+        return RecordDict({CONFIG: ConfigRecord({STUDY: self.study})})
+
+    @classmethod
+    def read(cls, record: RecordDict) -> "MeansRequest":
+        """Back from Flower; raises `ContractError`."""
+        check_parts(record, CONFIG)
+        return cls(get_value(record, CONFIG, STUDY, str))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeansReply:
+    """How many training images a site has, and the sum of their features [d]."""
+
+    images: int
+    total: Floats
+
+    def record(self) -> RecordDict:
+        """As Flower sends it."""
+        numbers = {COUNTS: np.array([self.images], np.float64), TOTALS: self.total}
+        tensors = {name: torch.from_numpy(value) for name, value in numbers.items()}
+        return RecordDict({ARRAYS: to_arrays(tensors)})
+
+    @classmethod
+    def read(cls, record: RecordDict, width: int) -> "MeansReply":
+        """Back from Flower; raises `ContractError` unless it is the sum of some images."""
+        check_parts(record, ARRAYS)
+        shapes = {COUNTS: (1,), TOTALS: (width,)}
+        arrays = get_part(record.array_records, ARRAYS)
+        found = from_arrays(arrays, shapes, FLOAT64, most=LARGEST * MOST)
+        images, total = float(found[COUNTS]), found[TOTALS].numpy()
+        if not 1 <= images <= MOST or images != int(images):
+            raise ContractError("the sum of no whole number of images")
+        if (np.abs(total) > LARGEST * images).any():
+            raise ContractError(f"a sum of features beyond ±{LARGEST:g}")
+        return cls(images=int(images), total=total)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SumsRequest:
-    """Add up the features of your training images, each class with this weight."""
+    """Add up the features of your training images, less a centre, each class with this weight."""
 
     study: str
-    width: int
-    """How many features an image has."""
+    centre: Floats
+    """[d], float32."""
     weights: Floats
     """[K], from 0 to 1."""
 
     def record(self) -> RecordDict:
         """As Flower sends it."""
         config = ConfigRecord({STUDY: self.study, WEIGHTS: self.weights.tolist()})
-        config[WIDTH] = self.width
-        return RecordDict({CONFIG: config})
+        return RecordDict({ARRAYS: _centre_arrays(self.centre), CONFIG: config})
 
     @classmethod
-    def read(cls, record: RecordDict) -> "SumsRequest":
+    def read(cls, record: RecordDict, width: int) -> "SumsRequest":
         """Back from Flower; raises `ContractError`."""
-        check_parts(record, CONFIG)
+        check_parts(record, ARRAYS, CONFIG)
         weights = get_value(record, CONFIG, WEIGHTS, list)
         if not all(type(w) is float and 0 <= w <= 1 for w in weights):
             raise ContractError("class weights that are not from 0 to 1")
+        arrays = from_arrays(get_part(record.array_records, ARRAYS), {CENTRE: (width,)})
         return cls(
             study=get_value(record, CONFIG, STUDY, str),
-            width=get_value(record, CONFIG, WIDTH, int),
+            centre=arrays[CENTRE].double().numpy(),
             weights=np.array(weights, np.float64),
         )
+
+
+def _centre_arrays(centre: Floats) -> ArrayRecord:
+    return to_arrays({CENTRE: torch.tensor(centre, dtype=torch.float32)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +157,13 @@ def shape_sums(classes: int, width: int) -> Shapes:
     return {COUNTS: (classes,), TOTALS: (classes, width), SECOND: (width * (width + 1) // 2,)}
 
 
+def size_reply(record: RecordDict) -> list[int]:
+    """The bytes of each tensor of the sums that a message asks for, and of its header."""
+    classes = len(get_value(record, CONFIG, WEIGHTS, list))
+    (width,) = get_part(record.array_records, ARRAYS)[CENTRE].shape
+    return size_sums(classes, width)
+
+
 def size_sums(classes: int, width: int) -> list[int]:
     """The bytes of each tensor that a site sends, and of its header."""
     return [8 * math.prod(shape) + 256 for shape in shape_sums(classes, width).values()]
@@ -118,9 +177,10 @@ class CandidatesRequest:
     arrays: ArrayRecord
 
     @classmethod
-    def of(cls, study: str, heads: Sequence[LinearHead]) -> "CandidatesRequest":
-        """Heads of one shape."""
+    def of(cls, study: str, heads: Sequence[LinearHead], centre: Floats) -> "CandidatesRequest":
+        """Heads of one shape, for features less a centre."""
         tensors = {
+            CENTRE: torch.tensor(centre, dtype=torch.float32),
             WEIGHT: torch.tensor(np.stack([head.weight for head in heads]), dtype=torch.float32),
             BIAS: torch.tensor(np.stack([head.bias for head in heads]), dtype=torch.float32),
         }
@@ -137,16 +197,23 @@ class CandidatesRequest:
         arrays = get_part(record.array_records, ARRAYS)
         return cls(study=get_value(record, CONFIG, STUDY, str), arrays=arrays)
 
-    def heads(self, classes: int, width: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """The weight [K, d] and bias [K] of each; raises `ContractError` if they are others."""
+    def heads(
+        self, classes: int, width: int
+    ) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], Floats]:
+        """The weight [K, d] and bias [K] of each, and the centre [d].
+
+        Raises:
+          ContractError: they are of other shapes, or too many.
+        """
         number = (
             self.arrays[BIAS].shape[0] if BIAS in self.arrays and self.arrays[BIAS].shape else 0
         )
         if not 1 <= number <= MOST_CANDIDATES:
             raise ContractError(f"expected 1 to {MOST_CANDIDATES} heads, got {number}")
-        shapes = {WEIGHT: (number, classes, width), BIAS: (number, classes)}
+        shapes = {WEIGHT: (number, classes, width), BIAS: (number, classes), CENTRE: (width,)}
         found = from_arrays(self.arrays, shapes)
-        return list(zip(found[WEIGHT], found[BIAS], strict=True))
+        heads = list(zip(found[WEIGHT], found[BIAS], strict=True))
+        return heads, found[CENTRE].double().numpy()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,7 +37,7 @@ from common.flower.messages import (
     pack_message,
     unpack_message,
 )
-from common.protocol.sums import SUMS, SumsRequest, size_sums
+from common.protocol.sums import SUMS, size_reply
 from server.link.base_grid import OneRunGrid
 
 log = logging.getLogger(__name__)
@@ -181,8 +181,7 @@ def limit_reply(asked: Message) -> MessageLimit:
     the size that was asked for.
     """
     if asked.metadata.message_type == SUMS:
-        request = SumsRequest.read(asked.content)
-        return limit_message(size_sums(len(request.weights), request.width))
+        return limit_message(size_reply(asked.content))
     records = asked.content.array_records.values()
     return limit_message(len(array.data) for record in records for array in record.values())
 

@@ -8,22 +8,25 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from common.errors import RunError
 from common.heads.registry import LinearHead
-from common.heads.sums import Sums
-from common.metrics.metrics import METRICS, Counts, value
+from common.metrics.metrics import METRICS, Counts, Floats, value
 from common.model.contract import Versions
 from common.model.network import assemble
 from common.protocol.final import FinalCounts, FinalReply, FinalRequest
 from common.protocol.round import RoundReply, make_round_config
 from common.protocol.sums import (
     CANDIDATES,
+    MEANS,
     SUMS,
     CandidatesReply,
     CandidatesRequest,
+    MeansReply,
+    MeansRequest,
     SumsReply,
     SumsRequest,
     size_sums,
@@ -38,6 +41,7 @@ from server.rounds.solving import (
     Solved,
     choose_strength,
     choose_weights,
+    find_centre,
     place_head,
     solve_candidates,
 )
@@ -72,7 +76,7 @@ class Run:
         self._study = study = folder.study
         self._network = network = assemble(study, study.model.weights)
         self._federation = Federation(grid, study, network, self._heads.read_heads())
-        self._aggregator = Aggregator(study, network.trainable)
+        self._aggregator = Aggregator(study, tuple(network.shapes))
         self._last = self._restore()
         overall = (line for line in folder.read_history() if line["site"] is None)
         self._scores: list[float | None] = [line[study.select] for line in overall]
@@ -118,21 +122,15 @@ class Run:
         study, members = self._study, self._federation.training
         if study.model.solved_head is None or self._folder.read_last() is not None:
             return
-        weights, width = (
-            choose_weights(study, [m.reply.images.train for m in members]),
-            self._network.width,
+        width, centre = self._network.width, self._find_centre(members)
+        weights = choose_weights(study, [member.reply.images.train for member in members])
+        request = SumsRequest(study=study.id, centre=centre, weights=weights).record()
+        sums = self._ask_all(
+            SUMS, request, members, lambda record: SumsReply.read(record, width, weights).sums
         )
-        request = SumsRequest(study=study.id, width=width, weights=weights).record()
-
-        def messages(some: Sequence[Member]) -> list[Message]:
-            return [Message(request, member.node, SUMS) for member in some]
-
-        def read(_: Member, record: RecordDict) -> Sums:
-            return SumsReply.read(record, width, weights).sums
-
-        sums = self._ask("sums", members, len(members), messages, read, enough=len(members))
         heads = solve_candidates(study, sums)
-        strength, validation = choose_strength(study, self._judge(list(heads.values())))
+        told = self._judge(list(heads.values()), centre)
+        strength, validation = choose_strength(study, told)
         solved = Solved(
             head=study.model.solved_head,
             strength=strength,
@@ -141,15 +139,44 @@ class Run:
         )
         self._folder.write("solved.json", json.dumps(solved.facts(), indent=1))
         self._last = Checkpoint(
-            round=0, tensors=self._last.tensors | place_head(study, heads[strength]), state={}
+            round=0,
+            tensors=self._last.tensors | place_head(study, heads[strength], centre),
+            state={},
         )
         self._folder.save_last(self._last)
         sent = sum(size_sums(len(study.classes), width))
         self._reporter.report_solved(solved.head, strength, len(sums), sent)
 
-    def _judge(self, heads: Sequence[LinearHead]) -> list[Sequence[Counts]]:
+    def _find_centre(self, members: Sequence[Member]) -> Floats:
+        """The study's own feature mean, or that of all sites' training images."""
+        if self._study.model.feature_mean is not None:
+            return np.array(self._study.model.feature_mean, np.float32).astype(np.float64)
+        request, width = MeansRequest(self._study.id).record(), self._network.width
+        means = self._ask_all(
+            MEANS, request, members, lambda record: MeansReply.read(record, width)
+        )
+        return find_centre((told.images, told.total) for told in means.values())
+
+    def _ask_all(
+        self,
+        kind: str,
+        request: RecordDict,
+        members: Sequence[Member],
+        read: Callable[[RecordDict], T],
+    ) -> dict[str, T]:
+        """Good replies of a quorum of members to one question, by name."""
+
+        def messages(some: Sequence[Member]) -> list[Message]:
+            return [Message(request, member.node, kind) for member in some]
+
+        what, everyone = kind.removeprefix("query."), len(members)
+        return self._ask(
+            what, members, everyone, messages, lambda _, record: read(record), enough=everyone
+        )
+
+    def _judge(self, heads: Sequence[LinearHead], centre: Floats) -> list[Sequence[Counts]]:
         """How each head does at every site that tells its figures each round."""
-        request = CandidatesRequest.of(self._study.id, heads).record()
+        request = CandidatesRequest.of(self._study.id, heads, centre).record()
         judges = [member for member in self._federation.training if member.scores]
         told, _ = self._federation.ask(
             judges,

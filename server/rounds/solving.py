@@ -1,6 +1,6 @@
 """A head solved from sums over sites, and the strength that validates best over all of them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,14 +43,28 @@ class Solved:
         }
 
 
-def place_head(study: Study, head: LinearHead) -> Tensors:
-    """The tensors of the study's network that hold a head, float32."""
+def place_head(study: Study, head: LinearHead, centre: Floats) -> Tensors:
+    """The tensors of the study's network that hold a head and its centre, float32."""
     place = backbones.get(study.model.backbone).head
-    numbers = {"weight": head.weight, "bias": head.bias}
+    numbers = {"linear.weight": head.weight, "linear.bias": head.bias}
+    if study.model.feature_mean is None:
+        numbers["centre.mean"] = centre
     return {
-        f"{place}.linear.{name}": torch.tensor(value, dtype=torch.float32).contiguous()
+        f"{place}.{name}": torch.tensor(value, dtype=torch.float32).contiguous()
         for name, value in numbers.items()
     }
+
+
+def find_centre(means: Iterable[tuple[int, Floats]]) -> Floats:
+    """The mean [d] of the features of all sites' images, rounded to float32 as it travels.
+
+    Args:
+      means: The number of images and the sum of their features, of each site.
+    """
+    told = list(means)
+    total = np.sum([total for _, total in told], axis=0)
+    mean = total / max(sum(images for images, _ in told), 1)
+    return np.asarray(mean.astype(np.float32), np.float64)
 
 
 def choose_weights(study: Study, images: Sequence[Sequence[int] | None]) -> Floats:

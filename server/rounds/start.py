@@ -21,7 +21,7 @@ def check_start(study: Study) -> None:
       BackboneError: its weights are missing or belong to another architecture.
     """
     network = assemble(study, study.model.weights)
-    Aggregator(study, network.trainable)
+    Aggregator(study, tuple(network.shapes))
     load_first_tensors(study, network)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from client.features.precision import fix_numerics
@@ -23,7 +24,13 @@ from common.errors import RefusedError
 from common.metrics.metrics import Counts
 from common.protocol.tensors import Tensors
 from common.support.seeds import derive
-from server.rounds.solving import choose_strength, choose_weights, place_head, solve_candidates
+from server.rounds.solving import (
+    choose_strength,
+    choose_weights,
+    find_centre,
+    place_head,
+    solve_candidates,
+)
 from server.rounds.start import load_first_tensors
 from server.runs.results import Results
 
@@ -86,13 +93,15 @@ def _alone(study: Study, sessions: Sequence[Session], name: str) -> Tensors:
 
 def _solve(study: Study, sessions: Sequence[Session]) -> Tensors:
     """The head of these sites' sums alone, its strength chosen by their own validation patients."""
+    own = study.model.feature_mean
+    centre = find_centre(s.sum_all_features() for s in sessions) if own is None else np.array(own)
     images = [session.prepared.offer.images.train for session in sessions]
     weights = choose_weights(study, images)
-    sums = {s.prepared.site.name: s.sum_features(weights) for s in sessions}
+    sums = {s.prepared.site.name: s.sum_features(weights, centre) for s in sessions}
     heads = solve_candidates(study, sums)
     pairs = [(torch.from_numpy(h.weight), torch.from_numpy(h.bias)) for h in heads.values()]
-    told = [session.count_heads(pairs) for session in sessions]
-    return place_head(study, heads[choose_strength(study, told)[0]])
+    told = [session.count_heads(pairs, centre) for session in sessions]
+    return place_head(study, heads[choose_strength(study, told)[0]], centre)
 
 
 def _joined(parts: Sequence[Examples]) -> Examples:

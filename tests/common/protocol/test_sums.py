@@ -10,12 +10,15 @@ from flwr.app import ArrayRecord, RecordDict
 from common.errors import ContractError
 from common.heads.registry import LinearHead
 from common.heads.sums import Sums, map_features
-from common.metrics.metrics import Counts
+from common.metrics.metrics import Counts, Floats
 from common.protocol.sums import (
     CandidatesReply,
     CandidatesRequest,
+    MeansReply,
+    MeansRequest,
     SumsReply,
     SumsRequest,
+    size_reply,
     size_sums,
 )
 from common.protocol.tensors import count_bytes, to_arrays
@@ -24,14 +27,41 @@ from tests.common.protocol.test_messages import CLASSES, COUNTS, FINAL, JOINED, 
 WIDTH = 5
 WEIGHTS = np.array([0.1, 0.2, 1.0])
 RNG = np.random.default_rng(0)
+CENTRE = RNG.normal(size=WIDTH).astype(np.float32).astype(np.float64)
 SUMS = Sums.of(map_features(RNG.normal(size=(20, WIDTH)), None), np.arange(20) % CLASSES, WEIGHTS)
 HEADS = [LinearHead(RNG.normal(size=(CLASSES, WIDTH)), RNG.normal(size=CLASSES)) for _ in range(3)]
 
 
 def test_a_request_for_sums_arrives() -> None:
-    asked = SumsRequest(study="01", width=WIDTH, weights=WEIGHTS)
-    again = SumsRequest.read(sent(asked.record()))
-    assert (again.study, again.width, again.weights.tolist()) == ("01", WIDTH, WEIGHTS.tolist())
+    asked = SumsRequest(study="01", centre=CENTRE, weights=WEIGHTS)
+    again = SumsRequest.read(sent(asked.record()), WIDTH)
+    assert (again.study, again.weights.tolist()) == ("01", WEIGHTS.tolist())
+    assert np.array_equal(again.centre, CENTRE)
+    with pytest.raises(ContractError):
+        SumsRequest.read(sent(asked.record()), WIDTH + 1)
+    assert size_reply(asked.record()) == size_sums(CLASSES, WIDTH)
+
+
+def test_the_sum_of_all_features_arrives() -> None:
+    assert MeansRequest.read(sent(MeansRequest("01").record())).study == "01"
+    total = 1e5 * RNG.normal(size=WIDTH)
+    again = MeansReply.read(sent(MeansReply(images=10**6, total=total).record()), WIDTH)
+    assert again.images == 10**6
+    assert np.array_equal(again.total, total)
+
+
+@pytest.mark.parametrize(
+    ("images", "total"),
+    [
+        (0, np.zeros(WIDTH)),
+        (10, np.full(WIDTH, 2e5)),
+        (10, np.full(WIDTH, np.nan)),
+        (10, np.ones(3)),
+    ],
+)
+def test_what_can_be_no_sum_of_features_is_refused(images: int, total: Floats) -> None:
+    with pytest.raises(ContractError):
+        MeansReply.read(sent(MeansReply(images=images, total=total).record()), WIDTH)
 
 
 def test_sums_arrive_to_the_last_bit_in_the_size_announced() -> None:
@@ -75,15 +105,17 @@ def test_more_or_less_than_the_sums_is_refused() -> None:
 
 @pytest.mark.parametrize("weights", [[2.0], [-0.1], [float("nan")]])
 def test_weights_out_of_bounds_are_refused(weights: list[float]) -> None:
-    asked = SumsRequest(study="01", width=WIDTH, weights=np.array(weights))
+    asked = SumsRequest(study="01", centre=CENTRE, weights=np.array(weights))
     with pytest.raises(ContractError, match="class weights"):
-        SumsRequest.read(sent(asked.record()))
+        SumsRequest.read(sent(asked.record()), WIDTH)
 
 
 def test_candidates_and_their_counts_arrive() -> None:
-    asked = CandidatesRequest.read(sent(CandidatesRequest.of("01", HEADS).record()))
+    asked = CandidatesRequest.read(sent(CandidatesRequest.of("01", HEADS, CENTRE).record()))
     assert asked.study == "01"
-    for (weight, bias), head in zip(asked.heads(CLASSES, WIDTH), HEADS, strict=True):
+    heads, centre = asked.heads(CLASSES, WIDTH)
+    assert np.array_equal(centre, CENTRE)
+    for (weight, bias), head in zip(heads, HEADS, strict=True):
         assert np.allclose(weight, head.weight)
         assert np.allclose(bias, head.bias)
     reply = CandidatesReply(counts=[COUNTS, COUNTS]).record()
@@ -92,12 +124,12 @@ def test_candidates_and_their_counts_arrive() -> None:
 
 
 def test_candidates_of_another_shape_or_number_are_refused() -> None:
-    asked = CandidatesRequest.of("01", HEADS)
+    asked = CandidatesRequest.of("01", HEADS, CENTRE)
     for classes, width in ((CLASSES + 1, WIDTH), (CLASSES, WIDTH - 1)):
         with pytest.raises(ContractError):
             asked.heads(classes, width)
     with pytest.raises(ContractError, match="1 to 16 heads"):
-        CandidatesRequest.of("01", HEADS * 6).heads(CLASSES, WIDTH)
+        CandidatesRequest.of("01", HEADS * 6, CENTRE).heads(CLASSES, WIDTH)
     with pytest.raises(ContractError, match="1 to 16 heads"):
         CandidatesRequest(study="01", arrays=ArrayRecord()).heads(CLASSES, WIDTH)
 

@@ -67,8 +67,8 @@ def test_the_released_model_is_pooled_trainings_to_the_last_decision(tmp_path, p
 def test_every_message_of_it_is_in_the_ledger(tmp_path, phantoms):
     _, site_files = run(tmp_path / "run", phantoms, solved_study())
     lines = [e for e in read_ledger(site_files[0].parent / "state") if isinstance(e, Sent)]
-    assert [line.release.kind for line in lines] == ["join", "sums", "candidates", "final"]
-    sums = lines[1].contents
+    assert [line.release.kind for line in lines] == ["join", "means", "sums", "candidates", "final"]
+    sums = lines[2].contents
     assert set(sums.tensors) == {"counts", "totals", "second"}
     assert sums.tensors["counts"] == (len(PHANTOM_CLASSES),)
     assert sums.bytes > 4 * sums.tensors["second"][0]
@@ -102,7 +102,7 @@ def test_a_run_that_begins_with_a_solved_head_trains_it_on(tmp_path, phantoms):
     assert last.round == 2
     lines = [e for e in read_ledger(site_files[0].parent / "state") if isinstance(e, Sent)]
     assert [line.release.kind for line in lines] == [
-        *("join", "sums", "candidates", "round", "round", "final")
+        *("join", "means", "sums", "candidates", "round", "round", "final")
     ]
     assert any(tensor.abs().max() > 1 for tensor in last.tensors.values())  # not from zero
 
