@@ -8,43 +8,23 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from common.errors import RunError
-from common.heads.registry import LinearHead
-from common.metrics.metrics import METRICS, Counts, Floats, value
+from common.metrics.metrics import METRICS, Counts, value
 from common.model.contract import Versions
 from common.model.network import assemble
 from common.protocol.final import FinalCounts, FinalReply, FinalRequest
 from common.protocol.round import RoundReply, make_round_config
-from common.protocol.sums import (
-    CANDIDATES,
-    MEANS,
-    SUMS,
-    CandidatesReply,
-    CandidatesRequest,
-    MeansReply,
-    MeansRequest,
-    SumsReply,
-    SumsRequest,
-    size_sums,
-)
+from common.protocol.sums import size_sums
 from common.protocol.tensors import count_bytes, to_arrays
 from common.support.seeds import derive
 from server.reports.progress import Joined, Reporter
 from server.rounds.admission import Member
 from server.rounds.federation import Federation
 from server.rounds.ledger_heads import LedgerHeads
-from server.rounds.solving import (
-    Solved,
-    choose_strength,
-    choose_weights,
-    find_centre,
-    place_head,
-    solve_candidates,
-)
+from server.rounds.solving import HeadSolver
 from server.rounds.start import describe_weights, load_first_tensors
 from server.rounds.strategies import Aggregator
 from server.runs.results import Outcome, unite_counts
@@ -119,43 +99,15 @@ class Run:
 
     def _solve(self) -> None:
         """Solve the head before round 1, where the study asks for it; once, also over a resume."""
-        study, members = self._study, self._federation.training
-        if study.model.solved_head is None or self._folder.read_last() is not None:
+        if self._study.model.solved_head is None or self._folder.read_last() is not None:
             return
-        width, centre = self._network.width, self._find_centre(members)
-        weights = choose_weights(study, [member.reply.images.train for member in members])
-        request = SumsRequest(study=study.id, centre=centre, weights=weights).record()
-        sums = self._ask_all(
-            SUMS, request, members, lambda record: SumsReply.read(record, width, weights).sums
-        )
-        heads = solve_candidates(study, sums)
-        told = self._judge(list(heads.values()), centre)
-        strength, validation = choose_strength(study, told)
-        solved = Solved(
-            head=study.model.solved_head,
-            strength=strength,
-            validation=validation,
-            sites=tuple(sums),
-        )
+        solver = HeadSolver(self._study, self._network, self._federation, self._ask_all)
+        solved, head = solver.solve()
         self._folder.write("solved.json", json.dumps(solved.facts(), indent=1))
-        self._last = Checkpoint(
-            round=0,
-            tensors=self._last.tensors | place_head(study, heads[strength], centre),
-            state={},
-        )
+        self._last = Checkpoint(round=0, tensors=self._last.tensors | head, state={})
         self._folder.save_last(self._last)
-        sent = sum(size_sums(len(study.classes), width))
-        self._reporter.report_solved(solved.head, strength, len(sums), sent)
-
-    def _find_centre(self, members: Sequence[Member]) -> Floats:
-        """The study's own feature mean, or that of all sites' training images."""
-        if self._study.model.feature_mean is not None:
-            return np.array(self._study.model.feature_mean, np.float32).astype(np.float64)
-        request, width = MeansRequest(self._study.id).record(), self._network.width
-        means = self._ask_all(
-            MEANS, request, members, lambda record: MeansReply.read(record, width)
-        )
-        return find_centre((told.images, told.total) for told in means.values())
+        sent = sum(size_sums(len(self._study.classes), self._network.width))
+        self._reporter.report_solved(solved.head, solved.strength, len(solved.sites), sent)
 
     def _ask_all(
         self,
@@ -173,17 +125,6 @@ class Run:
         return self._ask(
             what, members, everyone, messages, lambda _, record: read(record), enough=everyone
         )
-
-    def _judge(self, heads: Sequence[LinearHead], centre: Floats) -> list[Sequence[Counts]]:
-        """How each head does at every site that tells its figures each round."""
-        request = CandidatesRequest.of(self._study.id, heads, centre).record()
-        judges = [member for member in self._federation.training if member.scores]
-        told, _ = self._federation.ask(
-            judges,
-            [Message(request, member.node, CANDIDATES) for member in judges],
-            lambda member, record: CandidatesReply.read(record, len(heads), member.reply),
-        )
-        return [reply.counts for reply in told.values()]
 
     def _facts(self) -> dict[str, Any]:
         members = self._federation.members

@@ -1,19 +1,36 @@
 """A head solved from sums over sites, and the strength that validates best over all of them."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
+from flwr.app import Message, RecordDict
 
 from common.config.study import Study
 from common.heads.registry import HEADS, LinearHead
 from common.heads.sums import Sums, balance
 from common.metrics.metrics import Counts, Floats, better, value
 from common.model import backbones
+from common.model.network import Network
+from common.protocol.sums import (
+    CANDIDATES,
+    MEANS,
+    SUMS,
+    CandidatesReply,
+    CandidatesRequest,
+    MeansReply,
+    MeansRequest,
+    SumsReply,
+    SumsRequest,
+)
 from common.protocol.tensors import Tensors
+from server.rounds.admission import Member
+from server.rounds.federation import Federation
 from server.runs.results import unite_counts
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -41,6 +58,81 @@ class Solved:
             "validation": {f"{strength:g}": told for strength, told in self.validation.items()},
             "sites": list(self.sites),
         }
+
+
+class AskAll(Protocol):
+    """Asks members one question; gives the good replies of a quorum of them, by name."""
+
+    def __call__(
+        self,
+        kind: str,
+        request: RecordDict,
+        members: Sequence[Member],
+        read: Callable[[RecordDict], T],
+    ) -> dict[str, T]:
+        """Raise `RunError` if too few answer well."""
+
+
+class HeadSolver:
+    """The exchanges by which a head is solved.
+
+    Args:
+      study: That names the head.
+      network: Of the study.
+      federation: The sites that joined.
+      ask_all: Asks what every site that trains must answer.
+    """
+
+    def __init__(
+        self, study: Study, network: Network, federation: Federation, ask_all: AskAll
+    ) -> None:
+        self._study, self._network = study, network
+        self._federation, self._ask_all = federation, ask_all
+
+    def solve(self) -> tuple[Solved, Tensors]:
+        """How the head was solved, and the tensors that hold it.
+
+        Raises:
+          RunError: fewer sites than the quorum gave their sums.
+        """
+        study, members, width = self._study, self._federation.training, self._network.width
+        centre = self._find_centre(members)
+        weights = choose_weights(study, [member.reply.images.train for member in members])
+        request = SumsRequest(study=study.id, centre=centre, weights=weights).record()
+        sums = self._ask_all(
+            SUMS, request, members, lambda record: SumsReply.read(record, width, weights).sums
+        )
+        heads = solve_candidates(study, sums)
+        told = self._judge(list(heads.values()), centre)
+        strength, validation = choose_strength(study, told)
+        solved = Solved(
+            head=study.model.solved_head or "",
+            strength=strength,
+            validation=validation,
+            sites=tuple(sums),
+        )
+        return solved, place_head(study, heads[strength], centre)
+
+    def _find_centre(self, members: Sequence[Member]) -> Floats:
+        """The study's own feature mean, or that of all sites' training images."""
+        if self._study.model.feature_mean is not None:
+            return np.array(self._study.model.feature_mean, np.float32).astype(np.float64)
+        request, width = MeansRequest(self._study.id).record(), self._network.width
+        means = self._ask_all(
+            MEANS, request, members, lambda record: MeansReply.read(record, width)
+        )
+        return find_centre((told.images, told.total) for told in means.values())
+
+    def _judge(self, heads: Sequence[LinearHead], centre: Floats) -> list[Sequence[Counts]]:
+        """How each head does at every site that tells its figures each round."""
+        request = CandidatesRequest.of(self._study.id, heads, centre).record()
+        judges = [member for member in self._federation.training if member.scores]
+        told, _ = self._federation.ask(
+            judges,
+            [Message(request, member.node, CANDIDATES) for member in judges],
+            lambda member, record: CandidatesReply.read(record, len(heads), member.reply),
+        )
+        return [reply.counts for reply in told.values()]
 
 
 def place_head(study: Study, head: LinearHead, centre: Floats) -> Tensors:
