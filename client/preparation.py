@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from client.consent.agreement import Agreement
-from client.consent.cohort import PARTS, count_patients, list_cohort, name_record
+from client.consent.cohort import PARTS, count_by_class, count_patients, list_cohort, name_record
 from client.consent.holdout import check_holdout
 from client.consent.policy import check_policy, check_sums
 from client.data.records import Record
@@ -161,9 +161,7 @@ def _check(
         remedy = "Add patients, lower holdout, or set role: evaluate."
         raise DataError(where, expected=expected, got=patients, remedy=remedy)
     check_policy(site, study, privacy_plan, patients, len(training))
-    if site.role == "train":
-        by_class = [[r for r in training if r.label == k] for k in range(len(study.classes))]
-        check_sums(site, study, [count_patients(records) for records in by_class])
+    check_sums(site, study, count_by_class(training, study))
 
 
 def _make_room(site: Site, spec: FeatureSpec) -> None:

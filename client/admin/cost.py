@@ -3,9 +3,9 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from client.consent.cohort import PARTS, count_patients, cut_records
+from client.consent.cohort import PARTS, count_by_class, count_patients, cut_records
 from client.consent.holdout import check_holdout
-from client.consent.policy import check_policy
+from client.consent.policy import check_policy, check_sums
 from client.ledger.budget import check_budget, check_studies
 from client.ledger.entries import Entry, find_beginnings
 from client.ledger.ledger import read_ledger
@@ -110,6 +110,7 @@ def estimate_cost(site: Site, study: Study) -> Cost:
         check_studies(find_beginnings(entries), site, study)
         check_holdout(site, study)
         check_policy(site, study, noise.privacy_plan if noise else None, training, len(records))
+        check_sums(site, study, count_by_class(records, study))
     except RefusedError as ex:
         refusal = str(ex)
     return Cost(training, len(records), room, refusal, noise)

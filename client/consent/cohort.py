@@ -47,6 +47,12 @@ def count_patients(records: Sequence[Record]) -> int:
     return len({record.patient for record in records})
 
 
+def count_by_class(records: Sequence[Record], study: Study) -> list[int]:
+    """How many patients have images of each class."""
+    classes = range(len(study.classes))
+    return [count_patients([r for r in records if r.label == k]) for k in classes]
+
+
 def name_record(record: Record, part: str, site: Site, secret: bytes) -> str:
     """Names an image of a patient in a part, with its label, to nobody without the secret.
 

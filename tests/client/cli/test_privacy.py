@@ -327,6 +327,18 @@ def test_too_much_noise_is_said_and_by_which_rule(command: Command, tmp_path: Pa
     assert "above 0.1" in text
 
 
+def test_a_plan_says_that_sums_of_few_patients_are_refused(
+    command: Command, tmp_path: Path
+) -> None:
+    solved = {"backbone": "shufflenet_v2_x0_5", "weights": "none", "head": "discriminant"}
+    wanted = study(tmp_path, model=solved, train={"rounds": 0})
+    code, text = command("plan", site(tmp_path, patients=4), wanted)
+    assert code == 0, text
+    assert "once, sums of features by class, not accounted" in text
+    assert "policy.disclose.sums: expected sums over 10 patients of a class or more" in text
+    assert "agreed " not in text
+
+
 def test_a_plan_without_privacy_says_that_nothing_is_accounted(
     command: Command, tmp_path: Path
 ) -> None:
