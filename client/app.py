@@ -9,7 +9,7 @@ from typing import Literal
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from client.consent.agreement import check_end
+from client.consent.agreement import Agreement, check_end
 from client.consent.approval import check_approval
 from client.consent.proposals import drop_proposal, keep_proposal, parse_proposal, read_proposal
 from client.ledger.budget import check_noise_once, check_studies
@@ -183,10 +183,10 @@ class Handlers:
             raise ContractError("a study whose head is not solved")
         received = hash_request(message.content)
         what = Release(study=study.id, name=study.name, kind=kind, received=received)
+        session, agreed = self._open_joined(context, opened, what)
+        if agreed.role != "train":
+            raise ContractError("sums of a site that does not train")
         with record_errors(opened.ledger, what):
-            session = self._runtime.open_session(find_site_file(context), study.id)
-            if session.agreed().role != "train":
-                raise ContractError("sums of a site that does not train")
             return _leave(message, opened, what, lambda: work(session))
 
     def work_round(self, message: Message, context: Context) -> Message:
@@ -197,9 +197,7 @@ class Handlers:
             raise ContractError(f"round {request.round} of a study of {study.train.rounds}")
         opened = self._runtime.open_site(site)
         what = Release(study=study.id, name=study.name, kind="round", round=request.round)
-        with record_errors(opened.ledger, what):
-            session = self._runtime.open_session(find_site_file(context), study.id)
-            agreed = session.agreed()
+        session, agreed = self._open_joined(context, opened, what)
         tensors = from_arrays(request.arrays, session.prepared.network.shapes)
         privacy = agreed.privacy_plan.round if agreed.privacy_plan else None
         what = what.model_copy(
@@ -220,9 +218,7 @@ class Handlers:
         site, study = self._find_study(context, request.study)
         opened = self._runtime.open_site(site)
         what = Release(study=study.id, name=study.name, kind="final")
-        with record_errors(opened.ledger, what):
-            session = self._runtime.open_session(find_site_file(context), study.id)
-            agreed = session.agreed()
+        session, agreed = self._open_joined(context, opened, what)
         released = from_arrays(request.arrays, session.prepared.network.shapes)
         received = session.prepared.network.digest(released)
         rounds, sums, ends = (
@@ -238,6 +234,14 @@ class Handlers:
                 lambda: session.finish(released),
                 allow=lambda: check_noise_once(opened.ledger.sealed_ends(study.id), study),
             )
+
+    def _open_joined(
+        self, context: Context, opened: SiteRuntime, what: Release
+    ) -> tuple[Session, Agreement]:
+        """The session of a study that was joined, and what was agreed; an error has its line."""
+        with record_errors(opened.ledger, what):
+            session = self._runtime.open_session(find_site_file(context), what.study)
+            return session, session.agreed()
 
     def _find_study(self, context: Context, study_id: str) -> tuple[Site, Study]:
         """The site this app runs in, and a study that it was sent."""
