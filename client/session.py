@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 from torch import Tensor
 
 from client.consent.agreement import Agreement, check_agreement
@@ -176,9 +177,10 @@ class Session:
         return [rounding.round_counts(self.evaluate(model, p), p, name) for p in parts]
 
     def sum_all_features(self) -> tuple[int, Floats]:
-        """How many training images there are, and the sum of their features [d]."""
+        """How many training images have features that are all finite, and the sum of these [d]."""
         features = self.compute_features("train")
-        return len(features), features.sum(axis=0)
+        good = features[np.isfinite(features).all(axis=1)]
+        return len(good), good.sum(axis=0)
 
     def sum_features(self, weights: Floats, centre: Floats) -> Sums:
         """The sums of this site's training images, for a head that is solved from them.

@@ -14,10 +14,7 @@ _BATCH = 256
 
 
 def compute_head_features(suffix: nn.Module, examples: Examples) -> Floats:
-    """Features [n, d], float64, of the images themselves (view 0), as they reach the head.
-
-    An image whose features are not all finite has zeros.
-    """
+    """Features [n, d], float64, of the images themselves (view 0), as they reach the head."""
     (head,) = (part for part in suffix.modules() if isinstance(part, Head))
     device = next(suffix.parameters()).device
     seen: list[Tensor] = []
@@ -30,8 +27,7 @@ def compute_head_features(suffix: nn.Module, examples: Examples) -> Floats:
     finally:
         hook.remove()
     width = head.get_parameter("linear.weight").shape[1]
-    features = torch.cat(seen).double().numpy() if seen else np.zeros((0, width))
-    return np.where(np.isfinite(features).all(axis=1, keepdims=True), features, 0.0)
+    return torch.cat(seen).double().numpy() if seen else np.zeros((0, width))
 
 
 def count_heads(
