@@ -24,7 +24,7 @@ from server.reports.progress import Joined, Reporter
 from server.rounds.admission import Member
 from server.rounds.federation import Federation
 from server.rounds.ledger_heads import LedgerHeads
-from server.rounds.solving import HeadSolver
+from server.rounds.solving import AskedSites, solve_head
 from server.rounds.start import describe_weights, load_first_tensors
 from server.rounds.strategies import Aggregator
 from server.runs.results import Outcome, unite_counts
@@ -101,8 +101,10 @@ class Run:
         """Solve the head before round 1, where the study asks for it; once, also over a resume."""
         if self._study.model.solved_head is None or self._folder.read_last() is not None:
             return
-        solver = HeadSolver(self._study, self._network, self._federation, self._ask_all)
-        solved, head = solver.solve()
+        federation = self._federation
+        sites = AskedSites(self._study, self._network, federation, self._ask_all)
+        images = [member.reply.images.train for member in federation.training]
+        solved, head = solve_head(self._study, images, sites)
         self._folder.write("solved.json", json.dumps(solved.facts(), indent=1))
         self._last = Checkpoint(round=0, tensors=self._last.tensors | head, state={})
         self._folder.save_last(self._last)

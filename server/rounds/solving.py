@@ -73,11 +73,47 @@ class AskAll(Protocol):
         """Raise `RunError` if too few answer well."""
 
 
-class HeadSolver:
-    """The exchanges by which a head is solved.
+class Answers(Protocol):
+    """What sites tell of their images, asked by messages or read on this machine."""
+
+    def means(self) -> Iterable[tuple[int, Floats]]:
+        """The number of images and the sum of their features, of each site."""
+
+    def sums(self, weights: Floats, centre: Floats) -> Mapping[str, Sums]:
+        """The sums of each site, by name."""
+
+    def counts(self, heads: Sequence[LinearHead], centre: Floats) -> Sequence[Sequence[Counts]]:
+        """How each head does on validation images, of each site that tells."""
+
+
+def solve_head(
+    study: Study, images: Sequence[Sequence[int] | None], answers: Answers
+) -> tuple[Solved, Tensors]:
+    """How the head of a study was solved, and the tensors that hold it.
 
     Args:
       study: That names the head.
+      images: The training images of each class that each site told.
+      answers: Of these sites.
+    """
+    centre = _find_centre(study, answers)
+    sums = answers.sums(choose_weights(study, images), centre)
+    heads = solve_candidates(study, sums)
+    strength, validation = choose_strength(study, answers.counts(list(heads.values()), centre))
+    solved = Solved(
+        head=study.model.solved_head or "",
+        strength=strength,
+        validation=validation,
+        sites=tuple(sums),
+    )
+    return solved, place_head(study, heads[strength], centre)
+
+
+class AskedSites:
+    """The answers of the sites of a study, by messages.
+
+    Args:
+      study: The study.
       network: Of the study.
       federation: The sites that joined.
       ask_all: Asks what every site that trains must answer.
@@ -86,45 +122,30 @@ class HeadSolver:
     def __init__(
         self, study: Study, network: Network, federation: Federation, ask_all: AskAll
     ) -> None:
-        self._study, self._network = study, network
+        self._study, self._width = study, network.width
         self._federation, self._ask_all = federation, ask_all
 
-    def solve(self) -> tuple[Solved, Tensors]:
-        """How the head was solved, and the tensors that hold it.
-
-        Raises:
-          RunError: fewer sites than the quorum gave their sums.
-        """
-        study, members, width = self._study, self._federation.training, self._network.width
-        centre = self._find_centre(members)
-        weights = choose_weights(study, [member.reply.images.train for member in members])
-        request = SumsRequest(study=study.id, centre=centre, weights=weights).record()
-        sums = self._ask_all(
-            SUMS, request, members, lambda record: SumsReply.read(record, width, weights).sums
+    def means(self) -> Iterable[tuple[int, Floats]]:
+        """Raises `RunError` if fewer sites than the quorum told them."""
+        told = self._ask_all(
+            MEANS,
+            MeansRequest(self._study.id).record(),
+            self._federation.training,
+            lambda record: MeansReply.read(record, self._width),
         )
-        heads = solve_candidates(study, sums)
-        told = self._judge(list(heads.values()), centre)
-        strength, validation = choose_strength(study, told)
-        solved = Solved(
-            head=study.model.solved_head or "",
-            strength=strength,
-            validation=validation,
-            sites=tuple(sums),
-        )
-        return solved, place_head(study, heads[strength], centre)
+        return [(reply.images, reply.total) for reply in told.values()]
 
-    def _find_centre(self, members: Sequence[Member]) -> Floats:
-        """The study's own feature mean, or that of all sites' training images."""
-        if self._study.model.feature_mean is not None:
-            return np.array(self._study.model.feature_mean, np.float32).astype(np.float64)
-        request, width = MeansRequest(self._study.id).record(), self._network.width
-        means = self._ask_all(
-            MEANS, request, members, lambda record: MeansReply.read(record, width)
+    def sums(self, weights: Floats, centre: Floats) -> Mapping[str, Sums]:
+        """Raises `RunError` if fewer sites than the quorum told them."""
+        return self._ask_all(
+            SUMS,
+            SumsRequest(study=self._study.id, centre=centre, weights=weights).record(),
+            self._federation.training,
+            lambda record: SumsReply.read(record, self._width, weights).sums,
         )
-        return find_centre((told.images, told.total) for told in means.values())
 
-    def _judge(self, heads: Sequence[LinearHead], centre: Floats) -> list[Sequence[Counts]]:
-        """How each head does at every site that tells its figures each round."""
+    def counts(self, heads: Sequence[LinearHead], centre: Floats) -> Sequence[Sequence[Counts]]:
+        """Of every site that tells its figures each round."""
         request = CandidatesRequest.of(self._study.id, heads, centre).record()
         judges = [member for member in self._federation.training if member.scores]
         told, _ = self._federation.ask(
@@ -147,15 +168,14 @@ def place_head(study: Study, head: LinearHead, centre: Floats) -> Tensors:
     }
 
 
-def find_centre(means: Iterable[tuple[int, Floats]]) -> Floats:
-    """The mean [d] of the features of all sites' images, rounded to float32 as it travels.
-
-    Args:
-      means: The number of images and the sum of their features, of each site.
-    """
-    told = list(means)
-    total = np.sum([total for _, total in told], axis=0)
-    mean = total / max(sum(images for images, _ in told), 1)
+def _find_centre(study: Study, answers: Answers) -> Floats:
+    """The study's own feature mean [d], or that of all sites' images; float32, as it travels."""
+    if study.model.feature_mean is not None:
+        mean = np.array(study.model.feature_mean)
+    else:
+        told = list(answers.means())
+        total = np.sum([total for _, total in told], axis=0)
+        mean = total / max(sum(images for images, _ in told), 1)
     return np.asarray(mean.astype(np.float32), np.float64)
 
 

@@ -7,11 +7,11 @@ What a site does not tell a federation is not told here either, so that all ways
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from client.features.precision import fix_numerics
@@ -21,16 +21,12 @@ from client.training import trainer
 from client.training.dataset import Examples
 from common.config.study import Study
 from common.errors import RefusedError
-from common.metrics.metrics import Counts
+from common.heads.registry import LinearHead
+from common.heads.sums import Sums
+from common.metrics.metrics import Counts, Floats
 from common.protocol.tensors import Tensors
 from common.support.seeds import derive
-from server.rounds.solving import (
-    choose_strength,
-    choose_weights,
-    find_centre,
-    place_head,
-    solve_candidates,
-)
+from server.rounds.solving import solve_head
 from server.rounds.start import load_first_tensors
 from server.runs.results import Results
 
@@ -70,7 +66,9 @@ def _alone(study: Study, sessions: Sequence[Session], name: str) -> Tensors:
     network = sessions[0].prepared.network
     plan, first = study.train, load_first_tensors(study, network)
     if study.model.solved_head is not None:
-        first |= _solve(study, sessions)
+        # Of these sites' sums alone, its strength chosen by their own validation patients.
+        images = [session.prepared.offer.images.train for session in sessions]
+        first |= solve_head(study, images, _OpenSites(sessions))[1]
     if study.model.head != "linear":
         return first
     if plan.local_steps:  # as many steps as these sites take in a round of the federation
@@ -91,17 +89,21 @@ def _alone(study: Study, sessions: Sequence[Session], name: str) -> Tensors:
     return {name: tensor.clone() for name, tensor in network.tensors.items()}
 
 
-def _solve(study: Study, sessions: Sequence[Session]) -> Tensors:
-    """The head of these sites' sums alone, its strength chosen by their own validation patients."""
-    own = study.model.feature_mean
-    centre = find_centre(s.sum_all_features() for s in sessions) if own is None else np.array(own)
-    images = [session.prepared.offer.images.train for session in sessions]
-    weights = choose_weights(study, images)
-    sums = {s.prepared.site.name: s.sum_features(weights, centre) for s in sessions}
-    heads = solve_candidates(study, sums)
-    pairs = [(torch.from_numpy(h.weight), torch.from_numpy(h.bias)) for h in heads.values()]
-    told = [session.count_heads(pairs, centre) for session in sessions]
-    return place_head(study, heads[choose_strength(study, told)[0]], centre)
+@dataclass(frozen=True)
+class _OpenSites:
+    """What sites that are open on this machine answer where a head is solved."""
+
+    sessions: Sequence[Session]
+
+    def means(self) -> Iterable[tuple[int, Floats]]:
+        return [session.sum_all_features() for session in self.sessions]
+
+    def sums(self, weights: Floats, centre: Floats) -> Mapping[str, Sums]:
+        return {s.prepared.site.name: s.sum_features(weights, centre) for s in self.sessions}
+
+    def counts(self, heads: Sequence[LinearHead], centre: Floats) -> Sequence[Sequence[Counts]]:
+        pairs = [(torch.from_numpy(head.weight), torch.from_numpy(head.bias)) for head in heads]
+        return [session.count_heads(pairs, centre) for session in self.sessions]
 
 
 def _joined(parts: Sequence[Examples]) -> Examples:
