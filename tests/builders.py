@@ -52,7 +52,7 @@ def study_content(**changes: Any) -> dict[str, Any]:
     content: dict[str, Any] = {
         "name": "study",
         "classes": ["a", "b", "c"],
-        "model": {"backbone": "shufflenet_v2_x0_5", "weights": "none"},
+        "model": {"backbone": "shufflenet_v2_x0_5", "weights": "none", "init": "zero"},
         "images": {"size": 32},
         "train": {"rounds": 1},
     }
@@ -75,8 +75,8 @@ def write_study(folder: Path, **changes: Any) -> Path:
 
 
 def read_study(name: str, *changes: str) -> Study:
-    """A study of `configs/`, with changes as on the command line."""
-    return Study.read(CONFIGS / f"{name}.yaml", changes)
+    """A study of `configs/` that starts from zero, with changes as on the command line."""
+    return Study.read(CONFIGS / f"{name}.yaml", ("model.init=zero", *changes))
 
 
 def make_network(**changes: Any) -> Network:

@@ -113,8 +113,9 @@ class Model(Section):
     head: Literal["linear", "discriminant", "ridge"] = "linear"
     """`linear` is trained by rounds; the others are solved from sums over sites, in no round."""
     init: FilePath | None = None
-    """`solved` begins with the discriminant head, solved from sums; else a run folder, whose
-    released model is the starting point."""
+    """`solved` begins with the discriminant head, solved from sums, `zero` with a head of zeros;
+    else a run folder, whose released model is the starting point. Without it, `solved` where no
+    privacy and no `unit_features: false` stand against it, else `zero`."""
 
     @property
     def solved_head(self) -> str | None:
@@ -126,7 +127,7 @@ class Model(Section):
     @property
     def init_run(self) -> Path | None:
         """The run folder to begin with, if there is one."""
-        return None if self.init in (None, "solved") else Path(self.init)
+        return None if self.init in (None, "solved", "zero") else Path(self.init)
 
     @property
     def weights_file(self) -> Path | None:
@@ -181,7 +182,7 @@ class Train(Section):
     imbalance: Literal["none", "weighted", "focal"] = "none"
     class_weights: Annotated[tuple[Moderate, ...], Field(max_length=1000)] | None = None
     patience: Rounds | None = None
-    """Stop after this many rounds without a better `select` metric."""
+    """Stop after this many rounds without a better `select` metric; 5 after a solved head."""
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
@@ -330,14 +331,22 @@ class Study(YamlFile):
 
     @model_validator(mode="before")
     @classmethod
-    def _solved_heads_need_no_rounds(cls, given: Any) -> Any:
-        """A solved head is trained in no round, and reads features of length 1."""
-        model = _own(given, "model")
-        solved = model.get("head", "linear") != "linear"
-        if not isinstance(given, dict) or not (solved or model.get("init") == "solved"):
+    def _start(cls, given: Any) -> Any:
+        """Fill in how a study starts: from a solved head, which reads features of length 1."""
+        model, train = _own(given, "model"), _own(given, "train")
+        if not isinstance(given, dict) or not model:
             return given
-        filled = given | {"model": {"unit_features": True} | model}
-        return filled | {"train": {"rounds": 0} | _own(given, "train")} if solved else filled
+        if model.get("head", "linear") != "linear":
+            return given | {
+                "model": {"unit_features": True} | model,
+                "train": {"rounds": 0} | train,
+            }
+        private = _own(given, "privacy").get("mechanism", "none") != "none"
+        usual = "zero" if private or model.get("unit_features") is False else "solved"
+        if model.get("init", usual) != "solved":
+            return given | {"model": {"init": usual} | model}
+        filled = given | {"model": {"init": "solved", "unit_features": True} | model}
+        return filled | {"train": {"patience": 5} | train} if train else filled
 
     @model_validator(mode="after")
     def _heads_and_rounds(self) -> Self:
@@ -348,10 +357,13 @@ class Study(YamlFile):
         if model.solved_head is None:
             return self
         if self.private:
-            expected = "a head trained by rounds with privacy (head: linear, no init: solved)"
+            expected = "a head trained by rounds with privacy (head: linear, init: zero)"
             raise ValueError(f"expected {expected}, got one solved from sums of patients' features")
         if not model.unit_features:
-            raise ValueError("expected model.unit_features: true with a solved head, got false")
+            raise ValueError(
+                "expected model.unit_features: true with a solved head, got false. "
+                "To train a head from zero on features as they are, write init: zero."
+            )
         if model.head != "linear" and (model.unfreeze != "head" or model.init):
             raise ValueError(
                 f"expected unfreeze: head and no init beside model.head: {model.head}. "
@@ -379,6 +391,11 @@ class Study(YamlFile):
     def private(self) -> bool:
         """Whether a mechanism protects training patients."""
         return self.privacy.mechanism != "none"
+
+    @property
+    def finds_centre(self) -> bool:
+        """Whether the sites' own mean may be the centre of their features."""
+        return self.model.unit_features and self.model.feature_mean is None and not self.private
 
     @classmethod
     def read(cls, path: Path, changes: tuple[str, ...] = ()) -> Self:
@@ -409,7 +426,7 @@ class Study(YamlFile):
     def proposal(self) -> str:
         """What sites are shown: canonical JSON without this machine's paths."""
         weights = self.model.weights_file.name if self.model.weights_file else self.model.weights
-        init = "solved" if self.model.init == "solved" else None
+        init = "zero" if self.model.init_run else self.model.init
         model = self.model.model_copy(update={"weights": weights, "init": init})
         return self.model_copy(update={"model": model}).model_dump_json()
 

@@ -18,6 +18,7 @@ from common.config.study import Study
 from common.errors import DataError, RunError
 from common.model import backbones
 from common.model.images import Preprocess
+from common.model.network import build_model
 
 
 @dataclass(frozen=True)
@@ -65,14 +66,7 @@ def load_model(run: str | Path) -> ReleasedModel:
         raise RunError(folder, expected="a finished run", got="none", remedy=remedy)
     study = Study.read(study_file)
     backbone = backbones.get(study.model.backbone)
-    network = backbone.build(
-        classes=len(study.classes),
-        dropout=0.0,
-        weights="none",
-        seed=0,
-        mean=study.model.feature_mean,
-        unit=study.model.unit_features,
-    )
+    network = build_model(study, "none")
     try:
         network.load_state_dict(load_file(file))
     except (SafetensorError, RuntimeError, OSError):

@@ -28,7 +28,7 @@ class Network:
     split: Split
     trainable: tuple[str, ...]
     centre: str | None
-    """The name of the centre of features, where the sites find it together: it travels, too."""
+    """The name of the centre of features, where the sites may find it together: it travels, too."""
     frozen: tuple[str, ...]
     """Asked to train as well, but frozen in a private study: BatchNorm's scales and shifts."""
     preprocess: Preprocess
@@ -64,6 +64,19 @@ class Network:
             own[name].copy_(tensor)
 
 
+def build_model(study: Study, weights: str) -> nn.Module:
+    """The classifier of `study`, whole, in eval mode; `weights` as in `assemble`."""
+    backbone, model = backbones.get(study.model.backbone), study.model
+    return backbone.build(
+        classes=len(study.classes),
+        dropout=model.dropout,
+        weights=weights,
+        seed=derive(study.seed, "initial weights"),
+        mean=(0.0,) * backbone.width if study.finds_centre else model.feature_mean,
+        unit=model.unit_features,
+    )
+
+
 def assemble(study: Study, weights: str) -> Network:
     """The network of `study` from `weights` (`DEFAULT`, `none` or a file on this machine).
 
@@ -74,28 +87,18 @@ def assemble(study: Study, weights: str) -> Network:
     backbone = backbones.get(study.model.backbone)
     if study.images.size:
         backbone.check_size(study.images.size)
-    seed = derive(study.seed, "initial weights")
-    classes, dropout = len(study.classes), study.model.dropout
     mean = study.model.feature_mean
     if mean is not None and len(mean) != backbone.width:
         expected, got = f"{backbone.width} numbers, the features of {backbone.name}", len(mean)
         remedy = "Make it with consilium-simulate feature-mean."
         raise study.error("model.feature_mean", expected=expected, got=got, remedy=remedy)
-    finds_centre = study.model.solved_head is not None and mean is None
-    model = backbone.build(
-        classes=classes,
-        dropout=dropout,
-        weights=weights,
-        seed=seed,
-        mean=(0.0,) * backbone.width if finds_centre else mean,
-        unit=study.model.unit_features,
-    )
+    model = build_model(study, weights)
     preprocess = backbone.preprocess(study.model.weights).with_size(study.images.size)
     asked = backbone.trainable(model, study.model.unfreeze)
     untrained = list_batchnorm(model, asked) if study.private else ()
     trainable = tuple(name for name in asked if name not in untrained)
     state = model.state_dict()
-    centre = f"{backbone.head}.centre.mean" if finds_centre else None
+    centre = f"{backbone.head}.centre.mean" if study.finds_centre else None
     travelling = (*trainable, centre) if centre else trainable
     frozen = {name: tensor for name, tensor in state.items() if name not in travelling}
     shapes = {name: tuple(state[name].shape) for name in travelling}

@@ -15,7 +15,7 @@ from common.support.terminal import console, size
 from server.reports import plots
 from server.reports.tables import format_figure
 from server.runs.results import FEDERATED, Outcome, Weight, unite_counts, write_results
-from server.runs.run_folder import RunFolder
+from server.runs.run_folder import Checkpoint, RunFolder
 
 _FEW = 6
 
@@ -70,6 +70,17 @@ class Reporter:
         """Print that a head was solved."""
         told = f"{head}, strength {strength:g}, from the sums of {sites} sites ({size(sent)} each)"
         console.print(f"  solved: {told}", style="dim")
+
+    def report_choice(self, checkpoint: Checkpoint) -> None:
+        """Print which model is released, and why, where validation chose it."""
+        best, label = checkpoint.best, METRICS[self._study.select].label
+        if best is None:
+            return
+        what = f"the model of round {best.round}" if best.round else "the solved head"
+        told = f"released: {what}, {label} {best.score:.3f} ± {best.noise:.3f} in validation"
+        if more := checkpoint.round - best.round:
+            told += f"; {more} more rounds made it no better beyond that"
+        console.print(f"  {told}", style="dim")
 
     def report_round(self, lines: Sequence[Mapping[str, Any]], seconds: float) -> None:
         """Print one line of progress; `lines` has the sites first and the overall line last."""

@@ -22,13 +22,14 @@ from common.protocol.tensors import count_bytes, to_arrays
 from common.support.seeds import derive
 from server.reports.progress import Joined, Reporter
 from server.rounds.admission import Member
+from server.rounds.choosing import choose_best
 from server.rounds.federation import Federation
 from server.rounds.ledger_heads import LedgerHeads
 from server.rounds.solving import AskedSites, solve_head
 from server.rounds.start import describe_weights, load_first_tensors
 from server.rounds.strategies import Aggregator
 from server.runs.results import Outcome, unite_counts
-from server.runs.run_folder import Checkpoint, RunFolder
+from server.runs.run_folder import Best, Checkpoint, RunFolder
 
 log = logging.getLogger(__name__)
 
@@ -142,7 +143,9 @@ class Run:
 
     def _stalled(self) -> bool:
         """Whether the select metric has not improved for `patience` scored models."""
-        patience = self._study.train.patience
+        patience, best = self._study.train.patience, self._last.best
+        if patience and best:
+            return self._last.round - 1 - best.round >= patience
         scores = {number: score for number, score in enumerate(self._scores) if score is not None}
         if not patience or not scores:
             return False
@@ -166,10 +169,15 @@ class Run:
         mean = sum(weight[n] * x for n, x in losses.items()) / total if losses else None
         lines.append(_line(number, None, mean, self._bytes * len(replies), counts))
         self._folder.append_history(lines)
-        state = self._aggregator.save_state()
-        self._last = Checkpoint(round=number, tensors=merged, state=state)
+        state, best = self._aggregator.save_state(), self._choose(counts)
+        self._last = Checkpoint(round=number, tensors=merged, state=state, best=best)
         self._folder.save_last(self._last)
         self._reporter.report_round(lines, seconds=time.monotonic() - began)
+
+    def _choose(self, counts: Counts) -> Best | None:
+        """The best model by now, once the last one was validated; only after a solved head."""
+        chooses = self._study.model.init == "solved"
+        return choose_best(self._study, self._last, counts) if chooses else None
 
     def _line(self, number: int, name: str, reply: RoundReply) -> dict[str, Any]:
         figures = reply.figures
@@ -232,11 +240,14 @@ class Run:
         raise RunError(what, expected=expected, got=got, remedy=remedy)
 
     def _finish(self) -> Outcome:
-        """Evaluate the last model and release it, whatever its validation.
+        """Release a model, and evaluate it.
 
-        A few dozen images cannot tell one late round from another: the best of them is a lottery.
+        The last one, whatever its validation: a few dozen images cannot tell one late round from
+        another. After a solved head, that one unless rounds made it better beyond noise.
         """
-        arrays = to_arrays(self._last.tensors)
+        self._reporter.report_choice(self._last)
+        released, tensors = self._last.released
+        arrays = to_arrays(tensors)
         request = FinalRequest(study=self._study.id, arrays=arrays).record()
 
         def messages(members: Sequence[Member]) -> list[Message]:
@@ -253,13 +264,13 @@ class Run:
         everyone = len(members)
         replies = self._ask("evaluation", members, everyone, messages, read, enough=everyone)
         told = {name: reply.counts for name, reply in replies.items() if reply.counts}
-        self._log_validation(told)
+        self._log_validation(told, released)
         test = {name: counts.test for name, counts in told.items()}
-        self._network.load(self._last.tensors)
+        self._network.load(tensors)
         withheld = {m.name: words for m in members if (words := m.reply.disclosure.withheld)}
         outcome = Outcome(
             study=self._study,
-            round=self._last.round,
+            round=released,
             test=test,
             withheld=withheld,
             weights=self._federation.weights,
@@ -267,28 +278,35 @@ class Run:
         self._reporter.report_end(outcome, self._network.model)
         return outcome
 
-    def _log_validation(self, told: dict[str, FinalCounts]) -> None:
+    def _log_validation(self, told: dict[str, FinalCounts], released: int) -> None:
         """Log how the released model validates, as a line after the last round's."""
         number = self._last.round + 1
         there = [member for member in self._federation.training if member.name in told]
-        lines = [_line(number, m.name, None, 0, told[m.name].validation) for m in there]
-        counts = self._pooled([told[m.name].validation for m in there if m.scores])
-        self._folder.append_history([*lines, _line(number, None, None, 0, counts)])
+        counts = {m.name: told[m.name].validation for m in there}
+        pooled = self._pooled([counts[m.name] for m in there if m.scores])
+        every = [*counts.items(), (None, pooled)]
+        lines = [_line(number, name, None, 0, found, released) for name, found in every]
+        self._folder.append_history(lines)
 
 
 def _line(
-    number: int, site: str | None, train_loss: float | None, size: int, counts: Counts | None
+    number: int,
+    site: str | None,
+    train_loss: float | None,
+    size: int,
+    counts: Counts | None,
+    model_round: int | None = None,
 ) -> dict[str, Any]:
     """One line of `metrics.jsonl`: a round's training, and how the model it began with validates.
 
-    That model had `model_round` rounds; the line after the last round has no training. What a site
-    does not tell is None.
+    That model had `model_round` rounds; the line after the last round has no training, and is of
+    the released model. What a site does not tell is None.
     """
     return {
         "round": number,
         "site": site,
         "train_loss": train_loss,
         "bytes": size,
-        "model_round": number - 1,
+        "model_round": number - 1 if model_round is None else model_round,
         **{metric: None if counts is None else value(counts, metric) for metric in METRICS},
     }

@@ -36,8 +36,8 @@ def load_first_tensors(study: Study, network: Network) -> Tensors:
     if study.model.init_run is None:
         return dict(network.initial)
     folder = RunFolder(study.model.init_run)
-    released = folder.read_last() if (folder.path / "report.json").exists() else None
-    if released is None:
+    last = folder.read_last() if (folder.path / "report.json").exists() else None
+    if last is None:
         raise study.error("model.init", expected="a finished run", got=study.model.init)
     ours = {**_kinship(study), "weights": describe_weights(study)}
     theirs = {**_kinship(folder.study), "weights": folder.read_facts()["weights"]}
@@ -51,12 +51,13 @@ def load_first_tensors(study: Study, network: Network) -> Tensors:
         raise study.error("model.init", expected=expected, got=got, remedy=remedy)
     if folder.study.private:
         log.warning("the ε of %s adds to this study's: the same patients trained it", folder.path)
-    deeper = [name for name in released.tensors if name not in network.shapes]
+    _, tensors = last.released
+    deeper = [name for name in tensors if name not in network.shapes]
     if deeper:
         expected = "a run that trained no deeper than this study"
         remedy = "Choose a model.unfreeze at least as deep as that run's."
         raise study.error("model.init", expected=expected, got=f"{deeper[0]}", remedy=remedy)
-    return {**network.initial, **released.tensors}
+    return {**network.initial, **tensors}
 
 
 def _kinship(study: Study) -> dict[str, Any]:

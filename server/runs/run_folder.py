@@ -22,20 +22,50 @@ from common.errors import RunError
 from common.protocol.tensors import Tensors
 from common.support import files
 
-_STATE = "strategy-state/"
+_STATE, _BEST = "strategy-state/", "best/"
 _META = "consilium"
 _LOCK = ".lock"
 _LAST = "last.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
+class Best:
+    """The model that validates best of those since a solved head, beyond noise.
+
+    Attributes:
+      round: How many rounds it had; 0 is the solved head itself.
+      score: The study's `select` metric on the validation patients of all sites that tell.
+      noise: The standard error of that, by image.
+      tensors: The model.
+    """
+
+    round: int
+    score: float
+    noise: float
+    tensors: Tensors
+
+
+@dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A finished round: the next one begins with it, or it is released."""
+    """A finished round: the next one begins with it.
+
+    Attributes:
+      round: Its number; 0 before the first.
+      tensors: The model after it.
+      state: The state of the strategy.
+      best: The model to release instead, where validation chooses one.
+    """
 
     round: int
     tensors: Tensors
     state: Tensors
-    """The state of the strategy."""
+    best: Best | None = None
+
+    @property
+    def released(self) -> tuple[int, Tensors]:
+        """The round and the model that are released if the study ends here."""
+        chosen = self.best or self
+        return chosen.round, chosen.tensors
 
 
 class RunFolder:
@@ -102,15 +132,19 @@ class RunFolder:
                 loaded = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError, KeyError, ValueError) as ex:
             raise RunError(path, expected="an intact checkpoint", got=ex) from None
-        tensors = {key: value for key, value in loaded.items() if not key.startswith(_STATE)}
-        state = {k.removeprefix(_STATE): v for k, v in loaded.items() if k.startswith(_STATE)}
-        return Checkpoint(round=facts["round"], tensors=tensors, state=state)
+        tensors = {k: v for k, v in loaded.items() if not k.startswith((_STATE, _BEST))}
+        state, kept = (_strip(loaded, prefix) for prefix in (_STATE, _BEST))
+        best = Best(**facts["best"], tensors=kept) if facts.get("best") else None
+        return Checkpoint(round=facts["round"], tensors=tensors, state=state, best=best)
 
     def save_last(self, checkpoint: Checkpoint) -> None:
         """Save the checkpoint, which finishes its round."""
-        facts = {"round": checkpoint.round}
-        state = {f"{_STATE}{key}": tensor for key, tensor in checkpoint.state.items()}
-        data = save({**checkpoint.tensors, **state}, {_META: json.dumps(facts)})
+        facts: dict[str, Any] = {"round": checkpoint.round}
+        kept = {f"{_STATE}{key}": tensor for key, tensor in checkpoint.state.items()}
+        if best := checkpoint.best:
+            facts["best"] = {"round": best.round, "score": best.score, "noise": best.noise}
+            kept |= {f"{_BEST}{key}": tensor.clone() for key, tensor in best.tensors.items()}
+        data = save({**checkpoint.tensors, **kept}, {_META: json.dumps(facts)})
         self.write(_LAST, data)
         # For people; the checkpoint itself holds the same.
         self.write("last.json", json.dumps(facts, indent=2), durable=False)
@@ -185,6 +219,11 @@ class RunFolder:
         path = self.path / "run.yaml"
         facts: dict[str, Any] = yaml.safe_load(path.read_text("utf-8")) if path.exists() else {}
         return facts
+
+
+def _strip(tensors: Tensors, prefix: str) -> Tensors:
+    """Those under a prefix, without it."""
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
 def _unwritable(path: Path, ex: OSError) -> RunError:
