@@ -64,6 +64,7 @@ def _kinship(study: Study) -> dict[str, Any]:
     return {
         "backbone": study.model.backbone,
         "classes": study.classes,
+        "unit_features": study.model.unit_features,
         "image size": study.images.size,
         "holdout": study.holdout,
         "seed": study.seed,

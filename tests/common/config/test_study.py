@@ -323,7 +323,7 @@ OTHER = {
     "model.unfreeze": "last:1",
     "model.dropout": 0.1,
     "model.feature_mean": [0.5],
-    "model.unit_features": True,
+    "model.unit_features": False,
     "model.precision": "bfloat16",
     "images.size": 64,
     "images.unreadable": "skip",
@@ -493,7 +493,7 @@ def test_what_patients_would_decide_is_refused_under_privacy(
 
 
 def test_a_solved_head_needs_no_rounds_and_reads_unit_features() -> None:
-    study = make_study(model={"backbone": "resnet18", "head": "discriminant"}, train={"rounds": 0})
+    study = make_study(model={"head": "discriminant", "init": None}, train={"rounds": 0})
     assert study.model.unit_features
     assert study.model.solved_head == "discriminant"
     begins = make_study(model={"backbone": "resnet18", "init": "solved"})

@@ -25,7 +25,12 @@ def study(**changes: Any) -> Study:
     content: dict[str, Any] = {
         "name": "lesions",
         "classes": ["benign", "malignant"],
-        "model": {"backbone": NAME, "weights": "none", "unfreeze": changes.pop("unfreeze", "head")},
+        "model": {
+            "backbone": NAME,
+            "weights": "none",
+            "unfreeze": changes.pop("unfreeze", "head"),
+            "init": "zero",
+        },
         "images": {"size": changes.pop("size", 64)},
         "train": {"rounds": 1},
     }

@@ -343,7 +343,7 @@ def test_a_killed_process_resumes_to_the_same_end(
     tmp_path: Path, phantoms: Path, run_main: Callable[..., tuple[int, str]]
 ) -> None:
     """SIGKILL at three moments; each time the command goes on from the last finished round."""
-    study = [str(DEMO), "--set", "train.rounds=12"]
+    study = [str(DEMO), "--set", "train.rounds=12", "--set", "train.patience="]
     study += ["--set", "train.local_epochs=1"]
     sites = [part for name in PHANTOMS for part in ("--site", str(phantoms / name))]
     start = ["run", *study, *sites, "--cache", str(phantoms / "cache")]

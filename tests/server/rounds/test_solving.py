@@ -2,12 +2,15 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
+from flwr.app import Array
+from safetensors.torch import load_file
 
 from client.ledger.entries import Sent
 from client.ledger.ledger import read_ledger
-from common.errors import RunError
+from common.errors import RunError, StudyError
 from common.heads.registry import HEADS
 from server.app import app as server_app
 from server.runs.results import read_results
@@ -25,7 +28,7 @@ from tests.builders import (
     make_study,
 )
 
-HEAD = {"backbone": "shufflenet_v2_x0_5", "weights": "none", "head": "discriminant"}
+HEAD = {"backbone": "shufflenet_v2_x0_5", "weights": "none", "head": "discriminant", "init": None}
 
 
 def solved_study(**model):
@@ -126,3 +129,36 @@ def test_a_run_stopped_after_it_was_solved_does_not_ask_for_sums_again(tmp_path,
     again = RunFolder(folder).read_last()
     assert all(torch.equal(again.tensors[name], t) for name, t in solved.tensors.items())
     assert asked.count("query.sums") == 4
+
+
+def test_rounds_that_make_a_solved_head_worse_are_given_up_and_not_released(tmp_path, phantoms):
+    def app(message, context):
+        reply = client_app(message, context)
+        if message.metadata.message_type == "train":
+            arrays = reply.content.array_records["arrays"]
+            for name, array in list(arrays.items()):
+                arrays[name] = Array(np.zeros_like(array.numpy()))
+        return reply
+
+    study = solved_study(head="linear", init="solved")
+    assert study.train.patience == 5
+    longer = study.train.model_copy(update={"rounds": 9, "patience": 2})
+    folder, _ = run(tmp_path / "run", phantoms, study.model_copy(update={"train": longer}), app)
+    last, facts = folder.read_last(), read_results(folder.path, 4)[1]
+    assert (last.round, last.best.round, facts["released_round"]) == (3, 0, 0)
+    released = load_file(folder.path / "model.safetensors")
+    for name, tensor in last.best.tensors.items():
+        assert torch.equal(released[name], tensor)
+    assert released["fc.linear.weight"].abs().max() > 0
+    assert folder.read_history()[-1]["model_round"] == 0
+
+
+def test_a_study_goes_on_from_a_model_with_a_centre_of_its_own(tmp_path, phantoms):
+    first, _ = run(tmp_path / "first", phantoms, solved_study(head="linear", init="solved"))
+    started = solved_study(head="linear", init=str(first.path), unit_features=True)
+    second, _ = run(tmp_path / "second", phantoms, started)
+    released = first.read_history()[-1]
+    overall = next(x for x in second.read_history() if x["round"] == 1 and x["site"] is None)
+    assert overall["balanced_accuracy"] == pytest.approx(released["balanced_accuracy"])
+    with pytest.raises(StudyError, match="another unit_features"):
+        run(tmp_path / "third", phantoms, solved_study(head="linear", init=str(first.path)))
