@@ -186,6 +186,8 @@ class Handlers:
         session, agreed = self._open_joined(context, opened, what)
         if agreed.role != "train":
             raise ContractError("sums of a site that does not train")
+        if kind != "candidates" and agreed.disclosure.sums == "none":
+            raise ContractError("sums that this site agreed not to tell")
         with record_errors(opened.ledger, what):
             return _leave(message, opened, what, lambda: work(session))
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from client.consent.agreement import Agreement
 from client.consent.cohort import PARTS, count_by_class, count_patients, list_cohort, name_record
 from client.consent.holdout import check_holdout
-from client.consent.policy import check_policy, check_sums
+from client.consent.policy import check_policy, check_sums, gives_sums
 from client.data.records import Record
 from client.features.cache import prune_stores
 from client.features.extract import FeatureSpec, prepare_images
@@ -205,6 +205,8 @@ def _offer(
         for part, records in kept.items()
     }
     disclosure, delta = site.policy.disclose.resolved(private=study.private), site.policy.delta
+    if not gives_sums(site, study, count_by_class(kept["train"], study)):
+        disclosure = disclosure.model_copy(update={"sums": "none"})
     return Agreement(
         study=study.id,
         role=site.role,

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from client.consent.cohort import PARTS, count_by_class, count_patients, cut_records
 from client.consent.holdout import check_holdout
-from client.consent.policy import check_policy, check_sums
+from client.consent.policy import check_policy, check_sums, gives_sums
 from client.ledger.budget import check_budget, check_studies
 from client.ledger.entries import Entry, find_beginnings
 from client.ledger.ledger import read_ledger
@@ -75,6 +75,7 @@ class Cost:
       training: Patients that would train.
       images: Of theirs.
       room: Bytes that prepared images may take.
+      sums: Whether this site tells sums of features.
       refusal: Why this site's policy says no; None if it agrees.
       noise: None for a study without privacy, or at a site that only evaluates.
     """
@@ -82,6 +83,7 @@ class Cost:
     training: int
     images: int
     room: int
+    sums: bool
     refusal: str | None
     noise: Noise | None
 
@@ -101,6 +103,7 @@ def estimate_cost(site: Site, study: Study) -> Cost:
     cut, entries = cut_records(site, study), read_ledger(site.state)
     records, room = cut.train, estimate_room(study, sum(len(getattr(cut, p)) for p in PARTS))
     training, refusal, noise = count_patients(records), None, None
+    by_class = count_by_class(records, study)
     if isinstance(study.privacy, DpSgd) and site.role == "train":
         if not training:
             where, expected = f"{site.source}: data", "at least one training patient"
@@ -110,10 +113,11 @@ def estimate_cost(site: Site, study: Study) -> Cost:
         check_studies(find_beginnings(entries), site, study)
         check_holdout(site, study)
         check_policy(site, study, noise.privacy_plan if noise else None, training, len(records))
-        check_sums(site, study, count_by_class(records, study))
+        check_sums(site, study, by_class)
     except RefusedError as ex:
         refusal = str(ex)
-    return Cost(training, len(records), room, refusal, noise)
+    sums = gives_sums(site, study, by_class)
+    return Cost(training, len(records), room, sums, refusal, noise)
 
 
 def _noise(site: Site, study: Study, privacy: DpSgd, entries: Sequence[Entry]) -> Noise:

@@ -121,7 +121,7 @@ def _show(site: "Site", study: "Study") -> bool:
     else:
         text = "trained without differential privacy: not accounted, no ε bounds what it tells"
         console.print(f"privacy        none; {text}")
-    console.print(f"leaves         {_leaving(site, study)}")
+    console.print(f"leaves         {_leaving(site, study, sums=found.sums)}")
     refusals = [found.refusal, found.noise and found.noise.unaffordable]
     for no in filter(None, refusals):
         console.print(f"refused        {no}", style="red")
@@ -176,7 +176,7 @@ def _show_noise(noise: "Noise", privacy: "DpSgd", budget: float | None) -> None:
         console.print(f"hopeless?      {warning}", style="yellow")
 
 
-def _leaving(site: "Site", study: "Study") -> str:
+def _leaving(site: "Site", study: "Study", *, sums: bool) -> str:
     from math import prod
 
     from common.model.network import assemble
@@ -187,10 +187,12 @@ def _leaving(site: "Site", study: "Study") -> str:
     shapes = network.shapes
     numbers = sum(prod(shape) for shape in shapes.values())
     each = f"each round {len(shapes)} tensors of {numbers:,} numbers ({size(4 * numbers)})"
-    if study.model.solved_head:
-        sums = size(sum(size_sums(len(study.classes), network.width)))
-        first = f"once, sums of features by class, not accounted ({sums})"
+    if sums or not study.train.rounds:
+        bytes_sent = size(sum(size_sums(len(study.classes), network.width)))
+        first = f"once, sums of features by class, not accounted ({bytes_sent})"
         each = f"{first}; then {each}" if study.train.rounds else first
+    elif study.model.solved_head:
+        each += "; no sums of features (policy.disclose.sums)"
     if network.frozen:
         each += f"; not trained with privacy: {len(network.frozen)} tensors of BatchNorm"
     if site.role == "evaluate":

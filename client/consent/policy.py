@@ -48,21 +48,32 @@ def check_policy(
             raise RefusedError(where, expected=rule.expected, got=rule.got, remedy=f"{remedy}.")
 
 
+def gives_sums(site: Site, study: Study, patients: Sequence[int]) -> bool:
+    """Whether this site tells sums of features to a study, for a head that is solved from them.
+
+    Args:
+      site: Whose policy decides.
+      study: The request.
+      patients: That would train here, of each class.
+    """
+    asked, least = study.model.solved_head is not None, site.policy.disclose.sums
+    few = min((n for n in patients if n), default=0)
+    return asked and site.role == "train" and least != "none" and few >= least
+
+
 def check_sums(site: Site, study: Study, patients: Sequence[int]) -> None:
-    """Return if sums of features may be told of classes with so many training patients here.
+    """Return if this site can take part: without sums, it can where rounds follow.
 
     Raises:
-      RefusedError: a class has too few, or no sums are told.
+      RefusedError: the study is of sums alone, and a class has too few patients, or none are told.
     """
-    if study.model.solved_head is None or site.role != "train":
+    if study.model.head == "linear" or site.role != "train" or gives_sums(site, study, patients):
         return
     least, few = site.policy.disclose.sums, min((n for n in patients if n), default=0)
-    if least != "none" and few >= least:
-        return
     expected = "no sums" if least == "none" else f"sums over {least} patients of a class or more"
     remedy = (
-        "Ask the coordinator for head: linear without init: solved, with privacy, or for secure "
-        "aggregation, which hides one site's sums; or change policy.disclose.sums."
+        "Ask the coordinator for head: linear, which this site can join without sums, for privacy, "
+        "or for secure aggregation, which hides one site's sums; or change policy.disclose.sums."
     )
     where, got = f"{site.source}: policy.disclose.sums", f"sums over {few}"
     raise RefusedError(where, expected=expected, got=got, remedy=remedy)

@@ -27,10 +27,10 @@ class Disclosure(Section):
     epsilon: Positive | None = None
     """ε, at `policy.delta`, of all that one study tells of a validation or test patient: counts of
     the released model, with noise, and no numbers of these patients at join."""
-
     sums: Annotated[StrictInt, Field(ge=1, le=10**6)] | Literal["none"] = 10
     """For a head that is solved from sums of features, without privacy: patients of a class, of
-    those that are here, at least; the sum of a class of one *is* a patient's features."""
+    those that are here, at least; the sum of a class of one *is* a patient's features. As agreed
+    in a study: `none` where it asks for no sums, or a class here has fewer."""
 
     @property
     def base(self) -> int:
@@ -54,6 +54,8 @@ class Disclosure(Section):
     def within(self, other: Self) -> bool:
         """Whether it tells nothing that `other` does not."""
         levels = get_args(CountsLevel), get_args(MetricsLevel)
+        if other.sums == "none" != self.sums:
+            return False
         return (
             levels[0].index(self.counts) >= levels[0].index(other.counts)
             and levels[1].index(self.metrics) >= levels[1].index(other.metrics)

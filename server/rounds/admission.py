@@ -28,6 +28,11 @@ class Member:
         return self.reply.role == "train"
 
     @property
+    def gives_sums(self) -> bool:
+        """Whether it tells sums of features, for a head that is solved from them."""
+        return self.trains and self.reply.disclosure.sums != "none"
+
+    @property
     def scores(self) -> bool:
         """Whether it tells how each round's model does on its validation patients."""
         return self.trains and self.reply.disclosure.metrics == "every_round"

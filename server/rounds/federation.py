@@ -75,6 +75,11 @@ class Federation:
         return [member for member in self.members if member.trains]
 
     @property
+    def giving(self) -> list[Member]:
+        """The members that tell sums of features."""
+        return [member for member in self.members if member.gives_sums]
+
+    @property
     def weights(self) -> dict[str, Weight]:
         """The weight of each training site in the average."""
         return weigh_sites(self.training, self._study.aggregate.max_weight)

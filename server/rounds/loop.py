@@ -103,8 +103,11 @@ class Run:
         if self._study.model.solved_head is None or self._folder.read_last() is not None:
             return
         federation = self._federation
+        if not federation.giving:
+            log.warning("no site tells sums of features: the head starts from zero, not solved")
+            return
         sites = AskedSites(self._study, self._network, federation, self._ask_all)
-        images = [member.reply.images.train for member in federation.training]
+        images = [member.reply.images.train for member in federation.giving]
         solved, head = solve_head(self._study, images, sites)
         self._folder.write("solved.json", json.dumps(solved.facts(), indent=1))
         self._last = Checkpoint(round=0, tensors=self._last.tensors | head, state={})
@@ -222,7 +225,7 @@ class Run:
         The first `size` members are asked; while fewer than `enough` answer well, those that failed
         are asked again, and as many others with them.
         """
-        quorum, asked = self._study.aggregate.quorum, size
+        quorum, asked = min(self._study.aggregate.quorum, enough), size
         good: dict[str, T] = {}
         for _ in range(_ATTEMPTS):
             missing = sorted((m for m in order[:asked] if m.name not in good), key=lambda m: m.name)

@@ -130,7 +130,7 @@ class AskedSites:
         told = self._ask_all(
             MEANS,
             MeansRequest(self._study.id).record(),
-            self._federation.training,
+            self._federation.giving,
             lambda record: MeansReply.read(record, self._width),
         )
         return [(reply.images, reply.total) for reply in told.values()]
@@ -140,7 +140,7 @@ class AskedSites:
         return self._ask_all(
             SUMS,
             SumsRequest(study=self._study.id, centre=centre, weights=weights).record(),
-            self._federation.training,
+            self._federation.giving,
             lambda record: SumsReply.read(record, self._width, weights).sums,
         )
 

@@ -77,7 +77,7 @@ def _study(backbone: str, depth: str, *, private: bool) -> Study:
     content = {
         "name": "bench",
         "classes": ["a", "b"],
-        "model": {"backbone": backbone, "weights": "none", "unfreeze": depth},
+        "model": {"backbone": backbone, "weights": "none", "unfreeze": depth, "init": "zero"},
         "images": {"size": _SIDE},
         "train": {"rounds": 1, "batch_size": _BATCH, "optimizer": "sgd"},
         "privacy": {"mechanism": "dp_sgd", "epsilon": 8.0, "delta": 1e-5},

@@ -64,7 +64,7 @@ def measure_run(sites: int, rounds: int) -> Cost:
     content = {
         "name": "engine",
         "classes": ["a", "b"],
-        "model": {"backbone": "shufflenet_v2_x0_5", "weights": "none"},
+        "model": {"backbone": "shufflenet_v2_x0_5", "weights": "none", "init": "zero"},
         "images": {"size": 32},
         "train": {"rounds": rounds, "local_epochs": 1},
     }

@@ -67,7 +67,12 @@ class Plan:
         content = {
             "name": "bench",
             "classes": ["a", "b"],
-            "model": {"backbone": backbone, "weights": "none", "unfreeze": unfreeze},
+            "model": {
+                "backbone": backbone,
+                "weights": "none",
+                "unfreeze": unfreeze,
+                "init": "zero",
+            },
             "images": {"size": self.side},
             # Random weights: a small rate keeps them from running away; times are the same.
             "train": {"rounds": self.rounds, "optimizer": "sgd", "lr": 1e-4, "batch_size": _BATCH},

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array
+from flwr.app import Array, Message
 from safetensors.torch import load_file
 
 from client.ledger.entries import Sent
@@ -20,6 +20,7 @@ from simulations.engines.grid import simulate_run
 from simulations.studies import runner
 from tests.builders import (
     PHANTOM_CLASSES,
+    PHANTOMS,
     RUNTIME,
     client_app,
     create_run,
@@ -88,6 +89,47 @@ def test_a_site_refuses_sums_of_few_patients_and_the_others_go_on(tmp_path, phan
     south = next(path for path in site_files if path.parent.name == "south")
     (line,) = [e for e in read_ledger(south.parent / "state") if isinstance(e, Sent)]
     assert (line.release.kind, line.contents.metrics) == ("join", ("refused",))
+
+
+def test_a_site_that_gives_no_sums_takes_part_in_rounds_after_a_solved_head(tmp_path, phantoms):
+    few = {"south": {"disclose": {"counts": "exact", "sums": 1000}}}
+    folder, site_files = run(
+        tmp_path / "run", phantoms, solved_study(head="linear", init="solved"), policy=few
+    )
+    assert folder.read_solved_sites() == {"east", "north", "west"}
+    south = next(path for path in site_files if path.parent.name == "south")
+    lines = [e for e in read_ledger(south.parent / "state") if isinstance(e, Sent)]
+    assert [line.release.kind for line in lines] == [
+        *("join", "candidates", "round", "round", "final")
+    ]
+
+
+def test_where_no_site_gives_sums_a_study_starts_from_zero(tmp_path, phantoms):
+    few = {name: {"disclose": {"counts": "exact", "sums": 1000}} for name in PHANTOMS}
+    study = solved_study(head="linear", init="solved")
+    folder, _ = run(tmp_path / "run", phantoms, study, policy=few)
+    assert folder.read_solved_sites() == set()
+    assert folder.read_last().round == 2
+
+
+def test_a_server_gets_no_sums_that_a_site_agreed_not_to_tell(tmp_path, phantoms):
+    """It asks all the same, and has the right centre, weights and study."""
+    asked = []
+
+    def app(message, context):
+        reply = client_app(message, context)
+        if message.metadata.message_type == "query.sums" and not asked:
+            asked.append(message.content)
+        if message.metadata.message_type == "train" and "south" in context.node_config["site"]:
+            again = Message(asked[0], message.metadata.dst_node_id, "query.sums")
+            told = client_app(again, context)
+            assert told.has_error()
+            asked.append(told.error.reason)
+        return reply
+
+    few = {"south": {"disclose": {"counts": "exact", "sums": 1000}}}
+    run(tmp_path / "run", phantoms, solved_study(head="linear", init="solved"), app, few)
+    assert asked[1:] == ["contract"] * 2
 
 
 def test_who_tells_no_figures_of_rounds_gives_sums_but_judges_none(tmp_path, phantoms):
