@@ -34,11 +34,14 @@ class Counts:
     """What a model did on some images; `a + b` is what it did on both sets together.
 
     Attributes:
-      confusion: int64 [K, K], images by true class (row) and predicted class (column).
+      confusion: int64 [K, K], images by true class (row) and the class they were called (column).
       positive: int64 [K, BINS], for each class, its images by the log-odds given to that class.
       negative: int64 [K, BINS], the same for the images of all other classes. Both are empty for
         images whose scores are withheld: figures of scores are then of the other images alone.
       loss_sum: cross-entropy in nats, summed over the images with scores.
+      right: int64 [K], for each class, its images to which the model gives it the highest
+        probability. Where probabilities know how common a class is, and decisions do not, that is
+        more than the diagonal of `confusion`. Of the images with scores alone.
       noise: Standard deviation of what noise or rounding adds to a cell of `confusion`; 0 where
         cells are exact, and just there scores are told. With noise, cells and totals may be
         negative, and shares of them are cut to 0 and 1.
@@ -48,6 +51,7 @@ class Counts:
     positive: Ints
     negative: Ints
     loss_sum: float
+    right: Ints
     noise: float = 0.0
 
     @property
@@ -65,27 +69,35 @@ class Counts:
         """The counts of no images."""
         square, wide = (classes, classes), (classes, BINS)
         confusion, positive, negative = (np.zeros(s, np.int64) for s in (square, wide, wide))
-        return cls(confusion, positive, negative, 0.0)
+        return cls(confusion, positive, negative, 0.0, np.zeros(classes, np.int64))
 
     @classmethod
-    def of(cls, logits: "Tensor", labels: "Tensor") -> Self:
-        """Count one batch: logits float [n, K], labels int [n] in 0..K-1.
+    def of(cls, logits: "Tensor", labels: "Tensor", scores: "Tensor | None" = None) -> Self:
+        """Count one batch.
+
+        Args:
+          logits: Float [n, K]; the class with the highest is called.
+          labels: Int [n], in 0..K-1.
+          scores: Float [n, K], of whose softmax the probabilities are; without them, the logits.
 
         An image with a logit that is no finite number counts as wrong, for sure: an error would
         tell the server that there is such an image.
         """
         truth = labels.detach().cpu().long().numpy()
-        z = _finite(logits.detach().cpu().double().numpy(), truth)
+        called = _finite(logits.detach().cpu().double().numpy(), truth).argmax(1)
+        given = logits if scores is None else scores
+        z = _finite(given.detach().cpu().double().numpy(), truth)
         classes = z.shape[1]
         log_p, log_odds = _log_scores(z)
         bins = np.floor((np.arcsinh(log_odds) + REACH) * (BINS / (2 * REACH)))
         cell = np.clip(bins, 0, BINS - 1).astype(np.int64) + np.arange(classes) * BINS
         own = np.arange(classes) == truth[:, None]
         return cls(
-            _histogram(truth * classes + z.argmax(1), classes, classes),
+            _histogram(truth * classes + called, classes, classes),
             _histogram(cell[own], classes, BINS),
             _histogram(cell[~own], classes, BINS),
             float((-log_p[own]).sum()),
+            np.bincount(truth[z.argmax(1) == truth], minlength=classes).astype(np.int64),
         )
 
     def __add__(self, other: Self) -> Self:
@@ -94,13 +106,14 @@ class Counts:
             self.positive + other.positive,
             self.negative + other.negative,
             self.loss_sum + other.loss_sum,
+            self.right + other.right,
             math.hypot(self.noise, other.noise),
         )
 
     def coarse(self, confusion: Ints, noise: float) -> Self:
         """These counts without scores and losses, with a confusion matrix that is not exact."""
         nothing = np.zeros_like(self.positive)
-        return type(self)(confusion, nothing, nothing, 0.0, noise)
+        return type(self)(confusion, nothing, nothing, 0.0, np.zeros_like(self.right), noise)
 
     def sparse(self) -> Sparse:
         """These counts for the wire: each array as [index, count, …] of its non-zero cells."""
@@ -109,6 +122,7 @@ class Counts:
             "positive": _pairs(self.positive),
             "negative": _pairs(self.negative),
             "loss_sum": self.loss_sum,
+            "right": _pairs(self.right),
             "noise": self.noise,
         }
 
@@ -130,7 +144,7 @@ class Counts:
         Raises:
           ContractError: a key, type, index, count or total is not what `sparse` could have given.
         """
-        keys = {"confusion", "positive", "negative", "loss_sum", "noise"}
+        keys = {"confusion", "positive", "negative", "loss_sum", "right", "noise"}
         if set(record) != keys:
             raise _bad("", f"the keys {sorted(keys)}", f"{len(record)} keys that are not those")
         least = 1 if scored else -MOST
@@ -143,7 +157,11 @@ class Counts:
         if (negative.sum(axis=1) != images.sum() - images).any():
             raise _bad("negative", "as many images outside each class as in confusion", "others")
         loss_sum = _loss_sum(record["loss_sum"], int(images.sum()))
-        return cls(confusion, positive, negative, loss_sum, _noise(record["noise"], scored=scored))
+        right = _dense("right", record["right"], classes, 1)[:, 0]
+        if (right > images).any():
+            raise _bad("right", "no more images of a class than in confusion", "more")
+        noise = _noise(record["noise"], scored=scored)
+        return cls(confusion, positive, negative, loss_sum, right, noise)
 
 
 def _finite(z: Floats, truth: Ints) -> Floats:
@@ -246,7 +264,9 @@ def class_auroc(counts: Counts, k: int) -> float | None:
 
 
 def _accuracy(counts: Counts) -> float | None:
-    return _number(_share(np.trace(counts.confusion), counts.n))
+    """By the most probable class; where scores are withheld, by the class that was called."""
+    right = np.trace(counts.confusion) if counts.noise else counts.right.sum()
+    return _number(_share(right, counts.n))
 
 
 def _balanced_accuracy(counts: Counts) -> float | None:
@@ -279,6 +299,16 @@ METRICS: Mapping[str, Metric] = {
     "loss": Metric("loss", _loss, higher=False),
 }
 """What a study can select and report. A class without images is left out of every mean."""
+
+
+def brier_score(counts: Counts) -> float | None:
+    """Squared distance of probabilities from the truth, 0 to 2 an image (Brier 1950).
+
+    None without scores. Within 1e-4, as the scores are in bins.
+    """
+    p = np.exp(-np.logaddexp(0, -CENTRES))
+    squares = counts.positive @ (1 - p) ** 2 + counts.negative @ p**2
+    return _number(_ratio(squares.sum(), counts.positive.sum()))
 
 
 def value(counts: Counts, name: str) -> float | None:

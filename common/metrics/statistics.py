@@ -59,12 +59,15 @@ def _redraws(counts: Counts, seed: int, draws: int) -> Iterator[Counts]:
     used = (counts.positive + counts.negative).any(axis=0)
     positive, negative = counts.positive[:, used], counts.negative[:, used]
     nats = np.logaddexp(0, -CENTRES[used])  # the loss of an image, from its class's log-odds
+    images = counts.positive.sum(axis=1)
+    share = counts.right / np.maximum(images, 1)
     for _ in range(draws):
         confusion, own, rest = (_redraw(a, rng) for a in (counts.confusion, positive, negative))
         if counts.noise:
             confusion = confusion + rng.normal(0, counts.noise, confusion.shape).round().astype(int)
         loss_sum = counts.loss_sum + float(((own - positive) @ nats).sum())
-        yield Counts(confusion, own, rest, loss_sum)
+        right = rng.binomial(images, share)
+        yield Counts(confusion, own, rest, loss_sum, right, counts.noise)
 
 
 def _redraw(counts: Ints, rng: np.random.Generator) -> Ints:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from common.metrics.metrics import METRICS, Counts, value
+from common.metrics.metrics import METRICS, Counts, brier_score, value
 from common.support.terminal import console, table
 from server.runs.results import (
     Results,
@@ -39,10 +39,11 @@ def _results_tables(
 
     A site that withheld everything has a row of dashes.
     """
-    metrics = [*(METRICS[name].label for name in _COLUMNS), "calibration error"]
+    metrics = [*(METRICS[name].label for name in _COLUMNS), "Brier score", "calibration error"]
 
     def figures_of(counts: Counts) -> list[float | None]:
-        return [*(value(counts, name) for name in _COLUMNS), compute_calibration_error(counts)]
+        figures = [value(counts, name) for name in _COLUMNS]
+        return [*figures, brier_score(counts), compute_calibration_error(counts)]
 
     return (
         _table(results, withheld, len(classes), metrics, figures_of),

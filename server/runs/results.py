@@ -8,7 +8,7 @@ from typing import Any
 
 from common.config.study import Study
 from common.errors import RunError
-from common.metrics.metrics import METRICS, Counts, sensitivity, value
+from common.metrics.metrics import METRICS, Counts, brier_score, sensitivity, value
 from common.metrics.statistics import calibration
 from server.runs.run_folder import RunFolder
 
@@ -135,6 +135,7 @@ def _metrics(counts: Counts) -> dict[str, Any]:
     return {
         "images": counts.n,
         **{name: value(counts, name) for name in METRICS},
+        "brier": brier_score(counts),
         "calibration_error": compute_calibration_error(counts),
         "sensitivity": compute_sensitivities(counts),
     }

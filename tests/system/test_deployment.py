@@ -158,7 +158,10 @@ def spent(world: Loopback, name: str) -> int:
 
 def test_a_head_solved_over_tls_is_the_one_a_simulation_solves(phantoms, tmp_path):
     """Its sums are larger than any question: a message has the room that was asked for."""
-    wanted = study(model={"backbone": "squeezenet1_0", "head": "discriminant"}, train={"rounds": 0})
+    wanted = study(
+        model={"backbone": "squeezenet1_0", "head": "discriminant", "init": None},
+        train={"rounds": 0},
+    )
     with deployed(tmp_path / "real", wanted, phantoms) as world:
         everybody(world)
         run = Run(world)

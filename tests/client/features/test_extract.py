@@ -92,7 +92,7 @@ def network(backbone, unfreeze, size=64, weights="none", seed=0):
         Study(
             name="t",
             classes=("a", "b", "c"),
-            model={"backbone": backbone, "weights": weights, "unfreeze": unfreeze},
+            model={"backbone": backbone, "weights": weights, "unfreeze": unfreeze, "init": "zero"},
             images={"size": size},
             train={"rounds": 1},
             seed=seed,

@@ -28,7 +28,7 @@ def confusion(cells: Sequence[Sequence[int]]) -> Counts:
     positive, negative = (np.zeros((len(table), BINS), np.int64) for _ in range(2))
     positive[:, 1100] = table.sum(axis=1)
     negative[:, 900] = table.sum() - table.sum(axis=1)
-    return Counts(table, positive, negative, float(table.sum()) / 3)
+    return Counts(table, positive, negative, float(table.sum()) / 3, np.diagonal(table).copy())
 
 
 def secret(k: int) -> bytes:

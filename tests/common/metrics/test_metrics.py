@@ -18,6 +18,7 @@ from common.metrics.metrics import (
     MOST,
     Counts,
     better,
+    brier_score,
     class_auroc,
     sensitivity,
     specificity,
@@ -234,6 +235,9 @@ UNTRUE: dict[str, dict[str, Any]] = {
     "a list for a loss": hostile(loss_sum=[1.0]),
     "a loss without images": {**Counts.zero(2).sparse(), "loss_sum": 1.0},
     "a key too many": hostile(extra=1),
+    "more right than there are": {**TRUE, "right": [0, 10**6]},
+    "a right of nobody": {**Counts.zero(2).sparse(), "right": [0, 1]},
+    "a negative right": {**TRUE, "right": [0, -1]},
     "a key missing": {key: TRUE[key] for key in ("confusion", "positive", "loss_sum")},
     "nothing at all": {},
 }
@@ -265,6 +269,7 @@ def test_the_largest_counts_add_up_without_overflow() -> None:
             "positive": [BINS - 1, MOST, 2 * BINS - 1, MOST],
             "negative": [0, MOST, BINS, MOST],
             "loss_sum": 1.0,
+            "right": [0, MOST, 1, MOST],
             "noise": 0.0,
         },
         2,
@@ -325,3 +330,31 @@ def test_figures_of_noised_counts_stay_within_bounds(cells: list[list[int]]) -> 
     for name in METRICS:
         figure = value(noised(cells), name)
         assert figure is None or 0 <= figure <= 1
+
+
+# --- two read-outs: what is called, and how probable it is ---
+
+
+def test_decisions_come_from_logits_and_probabilities_from_scores() -> None:
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(400, 3, generator=generator, dtype=torch.float64)
+    labels = torch.multinomial((logits + torch.tensor([2.0, 0, -2])).softmax(1), 1)[:, 0]
+    scores = logits + torch.tensor([2.0, 0, -2])
+    counts = Counts.of(logits, labels, scores)
+    called, probable = logits.argmax(1), scores.argmax(1)
+    assert np.trace(counts.confusion) == int((called == labels).sum())
+    assert counts.right.sum() == int((probable == labels).sum()) > np.trace(counts.confusion)
+    assert value(counts, "accuracy") == pytest.approx(counts.right.sum() / 400)
+    loss = torch.nn.functional.cross_entropy(scores, labels)
+    assert value(counts, "loss") == pytest.approx(loss.item())
+    truth = torch.nn.functional.one_hot(labels, 3)
+    brier = (scores.softmax(1) - truth).square().sum(1).mean()
+    assert brier_score(counts) == pytest.approx(brier.item(), abs=1e-4)
+
+
+def test_the_brier_score_is_between_none_and_two() -> None:
+    labels = torch.arange(40) % 2
+    sure = 60.0 * torch.nn.functional.one_hot(labels, 2)
+    assert brier_score(Counts.of(sure, labels)) == pytest.approx(0, abs=1e-9)
+    assert brier_score(Counts.of(-sure, labels)) == pytest.approx(2, abs=1e-9)
+    assert brier_score(Counts.zero(2)) is None

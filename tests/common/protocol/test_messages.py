@@ -301,8 +301,10 @@ def test_a_loss_said_to_be_told_is_not_left_out() -> None:
 def test_an_end_that_tells_finer_than_was_said_is_refused() -> None:
     coarse, good = rounded(COUNTS, "validation"), rounded(COUNTS + COUNTS, "test")
     unrounded = coarse.coarse(COUNTS.confusion, coarse.noise)
-    scored = Counts(coarse.confusion, COUNTS.positive, COUNTS.negative, coarse.loss_sum)
-    with_loss = Counts(coarse.confusion, coarse.positive, coarse.negative, 0.01)
+    scored = Counts(
+        coarse.confusion, COUNTS.positive, COUNTS.negative, coarse.loss_sum, COUNTS.right
+    )
+    with_loss = Counts(coarse.confusion, coarse.positive, coarse.negative, 0.01, coarse.right)
     cells = coarse.confusion.copy()
     cells[coarse.confusion.sum(axis=1).argmax(), 0] += 10
     more = coarse.coarse(cells, coarse.noise)
@@ -392,7 +394,7 @@ def test_a_round_reply_holds_the_float32_tensors_of_the_suffix_and_no_other_arra
     }
     assert {part: set(metrics) for part, metrics in record.metric_records.items()} == {
         "metrics": {"train-loss"},
-        "validation": {"confusion", "positive", "negative", "loss_sum", "noise"},
+        "validation": {"confusion", "positive", "negative", "loss_sum", "right", "noise"},
     }
 
 

@@ -206,7 +206,7 @@ def test_a_class_missing_at_a_site_is_fine(command: Command, hospital: Path) -> 
     spoil(hospital, lambda rows: [row for row in rows if ",nodule," not in row])
     code, text = command("run", *alone(hospital))
     assert code == 0, text
-    assert "nan" not in text
+    assert " nan" not in text
 
 
 def test_an_empty_site(command: Command, hospital: Path) -> None:

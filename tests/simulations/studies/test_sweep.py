@@ -21,7 +21,13 @@ from tests.builders import DEMO, OPEN
 
 pytestmark = pytest.mark.system
 
-CHANGES = ("train.rounds=1", "train.batch_size=4", "aggregate.quorum=2", "select=loss")
+CHANGES = (
+    "train.rounds=1",
+    "train.batch_size=4",
+    "aggregate.quorum=2",
+    "select=loss",
+    "model.init=zero",
+)
 SHORT = [part for change in CHANGES for part in ("--set", change)]
 
 Sweep = Callable[..., tuple[int, str]]
