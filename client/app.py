@@ -50,10 +50,13 @@ from common.protocol.sums import (
     SumsRequest,
 )
 from common.protocol.tensors import from_arrays
+from common.protocol.validate import ValidateReply, ValidateRequest, check_read_outs
 
 log = logging.getLogger(__name__)
 
-Answer = JoinReply | MeansReply | SumsReply | CandidatesReply | RoundReply | FinalReply
+Answer = (
+    JoinReply | MeansReply | SumsReply | CandidatesReply | ValidateReply | RoundReply | FinalReply
+)
 
 
 def make_app(runtime: Runtime) -> ClientApp:
@@ -65,6 +68,7 @@ def make_app(runtime: Runtime) -> ClientApp:
     app.query("means")(handlers.tell_means)
     app.query("sums")(handlers.tell_sums)
     app.query("candidates")(handlers.compare_heads)
+    app.query("validate")(handlers.validate)
     app.train()(handlers.work_round)
     app.evaluate()(handlers.finish)
     return app
@@ -168,6 +172,17 @@ class Handlers:
 
         return self._tell_solved(message, context, request.study, "candidates", work)
 
+    def validate(self, message: Message, context: Context) -> Message:
+        """How one model does on validation images, and how true its probabilities are."""
+        request = ValidateRequest.read(message.content)
+
+        def work(session: Session) -> ValidateReply:
+            check_read_outs(request.read_outs, len(session.prepared.study.classes))
+            tensors = from_arrays(request.arrays, session.prepared.network.shapes)
+            return session.validate(tensors, request.read_outs)
+
+        return self._tell_once(message, context, request.study, "validate", work)
+
     def _tell_solved(
         self,
         message: Message,
@@ -177,16 +192,28 @@ class Handlers:
         work: Callable[[Session], Answer],
     ) -> Message:
         """What a site that trains answers in a study whose head is solved."""
-        site, study = self._find_study(context, study_id)
-        opened = self._runtime.open_site(site)
+        _, study = self._find_study(context, study_id)
         if study.model.solved_head is None:
             raise ContractError("a study whose head is not solved")
+        return self._tell_once(message, context, study_id, kind, work)
+
+    def _tell_once(
+        self,
+        message: Message,
+        context: Context,
+        study_id: str,
+        kind: Literal["means", "sums", "candidates", "validate"],
+        work: Callable[[Session], Answer],
+    ) -> Message:
+        """What a site that trains answers to one question, always the same to the same."""
+        site, study = self._find_study(context, study_id)
+        opened = self._runtime.open_site(site)
         received = hash_request(message.content)
         what = Release(study=study.id, name=study.name, kind=kind, received=received)
         session, agreed = self._open_joined(context, opened, what)
         if agreed.role != "train":
-            raise ContractError("sums of a site that does not train")
-        if kind != "candidates" and agreed.disclosure.sums == "none":
+            raise ContractError("a question to a site that does not train")
+        if kind in ("means", "sums") and agreed.disclosure.sums == "none":
             raise ContractError("sums that this site agreed not to tell")
         with record_errors(opened.ledger, what):
             return _leave(message, opened, what, lambda: work(session))
@@ -218,6 +245,7 @@ class Handlers:
         """The final message: counts of the released model."""
         request = FinalRequest.read(message.content)
         site, study = self._find_study(context, request.study)
+        check_read_outs([request.read_out], len(study.classes))
         opened = self._runtime.open_site(site)
         what = Release(study=study.id, name=study.name, kind="final")
         session, agreed = self._open_joined(context, opened, what)
@@ -233,7 +261,7 @@ class Handlers:
                 message,
                 opened,
                 what,
-                lambda: session.finish(released),
+                lambda: session.finish(released, request.read_out),
                 allow=lambda: check_noise_once(opened.ledger.sealed_ends(study.id), study),
             )
 

@@ -20,6 +20,7 @@ from client.training import trainer
 from client.training.head_features import compute_head_features, count_heads
 from common.config.study import DpSgd
 from common.errors import ContractError
+from common.heads.read_out import AS_IT_IS, ReadOut
 from common.heads.sums import Sums, map_features
 from common.metrics.metrics import Counts, Floats
 from common.model.contract import Versions
@@ -29,6 +30,7 @@ from common.protocol.join import JoinReply
 from common.protocol.ledger import LedgerHead
 from common.protocol.round import Figures, RoundReply, RoundRequest
 from common.protocol.tensors import Tensors, to_arrays
+from common.protocol.validate import ValidateReply
 from common.support.seeds import derive
 
 
@@ -155,26 +157,48 @@ class Session:
         arrays = to_arrays(self.prepared.network.tensors)
         return RoundReply(arrays=arrays, figures=figures, ledger=ledger)
 
-    def finish(self, released: Tensors) -> FinalReply:
+    def validate(self, model: Tensors, read_outs: Sequence[ReadOut]) -> ValidateReply:
+        """How a model does on validation images, and its loss under each read-out.
+
+        Raises:
+          ContractError: the site agreed to tell no figures before the end.
+        """
+        if self.agreed().disclosure.metrics != "every_round":
+            raise ContractError("figures that this site agreed not to tell")
+        return self.judge(model, read_outs)
+
+    def judge(self, model: Tensors, read_outs: Sequence[ReadOut]) -> ValidateReply:
+        """The same, for this machine alone."""
+        prepared, classes = self.prepared, len(self.prepared.study.classes)
+        prepared.network.load(model)
+        with fix_numerics(prepared.site.threads):
+            suffix, examples = prepared.network.split.suffix, prepared.examples["validation"]
+            logits, labels = trainer.compute_logits(suffix, examples, classes)
+        losses = [Counts.of(logits, labels, each.scores(logits)).loss_sum for each in read_outs]
+        return ValidateReply(counts=Counts.of(logits, labels), losses=losses)
+
+    def finish(self, released: Tensors, read_out: ReadOut = AS_IT_IS) -> FinalReply:
         """The end: counts of the released model, as agreed."""
         if self.agreed().disclosure.metrics == "none":
             return FinalReply(counts=None)
-        validation, test = self.tell(released, "validation", "test")
+        validation, test = self.tell(released, "validation", "test", read_out=read_out)
         return FinalReply(counts=FinalCounts(validation=validation, test=test))
 
-    def tell(self, model: Tensors, *parts: str) -> list[Counts]:
+    def tell(self, model: Tensors, *parts: str, read_out: ReadOut = AS_IT_IS) -> list[Counts]:
         """Counts of a model on parts of this site's patients, as coarse or noised as it tells them.
 
         Args:
           model: The tensors to evaluate.
           parts: Of `validation` and `test`, each once.
+          read_out: Of its probabilities, where scores are told.
         """
         agreed, drawn = self._agreed or self.prepared.offer, self.prepared.drawn
         if agreed.end is not None:
             return noise_counts([self.evaluate(model, p, drawn[p]) for p in parts], agreed.end)
         rounding = Rounding(self.prepared.site.secret(), agreed.disclosure.base)
         name = self.prepared.network.digest(model)
-        return [rounding.round_counts(self.evaluate(model, p), p, name) for p in parts]
+        found = {part: self.evaluate(model, part, read_out=read_out) for part in parts}
+        return [rounding.round_counts(counts, part, name) for part, counts in found.items()]
 
     def sum_all_features(self) -> tuple[int, Floats]:
         """How many training images have features that are all finite, and the sum of these [d]."""
@@ -255,10 +279,16 @@ class Session:
                 proximal_mu=proximal_mu,
             )
 
-    def evaluate(self, tensors: Tensors, part: str, some: Tensor | None = None) -> Counts:
+    def evaluate(
+        self,
+        tensors: Tensors,
+        part: str,
+        some: Tensor | None = None,
+        read_out: ReadOut = AS_IT_IS,
+    ) -> Counts:
         """Counts of the received tensors on one part of this site's images, all or some of them."""
         prepared, classes = self.prepared, len(self.prepared.study.classes)
         prepared.network.load(tensors)
         with fix_numerics(prepared.site.threads):
             suffix = prepared.network.split.suffix
-            return trainer.evaluate(suffix, prepared.examples[part], classes, some)
+            return trainer.evaluate(suffix, prepared.examples[part], classes, some, read_out)

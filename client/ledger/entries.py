@@ -22,7 +22,7 @@ class Release(Section):
     study: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
     name: Name
     """The study's name, for people."""
-    kind: Literal["join", "means", "sums", "candidates", "round", "final"]
+    kind: Literal["join", "means", "sums", "candidates", "validate", "round", "final"]
     round: Count | None = None
     received: Sha256 | None = None
     """SHA-256 of the model received, with the backbone it was put on (`Network.digest`)."""

@@ -15,6 +15,7 @@ from common.flower.messages import MessageLimit, limit_message
 from common.protocol.backbone import BACKBONE, PIECE
 from common.protocol.sums import CANDIDATES, MOST_CANDIDATES
 from common.protocol.tensors import Shapes
+from common.protocol.validate import VALIDATE
 from common.support import files
 
 _LARGEST = {
@@ -112,7 +113,11 @@ class MessageLimits:
     def get(self, kind: str) -> MessageLimit:
         """The limit of a message of this type; without a study joined, no tensors are expected."""
         small = limit_message([PIECE] if kind == BACKBONE else [])
-        known = list(self._known.values()) if kind in ("train", "evaluate", CANDIDATES) else []
+        known = (
+            list(self._known.values())
+            if kind in ("train", "evaluate", CANDIDATES, VALIDATE)
+            else []
+        )
         if kind == CANDIDATES:  # so many heads, each no larger than the tensors of its study
             known = [MessageLimit(MOST_CANDIDATES * size, parts) for size, parts in known]
         sizes, parts = zip(small, *known, strict=True)

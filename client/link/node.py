@@ -34,6 +34,7 @@ from common.protocol.join import JoinRequest
 from common.protocol.ledger import LEDGER
 from common.protocol.round import RoundRequest
 from common.protocol.sums import CANDIDATES, MEANS, SUMS
+from common.protocol.validate import VALIDATE
 from common.support import files, keys
 
 log = logging.getLogger(__name__)
@@ -55,6 +56,7 @@ _NAMES = {
     MEANS: "the sum of all features",
     SUMS: "sums of features by class",
     CANDIDATES: "heads to compare",
+    VALIDATE: "a model to validate",
 }
 _KEPT = "what was answered before"
 

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from client.features.precision import autocast
 from client.training.dataset import Examples
 from common.config.study import Dtype, Train
+from common.heads.read_out import AS_IT_IS, ReadOut
 from common.metrics.metrics import Counts
 from common.model.split import train_mode
 from common.support.seeds import derive
@@ -141,15 +142,25 @@ def _views(examples: Examples, indices: Tensor, seed: int) -> Tensor | int:
 
 
 def evaluate(
-    suffix: nn.Module, examples: Examples, classes: int, some: Tensor | None = None
+    suffix: nn.Module,
+    examples: Examples,
+    classes: int,
+    some: Tensor | None = None,
+    read_out: ReadOut = AS_IT_IS,
 ) -> Counts:
     """Counts of `suffix` on the images themselves (view 0), all of them or some; no randomness."""
+    logits, labels = compute_logits(suffix, examples, classes, some)
+    return Counts.of(logits, labels, read_out.scores(logits))
+
+
+def compute_logits(
+    suffix: nn.Module, examples: Examples, classes: int, some: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Logits, float32 [n, K] on the CPU, of the images themselves, and their labels [n]."""
     device = next(suffix.parameters()).device
-    counts = Counts.zero(classes)
+    at = torch.arange(len(examples)) if some is None else some
     suffix.eval()
     with torch.inference_mode():
-        at = torch.arange(len(examples)) if some is None else some
-        for indices in at.split(_EVALUATION_BATCH) if len(at) else ():
-            logits = suffix(examples.batch(indices, 0, device))
-            counts = counts + Counts.of(logits.float().cpu(), examples.labels[indices])
-    return counts
+        batches = at.split(_EVALUATION_BATCH) if len(at) else ()
+        logits = [suffix(examples.batch(b, 0, device)).float().cpu() for b in batches]
+    return torch.cat([torch.zeros(0, classes), *logits]), examples.labels[at]

@@ -3,8 +3,10 @@
 from common.model.inference import load_model
 model = load_model("runs/demo")
 model.probabilities(["a.png", "b.jpg"])  # float32 [2, classes], columns as in model.classes
+model.decisions(["a.png", "b.jpg"])  # int64 [2], positions in model.classes
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 
 from common.config.study import Study
 from common.errors import DataError, RunError
+from common.heads.read_out import AS_IT_IS, ReadOut
 from common.model import backbones
 from common.model.images import Preprocess
 from common.model.network import build_model
@@ -29,11 +32,13 @@ class ReleasedModel:
       classes: Names of the columns of `probabilities`.
       network: Normalised float32 [n, 3, crop, crop] → logits [n, classes]; in eval mode.
       preprocess: From an image file to the network's input.
+      read_out: From logits to probabilities, which know how common each class is; decisions do not.
     """
 
     classes: tuple[str, ...]
     network: nn.Module
     preprocess: Preprocess
+    read_out: ReadOut = AS_IT_IS
 
     def probabilities(self, images: Sequence[str | Path]) -> Tensor:
         """Class probabilities float32 [len(images), classes] of image files.
@@ -41,10 +46,26 @@ class ReleasedModel:
         Raises:
           DataError: an image cannot be read; names it.
         """
+        return self.read_out.scores(self.logits(images)).softmax(1).float()
+
+    def decisions(self, images: Sequence[str | Path]) -> Tensor:
+        """The class each image file is called, int64 [len(images)]; not always the likeliest.
+
+        Raises:
+          DataError: an image cannot be read; names it.
+        """
+        return self.logits(images).argmax(1)
+
+    def logits(self, images: Sequence[str | Path]) -> Tensor:
+        """Logits float32 [len(images), classes] of image files.
+
+        Raises:
+          DataError: an image cannot be read; names it.
+        """
         pixels = torch.stack([self._pixels(Path(path)) for path in images])
         with torch.inference_mode():
             logits: Tensor = self.network(self.preprocess.normalise(pixels))
-        return logits.softmax(1)
+        return logits
 
     def _pixels(self, path: Path) -> Tensor:
         try:
@@ -73,4 +94,15 @@ def load_model(run: str | Path) -> ReleasedModel:
         got = "a damaged one"
         raise RunError(file, expected="the released model", got=got) from None
     preprocess = backbone.preprocess(study.model.weights).with_size(study.images.size)
-    return ReleasedModel(study.classes, network, preprocess)
+    return ReleasedModel(study.classes, network, preprocess, _read_out(folder))
+
+
+def _read_out(folder: Path) -> ReadOut:
+    path = folder / "read_out.json"
+    try:
+        told = json.loads(path.read_text("utf-8"))
+        return ReadOut(float(told["temperature"]), tuple(map(float, told["log_prior"])))
+    except FileNotFoundError:
+        return AS_IT_IS
+    except (OSError, ValueError, KeyError, TypeError):
+        raise RunError(path, expected="the model's read-out", got="a damaged one") from None

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
+from common.heads.read_out import AS_IT_IS, ReadOut
 from common.metrics.metrics import Counts
 from common.protocol.counts import read_counts
 from common.protocol.fields import (
@@ -17,6 +18,7 @@ from common.protocol.fields import (
     get_value,
 )
 from common.protocol.join import JoinReply
+from common.protocol.validate import read_read_outs, write_read_outs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,18 +27,23 @@ class FinalRequest:
 
     study: str
     arrays: ArrayRecord
+    read_out: ReadOut = AS_IT_IS
+    """By which its probabilities are read."""
 
     def record(self) -> RecordDict:
         """As Flower sends it."""
-        config = ConfigRecord({STUDY: self.study})
+        told = write_read_outs([self.read_out])
+        config = ConfigRecord({STUDY: self.study, **told})
         return RecordDict({ARRAYS: self.arrays, CONFIG: config})
 
     @classmethod
     def read(cls, record: RecordDict) -> "FinalRequest":
-        """Back from Flower; the arrays are still unchecked. Raises `ContractError`."""
+        """Back from Flower; arrays and read-out are still unchecked. Raises `ContractError`."""
         check_parts(record, ARRAYS, CONFIG)
+        (read_out,) = read_read_outs(record, most=1)
         arrays = get_part(record.array_records, ARRAYS)
-        return cls(study=get_value(record, CONFIG, STUDY, str), arrays=arrays)
+        study = get_value(record, CONFIG, STUDY, str)
+        return cls(study=study, arrays=arrays, read_out=read_out)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ from safetensors.torch import save
 from torch import nn
 
 from common.config.study import Study
+from common.heads.read_out import AS_IT_IS, ReadOut
 from common.metrics.metrics import METRICS
 from common.protocol.join import JoinReply
 from common.support.terminal import console, size
@@ -71,8 +72,14 @@ class Reporter:
         told = f"{head}, strength {strength:g}, from the sums of {sites} sites ({size(sent)} each)"
         console.print(f"  solved: {told}", style="dim")
 
-    def report_choice(self, checkpoint: Checkpoint) -> None:
-        """Print which model is released, and why, where validation chose it."""
+    def report_choice(self, checkpoint: Checkpoint, read_out: ReadOut) -> None:
+        """Print which model is released, and why, and how its probabilities are read."""
+        if read_out != AS_IT_IS:
+            prior = " and the share of each class" if any(read_out.log_prior) else ""
+            told = f"temperature {read_out.temperature:.2g}{prior}, for the least loss"
+            console.print(
+                f"  probabilities: {told} in validation; decisions: as they are", style="dim"
+            )
         best, label = checkpoint.best, METRICS[self._study.select].label
         if best is None:
             return

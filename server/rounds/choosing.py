@@ -32,6 +32,12 @@ def choose_best(study: Study, checkpoint: Checkpoint, counts: Counts) -> Best | 
     return Best(round=checkpoint.round, score=score, noise=noise, tensors=checkpoint.tensors)
 
 
+def is_stalled(study: Study, checkpoint: Checkpoint) -> bool:
+    """Whether `patience` models since the best, all but the last judged, were no better."""
+    best, patience = checkpoint.best, study.train.patience
+    return bool(best and patience and checkpoint.round - 1 - best.round >= patience)
+
+
 def find_noise(study: Study, counts: Counts) -> float:
     """The standard error of the `select` metric, by bootstrap of images; 0 where it has none."""
     found = intervals(counts, [study.select], seed=study.seed, draws=_DRAWS)[study.select]

@@ -5,6 +5,7 @@ import logging
 import random
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,8 +23,9 @@ from common.protocol.tensors import count_bytes, to_arrays
 from common.support.seeds import derive
 from server.reports.progress import Joined, Reporter
 from server.rounds.admission import Member
-from server.rounds.choosing import choose_best
+from server.rounds.choosing import choose_best, is_stalled
 from server.rounds.federation import Federation
+from server.rounds.judging import Judged, judge_model
 from server.rounds.ledger_heads import LedgerHeads
 from server.rounds.solving import AskedSites, solve_head
 from server.rounds.start import describe_weights, load_first_tensors
@@ -146,9 +148,9 @@ class Run:
 
     def _stalled(self) -> bool:
         """Whether the select metric has not improved for `patience` scored models."""
-        patience, best = self._study.train.patience, self._last.best
-        if patience and best:
-            return self._last.round - 1 - best.round >= patience
+        patience = self._study.train.patience
+        if self._last.best:
+            return is_stalled(self._study, self._last)
         scores = {number: score for number, score in enumerate(self._scores) if score is not None}
         if not patience or not scores:
             return False
@@ -248,16 +250,17 @@ class Run:
         The last one, whatever its validation: a few dozen images cannot tell one late round from
         another. After a solved head, that one unless rounds made it better beyond noise.
         """
-        self._reporter.report_choice(self._last)
+        judged = self._judge()
         released, tensors = self._last.released
-        arrays = to_arrays(tensors)
-        request = FinalRequest(study=self._study.id, arrays=arrays).record()
+        arrays, classes = to_arrays(tensors), len(self._study.classes)
+        final = FinalRequest(study=self._study.id, arrays=arrays, read_out=judged.read_out)
+        request = final.record()
 
         def messages(members: Sequence[Member]) -> list[Message]:
             return [Message(request, member.node, MessageType.EVALUATE) for member in members]
 
         def read(member: Member, record: RecordDict) -> FinalReply:
-            return FinalReply.read(record, len(self._study.classes), member.reply)
+            return FinalReply.read(record, classes, member.reply)
 
         history = self._folder.read_history()
         trained = {line["site"] for line in history if line["round"] <= self._last.round}
@@ -280,6 +283,19 @@ class Run:
         )
         self._reporter.report_end(outcome, self._network.model)
         return outcome
+
+    def _judge(self) -> Judged:
+        """Choose what is released, once the last model is judged, too; and how it is read out."""
+        judged = judge_model(self._study, self._federation, self._last.tensors)
+        if (best := self._choose(judged.counts)) is not self._last.best:
+            self._last = replace(self._last, best=best)
+            self._folder.save_last(self._last)
+        released, tensors = self._last.released
+        if released != self._last.round:
+            judged = judge_model(self._study, self._federation, tensors)
+        self._folder.write("read_out.json", json.dumps(judged.facts(), indent=1))
+        self._reporter.report_choice(self._last, judged.read_out)
+        return judged
 
     def _log_validation(self, told: dict[str, FinalCounts], released: int) -> None:
         """Log how the released model validates, as a line after the last round's."""

@@ -11,7 +11,7 @@ from flwr.app import Message, RecordDict
 from common.config.study import Study
 from common.heads.registry import HEADS, LinearHead
 from common.heads.sums import Sums, balance
-from common.metrics.metrics import Counts, Floats, better, value
+from common.metrics.metrics import Counts, Floats, value
 from common.model import backbones
 from common.model.network import Network
 from common.protocol.sums import (
@@ -40,8 +40,8 @@ class Solved:
     Attributes:
       head: Its name.
       strength: Of its shrinkage or penalty.
-      validation: The select metric of each strength, on the validation patients of all sites that
-        tell; empty where none does.
+      validation: The mean of AUROC and balanced accuracy of each strength, on the validation
+        patients of all sites that tell; empty where none does.
       sites: Whose sums are in it, by name.
     """
 
@@ -205,24 +205,34 @@ def solve_candidates(study: Study, sums: Mapping[str, Sums]) -> dict[float, Line
 def choose_strength(
     study: Study, told: Sequence[Sequence[Counts]]
 ) -> tuple[float, dict[float, float | None]]:
-    """The strength with the best select metric over the validation patients of all sites.
+    """The strength that validates best over the patients of all sites.
+
+    By the mean of AUROC and balanced accuracy, whatever the study selects: a few dozen patients of
+    rare classes tell strengths better apart by both than by one.
 
     Args:
-      study: That names head and metric.
+      study: That names the head.
       told: Of each site that tells, the counts of each strength.
 
     Returns:
-      The strength, the default one where no site tells; and the metric of each.
+      The strength, the default one where no site tells; and how each does.
     """
-    kind, metric, classes = HEADS[study.model.solved_head or ""], study.select, len(study.classes)
+    kind, classes = HEADS[study.model.solved_head or ""], len(study.classes)
     if not told:
         return kind.default, {}
     scores = {
-        strength: value(unite_counts((site[i] for site in told), classes), metric)
+        strength: _judge(unite_counts((site[i] for site in told), classes))
         for i, strength in enumerate(kind.strengths)
     }
-    best = kind.default
-    for strength, score in scores.items():
-        if better(metric, score, scores[best]):
-            best = strength
-    return best, scores
+    known = {strength: score for strength, score in scores.items() if score is not None}
+    if not known:
+        return kind.default, scores
+    most = max(known.values())
+    good = [strength for strength, score in known.items() if score == most]
+    return (kind.default if kind.default in good else good[0]), scores
+
+
+def _judge(counts: Counts) -> float | None:
+    """How well a head ranks and decides: the mean of AUROC and balanced accuracy."""
+    ranks, decides = value(counts, "auroc"), value(counts, "balanced_accuracy")
+    return None if ranks is None or decides is None else (ranks + decides) / 2

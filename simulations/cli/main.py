@@ -27,6 +27,8 @@ from simulations.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from common.model.inference import ReleasedModel
     from simulations.engines.base import Engine
     from simulations.studies.runner import Source
@@ -169,7 +171,11 @@ def predict(
     folder: Annotated[Path, typer.Argument(help="Images; subfolders are searched too.")],
     out: Annotated[Path, typer.Option(help="The CSV file to write.")] = Path("predictions.csv"),
 ) -> None:
-    """Write the released model's class probabilities for every image in a folder."""
+    """Write what the released model calls every image in a folder, and its class probabilities.
+
+    Where classes are unlike in number, what an image is called need not be its likeliest class:
+    decisions treat all classes alike, so that rare ones are found; probabilities do not.
+    """
     from common.model.image_files import find_images
     from common.model.inference import load_model
 
@@ -182,28 +188,26 @@ def predict(
     rows = []
     batches = [paths[i : i + _BATCH] for i in range(0, len(paths), _BATCH)]
     for batch in track(batches, "images", console=console, disable=not console.is_terminal):
-        for path, row in _probabilities(model, batch):
-            predicted = model.classes[row.index(max(row))]
-            shares = (f"{p:.6f}" for p in row)
-            rows.append((path.relative_to(folder).as_posix(), predicted, *shares))
+        for path, logits in _logits(model, batch):
+            shares = [f"{p:.6f}" for p in model.read_out.scores(logits).softmax(0).tolist()]
+            called = model.classes[int(logits.argmax())]
+            rows.append((path.relative_to(folder).as_posix(), called, *shares))
     text = io.StringIO(newline="")
     csv.writer(text).writerows([("image", "predicted", *model.classes), *rows])
     files.write(out, text.getvalue())
     console.print(f"{len(rows)} images → {out}")
 
 
-def _probabilities(
-    model: "ReleasedModel", paths: Sequence[Path]
-) -> Iterator[tuple[Path, list[float]]]:
-    """The images with their probabilities; those that cannot be read are named and left out."""
+def _logits(model: "ReleasedModel", paths: Sequence[Path]) -> Iterator[tuple[Path, "Tensor"]]:
+    """The images with their logits; those that cannot be read are named and left out."""
     try:
-        yield from zip(paths, model.probabilities(paths).tolist(), strict=True)
+        yield from zip(paths, model.logits(paths), strict=True)
     except DataError as ex:
         if len(paths) == 1:
             console.print(f"left out: {ex}", style="yellow")
             return
         for path in paths:
-            yield from _probabilities(model, [path])
+            yield from _logits(model, [path])
 
 
 @app.command(epilog="Example: consilium-simulate backbones --classes 7")

@@ -1,7 +1,6 @@
 """The first question anyone asks: does federating beat training alone, and what would pooling do?
 
-Both baselines use the study's own trainer and rounds, without a federation; as there, the last
-model counts.
+Both baselines use the study's own trainer and rounds, without a federation, and release as there.
 `local` trains at each site on that site's patients alone, `pooled` on those of all sites together.
 What a site does not tell a federation is not told here either, so that all ways know the same.
 """
@@ -9,7 +8,7 @@ What a site does not tell a federation is not told here either, so that all ways
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,14 +20,18 @@ from client.training import trainer
 from client.training.dataset import Examples
 from common.config.study import Study
 from common.errors import RefusedError
+from common.heads.read_out import ReadOut, list_read_outs
 from common.heads.registry import LinearHead
 from common.heads.sums import Sums
 from common.metrics.metrics import Counts, Floats
 from common.protocol.tensors import Tensors
 from common.support.seeds import derive
+from server.rounds.choosing import choose_best, is_stalled
+from server.rounds.judging import Judged, add_images, unite_judgements
 from server.rounds.solving import solve_head
 from server.rounds.start import load_first_tensors
 from server.runs.results import Results
+from server.runs.run_folder import Best, Checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -47,53 +50,84 @@ def train_baselines(study: Study, site_files: Sequence[Path], runtime: Runtime) 
     for session in training:
         log.info("local: %s", session.prepared.site.name)
         model = _alone(study, [session], session.prepared.site.name)
-        local |= _tested([session], model)
+        local |= _tested([session], *model)
     log.info("pooled: %d sites", len(training))
     model = _alone(study, training, "pooled")
-    return {"local": local, "pooled": _tested(sessions, model)}
+    return {"local": local, "pooled": _tested(sessions, *model)}
 
 
-def _tested(sessions: Sequence[Session], model: Tensors) -> dict[str, Counts]:
+def _tested(sessions: Sequence[Session], model: Tensors, read_out: ReadOut) -> dict[str, Counts]:
     return {
-        session.prepared.site.name: session.tell(model, "test")[0]
+        session.prepared.site.name: session.tell(model, "test", read_out=read_out)[0]
         for session in sessions
         if session.prepared.offer.disclosure.metrics != "none"
     }
 
 
-def _alone(study: Study, sessions: Sequence[Session], name: str) -> Tensors:
-    """Train on the patients of `sessions` as one site; the tensors after the last round."""
-    network = sessions[0].prepared.network
-    plan, first = study.train, load_first_tensors(study, network)
+def _alone(study: Study, sessions: Sequence[Session], name: str) -> tuple[Tensors, ReadOut]:
+    """Train on the patients of `sessions` as one site would alone; a model, and its read-out.
+
+    By the rules of the federation: it stops early, and releases, by these sites' own validation.
+    """
+    network, sites = sessions[0].prepared.network, _OpenSites(sessions)
+    first = load_first_tensors(study, network)
     if study.model.solved_head is not None:
         # Of these sites' sums alone, its strength chosen by their own validation patients.
-        images = [session.prepared.offer.images.train for session in sessions]
-        first |= solve_head(study, images, _OpenSites(sessions))[1]
-    if study.model.head != "linear":
-        return first
+        first |= solve_head(study, sites.images, sites)[1]
+    last = Checkpoint(round=0, tensors=first, state={})
+    while last.round < study.train.rounds and not is_stalled(study, last):
+        best = _choose(study, last, sites)
+        trained = _train(study, sessions, name, last.round + 1, last.tensors)
+        last = Checkpoint(round=last.round + 1, tensors=trained, state={}, best=best)
+    _, released = replace(last, best=_choose(study, last, sites)).released
+    return released, sites.judge(released).read_out
+
+
+def _choose(study: Study, last: Checkpoint, sites: "_OpenSites") -> Best | None:
+    if study.model.init != "solved":
+        return None
+    return choose_best(study, last, sites.judge(last.tensors).counts)
+
+
+def _train(
+    study: Study, sessions: Sequence[Session], name: str, number: int, tensors: Tensors
+) -> Tensors:
+    """Tensors after one more round on the patients of all these sites."""
+    network, plan = sessions[0].prepared.network, study.train
     if plan.local_steps:  # as many steps as these sites take in a round of the federation
         plan = plan.model_copy(update={"local_steps": plan.local_steps * len(sessions)})
     examples = _joined([session.prepared.examples["train"] for session in sessions])
-    network.load(first)
-    for number in range(1, plan.rounds + 1):
-        with fix_numerics(sessions[0].prepared.site.threads):
-            trainer.train(
-                network.split.suffix,
-                examples,
-                plan,
-                classes=len(study.classes),
-                lr=trainer.learning_rate(plan, number),
-                seed=derive(study.seed, name, number, "train"),
-                dtype=study.model.precision,
-            )
+    network.load(tensors)
+    with fix_numerics(sessions[0].prepared.site.threads):
+        trainer.train(
+            network.split.suffix,
+            examples,
+            plan,
+            classes=len(study.classes),
+            lr=trainer.learning_rate(plan, number),
+            seed=derive(study.seed, name, number, "train"),
+            dtype=study.model.precision,
+        )
     return {name: tensor.clone() for name, tensor in network.tensors.items()}
 
 
 @dataclass(frozen=True)
 class _OpenSites:
-    """What sites that are open on this machine answer where a head is solved."""
+    """What sites that are open on this machine answer where a head is solved, or judged."""
 
     sessions: Sequence[Session]
+
+    @property
+    def images(self) -> list[tuple[int, ...]]:
+        """Training images of each class, of each site."""
+        return [session.prepared.offer.images.train for session in self.sessions]
+
+    def judge(self, model: Tensors) -> Judged:
+        """How a model validates."""
+        images = self.images
+        read_outs = list_read_outs(add_images(images))
+        told = [session.judge(model, read_outs) for session in self.sessions]
+        return unite_judgements(read_outs, told, len(images[0]))
 
     def means(self) -> Iterable[tuple[int, Floats]]:
         return [session.sum_all_features() for session in self.sessions]

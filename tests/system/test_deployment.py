@@ -171,7 +171,7 @@ def test_a_head_solved_over_tls_is_the_one_a_simulation_solves(phantoms, tmp_pat
         assert told["sites"] == list(NAMES)
         state = Site.read(world.sites["east"]).state
         kinds = [e.release.kind for e in read_ledger(state) if isinstance(e, Sent)]
-        assert kinds == ["join", "means", "sums", "candidates", "final"]
+        assert kinds == ["join", "means", "sums", "candidates", "validate", "final"]
 
 
 def test_over_tls_comes_out_what_a_simulation_gives(phantoms, tmp_path):

@@ -522,7 +522,7 @@ def test_the_released_model_predicts_as_the_federation_did(tmp_path: Path, phant
     model = load_model(folder)
     tested = cut_records(Site.read(site_files[1]), study).test
     images = [record.image.path for record in tested]  # type: ignore[attr-defined]
-    predicted = model.probabilities(images).argmax(1)
+    predicted = model.decisions(images)
     truth = torch.tensor([record.label for record in tested])
     results, _ = read_results(folder, 4)
     counts = results["federated"]["north"]

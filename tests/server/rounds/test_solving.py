@@ -71,7 +71,14 @@ def test_the_released_model_is_pooled_trainings_to_the_last_decision(tmp_path, p
 def test_every_message_of_it_is_in_the_ledger(tmp_path, phantoms):
     _, site_files = run(tmp_path / "run", phantoms, solved_study())
     lines = [e for e in read_ledger(site_files[0].parent / "state") if isinstance(e, Sent)]
-    assert [line.release.kind for line in lines] == ["join", "means", "sums", "candidates", "final"]
+    assert [line.release.kind for line in lines] == [
+        "join",
+        "means",
+        "sums",
+        "candidates",
+        "validate",
+        "final",
+    ]
     sums = lines[2].contents
     assert set(sums.tensors) == {"counts", "totals", "second"}
     assert sums.tensors["counts"] == (len(PHANTOM_CLASSES),)
@@ -100,7 +107,7 @@ def test_a_site_that_gives_no_sums_takes_part_in_rounds_after_a_solved_head(tmp_
     south = next(path for path in site_files if path.parent.name == "south")
     lines = [e for e in read_ledger(south.parent / "state") if isinstance(e, Sent)]
     assert [line.release.kind for line in lines] == [
-        *("join", "candidates", "round", "round", "final")
+        *("join", "candidates", "round", "round", "validate", "validate", "final")
     ]
 
 
@@ -147,7 +154,7 @@ def test_a_run_that_begins_with_a_solved_head_trains_it_on(tmp_path, phantoms):
     assert last.round == 2
     lines = [e for e in read_ledger(site_files[0].parent / "state") if isinstance(e, Sent)]
     assert [line.release.kind for line in lines] == [
-        *("join", "means", "sums", "candidates", "round", "round", "final")
+        *("join", "means", "sums", "candidates", "round", "round", "validate", "validate", "final")
     ]
     assert any(tensor.abs().max() > 1 for tensor in last.tensors.values())  # not from zero
 
