@@ -15,6 +15,7 @@ from client.consent.proposals import drop_proposal, keep_proposal, parse_proposa
 from client.ledger.budget import check_noise_once, check_studies
 from client.ledger.entries import Release
 from client.ledger.release import Reply, record_errors, release
+from client.own_models import finish
 from client.runtime import Runtime, SiteRuntime
 from client.session import Session
 from client.site import Site
@@ -249,19 +250,24 @@ class Handlers:
         opened = self._runtime.open_site(site)
         what = Release(study=study.id, name=study.name, kind="final")
         session, agreed = self._open_joined(context, opened, what)
-        released = from_arrays(request.arrays, session.prepared.network.shapes)
+        network = session.prepared.network
+        released = from_arrays(request.arrays, network.shapes)
+        solved = None
+        if request.solved is not None:
+            sums = request.solved.sums(len(study.classes), network.width)
+            solved = sums, request.solved.shrinkage
         received = session.prepared.network.digest(released)
-        rounds, sums, ends = (
+        rounds, given, ends = (
             opened.ledger.models(study.id, kind) for kind in ("round", "sums", "final")
         )
-        check_end(study, agreed, received, rounds=rounds, took_part=bool(rounds | sums), ends=ends)
+        check_end(study, agreed, received, rounds=rounds, took_part=bool(rounds | given), ends=ends)
         what = what.model_copy(update={"received": received, "privacy": agreed.end})
         with record_errors(opened.ledger, what):
             return _leave(
                 message,
                 opened,
                 what,
-                lambda: session.finish(released, request.read_out),
+                lambda: finish(session, released, request.read_out, solved),
                 allow=lambda: check_noise_once(opened.ledger.sealed_ends(study.id), study),
             )
 

@@ -1,6 +1,6 @@
 """One site at work in one study: it joins, works a round, evaluates, finishes."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from torch import Tensor
@@ -201,20 +201,26 @@ class Session:
         return [rounding.round_counts(counts, part, name) for part, counts in found.items()]
 
     def sum_all_features(self) -> tuple[int, Floats]:
-        """How many training images have features that are all finite, and the sum of these [d]."""
-        features = self.compute_features("train")
+        """How many training images have features that are all finite, and the sum of these [d].
+
+        Of an image with several views, the mean of them.
+        """
+        features = np.mean([*self.view_features("train")], axis=0)
         good = features[np.isfinite(features).all(axis=1)]
         return len(good), good.sum(axis=0)
 
     def sum_features(self, weights: Floats, centre: Floats) -> Sums:
         """The sums of this site's training images, for a head that is solved from them.
 
+        The views of an image count as one image together.
+
         Args:
           weights: [K], of each class.
           centre: [d], taken off each image's features.
         """
         labels = self.prepared.examples["train"].labels.numpy()
-        return Sums.of(map_features(self.compute_features("train"), centre), labels, weights)
+        views = [map_features(features, centre) for features in self.view_features("train")]
+        return Sums.mean([Sums.of(features, labels, weights) for features in views])
 
     def compare_heads(self, heads: Sequence[tuple[Tensor, Tensor]], centre: Floats) -> list[Counts]:
         """The counts of heads on this site's validation images, where it tells them each round.
@@ -233,12 +239,18 @@ class Session:
         features = map_features(self.compute_features("validation"), centre)
         return count_heads(features, labels, heads)
 
-    def compute_features(self, part: str) -> Floats:
+    def view_features(self, part: str) -> Iterator[Floats]:
+        """What the head reads of each view of the images of a part, the images themselves first."""
+        views = self.prepared.examples[part].prepared.views
+        return (self.compute_features(part, view) for view in range(views))
+
+    def compute_features(self, part: str, view: int = 0) -> Floats:
         """What the head reads of the images of a part, by the backbone as it was at first."""
         prepared = self.prepared
         prepared.network.load(prepared.network.initial)
+        suffix, examples = prepared.network.split.suffix, prepared.examples[part]
         with fix_numerics(prepared.site.threads):
-            return compute_head_features(prepared.network.split.suffix, prepared.examples[part])
+            return compute_head_features(suffix, examples, view)
 
     def train(self, tensors: Tensors, round_number: int, proximal_mu: float) -> float:
         """Train the received tensors on this site's training patients; returns the mean loss.

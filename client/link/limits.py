@@ -13,7 +13,7 @@ import httpx
 from common.errors import ContractError, LinkError
 from common.flower.messages import MessageLimit, limit_message
 from common.protocol.backbone import BACKBONE, PIECE
-from common.protocol.sums import CANDIDATES, MOST_CANDIDATES
+from common.protocol.sums import CANDIDATES, MOST_CANDIDATES, size_sums
 from common.protocol.tensors import Shapes
 from common.protocol.validate import VALIDATE
 from common.support import files
@@ -94,16 +94,16 @@ class MessageLimits:
         self._path = path
         try:
             kept = json.loads(path.read_text("ascii"))
-            self._known = {study: MessageLimit(*map(int, two)) for study, two in kept.items()}
+            self._known = {
+                study: tuple(MessageLimit(*map(int, two)) for two in both)
+                for study, both in kept.items()
+            }
         except (OSError, ValueError, TypeError, AttributeError):
             self._known = {}
 
     def expect(self, studies: Mapping[str, Shapes]) -> None:
         """Expect the tensors of studies that this site takes part in."""
-        new = {
-            study: limit_message(4 * math.prod(shape) + 256 for shape in shapes.values())
-            for study, shapes in studies.items()
-        }
+        new = {study: _limit(shapes) for study, shapes in studies.items()}
         both = {**self._known, **new}
         if both != self._known:
             self._known = dict(list(both.items())[-_STUDIES:])
@@ -113,12 +113,17 @@ class MessageLimits:
     def get(self, kind: str) -> MessageLimit:
         """The limit of a message of this type; without a study joined, no tensors are expected."""
         small = limit_message([PIECE] if kind == BACKBONE else [])
-        known = (
-            list(self._known.values())
-            if kind in ("train", "evaluate", CANDIDATES, VALIDATE)
-            else []
-        )
+        asked = kind in ("train", "evaluate", CANDIDATES, VALIDATE)
+        known = [both[kind == "evaluate"] for both in self._known.values() if asked]
         if kind == CANDIDATES:  # so many heads, each no larger than the tensors of its study
             known = [MessageLimit(MOST_CANDIDATES * size, parts) for size, parts in known]
         sizes, parts = zip(small, *known, strict=True)
         return MessageLimit(max(sizes), max(parts))
+
+
+def _limit(shapes: Shapes) -> tuple[MessageLimit, MessageLimit]:
+    """Of the tensors of a study, and of them with the sums that its head was solved from."""
+    tensors = [4 * math.prod(shape) + 256 for shape in shapes.values()]
+    heads = [shape for name, shape in shapes.items() if name.endswith("linear.weight")]
+    sums = [size for classes, width in heads for size in size_sums(classes, width)]
+    return limit_message(tensors), limit_message([*tensors, *sums])

@@ -28,6 +28,13 @@ class Patients:
         owner = torch.tensor([number[patient] for patient in ids], dtype=torch.int64)
         return cls(owner.argsort(stable=True), owner.bincount())
 
+    @property
+    def owner(self) -> Tensor:
+        """The number of the patient of each image, in the order of images; int64 [images]."""
+        owner = torch.empty_like(self.images)
+        owner[self.images] = torch.arange(len(self.counts)).repeat_interleave(self.counts)
+        return owner
+
     def draw(self, rate: float, views: int, entropy: Entropy) -> tuple[Tensor, Tensor]:
         """The patients of a step, each with probability `rate`: an image of each, and its view."""
         drawn = entropy.poisson(len(self.counts), rate)

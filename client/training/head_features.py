@@ -13,8 +13,8 @@ from common.model.backbones import Head
 _BATCH = 256
 
 
-def compute_head_features(suffix: nn.Module, examples: Examples) -> Floats:
-    """Features [n, d], float64, of the images themselves (view 0), as they reach the head."""
+def compute_head_features(suffix: nn.Module, examples: Examples, view: int = 0) -> Floats:
+    """Features [n, d], float64, as they reach the head; view 0 is the images themselves."""
     (head,) = (part for part in suffix.modules() if isinstance(part, Head))
     device = next(suffix.parameters()).device
     seen: list[Tensor] = []
@@ -23,7 +23,7 @@ def compute_head_features(suffix: nn.Module, examples: Examples) -> Floats:
     try:
         with torch.inference_mode():
             for indices in torch.arange(len(examples)).split(_BATCH) if len(examples) else ():
-                suffix(examples.batch(indices, 0, device))
+                suffix(examples.batch(indices, view, device))
     finally:
         hook.remove()
     width = head.get_parameter("linear.weight").shape[1]

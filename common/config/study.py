@@ -10,6 +10,7 @@ from pydantic import (
     AfterValidator,
     BeforeValidator,
     Field,
+    StrictBool,
     StrictInt,
     ValidationInfo,
     field_validator,
@@ -290,6 +291,8 @@ class Study(YamlFile):
     select: Literal["accuracy", "balanced_accuracy", "f1", "auroc", "loss"] = "balanced_accuracy"
     aggregate: Aggregate = Aggregate()
     privacy: Privacy = NoPrivacy()
+    adapt: StrictBool = True
+    """At the end, each site fits the released model to itself; the result stays there."""
     seed: Annotated[StrictInt, Field(ge=0, lt=2**63)] = 0
 
     @model_validator(mode="before")

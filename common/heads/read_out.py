@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +34,10 @@ class ReadOut:
         """Of whose softmax the probabilities are; float64 [n, K] of logits [n, K]."""
         scores = logits.double() / self.temperature
         return scores + torch.tensor(self.log_prior).double() if self.log_prior else scores
+
+    def facts(self) -> dict[str, Any]:
+        """For files, as `load_model` reads them."""
+        return {"temperature": self.temperature, "log_prior": list(self.log_prior)}
 
     def good(self, classes: int) -> bool:
         """Whether its numbers are such as a server may send for so many classes."""

@@ -47,14 +47,16 @@ def solve_discriminant(sums: Sums, shrinkage: float) -> LinearHead:
       Logits on the scale of log-probabilities, for classes that are all equally likely. A class
       without images is never called.
     """
-    means, mass = sums.means, sums.weights * sums.counts
-    within = sums.second - (means.T * mass) @ means
-    within = within / max(float(mass.sum()), np.finfo(float).tiny)
+    return discriminate(sums.means, sums.within, sums.counts, shrinkage)
+
+
+def discriminate(means: Floats, within: Floats, counts: Floats, shrinkage: float) -> LinearHead:
+    """That discriminant, of class means [K, d] and a covariance within classes [d, d]."""
     size = len(within)
     level = float(np.trace(within)) / size or 1.0  # one image a class has no spread
     shrunk = (1 - shrinkage) * within + shrinkage * level * np.eye(size)
     weight = np.asarray(np.linalg.solve(shrunk, means.T).T, np.float64)
-    return _bounded(weight, -0.5 * (means * weight).sum(axis=1), sums.counts)
+    return _bounded(weight, -0.5 * (means * weight).sum(axis=1), counts)
 
 
 def solve_ridge(sums: Sums, penalty: float) -> LinearHead:

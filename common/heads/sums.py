@@ -4,6 +4,7 @@ The features are mapped first, each image by itself: less the study's public mea
 So a sum over all sites is the sum over all images, however they are split.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -50,6 +51,14 @@ class Sums:
         return cls(own.sum(axis=1), own @ features, (second + second.T) / 2, weights)
 
     @classmethod
+    def mean(cls, views: Sequence[Self]) -> Self:
+        """Of the same images seen in several ways: each way counts alike, and an image once."""
+        first, share = views[0], 1 / len(views)
+        totals = sum((each.totals for each in views), 0.0 * first.totals) * share
+        second = sum((each.second for each in views), 0.0 * first.second) * share
+        return cls(first.counts, totals, second, first.weights)
+
+    @classmethod
     def zero(cls, width: int, weights: Floats) -> Self:
         """The sums of no images."""
         return cls.of(np.zeros((0, width)), np.zeros(0, np.int64), weights)
@@ -73,6 +82,14 @@ class Sums:
         """[K, d], the mean of each class; zeros where it has no image."""
         means: Floats = self.totals / np.maximum(self.counts, 1.0)[:, None]
         return means
+
+    @property
+    def within(self) -> Floats:
+        """[d, d], the covariance within classes, each image with the weight of its class."""
+        means, mass = self.means, self.weights * self.counts
+        spread = self.second - (means.T * mass) @ means
+        within: Floats = spread / max(float(mass.sum()), np.finfo(float).tiny)
+        return within
 
 
 def balance(counts: Floats) -> Floats:

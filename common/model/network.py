@@ -4,10 +4,12 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from common.config.study import Study
 from common.errors import ContractError
+from common.metrics.metrics import Floats
 from common.model import backbones
 from common.model.contract import Contract, digest
 from common.model.images import Preprocess
@@ -47,6 +49,13 @@ class Network:
         """Their shapes."""
         return {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
 
+    def find_centre(self, tensors: Mapping[str, Tensor]) -> Floats | None:
+        """What a model takes off its features [d]: its own centre, the study's, or none."""
+        if self.centre is not None:
+            return tensors[self.centre].double().numpy()
+        fixed = [b for name, b in self.model.named_buffers() if name.endswith("centre.mean")]
+        return fixed[0].double().cpu().numpy() if fixed else None
+
     def digest(self, tensors: Mapping[str, Tensor]) -> str:
         """SHA-256 of a model: tensors that travel, in this network with all that stays as loaded.
 
@@ -75,6 +84,27 @@ def build_model(study: Study, weights: str) -> nn.Module:
         mean=(0.0,) * backbone.width if study.finds_centre else model.feature_mean,
         unit=model.unit_features,
     )
+
+
+def place_head(
+    study: Study, weight: Floats, bias: Floats, centre: Floats | None = None
+) -> dict[str, Tensor]:
+    """The tensors of the study's network that hold a linear head, float32.
+
+    Args:
+      study: The study.
+      weight: [K, d].
+      bias: [K].
+      centre: [d], of the features that it reads; None keeps the one that is there.
+    """
+    place = backbones.get(study.model.backbone).head
+    numbers = {"linear.weight": weight, "linear.bias": bias}
+    if centre is not None:
+        numbers["centre.mean"] = centre
+    return {
+        f"{place}.{name}": torch.tensor(value, dtype=torch.float32).contiguous()
+        for name, value in numbers.items()
+    }
 
 
 def assemble(study: Study, weights: str) -> Network:

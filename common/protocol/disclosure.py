@@ -32,6 +32,11 @@ class Disclosure(Section):
     those that are here, at least; the sum of a class of one *is* a patient's features. As agreed
     in a study: `none` where it asks for no sums, or a class here has fewer."""
 
+    adapted: bool = False
+    """At the end of a study without privacy, counts of the site's own models on its test patients:
+    the released one fitted to it, and one of its patients alone; never the models. Where `epsilon`
+    or `metrics: none` says so, none."""
+
     @property
     def base(self) -> int:
         """What every number told without noise is a multiple of."""
@@ -46,7 +51,11 @@ class Disclosure(Section):
             update={"counts": self.counts or ("rounded" if private else "exact")}
         )
         if found.counts == "none":
-            return found.model_copy(update={"metrics": "none", "epsilon": None})
+            found = found.model_copy(update={"metrics": "none", "epsilon": None})
+        if private or found.metrics == "none" or found.epsilon is not None:
+            found = found.model_copy(update={"adapted": False})
+        if found.counts == "none":
+            return found
         if found.metrics == "every_round" and (private or not found.tells_scores):
             return found.model_copy(update={"metrics": "final"})
         return found
@@ -54,7 +63,7 @@ class Disclosure(Section):
     def within(self, other: Self) -> bool:
         """Whether it tells nothing that `other` does not."""
         levels = get_args(CountsLevel), get_args(MetricsLevel)
-        if other.sums == "none" != self.sums:
+        if (other.sums == "none" != self.sums) or self.adapted > other.adapted:
             return False
         return (
             levels[0].index(self.counts) >= levels[0].index(other.counts)

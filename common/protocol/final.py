@@ -1,11 +1,15 @@
 """The last message: the released model, and its counts."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
+from common.errors import ContractError
 from common.heads.read_out import AS_IT_IS, ReadOut
-from common.metrics.metrics import Counts
+from common.heads.sums import Sums
+from common.metrics.metrics import Counts, Floats
 from common.protocol.counts import read_counts
 from common.protocol.fields import (
     ARRAYS,
@@ -18,40 +22,100 @@ from common.protocol.fields import (
     get_value,
 )
 from common.protocol.join import JoinReply
+from common.protocol.sums import WEIGHTS, read_sums, read_weights, write_sums
 from common.protocol.validate import read_read_outs, write_read_outs
+
+ADAPTED, LOCAL = OWN = ("adapted", "local")
+"""A site's own models: the released one fitted to it, and one of its patients alone."""
+
+SUMS, SHRINKAGE = "sums", "shrinkage"
 
 
 @dataclass(frozen=True, kw_only=True)
 class FinalRequest:
-    """Evaluate the released model on your validation and test patients."""
+    """Evaluate the released model on your validation and test patients, and fit it to yourself.
+
+    Attributes:
+      study: Its id.
+      arrays: The model.
+      read_out: By which its probabilities are read.
+      solved: Where the model is a solved discriminant, from what.
+    """
 
     study: str
     arrays: ArrayRecord
     read_out: ReadOut = AS_IT_IS
-    """By which its probabilities are read."""
+    solved: "Solved | None" = None
 
     def record(self) -> RecordDict:
         """As Flower sends it."""
-        told = write_read_outs([self.read_out])
-        config = ConfigRecord({STUDY: self.study, **told})
-        return RecordDict({ARRAYS: self.arrays, CONFIG: config})
+        told: dict[str, Any] = {STUDY: self.study, **write_read_outs([self.read_out])}
+        parts: dict[str, Any] = {ARRAYS: self.arrays}
+        if self.solved is not None:
+            parts[SUMS] = self.solved.arrays
+            told |= {WEIGHTS: self.solved.weights.tolist(), SHRINKAGE: self.solved.shrinkage}
+        return RecordDict({**parts, CONFIG: ConfigRecord(told)})
 
     @classmethod
     def read(cls, record: RecordDict) -> "FinalRequest":
         """Back from Flower; arrays and read-out are still unchecked. Raises `ContractError`."""
-        check_parts(record, ARRAYS, CONFIG)
+        solved = SUMS in record.array_records
+        check_parts(record, ARRAYS, CONFIG, *([SUMS] if solved else []))
         (read_out,) = read_read_outs(record, most=1)
         arrays = get_part(record.array_records, ARRAYS)
         study = get_value(record, CONFIG, STUDY, str)
-        return cls(study=study, arrays=arrays, read_out=read_out)
+        found = Solved.read(record) if solved else None
+        return cls(study=study, arrays=arrays, read_out=read_out, solved=found)
+
+
+@dataclass(frozen=True, eq=False)
+class Solved:
+    """What a discriminant was solved from: sums over all sites, and how strongly it was shrunk.
+
+    Attributes:
+      arrays: The sums, as they travel.
+      weights: [K], of each class in them.
+      shrinkage: Above 0, to 1.
+    """
+
+    arrays: ArrayRecord
+    weights: Floats
+    shrinkage: float
+
+    @classmethod
+    def of(cls, sums: Sums, shrinkage: float) -> "Solved":
+        """From sums over all sites."""
+        return cls(write_sums(sums), sums.weights, shrinkage)
+
+    @classmethod
+    def read(cls, record: RecordDict) -> "Solved":
+        """Back from Flower; the sums are still unchecked. Raises `ContractError`."""
+        shrinkage = get_value(record, CONFIG, SHRINKAGE, float)
+        if not 0 < shrinkage <= 1:
+            raise ContractError("a shrinkage that is not from 0 to 1")
+        arrays = get_part(record.array_records, SUMS)
+        return cls(arrays, read_weights(record), shrinkage)
+
+    def sums(self, classes: int, width: int) -> Sums:
+        """Over all sites; raises `ContractError` unless they are such sums."""
+        if len(self.weights) != classes:
+            raise ContractError("weights of other classes than the study has")
+        return read_sums(self.arrays, width, self.weights)
 
 
 @dataclass(frozen=True, kw_only=True)
 class FinalCounts:
-    """Counts of the released model, on the two parts that are held out."""
+    """Counts of the released model, on the two parts that are held out.
+
+    Attributes:
+      validation: Of the released model.
+      test: Of the released model.
+      own: On test patients, of the site's own models: `adapted` and `local`; empty if untold.
+    """
 
     validation: Counts
     test: Counts
+    own: Mapping[str, Counts] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +129,8 @@ class FinalReply:
         """As Flower sends it."""
         if self.counts is None:
             return RecordDict()
-        parts = {VALIDATION: self.counts.validation, TEST: self.counts.test}
+        counts = self.counts
+        parts = {VALIDATION: counts.validation, TEST: counts.test, **counts.own}
         return RecordDict({part: MetricRecord(told.sparse()) for part, told in parts.items()})
 
     @classmethod
@@ -74,8 +139,10 @@ class FinalReply:
         if joined.disclosure.metrics == "none":
             check_parts(record)
             return cls(counts=None)
-        check_parts(record, VALIDATION, TEST)
         told, disclosure = joined.images, joined.disclosure
+        own = OWN if disclosure.adapted else ()
+        check_parts(record, VALIDATION, TEST, *own)
         validation = read_counts(record, VALIDATION, told.validation, classes, disclosure)
         test = read_counts(record, TEST, told.test, classes, disclosure)
-        return cls(counts=FinalCounts(validation=validation, test=test))
+        of_own = {way: read_counts(record, way, told.test, classes, disclosure) for way in own}
+        return cls(counts=FinalCounts(validation=validation, test=test, own=of_own))

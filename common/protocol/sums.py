@@ -102,15 +102,21 @@ class SumsRequest:
     def read(cls, record: RecordDict, width: int) -> "SumsRequest":
         """Back from Flower; raises `ContractError`."""
         check_parts(record, ARRAYS, CONFIG)
-        weights = get_value(record, CONFIG, WEIGHTS, list)
-        if not all(type(w) is float and 0 <= w <= 1 for w in weights):
-            raise ContractError("class weights that are not from 0 to 1")
+        weights = read_weights(record)
         arrays = from_arrays(get_part(record.array_records, ARRAYS), {CENTRE: (width,)})
         return cls(
             study=get_value(record, CONFIG, STUDY, str),
             centre=arrays[CENTRE].double().numpy(),
-            weights=np.array(weights, np.float64),
+            weights=weights,
         )
+
+
+def read_weights(record: RecordDict) -> Floats:
+    """The class weights [K] of a message; raises `ContractError` unless they are from 0 to 1."""
+    weights = get_value(record, CONFIG, WEIGHTS, list)
+    if not all(type(w) is float and 0 <= w <= 1 for w in weights):
+        raise ContractError("class weights that are not from 0 to 1")
+    return np.array(weights, np.float64)
 
 
 def _centre_arrays(centre: Floats) -> ArrayRecord:
@@ -124,32 +130,38 @@ class SumsReply:
     sums: Sums
 
     def record(self) -> RecordDict:
-        """As Flower sends it: of the symmetric second moment, the upper triangle."""
-        sums = self.sums
-        upper = sums.second[np.triu_indices(len(sums.second))]
-        numbers = {COUNTS: sums.counts, TOTALS: sums.totals, SECOND: upper}
-        tensors = {name: torch.from_numpy(value) for name, value in numbers.items()}
-        return RecordDict({ARRAYS: to_arrays(tensors)})
+        """As Flower sends it."""
+        return RecordDict({ARRAYS: write_sums(self.sums)})
 
     @classmethod
     def read(cls, record: RecordDict, width: int, weights: Floats) -> "SumsReply":
         """Back from Flower; raises `ContractError` unless they are sums of unit features."""
         check_parts(record, ARRAYS)
-        arrays = get_part(record.array_records, ARRAYS)
-        shapes = shape_sums(len(weights), width)
-        found = from_arrays(arrays, shapes, FLOAT64, most=MOST)
-        counts, totals = found[COUNTS].numpy(), found[TOTALS].numpy()
-        if (counts < 0).any() or (counts != np.floor(counts)).any():
-            raise ContractError("sums of no whole number of images")
-        if (np.linalg.norm(totals, axis=1) > counts + 1e-3).any():
-            raise ContractError("sums of features longer than 1")
-        second = np.zeros((width, width))
-        second[np.triu_indices(width)] = found[SECOND].numpy()
-        second = second + np.triu(second, 1).T
-        mass = float(weights @ counts)
-        if abs(np.trace(second)) > mass + 1e-3 or (np.diagonal(second) < -1e-9).any():
-            raise ContractError("second moments of features longer than 1")
-        return cls(sums=Sums(counts, totals, second, weights))
+        return cls(sums=read_sums(get_part(record.array_records, ARRAYS), width, weights))
+
+
+def write_sums(sums: Sums) -> ArrayRecord:
+    """As Flower sends them: of the symmetric second moment, the upper triangle."""
+    upper = sums.second[np.triu_indices(len(sums.second))]
+    numbers = {COUNTS: sums.counts, TOTALS: sums.totals, SECOND: upper}
+    return to_arrays({name: torch.from_numpy(value) for name, value in numbers.items()})
+
+
+def read_sums(arrays: ArrayRecord, width: int, weights: Floats) -> Sums:
+    """Back from Flower; raises `ContractError` unless they are sums of unit features."""
+    found = from_arrays(arrays, shape_sums(len(weights), width), FLOAT64, most=MOST)
+    counts, totals = found[COUNTS].numpy(), found[TOTALS].numpy()
+    if (counts < 0).any() or (counts != np.floor(counts)).any():
+        raise ContractError("sums of no whole number of images")
+    if (np.linalg.norm(totals, axis=1) > counts + 1e-3).any():
+        raise ContractError("sums of features longer than 1")
+    second = np.zeros((width, width))
+    second[np.triu_indices(width)] = found[SECOND].numpy()
+    second = second + np.triu(second, 1).T
+    mass = float(weights @ counts)
+    if abs(np.trace(second)) > mass + 1e-3 or (np.diagonal(second) < -1e-9).any():
+        raise ContractError("second moments of features longer than 1")
+    return Sums(counts, totals, second, weights)
 
 
 def shape_sums(classes: int, width: int) -> Shapes:

@@ -120,7 +120,7 @@ class Reporter:
             "withheld": outcome.withheld,
             "site_weights": weights,
         }
-        write_results(self._folder, {FEDERATED: outcome.test}, **facts)
+        write_results(self._folder, {**outcome.own, FEDERATED: outcome.test}, **facts)
 
     def _write_plots(self, outcome: Outcome, history: Sequence[Mapping[str, Any]]) -> None:
         keys = dict.fromkeys((self._study.select, "auroc"))

@@ -84,6 +84,8 @@ def _refuse_reply(member: Member, study: Study, contract: Contract) -> str:
         return "it counts other classes than the study has"
     if (reply.images.train is None) != untold or (private and member.scores):
         return "it does not tell what this study lets it tell"
+    if reply.disclosure.adapted and (private or not (study.adapt and member.trains)):
+        return "it tells of models of its own that this study has none of"
     if reply.enrolled and not (private and member.trains):
         return "it declares patients that nobody asked for"
     return ""

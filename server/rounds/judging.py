@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from flwr.app import Message
@@ -27,11 +26,6 @@ class Judged:
 
     counts: Counts
     read_out: ReadOut = AS_IT_IS
-
-    def facts(self) -> dict[str, Any]:
-        """For the run's files."""
-        read_out = self.read_out
-        return {"temperature": read_out.temperature, "log_prior": list(read_out.log_prior)}
 
 
 def judge_model(study: Study, federation: Federation, tensors: Tensors) -> Judged:

@@ -16,7 +16,7 @@ from common.errors import RunError
 from common.metrics.metrics import METRICS, Counts, value
 from common.model.contract import Versions
 from common.model.network import assemble
-from common.protocol.final import FinalCounts, FinalReply, FinalRequest
+from common.protocol.final import OWN, FinalCounts, FinalReply, FinalRequest, Solved
 from common.protocol.round import RoundReply, make_round_config
 from common.protocol.sums import size_sums
 from common.protocol.tensors import count_bytes, to_arrays
@@ -39,6 +39,8 @@ T = TypeVar("T")
 
 # An exchange that fails the quorum this often ends the run; it can be resumed.
 _ATTEMPTS = 3
+_HIDES_A_SITE = 3
+"""Sites in a sum, at least, for other sites to see it."""
 
 
 class Run:
@@ -112,6 +114,7 @@ class Run:
         images = [member.reply.images.train for member in federation.giving]
         solved, head = solve_head(self._study, images, sites)
         self._folder.write("solved.json", json.dumps(solved.facts(), indent=1))
+        self._folder.save_sums(solved.total)
         self._last = Checkpoint(round=0, tensors=self._last.tensors | head, state={})
         self._folder.save_last(self._last)
         sent = sum(size_sums(len(self._study.classes), self._network.width))
@@ -253,7 +256,12 @@ class Run:
         judged = self._judge()
         released, tensors = self._last.released
         arrays, classes = to_arrays(tensors), len(self._study.classes)
-        final = FinalRequest(study=self._study.id, arrays=arrays, read_out=judged.read_out)
+        final = FinalRequest(
+            study=self._study.id,
+            arrays=arrays,
+            read_out=judged.read_out,
+            solved=self._tell_sums(released),
+        )
         request = final.record()
 
         def messages(members: Sequence[Member]) -> list[Message]:
@@ -272,17 +280,30 @@ class Run:
         told = {name: reply.counts for name, reply in replies.items() if reply.counts}
         self._log_validation(told, released)
         test = {name: counts.test for name, counts in told.items()}
+        own = {w: {n: c.own[w] for n, c in told.items() if w in c.own} for w in OWN}
         self._network.load(tensors)
         withheld = {m.name: words for m in members if (words := m.reply.disclosure.withheld)}
         outcome = Outcome(
             study=self._study,
             round=released,
             test=test,
+            own={way: counts for way, counts in own.items() if counts},
             withheld=withheld,
             weights=self._federation.weights,
         )
         self._reporter.report_end(outcome, self._network.model)
         return outcome
+
+    def _tell_sums(self, released: int) -> Solved | None:
+        """What the released head was solved from, for sites to fit it to themselves.
+
+        From fewer than three sites, one would learn another's by taking off its own.
+        """
+        told = self._folder.read_solved()
+        solved = released == 0 and told.get("head") == "discriminant"
+        if not (self._study.adapt and solved and len(told["sites"]) >= _HIDES_A_SITE):
+            return None
+        return Solved.of(self._folder.read_sums(), told["strength"])
 
     def _judge(self) -> Judged:
         """Choose what is released, once the last model is judged, too; and how it is read out."""
@@ -293,7 +314,7 @@ class Run:
         released, tensors = self._last.released
         if released != self._last.round:
             judged = judge_model(self._study, self._federation, tensors)
-        self._folder.write("read_out.json", json.dumps(judged.facts(), indent=1))
+        self._folder.write("read_out.json", json.dumps(judged.read_out.facts(), indent=1))
         self._reporter.report_choice(self._last, judged.read_out)
         return judged
 

@@ -5,15 +5,13 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
-import torch
 from flwr.app import Message, RecordDict
 
 from common.config.study import Study
 from common.heads.registry import HEADS, LinearHead
 from common.heads.sums import Sums, balance
 from common.metrics.metrics import Counts, Floats, value
-from common.model import backbones
-from common.model.network import Network
+from common.model.network import Network, place_head
 from common.protocol.sums import (
     CANDIDATES,
     MEANS,
@@ -43,12 +41,14 @@ class Solved:
       validation: The mean of AUROC and balanced accuracy of each strength, on the validation
         patients of all sites that tell; empty where none does.
       sites: Whose sums are in it, by name.
+      total: These sums.
     """
 
     head: str
     strength: float
     validation: Mapping[float, float | None]
     sites: tuple[str, ...]
+    total: Sums
 
     def facts(self) -> dict[str, Any]:
         """For the run's files."""
@@ -98,15 +98,19 @@ def solve_head(
     """
     centre = _find_centre(study, answers)
     sums = answers.sums(choose_weights(study, images), centre)
-    heads = solve_candidates(study, sums)
+    total = add_sums(sums)
+    heads = solve_candidates(study, total)
     strength, validation = choose_strength(study, answers.counts(list(heads.values()), centre))
     solved = Solved(
         head=study.model.solved_head or "",
         strength=strength,
         validation=validation,
         sites=tuple(sums),
+        total=total,
     )
-    return solved, place_head(study, heads[strength], centre)
+    head = heads[strength]
+    kept = centre if study.finds_centre else None
+    return solved, place_head(study, head.weight, head.bias, kept)
 
 
 class AskedSites:
@@ -156,18 +160,6 @@ class AskedSites:
         return [reply.counts for reply in told.values()]
 
 
-def place_head(study: Study, head: LinearHead, centre: Floats) -> Tensors:
-    """The tensors of the study's network that hold a head and its centre, float32."""
-    place = backbones.get(study.model.backbone).head
-    numbers = {"linear.weight": head.weight, "linear.bias": head.bias}
-    if study.model.feature_mean is None:
-        numbers["centre.mean"] = centre
-    return {
-        f"{place}.{name}": torch.tensor(value, dtype=torch.float32).contiguous()
-        for name, value in numbers.items()
-    }
-
-
 def _find_centre(study: Study, answers: Answers) -> Floats:
     """The study's own feature mean [d], or that of all sites' images; float32, as it travels."""
     if study.model.feature_mean is not None:
@@ -194,11 +186,15 @@ def choose_weights(study: Study, images: Sequence[Sequence[int] | None]) -> Floa
     return balance(counts if counts.any() else np.ones(len(study.classes)))
 
 
-def solve_candidates(study: Study, sums: Mapping[str, Sums]) -> dict[float, LinearHead]:
-    """The head of each strength, from the sums of all sites, added in the order of names."""
-    kind = HEADS[study.model.solved_head or ""]
+def add_sums(sums: Mapping[str, Sums]) -> Sums:
+    """The sums of all sites together, added in the order of names."""
     first, *rest = (sums[name] for name in sorted(sums))
-    total = sum(rest, first)
+    return sum(rest, first)
+
+
+def solve_candidates(study: Study, total: Sums) -> dict[float, LinearHead]:
+    """The head of each strength, from the sums over all sites."""
+    kind = HEADS[study.model.solved_head or ""]
     return {strength: kind.solve(total, strength) for strength in kind.strengths}
 
 

@@ -13,6 +13,8 @@ from common.metrics.statistics import calibration
 from server.runs.run_folder import RunFolder
 
 FEDERATED = "federated"
+WAYS = ("local", "fedavg", "solved", FEDERATED, "adapted", "pooled")
+"""Ways of training, in the order in which they are shown."""
 
 Results = dict[str, dict[str, Counts]]
 """Way of training (federated, local, pooled) → site → counts on its test patients."""
@@ -51,10 +53,17 @@ class Outcome:
     study: Study
     round: int
     test: dict[str, Counts]
+    own: Results
+    """The same of each site's own models, where they are told."""
     withheld: dict[str, str]
     """The figures that a site does not tell, in words; only sites that withhold something."""
     weights: dict[str, Weight]
     """The weights of the sites that trained."""
+
+
+def sort_ways(results: Results) -> Results:
+    """The same results, in the order of `WAYS`."""
+    return {way: results[way] for way in sorted(results, key=WAYS.index)}
 
 
 def unite_counts(counts: Iterable[Counts], classes: int) -> Counts:
@@ -94,6 +103,7 @@ def list_sites(results: Results) -> set[str]:
 
 def write_results(folder: RunFolder, results: Results, **facts: Any) -> None:
     """Write `report.json`: every metric, and the counts behind it."""
+    results = sort_ways(results)
     together = unite_sites(results, len(folder.study.classes))
     told = {
         way: {

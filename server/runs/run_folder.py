@@ -12,18 +12,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+import torch
 import yaml
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 
 from common.config.study import Study
 from common.errors import RunError
+from common.heads.sums import Sums
 from common.protocol.tensors import Tensors
 from common.support import files
 
 _STATE, _BEST = "strategy-state/", "best/"
 _META = "consilium"
+_SUMS = ("counts", "totals", "second", "weights")
 _LOCK = ".lock"
 _LAST = "last.safetensors"
 
@@ -149,10 +152,29 @@ class RunFolder:
         # For people; the checkpoint itself holds the same.
         self.write("last.json", json.dumps(facts, indent=2), durable=False)
 
+    def read_solved(self) -> dict[str, Any]:
+        """Read how a head was solved, and from whose sums; nothing where no head was."""
+        path = self.path / "solved.json"
+        solved: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+        return solved
+
     def read_solved_sites(self) -> set[str]:
         """Read whose sums are in the head that was solved; none where no head was."""
-        path = self.path / "solved.json"
-        return set(json.loads(path.read_text("utf-8"))["sites"]) if path.is_file() else set()
+        return set(self.read_solved().get("sites", ()))
+
+    def save_sums(self, sums: Sums) -> None:
+        """Save the sums over all sites from which a head was solved."""
+        numbers = {name: torch.from_numpy(getattr(sums, name)) for name in _SUMS}
+        self.write("sums.safetensors", save(numbers))
+
+    def read_sums(self) -> Sums:
+        """Read them; raises `RunError` if there are none."""
+        path = self.path / "sums.safetensors"
+        try:
+            found = load_file(path)
+            return Sums(*(found[name].numpy() for name in _SUMS))
+        except (SafetensorError, OSError, KeyError) as ex:
+            raise RunError(path, expected="the sums of a solved head", got=ex) from None
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -41,7 +41,7 @@ OPEN = Policy(
     min_images=1,
     max_holdout=1,
     max_studies=None,
-    disclose=Disclosure(counts="exact", sums=1),
+    disclose=Disclosure(counts="exact", sums=1, adapted=True),
 )
 """A virtual hospital keeps nothing from the researcher, whose data it is."""
 

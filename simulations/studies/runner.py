@@ -12,7 +12,7 @@ from common.errors import RunError, StudyError
 from common.support.terminal import console, table
 from server.reports.tables import show_results
 from server.rounds.start import check_start
-from server.runs.results import read_results, write_results
+from server.runs.results import read_results, sort_ways, write_results
 from server.runs.run_folder import RunFolder
 from simulations.engines.attacks import ATTACKS
 from simulations.engines.base import Engine
@@ -240,8 +240,9 @@ def _conclude(run: RunFolder, engine: Engine, *, compare: bool) -> None:
     """Show, and where asked complete, the results of a finished run."""
     study, site_files = run.study, virtual_sites.find_site_files(run.path)
     results, facts = read_results(run.path, len(study.classes))
-    if compare and len(results) == 1:
-        results = {**baselines.train_baselines(study, site_files, engine.runtime), **results}
+    if compare and "pooled" not in results:
+        others = baselines.train_baselines(study, site_files, engine.runtime)
+        results = sort_ways(results | others)
         write_results(run, results, **facts)
     summary.plot_results(study, results, run.path / "comparison.png")
     show_results(results, study.classes, facts.get("withheld", {}), run.path)
