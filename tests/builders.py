@@ -55,6 +55,7 @@ def study_content(**changes: Any) -> dict[str, Any]:
         "model": {"backbone": "shufflenet_v2_x0_5", "weights": "none", "init": "zero"},
         "images": {"size": 32},
         "train": {"rounds": 1},
+        "adapt": False,
     }
     for key, value in changes.items():
         laid_over = isinstance(value, Mapping) and key in content
@@ -75,8 +76,8 @@ def write_study(folder: Path, **changes: Any) -> Path:
 
 
 def read_study(name: str, *changes: str) -> Study:
-    """A study of `configs/` that starts from zero, with changes as on the command line."""
-    return Study.read(CONFIGS / f"{name}.yaml", ("model.init=zero", *changes))
+    """A study of `configs/` that starts from zero and ends with one model for all sites."""
+    return Study.read(CONFIGS / f"{name}.yaml", ("model.init=zero", "adapt=false", *changes))
 
 
 def make_network(**changes: Any) -> Network:

@@ -16,6 +16,7 @@ from server.runs.results import (
     unite_sites,
 )
 
+_FEW = 5
 _COLUMNS = ("accuracy", "balanced_accuracy", "f1", "auroc")
 
 
@@ -29,7 +30,27 @@ def show_results(
         console.print(shown)
         if below := describe_gaps(results, withheld):
             console.print(below, style="dim")
+    if few := describe_few(results, classes):
+        console.print(few, style="dim")
     console.print(f"\nrun folder: {where}")
+
+
+def describe_few(results: Results, classes: Sequence[str]) -> str:
+    """Name the classes with so few test images that one of them moves a sensitivity by a fifth.
+
+    Empty where there are none, or where numbers are not told exactly.
+    """
+    (way, *_) = results
+    told = {**results[way], "overall": unite_sites(results, len(classes))[way]}
+    lines = []
+    for site, counts in told.items():
+        images = counts.confusion.sum(axis=1) if not counts.noise else ()
+        if few := [f"{c} {n}" for c, n in zip(classes, images, strict=False) if 0 < n < _FEW]:
+            lines.append(f"{site}: {', '.join(few)}")
+    if not lines:
+        return ""
+    said = "fewer than five test images, so sensitivity and balanced accuracy say little"
+    return f"{said}: {'; '.join(lines)}"
 
 
 def _results_tables(

@@ -21,9 +21,10 @@ from client.training.dataset import Examples
 from common.config.study import Study
 from common.errors import RefusedError
 from common.heads.read_out import ReadOut, list_read_outs
-from common.heads.registry import LinearHead
+from common.heads.registry import HEADS, LinearHead
 from common.heads.sums import Sums
 from common.metrics.metrics import Counts, Floats
+from common.model.network import place_head
 from common.protocol.tensors import Tensors
 from common.support.seeds import derive
 from server.rounds.choosing import choose_best, is_stalled
@@ -31,7 +32,7 @@ from server.rounds.judging import Judged, add_images, unite_judgements
 from server.rounds.solving import solve_head
 from server.rounds.start import load_first_tensors
 from server.runs.results import Results
-from server.runs.run_folder import Best, Checkpoint
+from server.runs.run_folder import Best, Checkpoint, RunFolder
 
 log = logging.getLogger(__name__)
 
@@ -41,10 +42,7 @@ def train_baselines(study: Study, site_files: Sequence[Path], runtime: Runtime) 
 
     As coarse as the site discloses them; sites that disclose none are left out.
     """
-    sessions = []
-    for path in site_files:
-        with suppress(RefusedError):  # it took no part in the federation either
-            sessions.append(runtime.open_session(path, study.id))
+    sessions = _open_sessions(study, site_files, runtime)
     training = [session for session in sessions if session.prepared.site.role == "train"]
     local: dict[str, Counts] = {}
     for session in training:
@@ -54,6 +52,30 @@ def train_baselines(study: Study, site_files: Sequence[Path], runtime: Runtime) 
     log.info("pooled: %d sites", len(training))
     model = _alone(study, training, "pooled")
     return {"local": local, "pooled": _tested(sessions, *model)}
+
+
+def test_solved(
+    study: Study, run: RunFolder, site_files: Sequence[Path], runtime: Runtime
+) -> dict[str, Counts]:
+    """Test counts per site of the head that a finished run began with, before any round."""
+    solved, last = run.read_solved(), run.read_last()
+    if not solved or last is None:
+        return {}
+    sessions = _open_sessions(study, site_files, runtime)
+    network = sessions[0].prepared.network
+    head = HEADS[solved["head"]].solve(run.read_sums(), solved["strength"])
+    found = network.find_centre(last.tensors) if study.finds_centre else None
+    model = dict(network.initial) | place_head(study, head.weight, head.bias, found)
+    training = [session for session in sessions if session.prepared.site.role == "train"]
+    return _tested(sessions, model, _OpenSites(training).judge(model).read_out)
+
+
+def _open_sessions(study: Study, site_files: Sequence[Path], runtime: Runtime) -> list[Session]:
+    sessions = []
+    for path in site_files:
+        with suppress(RefusedError):  # it took no part in the federation either
+            sessions.append(runtime.open_session(path, study.id))
+    return sessions
 
 
 def _tested(sessions: Sequence[Session], model: Tensors, read_out: ReadOut) -> dict[str, Counts]:

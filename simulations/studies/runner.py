@@ -9,10 +9,11 @@ from pathlib import Path
 from client.ledger.spending import MEANING
 from common.config.study import Study
 from common.errors import RunError, StudyError
+from common.metrics.metrics import Counts
 from common.support.terminal import console, table
 from server.reports.tables import show_results
 from server.rounds.start import check_start
-from server.runs.results import read_results, sort_ways, write_results
+from server.runs.results import FEDERATED, Results, read_results, sort_ways, write_results
 from server.runs.run_folder import RunFolder
 from simulations.engines.attacks import ATTACKS
 from simulations.engines.base import Engine
@@ -241,8 +242,7 @@ def _conclude(run: RunFolder, engine: Engine, *, compare: bool) -> None:
     study, site_files = run.study, virtual_sites.find_site_files(run.path)
     results, facts = read_results(run.path, len(study.classes))
     if compare and "pooled" not in results:
-        others = baselines.train_baselines(study, site_files, engine.runtime)
-        results = sort_ways(results | others)
+        results = sort_ways(results | _compare(run, site_files, engine))
         write_results(run, results, **facts)
     summary.plot_results(study, results, run.path / "comparison.png")
     show_results(results, study.classes, facts.get("withheld", {}), run.path)
@@ -251,3 +251,33 @@ def _conclude(run: RunFolder, engine: Engine, *, compare: bool) -> None:
         told = ", ".join(f"{name} {epsilon:.2f}" for name, epsilon in epsilons)
         console.print(f"\nε spent, by each site's ledger: {told}")
         console.print(MEANING, style="dim")
+
+
+def _compare(run: RunFolder, site_files: Sequence[Path], engine: Engine) -> Results:
+    """What the study is compared with: local and pooled training, and parts of what it does."""
+    study = run.study
+    results = baselines.train_baselines(study, site_files, engine.runtime)
+    if study.model.init == "solved":
+        results["solved"] = baselines.test_solved(study, run, site_files, engine.runtime)
+        results["fedavg"] = _average_from_zero(run, site_files, engine)
+    return {way: sites for way, sites in results.items() if sites}
+
+
+def _average_from_zero(
+    run: RunFolder, site_files: Sequence[Path], engine: Engine
+) -> dict[str, Counts]:
+    """The same study without a solved head, all its rounds from zero, in a folder of its own."""
+    study = run.study
+    model = study.model.model_copy(update={"init": "zero"})
+    train = study.train.model_copy(update={"patience": None})
+    plain = study.model_copy(update={"model": model, "train": train, "adapt": False})
+    path = run.path / "fedavg"
+    console.print("\nthe same from zero, without a solved head", style="bold")
+    if (path / "study.yaml").exists():
+        folder = RunFolder.resume(path, plain)
+    else:
+        folder = RunFolder.create(path)
+        folder.write_study(plain)
+    if not (path / "report.json").exists():
+        engine.run(site_files, path)
+    return read_results(path, len(study.classes))[0][FEDERATED]

@@ -13,6 +13,7 @@ from common.support.terminal import console, table
 from server.runs.results import FEDERATED, Results, describe_gaps, read_results, unite_sites
 from server.runs.run_folder import RunFolder
 from simulations.studies import plots
+from simulations.studies.gains import collect_figures, find_gains, show_gains
 
 _MOST_SITES_DRAWN = 20
 
@@ -42,6 +43,7 @@ def summarise_seeds(folder: Path, seeds: Sequence[int]) -> None:
     figures_of = {
         way: {metric: [value(each[way], metric) for each in together] for metric in METRICS}
         for way in runs[0]
+        if all(way in run for run in runs)
     }
     ways = f"{len(seeds)} seeds"
     shown = table(ways, *(metric.label for metric in METRICS.values()), left=(ways,))
@@ -53,6 +55,11 @@ def summarise_seeds(folder: Path, seeds: Sequence[int]) -> None:
         console.print(below, style="dim")
     told: dict[str, object] = {"seeds": list(seeds), "overall": figures_of}
     told["gains"] = _gains(study.select, {w: f[study.select] for w, f in figures_of.items()})
+    figures = collect_figures(runs, classes, study.select)
+    gains = find_gains(figures)
+    show_gains(figures, gains)
+    told["sites"] = figures
+    told["differences"] = [{**gain._asdict(), "estimate": vars(gain.estimate)} for gain in gains]
     files.write(folder / "summary.json", json.dumps(told, indent=1))
     _plot_seeds(study, runs, folder / "comparison.png")
     console.print(f"\nrun folder: {folder}")
@@ -87,7 +94,7 @@ def _gains(name: str, figures_of: dict[str, list[float | None]]) -> dict[str, ob
 def _plot_seeds(study: Study, runs: Sequence[Results], path: Path) -> None:
     name, classes = study.select, len(study.classes)
     estimates: dict[str, dict[str | None, Estimate | None]] = {}
-    for way in runs[0]:
+    for way in (w for w in runs[0] if all(w in run for run in runs)):
         sites = sorted(set.intersection(*(set(run[way]) for run in runs)))
         shown = sites if len(sites) <= _MOST_SITES_DRAWN else []
         estimates[way] = {

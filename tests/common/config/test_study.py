@@ -350,6 +350,7 @@ OTHER = {
     "aggregate.quorum": 2,
     "aggregate.max_weight": 2.0,
     "aggregate.round_timeout": 60,
+    "adapt": False,
     "privacy.mechanism": None,  # another one brings keys of its own
     "model.head": None,  # another one has no rounds
     "seed": 1,
