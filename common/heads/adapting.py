@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from common.heads.registry import HEADS, LinearHead, discriminate, solve_discriminant
+from common.heads.registry import HEADS, LinearHead, discriminate_all, solve_discriminant
 from common.heads.sums import Sums, balance
 from common.metrics.metrics import Counts, Floats, Ints, class_auroc
 
@@ -130,17 +130,22 @@ def solve_local(own: OwnImages, classes: int, *, seed: int) -> tuple[LinearHead,
 
 def _fit_all(total: Sums, own: Sums, shrinkage: float) -> Iterator[tuple[Fit, LinearHead]]:
     within, own_within = total.within, own.within
-    for fit in FITS:
-        means = _draw(total.means, own, shift=fit.shift) if fit.pull else total.means
-        mixture = (1 - fit.share) * within + fit.share * own_within
-        yield fit, discriminate(means, mixture, total.counts, shrinkage)
+    for share in dict.fromkeys(fit.share for fit in FITS):
+        mixture = (1 - share) * within + share * own_within
+        alike = [fit for fit in FITS if fit.share == share]
+        means = [_draw(total.means, own, fit) for fit in alike]
+        yield from zip(
+            alike, discriminate_all(means, mixture, total.counts, shrinkage), strict=True
+        )
 
 
-def _draw(means: Floats, own: Sums, *, shift: bool) -> Floats:
+def _draw(means: Floats, own: Sums, fit: Fit) -> Floats:
     """Class means of all sites, drawn to those of one: more, the more images it has of a class."""
+    if not fit.pull:
+        return means
     weight = (own.counts / (own.counts + _PULL))[:, None]
     apart = own.means - means
-    common = (weight * apart).sum(axis=0) / (weight.sum() + 0.5) if shift else 0.0
+    common = (weight * apart).sum(axis=0) / (weight.sum() + 0.5) if fit.shift else 0.0
     drawn: Floats = means + common + weight * (apart - common)
     return drawn
 

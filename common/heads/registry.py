@@ -1,6 +1,6 @@
 """The heads that are solved from sums, by name; adding one is a function and a line in `HEADS`."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,16 +47,22 @@ def solve_discriminant(sums: Sums, shrinkage: float) -> LinearHead:
       Logits on the scale of log-probabilities, for classes that are all equally likely. A class
       without images is never called.
     """
-    return discriminate(sums.means, sums.within, sums.counts, shrinkage)
+    (head,) = discriminate_all([sums.means], sums.within, sums.counts, shrinkage)
+    return head
 
 
-def discriminate(means: Floats, within: Floats, counts: Floats, shrinkage: float) -> LinearHead:
-    """That discriminant, of class means [K, d] and a covariance within classes [d, d]."""
-    size = len(within)
+def discriminate_all(
+    means: Sequence[Floats], within: Floats, counts: Floats, shrinkage: float
+) -> list[LinearHead]:
+    """Such discriminants of several sets of class means [K, d], with one covariance [d, d]."""
+    size, classes = len(within), len(counts)
     level = float(np.trace(within)) / size or 1.0  # one image a class has no spread
     shrunk = (1 - shrinkage) * within + shrinkage * level * np.eye(size)
-    weight = np.asarray(np.linalg.solve(shrunk, means.T).T, np.float64)
-    return _bounded(weight, -0.5 * (means * weight).sum(axis=1), counts)
+    weights: Floats = np.linalg.solve(shrunk, np.concatenate(means).T).T.astype(np.float64)
+    return [
+        _bounded(weight, -0.5 * (mean * weight).sum(axis=1), counts)
+        for mean, weight in zip(means, weights.reshape(-1, classes, size), strict=True)
+    ]
 
 
 def solve_ridge(sums: Sums, penalty: float) -> LinearHead:

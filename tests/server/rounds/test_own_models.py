@@ -1,0 +1,172 @@
+"""At the end each site has a model fitted to itself; of it, counts may leave, and nothing else."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Array, Message
+from safetensors.torch import load_file
+
+from client.consent.cohort import cut_records
+from client.ledger.entries import Sent
+from client.ledger.ledger import read_ledger
+from client.site import Site
+from common.flower.messages import record_to_bytes
+from common.model.inference import load_model
+from server.runs.results import read_results
+from tests.builders import PHANTOM_CLASSES, client_app, make_study
+from tests.server.rounds.test_solving import run
+
+pytestmark = pytest.mark.numbers
+
+HEAD = {"backbone": "squeezenet1_0", "weights": "none", "head": "discriminant", "init": None}
+TELLS = {"counts": "exact", "sums": 1, "adapted": True}
+QUIET = TELLS | {"adapted": False}
+
+
+def study(**changes):
+    return make_study(
+        **{
+            "classes": PHANTOM_CLASSES,
+            "model": HEAD,
+            "images": {"size": 32},
+            "train": {"rounds": 0},
+            "aggregate": {"quorum": 1},
+            "adapt": True,
+        }
+        | changes
+    )
+
+
+def policies(disclose):
+    return {name: {"disclose": disclose} for name in ("east", "north", "south", "west")}
+
+
+def kept(site_file):
+    (folder,) = (site_file.parent / "state/adapted").iterdir()
+    return folder
+
+
+def test_a_model_of_each_site_stays_there_and_its_counts_come_back(tmp_path, phantoms):
+    left, asked = [], study()
+
+    def app(message, context):
+        reply = client_app(message, context)
+        left.append(record_to_bytes(reply.content))
+        return reply
+
+    folder, site_files = run(tmp_path / "run", phantoms, asked, app, policies(TELLS))
+    results, _ = read_results(folder.path, 4)
+    assert list(results) == ["local", "federated", "adapted"]
+    north = next(path for path in site_files if path.parent.name == "north")
+    about = json.loads((kept(north) / "about.json").read_text())
+    assert about["private"] is False
+    assert "must not leave" in about["note"]
+    # The very model that was counted, in two lines of Python.
+    tested = cut_records(Site.read(north), asked).test
+    called = load_model(kept(north)).decisions([record.image.path for record in tested])
+    truth = torch.tensor([record.label for record in tested])
+    assert int((called == truth).sum()) == int(np.trace(results["adapted"]["north"].confusion))
+    for path in site_files:
+        weights, released = (
+            next(t for name, t in load_file(where).items() if name.endswith("linear.weight"))
+            for where in (kept(path) / "model.safetensors", folder.path / "model.safetensors")
+        )
+        if not torch.equal(weights, released):
+            row = weights[0, :8].numpy().tobytes()
+            assert not any(row in reply for reply in left)
+        assert (kept(path) / "model.safetensors").stat().st_mode & 0o077 == 0
+
+
+def test_a_policy_that_does_not_say_so_tells_no_counts_of_it(tmp_path, phantoms):
+    folder, site_files = run(tmp_path / "run", phantoms, study(), policy=policies(QUIET))
+    assert list(read_results(folder.path, 4)[0]) == ["federated"]
+    for path in site_files:
+        assert not [m for m in finals(path)[0] if m.startswith(("adapted", "local"))]
+    assert kept(site_files[0]).is_dir()
+
+
+def finals(site_file):
+    lines = [e for e in read_ledger(site_file.parent / "state") if isinstance(e, Sent)]
+    return [line.contents.metrics for line in lines if line.release.kind == "final"]
+
+
+def test_the_ledger_names_what_is_told_of_it(tmp_path, phantoms):
+    _, site_files = run(tmp_path / "run", phantoms, study(), policy=policies(TELLS))
+    told = [finals(path)[0] for path in site_files]
+    assert any({"adapted.confusion", "local.confusion"} <= set(names) for names in told)
+
+
+def test_a_study_that_adapts_nothing_keeps_nothing(tmp_path, phantoms):
+    folder, site_files = run(tmp_path / "run", phantoms, study(adapt=False), policy=policies(TELLS))
+    assert list(read_results(folder.path, 4)[0]) == ["federated"]
+    assert not (site_files[0].parent / "state/adapted").exists()
+
+
+@pytest.mark.parametrize("few", [True, False])
+def test_the_sums_of_all_go_to_sites_only_where_three_hide_each_other(tmp_path, phantoms, few):
+    sent = []
+
+    def app(message, context):
+        if message.metadata.message_type == "evaluate":
+            sent.append("sums" in message.content.array_records)
+        return client_app(message, context)
+
+    silent = {"disclose": TELLS | {"sums": "none"}}
+    policy = policies(TELLS) | ({"north": silent, "south": silent} if few else {})
+    run(tmp_path / "run", phantoms, study(), app, policy)
+    assert set(sent) == {not few}
+
+
+SPOILT = {
+    "not finite": lambda a: np.full_like(a, np.nan),
+    "negative": lambda a: -np.abs(a) - 1,
+    "huge": lambda a: np.full_like(a, 1e300),
+    "another shape": lambda a: a[1:],
+    "float32": lambda a: a.astype(np.float32),
+}
+
+
+@pytest.mark.parametrize("part", ["counts", "totals", "second"])
+def test_sums_that_can_be_none_are_refused_and_nothing_is_kept(tmp_path, phantoms, part):
+    refused = []
+
+    def app(message, context):
+        if message.metadata.message_type != "evaluate":
+            return client_app(message, context)
+        honest = message.content.array_records["sums"]
+        for change in SPOILT.values():
+            spoilt = Message(message.content, message.metadata.dst_node_id, "evaluate")
+            arrays = dict(honest.items())
+            arrays[part] = Array(change(honest[part].numpy()))
+            spoilt.content["sums"] = type(honest)(arrays)
+            refused.append(client_app(spoilt, context).error.reason)
+        message.content["sums"] = honest
+        return client_app(message, context)
+
+    folder, _ = run(tmp_path / "run", phantoms, study(), app, policies(TELLS))
+    assert set(refused) == {"contract"}
+    assert len(read_results(folder.path, 4)[0]["adapted"]) == 4
+
+
+def test_after_rounds_a_site_trains_the_model_on_if_that_pays(tmp_path, phantoms):
+    rounds = {"rounds": 1, "local_epochs": 1, "batch_size": 8, "lr": 0.01}
+    changes = {"model": HEAD | {"head": "linear", "init": "zero"}, "train": rounds}
+    folder, site_files = run(tmp_path / "run", phantoms, study(**changes), policy=policies(TELLS))
+    assert list(read_results(folder.path, 4)[0]) == ["local", "federated", "adapted"]
+    about = json.loads((kept(site_files[0]) / "about.json").read_text())
+    assert about["fitted"] == "by training on"
+    assert 0 <= about["rounds"] <= 3
+
+
+def test_a_private_study_tells_nothing_of_it_and_says_that_it_is_not_private(tmp_path, phantoms):
+    private = {"mechanism": "dp_sgd", "epsilon": 8.0, "delta": 1e-4}
+    changes = {"model": HEAD | {"head": "linear", "init": "zero"}, "train": {"rounds": 1}}
+    folder, site_files = run(
+        tmp_path / "run", phantoms, study(privacy=private, **changes), policy=policies(TELLS)
+    )
+    assert list(read_results(folder.path, 4)[0]) == ["federated"]
+    assert json.loads((kept(site_files[0]) / "about.json").read_text())["private"] is False
+    for path in site_files:
+        assert not [m for m in finals(path)[0] if m.startswith(("adapted", "local"))]
