@@ -268,7 +268,8 @@ def _average_from_zero(
 ) -> dict[str, Counts]:
     """The same study without a solved head, all its rounds from zero, in a folder of its own."""
     study = run.study
-    model = study.model.model_copy(update={"init": "zero"})
+    features = {"unit_features": False, "feature_mean": None}  # as they are: what FedAvg is used to
+    model = study.model.model_copy(update={"init": "zero", **features})
     train = study.train.model_copy(update={"patience": None})
     plain = study.model_copy(update={"model": model, "train": train, "adapt": False})
     path = run.path / "fedavg"
