@@ -65,7 +65,8 @@ def finish(
       solved: Where it is a solved discriminant: the sums of all sites, and its shrinkage.
     """
     prepared = session.prepared
-    if not prepared.study.adapt or prepared.site.role != "train":
+    site = prepared.site
+    if not (prepared.study.adapt and site.adapt and site.role == "train"):
         return session.finish(released, read_out)
     adapted = adapt_model(session, released, solved)
     keep_model(session, adapted)
@@ -76,7 +77,7 @@ def finish(
         ADAPTED: session.evaluate(adapted.tensors, "test", read_out=adapted.read_out),
         LOCAL: count_local(session),
     }
-    rounding = Rounding(prepared.site.secret(), disclosure.base)
+    rounding = Rounding(site.secret(), disclosure.base)
     name = prepared.network.digest(released)
     told = {way: rounding.round_counts(c, "test", f"{way} {name}") for way, c in own.items()}
     return FinalReply(counts=replace(reply.counts, own=told))

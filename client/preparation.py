@@ -207,7 +207,7 @@ def _offer(
     disclosure, delta = site.policy.disclose.resolved(private=study.private), site.policy.delta
     if not gives_sums(site, study, count_by_class(kept["train"], study)):
         disclosure = disclosure.model_copy(update={"sums": "none"})
-    if not (study.adapt and site.role == "train"):
+    if not (study.adapt and site.adapt and site.role == "train"):
         disclosure = disclosure.model_copy(update={"adapted": False})
     return Agreement(
         study=study.id,

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BeforeValidator, Field, StrictInt, field_validator, model_validator
+from pydantic import BeforeValidator, Field, StrictBool, StrictInt, field_validator, model_validator
 
 from client.data.registry import Data
 from client.storage import explain_disk_errors, read_site_secret
@@ -134,6 +134,8 @@ class Site(YamlFile):
     connect: tuple[Connect, ...] = ()
     """One for each coordinator, all of them served on one ledger; not needed in a simulation."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    adapt: StrictBool = True
+    """Whether a model is fitted to this site at the end of a study that asks for it."""
     threads: AtLeastOne = 1
     """Cores that a round computes on; how sums are split among them decides their last digits."""
     keep: Keep = "auto"

@@ -13,7 +13,7 @@ from torch import Tensor
 from common.config.yaml import Section
 from common.model.images import Preprocess
 
-PROTOCOL = "5"
+PROTOCOL = "6"
 """Raised whenever a message between server and site changes."""
 
 Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{1,64}$")]

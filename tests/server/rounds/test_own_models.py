@@ -14,8 +14,17 @@ from client.ledger.ledger import read_ledger
 from client.site import Site
 from common.flower.messages import record_to_bytes
 from common.model.inference import load_model
+from server.app import app as server_app
 from server.runs.results import read_results
-from tests.builders import PHANTOM_CLASSES, client_app, make_study
+from simulations.engines.grid import simulate_run
+from tests.builders import (
+    PHANTOM_CLASSES,
+    client_app,
+    create_run,
+    edit_site,
+    find_phantoms,
+    make_study,
+)
 from tests.server.rounds.test_solving import run
 
 pytestmark = pytest.mark.numbers
@@ -102,6 +111,19 @@ def test_a_study_that_adapts_nothing_keeps_nothing(tmp_path, phantoms):
     folder, site_files = run(tmp_path / "run", phantoms, study(adapt=False), policy=policies(TELLS))
     assert list(read_results(folder.path, 4)[0]) == ["federated"]
     assert not (site_files[0].parent / "state/adapted").exists()
+
+
+def test_a_site_that_wants_no_model_of_its_own_keeps_none_and_the_others_do(tmp_path, phantoms):
+    asked = study()
+    site_files = create_run(find_phantoms(phantoms), asked, tmp_path / "run", phantoms / "cache")
+    for path in site_files:
+        edit_site(path, adapt=path.parent.name != "south", policy={"disclose": TELLS})
+    simulate_run(server_app, client_app, site_files, tmp_path / "run")
+    results, _ = read_results(tmp_path / "run", 4)
+    assert set(results["adapted"]) == {"east", "north", "west"}
+    assert len(results["federated"]) == 4
+    has = {path.parent.name for path in site_files if (path.parent / "state/adapted").exists()}
+    assert has == {"east", "north", "west"}
 
 
 @pytest.mark.parametrize("few", [True, False])

@@ -74,7 +74,8 @@ def test_run_compare_predict(command: Command, site_options: list[str], phantoms
     for word in ("round   2/2", "north", "local", "pooled", "federated", "overall", "run folder"):
         assert word in text
     report = json.loads(Path("run/report.json").read_text())
-    assert set(report["results"]) == {"local", "pooled", "federated"}
+    ways = ["local", "fedavg", "solved", "federated", "adapted", "pooled"]
+    assert list(report["results"]) == ways
     assert set(json.loads(Path("run/sites/hospitals.json").read_text())) == set(PHANTOMS)
     assert Path("run/comparison.png").exists()
     code, text = command("predict", "run", phantoms / "west/images", "--out", "p.csv")
@@ -112,6 +113,9 @@ def test_seeds_are_summarised_and_completed(command: Command, site_options: list
     assert "±" in text
     summary = json.loads(Path("runs/summary.json").read_text())
     assert len(summary["overall"]["federated"]["balanced_accuracy"]) == 2
+    assert set(summary["sites"]) == {*PHANTOMS, "overall"}
+    assert {gain["site"] for gain in summary["differences"]} == {*PHANTOMS, "overall"}
+    assert "adapted against its own model alone" in " ".join(text.split())
     before = Path("runs/seed-0/report.json").stat().st_mtime_ns
     shutil.rmtree("runs/seed-1")
     assert command(*arguments)[0] == 0
