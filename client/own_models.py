@@ -78,8 +78,8 @@ def finish(
         LOCAL: count_local(session),
     }
     rounding = Rounding(site.secret(), disclosure.base)
-    name = prepared.network.digest(released)
-    told = {way: rounding.round_counts(c, "test", f"{way} {name}") for way, c in own.items()}
+    names = {ADAPTED: prepared.network.digest(adapted.tensors), LOCAL: prepared.study.id}
+    told = {w: rounding.round_counts(c, "test", f"{w} {names[w]}") for w, c in own.items()}
     return FinalReply(counts=replace(reply.counts, own=told))
 
 

@@ -1,5 +1,6 @@
 """The last message: the released model, and its counts."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from common.errors import ContractError
+from common.flower.messages import record_to_bytes
 from common.heads.read_out import AS_IT_IS, ReadOut
 from common.heads.sums import Sums
 from common.metrics.metrics import Counts, Floats
@@ -95,6 +97,14 @@ class Solved:
             raise ContractError("a shrinkage that is not from 0 to 1")
         arrays = get_part(record.array_records, SUMS)
         return cls(arrays, read_weights(record), shrinkage)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all of it: with other sums, the same model is fitted otherwise."""
+        record = RecordDict({SUMS: self.arrays})
+        numbers = [*self.weights.tolist(), self.shrinkage]
+        whole = repr(numbers).encode() + record_to_bytes(record)
+        return hashlib.sha256(whole).hexdigest()
 
     def sums(self, classes: int, width: int) -> Sums:
         """Over all sites; raises `ContractError` unless they are such sums."""

@@ -119,7 +119,7 @@ def judge_gains(gains: Sequence[Gain]) -> list[str]:
         way = "adapted" if any(g.way == "adapted" for g in against) else FEDERATED
         told = [_say(g) for g in against if g.way == way]
         if told:
-            lines.append(f"{site}, {way} against its own model alone: {'; '.join(told)}.")
+            lines.append(f"{site}, {way} against its own model alone. {'; '.join(told)}.")
     return lines
 
 
@@ -128,7 +128,7 @@ def _say(gain: Gain) -> str:
     sign = 1 if METRICS[gain.metric].higher else -1
     low, high = sorted((sign * found.low, sign * found.high))
     verdict = "better" if low > 0 else "worse" if high < 0 else "these holdouts cannot tell"
-    return f"{label} {verdict} ({_signed(found)})"
+    return f"{label}: {verdict}, {_signed(found)}"
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -192,3 +192,25 @@ def test_a_private_study_tells_nothing_of_it_and_says_that_it_is_not_private(tmp
     assert json.loads((kept(site_files[0]) / "about.json").read_text())["private"] is False
     for path in site_files:
         assert not [m for m in finals(path)[0] if m.startswith(("adapted", "local"))]
+
+
+def test_the_same_model_with_other_sums_is_another_end(tmp_path, phantoms):
+    """Fitted from sums that a server makes up, it would tell of a model of the server's choice."""
+    answers = []
+
+    def app(message, context):
+        reply = client_app(message, context)
+        if message.metadata.message_type == "evaluate":
+            other = dict(message.content.array_records["sums"].items())
+            other["totals"] = Array(other["totals"].numpy() / 2)
+            again = Message(message.content, message.metadata.dst_node_id, "evaluate")
+            answers.append(client_app(again, context).error if again.has_error() else None)
+            honest = message.content.array_records["sums"]
+            again.content["sums"] = type(honest)(other)
+            answers.append(client_app(again, context).error.reason)
+            again.content["sums"] = honest
+        return reply
+
+    coarse = policies(TELLS | {"counts": "rounded", "metrics": "final"})
+    run(tmp_path / "run", phantoms, study(), app, coarse)
+    assert answers == [None, "contract"] * 4
