@@ -60,13 +60,13 @@ def _redraws(counts: Counts, seed: int, draws: int) -> Iterator[Counts]:
     positive, negative = counts.positive[:, used], counts.negative[:, used]
     nats = np.logaddexp(0, -CENTRES[used])  # the loss of an image, from its class's log-odds
     images = counts.positive.sum(axis=1)
-    share = counts.right / np.maximum(images, 1)
+    share, others = counts.right / np.maximum(images, 1), np.random.default_rng([seed, 1])
     for _ in range(draws):
         confusion, own, rest = (_redraw(a, rng) for a in (counts.confusion, positive, negative))
         if counts.noise:
             confusion = confusion + rng.normal(0, counts.noise, confusion.shape).round().astype(int)
         loss_sum = counts.loss_sum + float(((own - positive) @ nats).sum())
-        right = rng.binomial(images, share)
+        right = others.binomial(images, share)
         yield Counts(confusion, own, rest, loss_sum, right, counts.noise)
 
 

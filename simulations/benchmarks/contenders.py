@@ -226,7 +226,7 @@ class _Watched:
 
     def _answer(self, message: Any, context: Any) -> Any:
         kind = message.metadata.message_type
-        if kind != "query":
+        if not kind.startswith("query"):
             self._lap(next(self._labels))
         reply = self._client(message, context)
         if kind == "train":

@@ -79,6 +79,7 @@ def _study(backbone: str, depth: str, *, private: bool) -> Study:
         "classes": ["a", "b"],
         "model": {"backbone": backbone, "weights": "none", "unfreeze": depth, "init": "zero"},
         "images": {"size": _SIDE},
+        "adapt": False,
         "train": {"rounds": 1, "batch_size": _BATCH, "optimizer": "sgd"},
         "privacy": {"mechanism": "dp_sgd", "epsilon": 8.0, "delta": 1e-5},
     }

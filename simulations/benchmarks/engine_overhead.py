@@ -66,6 +66,7 @@ def measure_run(sites: int, rounds: int) -> Cost:
         "classes": ["a", "b"],
         "model": {"backbone": "shufflenet_v2_x0_5", "weights": "none", "init": "zero"},
         "images": {"size": 32},
+        "adapt": False,
         "train": {"rounds": rounds, "local_epochs": 1},
     }
     study = Study.parse(content, "bench", StudyError)

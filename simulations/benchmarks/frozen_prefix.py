@@ -75,6 +75,7 @@ class Plan:
             },
             "images": {"size": self.side},
             # Random weights: a small rate keeps them from running away; times are the same.
+            "adapt": False,
             "train": {"rounds": self.rounds, "optimizer": "sgd", "lr": 1e-4, "batch_size": _BATCH},
             "holdout": {"validation": 0, "test": 0},
         }
