@@ -263,6 +263,8 @@ class Handlers:
         rounds, given, ends = (
             opened.ledger.models(study.id, kind) for kind in ("round", "sums", "final")
         )
+        if request.solved is not None and not given:
+            raise ContractError("sums of all sites to one that told none")
         check_end(study, agreed, received, rounds=rounds, took_part=bool(rounds | given), ends=ends)
         what = what.model_copy(update={"received": received, "privacy": agreed.end})
         with record_errors(opened.ledger, what):

@@ -4,21 +4,24 @@ They are made of its patients without any noise, so they stay in its state folde
 study. What leaves, if its policy says so, are counts on its test patients.
 """
 
+import hashlib
 import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save
 
 from client.privacy.rounding import Rounding
 from client.session import Session
 from client.storage import explain_disk_errors
-from common.errors import SiteError
-from common.heads.adapting import FITS, OwnImages, adapt_head, solve_local
+from common.errors import ContractError, SiteError
+from common.heads.adapting import FITS, Adapted, OwnImages, adapt_head, solve_local
 from common.heads.read_out import ReadOut, choose_read_out, list_read_outs
+from common.heads.registry import solve_discriminant
 from common.heads.sums import Sums, map_features
 from common.metrics.metrics import Counts, Floats, value
 from common.metrics.statistics import intervals
@@ -33,6 +36,8 @@ log = logging.getLogger(__name__)
 _ROUNDS = 3
 _MU = 0.1
 """Holds a fine-tuned model near the released one (FedProx, Li et al. 2020)."""
+_ALIKE = 1e-3
+"""How far the numbers of one head may lie apart, solved by two machines."""
 _NOT_PRIVATE = (
     "Made of this hospital's patients without any privacy, for its own use: it must not leave."
 )
@@ -73,13 +78,12 @@ def finish(
     reply, disclosure = session.finish(released, read_out), session.agreed().disclosure
     if reply.counts is None or not disclosure.adapted:
         return reply
-    own = {
-        ADAPTED: session.evaluate(adapted.tensors, "test", read_out=adapted.read_out),
-        LOCAL: count_local(session),
-    }
+    local, name = count_local(session)
+    counts = session.evaluate(adapted.tensors, "test", read_out=adapted.read_out)
     rounding = Rounding(site.secret(), disclosure.base)
-    names = {ADAPTED: prepared.network.digest(adapted.tensors), LOCAL: prepared.study.id}
-    told = {w: rounding.round_counts(c, "test", f"{w} {names[w]}") for w, c in own.items()}
+    digest = prepared.network.digest(adapted.tensors)
+    own = {ADAPTED: (counts, digest), LOCAL: (local, name)}
+    told = {w: rounding.round_counts(c, "test", name) for w, (c, name) in own.items()}
     return FinalReply(counts=replace(reply.counts, own=told))
 
 
@@ -95,18 +99,34 @@ def adapt_model(session: Session, released: Tensors, solved: tuple[Sums, float] 
         tensors, rounds = _fine_tune(session, released)
         facts: dict[str, Any] = {"fitted": "by training on", "rounds": rounds}
     else:
-        total, shrinkage = solved
-        network = session.prepared.network
-        own = _own_images(session, network.find_centre(released))
-        adapted = adapt_head(total, own, shrinkage, seed=_seed(session))
+        adapted = _fit_solved(session, released, *solved)
         study, head = session.prepared.study, adapted.head
-        tensors = released | place_head(study, head.weight, head.bias)
+        tensors = released | (place_head(study, head.weight, head.bias) if head else {})
         auroc = {"federated": adapted.scores[FITS[0]], "this": adapted.scores[adapted.fit]}
         fitted = {"fitted": "by its own class means", **adapted.fit._asdict()}
         facts = {**fitted, "cross-validated AUROC": auroc}
     read_outs = list_read_outs(session.prepared.offer.images.train)
     read_out = choose_read_out(read_outs, list(session.judge(tensors, read_outs).losses))
     return OwnModel(tensors, read_out, facts)
+
+
+def _fit_solved(session: Session, released: Tensors, total: Sums, shrinkage: float) -> Adapted:
+    """Raises `ContractError` unless the model was solved from these sums, this site's among them.
+
+    With other sums, the site would be left with a model of the server's making.
+    """
+    study, network = session.prepared.study, session.prepared.network
+    own = _own_images(session, network.find_centre(released))
+    if (own.sums(total.weights).counts > total.counts).any():
+        raise ContractError("sums of fewer images than this site has")
+    try:
+        again = solve_discriminant(total, shrinkage)
+        for name, tensor in place_head(study, again.weight, again.bias).items():
+            if not torch.allclose(tensor, released[name], rtol=_ALIKE, atol=_ALIKE):
+                raise ContractError("sums that the model was not solved from")
+        return adapt_head(total, own, shrinkage, seed=_seed(session))
+    except np.linalg.LinAlgError:
+        raise ContractError("sums that no head can be solved from") from None
 
 
 def keep_model(session: Session, model: OwnModel) -> None:
@@ -130,10 +150,11 @@ def keep_model(session: Session, model: OwnModel) -> None:
     log.info("the model fitted to this site is in %s; it is not private, and stays here", folder)
 
 
-def count_local(session: Session) -> Counts:
+def count_local(session: Session) -> tuple[Counts, str]:
     """Test counts of a discriminant of the site's own patients alone, on the backbone as it began.
 
-    Its shrinkage and its read-out are the site's own choice, as it would make it alone.
+    Its shrinkage and its read-out are the site's own choice, as it would make it alone. With them
+    the SHA-256 of the head: in another study, too, the same head is the same model.
     """
     images, total = session.sum_all_features()
     centre = total / max(images, 1)
@@ -149,7 +170,9 @@ def count_local(session: Session) -> Counts:
     read_outs = list_read_outs(session.prepared.offer.images.train)
     losses = [Counts.of(seen, labels, each.scores(seen)).loss_sum for each in read_outs]
     tested, labels = logits("test")
-    return Counts.of(tested, labels, choose_read_out(read_outs, losses).scores(tested))
+    counts = Counts.of(tested, labels, choose_read_out(read_outs, losses).scores(tested))
+    whole = b"".join(n.astype("<f4").tobytes() for n in (head.weight, head.bias, centre))
+    return counts, hashlib.sha256(whole).hexdigest()
 
 
 def _own_images(session: Session, centre: Floats | None) -> OwnImages:

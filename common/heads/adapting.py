@@ -77,13 +77,13 @@ class Adapted:
     """A head for one site.
 
     Attributes:
-      head: The head itself.
+      head: The head itself; None where that of all sites is best as it is.
       fit: How the site's own images entered it.
       scores: The AUROC of each choice by cross-validation, over the classes with five images or
         more; None where there are no two of them.
     """
 
-    head: LinearHead
+    head: LinearHead | None
     fit: Fit
     scores: Mapping[Fit, float | None]
 
@@ -109,7 +109,8 @@ def adapt_head(total: Sums, own: OwnImages, shrinkage: float, *, seed: int) -> A
             logits[fit][mask] = own.views[0][mask] @ head.weight.T + head.bias
     scores = {fit: _score(found, own.labels) for fit, found in logits.items()}
     best = max(FITS, key=lambda fit: (scores[fit] or 0.0, -FITS.index(fit)))
-    return Adapted(dict(_fit_all(total, mine, shrinkage))[best], best, scores)
+    gains = best != FITS[0]
+    return Adapted(dict(_fit_all(total, mine, shrinkage))[best] if gains else None, best, scores)
 
 
 def solve_local(own: OwnImages, classes: int, *, seed: int) -> tuple[LinearHead, float]:

@@ -84,11 +84,17 @@ class Sums:
         return means
 
     @property
+    def spread(self) -> Floats:
+        """[d, d], as `second`, of what each image lies apart from the mean of its class."""
+        means, mass = self.means, self.weights * self.counts
+        spread: Floats = self.second - (means.T * mass) @ means
+        return spread
+
+    @property
     def within(self) -> Floats:
         """[d, d], the covariance within classes, each image with the weight of its class."""
-        means, mass = self.means, self.weights * self.counts
-        spread = self.second - (means.T * mass) @ means
-        within: Floats = spread / max(float(mass.sum()), np.finfo(float).tiny)
+        mass = float(self.weights @ self.counts)
+        within: Floats = self.spread / max(mass, np.finfo(float).tiny)
         return within
 
 

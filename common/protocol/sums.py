@@ -36,6 +36,8 @@ WEIGHTS = "class-weights"
 COUNTS, TOTALS, SECOND = "counts", "totals", "second"
 WEIGHT, BIAS, CENTRE = "weight", "bias", "centre"
 MOST_CANDIDATES = 16
+_ROUNDED = 1e-9
+"""How far float64 may take a spread below 0, where features have length 1."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +163,22 @@ def read_sums(arrays: ArrayRecord, width: int, weights: Floats) -> Sums:
     mass = float(weights @ counts)
     if abs(np.trace(second)) > mass + 1e-3 or (np.diagonal(second) < -1e-9).any():
         raise ContractError("second moments of features longer than 1")
-    return Sums(counts, totals, second, weights)
+    sums = Sums(counts, totals, second, weights)
+    if not _has_spread(sums):
+        raise ContractError("second moments of no features with these means")
+    return sums
+
+
+def _has_spread(sums: Sums) -> bool:
+    """Whether the spread within classes is one, below 0 in no direction.
+
+    So is then that of any total, and a head can be solved from it.
+    """
+    try:
+        np.linalg.cholesky(sums.spread + _ROUNDED * np.eye(len(sums.second)))
+    except np.linalg.LinAlgError:
+        return False
+    return True
 
 
 def shape_sums(classes: int, width: int) -> Shapes:

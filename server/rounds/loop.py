@@ -256,23 +256,21 @@ class Run:
         judged = self._judge()
         released, tensors = self._last.released
         arrays, classes = to_arrays(tensors), len(self._study.classes)
-        final = FinalRequest(
-            study=self._study.id,
-            arrays=arrays,
-            read_out=judged.read_out,
-            solved=self._tell_sums(released),
-        )
-        request = final.record()
+        plain = FinalRequest(study=self._study.id, arrays=arrays, read_out=judged.read_out)
+        fitting = replace(plain, solved=self._tell_sums(released))
+        gave = self._folder.read_solved_sites()
 
         def messages(members: Sequence[Member]) -> list[Message]:
-            return [Message(request, member.node, MessageType.EVALUATE) for member in members]
+            """Sums to the sites alone that are in them: these take off their own."""
+            asked = [(fitting if member.name in gave else plain, member) for member in members]
+            return [Message(r.record(), m.node, MessageType.EVALUATE) for r, m in asked]
 
         def read(member: Member, record: RecordDict) -> FinalReply:
             return FinalReply.read(record, classes, member.reply)
 
         history = self._folder.read_history()
         trained = {line["site"] for line in history if line["round"] <= self._last.round}
-        trained |= self._folder.read_solved_sites()
+        trained |= gave
         # Who was drawn for no round took no part, and answers nothing about its patients.
         members = [m for m in self._federation.members if not m.trains or m.name in trained]
         everyone = len(members)
@@ -300,8 +298,11 @@ class Run:
         From fewer than three sites, one would learn another's by taking off its own.
         """
         told = self._folder.read_solved()
-        solved = released == 0 and told.get("head") == "discriminant"
-        if not (self._study.adapt and solved and len(told["sites"]) >= _HIDES_A_SITE):
+        if not (self._study.adapt and released == 0 and told.get("head") == "discriminant"):
+            return None
+        if len(told["sites"]) < _HIDES_A_SITE:
+            words = "sums of fewer than %d sites would tell of one: sites fit by training instead"
+            log.info(words, _HIDES_A_SITE)
             return None
         return Solved.of(self._folder.read_sums(), told["strength"])
 

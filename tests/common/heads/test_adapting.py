@@ -41,10 +41,7 @@ def test_a_site_that_gains_nothing_keeps_the_federated_head() -> None:
     own = images(3, (4, 4, 4))
     total = OTHERS + own.sums(WEIGHTS)
     adapted = adapt_head(total, own, 0.2, seed=0)
-    if adapted.fit == Fit():
-        federated = solve_discriminant(total, 0.2)
-        assert np.array_equal(adapted.head.weight, federated.weight)
-        assert np.array_equal(adapted.head.bias, federated.bias)
+    assert (adapted.head is None) == (adapted.fit == Fit())
     assert max(s or 0 for s in adapted.scores.values()) == (adapted.scores[adapted.fit] or 0)
 
 
@@ -56,6 +53,7 @@ def test_a_site_whose_classes_look_otherwise_is_fitted() -> None:
     )
     total = OTHERS + own.sums(WEIGHTS)
     adapted = adapt_head(total, own, 0.2, seed=0)
+    assert adapted.head is not None
     assert adapted.fit.pull
     federated = solve_discriminant(total, 0.2)
 
@@ -88,7 +86,7 @@ def test_few_images_or_classes_give_a_head_all_the_same(counts: tuple[int, ...])
     own = images(9, counts)
     adapted = adapt_head(OTHERS + own.sums(WEIGHTS), own, 0.2, seed=0)
     local, _ = solve_local(own, CLASSES, seed=0)
-    for head in (adapted.head, local):
+    for head in (adapted.head or local, local):
         assert np.isfinite(head.weight).all()
         assert np.isfinite(head.bias).all()
     assert set(adapted.scores) == set(FITS)
@@ -98,7 +96,7 @@ def test_a_class_that_nobody_has_is_never_called() -> None:
     own = images(10, (40, 40, 0))
     weights = balance(np.array([40.0, 40, 0]))
     total: Sums = own.sums(weights) + own.sums(weights)
-    head = adapt_head(total, own, 0.2, seed=0).head
+    head = adapt_head(total, own, 0.2, seed=0).head or solve_discriminant(total, 0.2)
     assert ((own.views[0] @ head.weight.T + head.bias).argmax(1) < 2).all()
 
 

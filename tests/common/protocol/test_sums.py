@@ -1,6 +1,7 @@
 """Sums and candidates arrive as they were sent; what could be none is refused."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -95,6 +96,34 @@ def spoil(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> RecordDi
 def test_what_can_be_no_sums_of_unit_features_is_refused(name, change) -> None:
     with pytest.raises(ContractError):
         SumsReply.read(sent(spoil(name, change)), WIDTH, WEIGHTS)
+
+
+def crafted(**changes) -> RecordDict:
+    return SumsReply(sums=replace(SUMS, **changes)).record()
+
+
+def test_a_spread_below_zero_in_some_direction_is_refused() -> None:
+    """Added to honest sums, it would leave a matrix from which no head can be solved."""
+    level = np.trace(SUMS.second) / WIDTH
+    beside = SUMS.second + 2 * level * (1 - np.eye(WIDTH))  # the trace as it was
+    none = level * np.eye(WIDTH) * 1e-3  # below what the means alone give
+    outer = np.outer(np.ones(WIDTH), np.ones(WIDTH))
+    for second in (beside, none, -outer + np.diag(np.diagonal(outer))):
+        with pytest.raises(ContractError, match="of no features"):
+            SumsReply.read(sent(crafted(second=second)), WIDTH, WEIGHTS)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_whatever_images_a_site_has_its_sums_are_accepted(seed: int) -> None:
+    """One image, the same image many times, few in many directions, a class of weight 0."""
+    rng = np.random.default_rng(seed)
+    images, width = int(rng.integers(1, 40)), int(rng.integers(2, 60))
+    labels = rng.integers(0, CLASSES, images)
+    features = map_features(rng.normal(size=(images, width)), None)
+    weights = np.where(np.arange(CLASSES) == seed % CLASSES, 0.0, 10.0 ** -rng.integers(0, 6))
+    for some in (features, features[:1].repeat(images, axis=0), np.zeros_like(features)):
+        views = Sums.mean([Sums.of(some, labels, weights), Sums.of(some[:, ::-1], labels, weights)])
+        SumsReply.read(sent(SumsReply(sums=views).record()), width, weights)
 
 
 def test_more_or_less_than_the_sums_is_refused() -> None:

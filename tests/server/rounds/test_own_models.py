@@ -1,6 +1,8 @@
 """At the end each site has a model fitted to itself; of it, counts may leave, and nothing else."""
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -141,11 +143,38 @@ def test_the_sums_of_all_go_to_sites_only_where_three_hide_each_other(tmp_path, 
     assert set(sent) == {not few}
 
 
+def test_the_sums_go_to_the_sites_that_are_in_them_alone(tmp_path, phantoms):
+    """One that is not would take off images that are not there; one that only tests needs none."""
+    sent, silent = {}, {"disclose": TELLS | {"sums": "none"}}
+
+    def app(message, context):
+        if message.metadata.message_type == "evaluate":
+            name = Site.read(Path(context.node_config["site"])).name
+            sent[name] = "sums" in message.content.array_records
+        return client_app(message, context)
+
+    rounds = {"rounds": 1, "local_steps": 1, "batch_size": 8, "lr": 1e-7}
+    asked = study(model=HEAD | {"head": "linear", "init": "solved"}, train=rounds)
+    tests = replace(find_phantoms(phantoms)[2], name="tests", evaluates_only=True)
+    found = [*find_phantoms(phantoms), tests]
+    site_files = create_run(found, asked, tmp_path / "run", phantoms / "cache")
+    for path in site_files:
+        role = "evaluate" if path.parent.name == "tests" else "train"
+        edit_site(
+            path, role=role, policy=silent if path.parent.name == "south" else {"disclose": TELLS}
+        )
+    simulate_run(server_app, app, site_files, tmp_path / "run")
+    assert sent == {"east": True, "north": True, "west": True, "south": False, "tests": False}
+    own = read_results(tmp_path / "run", 4)[0]["adapted"]
+    assert set(own) == {"east", "north", "south", "west"}
+
+
 SPOILT = {
     "not finite": lambda a: np.full_like(a, np.nan),
     "negative": lambda a: -np.abs(a) - 1,
     "huge": lambda a: np.full_like(a, 1e300),
     "another shape": lambda a: a[1:],
+    "a little less": lambda a: a * 0.9,
     "float32": lambda a: a.astype(np.float32),
 }
 
