@@ -58,7 +58,8 @@ def compare_epsilons(
     runs: dict[float | None, list[Path]] = {}
     for epsilon in epsilons:
         privacy = study.privacy.model_copy(update={"epsilon": epsilon}) if epsilon else NoPrivacy()
-        changed = [study.model_copy(update={"privacy": privacy, "seed": seed}) for seed in seeds]
+        changes = {"privacy": privacy, "adapt": False}
+        changed = [study.model_copy(update=changes | {"seed": seed}) for seed in seeds]
         place, title = folder / _name(epsilon), _label(epsilon)
         runs[epsilon] = runner.run_series(changed, source, place, cache, engine, title=title)
     console.print()
