@@ -3,6 +3,7 @@
 import hashlib
 import logging
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -16,6 +17,7 @@ from client.ledger.budget import check_noise_once, check_studies
 from client.ledger.entries import Release
 from client.ledger.release import Reply, record_errors, release
 from client.own_models import finish
+from client.privacy.parameters import TrainingRelease
 from client.runtime import Runtime, SiteRuntime
 from client.session import Session
 from client.site import Site
@@ -41,6 +43,7 @@ from common.protocol.fields import CONFIG, STUDY, get_value
 from common.protocol.final import FinalReply, FinalRequest
 from common.protocol.join import JoinReply, JoinRequest, lack_backbone
 from common.protocol.ledger import LedgerReply, LedgerRequest
+from common.protocol.noised import NoisedReply, NoisedRequest
 from common.protocol.round import RoundReply, RoundRequest
 from common.protocol.sums import (
     CandidatesReply,
@@ -56,7 +59,14 @@ from common.protocol.validate import ValidateReply, ValidateRequest, check_read_
 log = logging.getLogger(__name__)
 
 Answer = (
-    JoinReply | MeansReply | SumsReply | CandidatesReply | ValidateReply | RoundReply | FinalReply
+    JoinReply
+    | MeansReply
+    | SumsReply
+    | NoisedReply
+    | CandidatesReply
+    | ValidateReply
+    | RoundReply
+    | FinalReply
 )
 
 
@@ -69,6 +79,8 @@ def make_app(runtime: Runtime) -> ClientApp:
     app.query("means")(handlers.tell_means)
     app.query("sums")(handlers.tell_sums)
     app.query("candidates")(handlers.compare_heads)
+    app.query("moments")(partial(handlers.tell_noised, "moments"))
+    app.query("prototypes")(partial(handlers.tell_noised, "prototypes"))
     app.query("validate")(handlers.validate)
     app.train()(handlers.work_round)
     app.evaluate()(handlers.finish)
@@ -161,6 +173,30 @@ class Handlers:
             return SumsReply(sums=session.sum_features(request.weights, request.centre))
 
         return self._tell_solved(message, context, study_id, "sums", work)
+
+    def tell_noised(self, kind: TrainingRelease, message: Message, context: Context) -> Message:
+        """A noised sum over training patients, for a private head."""
+        request = NoisedRequest.read(message.content)
+        site, study = self._find_study(context, request.study)
+        opened = self._runtime.open_site(site)
+        what = Release(study=study.id, name=study.name, kind=kind)
+        session, agreed = self._open_joined(context, opened, what)
+        if study.directions is None or agreed.privacy_plan is None:
+            raise ContractError("noised sums of a study or a site that has none")
+        network = session.prepared.network
+        shapes = {name: network.shapes[name] for name in network.found}
+        whitening = from_arrays(request.arrays, shapes)
+        received = network.digest({**network.initial, **whitening})
+        privacy = agreed.privacy_plan.find(kind)
+        what = what.model_copy(update={"received": received, "privacy": privacy})
+        with record_errors(opened.ledger, what):
+            return _leave(
+                message,
+                opened,
+                what,
+                lambda: session.tell_noised(kind, whitening),
+                allow=lambda: session.allow(opened.ledger.spending, whitening, kind),
+            )
 
     def compare_heads(self, message: Message, context: Context) -> Message:
         """How several solved heads do on validation images."""
@@ -260,9 +296,8 @@ class Handlers:
         if request.solved is not None:  # what is told of the fitted model depends on these, too
             both = f"{received} {request.solved.digest}"
             received = hashlib.sha256(both.encode()).hexdigest()
-        rounds, given, ends = (
-            opened.ledger.models(study.id, kind) for kind in ("round", "sums", "final")
-        )
+        rounds, ends = (opened.ledger.models(study.id, kind) for kind in ("round", "final"))
+        given = opened.ledger.models(study.id, "sums", "prototypes")
         if request.solved is not None and not given:
             raise ContractError("sums of all sites to one that told none")
         check_end(study, agreed, received, rounds=rounds, took_part=bool(rounds | given), ends=ends)

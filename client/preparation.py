@@ -23,7 +23,7 @@ from client.privacy.sampling import Patients
 from client.site import Keep, Site
 from client.training.dataset import Examples
 from client.weights import find_weights
-from common.config.study import Augment, DpSgd, Study
+from common.config.study import Augment, Private, Study
 from common.errors import DataError
 from common.model.network import Network, assemble
 from common.protocol.disclosure import Disclosure
@@ -146,7 +146,7 @@ def prepare_site(site: Site, study: Study, workspace: Workspace) -> PreparedSite
 
 
 def _privacy_plan(site: Site, study: Study) -> PrivacyPlan | None:
-    if not isinstance(study.privacy, DpSgd) or site.role != "train":
+    if not isinstance(study.privacy, Private) or site.role != "train":
         return None
     return plan_privacy(site, study, study.privacy)
 

@@ -13,12 +13,14 @@ from client.ledger.entries import Entry
 from client.preparation import PreparedSite
 from client.privacy import dp_sgd
 from client.privacy.held_out import noise_counts
+from client.privacy.noised_rows import choose_rows, make_rows, noise_rows
+from client.privacy.parameters import TrainingRelease
 from client.privacy.plan import PrivacyPlan
 from client.privacy.rounding import Rounding
 from client.privacy.self_check import check_noise, check_rows
 from client.training import trainer
 from client.training.head_features import compute_head_features, count_heads
-from common.config.study import DpSgd
+from common.config.study import Private
 from common.errors import ContractError
 from common.heads.read_out import AS_IT_IS, ReadOut
 from common.heads.sums import Sums, map_features
@@ -28,6 +30,7 @@ from common.protocol.fields import ByPart
 from common.protocol.final import FinalCounts, FinalReply
 from common.protocol.join import JoinReply
 from common.protocol.ledger import LedgerHead
+from common.protocol.noised import NoisedReply
 from common.protocol.round import Figures, RoundReply, RoundRequest
 from common.protocol.tensors import Tensors, to_arrays
 from common.protocol.validate import ValidateReply
@@ -62,7 +65,7 @@ class Session:
         prepared, offer = self.prepared, self.prepared.offer
         site, study = prepared.site, prepared.study
         if self._agreed is None:
-            self._afford(entries, whole=True)
+            self._afford(entries, None)
         elif not offer.disclosure.within(self._agreed.disclosure):
             kept = {"disclosure": self._agreed.disclosure, "end": self._agreed.end}
             offer = offer.model_copy(update=kept)
@@ -106,35 +109,60 @@ class Session:
         prepared = self.prepared
         return check_agreement(prepared.site, prepared.study, self._agreed, prepared.offer)
 
-    def allow(self, entries: Sequence[Entry], tensors: Tensors) -> None:
-        """Return if a private round may be drawn: it can be paid for, and the mechanism is right.
+    def allow(
+        self, entries: Sequence[Entry], tensors: Tensors, kind: TrainingRelease = "round"
+    ) -> None:
+        """Return if a private answer may be drawn: it can be paid for, and the mechanism is right.
 
         Args:
           entries: Of the site's ledger.
-          tensors: Those received, on which the mechanism is checked.
+          tensors: Those received, on which the mechanism of a round is checked.
+          kind: To which query.
 
         Raises:
           RefusedError: it cannot be paid for, or the mechanism failed its own check.
         """
         prepared, privacy_plan = self.prepared, self.agreed().privacy_plan
-        self._afford(entries, whole=False)
+        self._afford(entries, kind)
         if privacy_plan is None:
             return
         check_holdout(prepared.site, prepared.study)  # another study may have drawn since the join
         if not self._noise_checked:
-            check_noise(privacy_plan)
+            for query in privacy_plan.queries:
+                check_noise(query.release)
             self._noise_checked = True
-        prepared.network.load(tensors)
-        with fix_numerics(prepared.site.threads):
-            check_rows(prepared.network.split.suffix, prepared.examples["train"], privacy_plan)
+        if kind == "round":
+            prepared.network.load(tensors)
+            with fix_numerics(prepared.site.threads):
+                check_rows(prepared.network.split.suffix, prepared.examples["train"], privacy_plan)
         keep_holdout(prepared.site, prepared.study)
 
-    def _afford(self, entries: Sequence[Entry], *, whole: bool) -> None:
+    def _afford(self, entries: Sequence[Entry], kind: TrainingRelease | None) -> None:
+        """Of one answer to a query of this kind, or of all that are planned."""
         prepared = self.prepared
         privacy_plan, privacy = prepared.privacy_plan, prepared.study.privacy
-        if privacy_plan and isinstance(privacy, DpSgd):
-            planned = privacy_plan.whole if whole else privacy_plan.round.event
+        if privacy_plan and isinstance(privacy, Private):
+            planned = [privacy_plan.find(kind).event] if kind else privacy_plan.whole
             check_budget(entries, prepared.site, prepared.study, privacy, planned)
+
+    def tell_noised(self, kind: TrainingRelease, whitening: Tensors) -> NoisedReply:
+        """The sum of a row of each training patient, with noise, for a private head.
+
+        Args:
+          kind: Which of the two sums.
+          whitening: The tensors by which features are read.
+        """
+        privacy_plan = self.agreed().privacy_plan
+        if privacy_plan is None:
+            raise ContractError("noised sums of a site that trains without privacy")
+        prepared = self.prepared
+        prepared.network.load({**prepared.network.initial, **whitening})
+        classes, directions = len(prepared.study.classes), prepared.study.directions or 0
+        make_row, size = choose_rows(kind, classes, directions)
+        suffix, examples = prepared.network.split.suffix, prepared.examples["train"]
+        with fix_numerics(prepared.site.threads):
+            rows = make_rows(suffix, examples, prepared.owners, make_row)
+            return NoisedReply(sums=noise_rows(rows, privacy_plan.find(kind), size))
 
     def work(self, request: RoundRequest, tensors: Tensors, ledger: LedgerHead) -> RoundReply:
         """One round: evaluate what came on validation patients, then train it; tell as agreed.

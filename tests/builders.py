@@ -75,6 +75,17 @@ def write_study(folder: Path, **changes: Any) -> Path:
     return path
 
 
+FULL_BATCH = {
+    "local_steps": 1,
+    "batch_size": 65_536,
+    "optimizer": "sgd",
+    "momentum": 0.0,
+    "lr": 64.0,
+    "schedule": "cosine",
+}
+"""Private rounds of one step on all patients, of a head that reads features of length 1."""
+
+
 def read_study(name: str, *changes: str) -> Study:
     """A study of `configs/` that starts from zero and ends with one model for all sites."""
     return Study.read(CONFIGS / f"{name}.yaml", ("model.init=zero", "adapt=false", *changes))

@@ -1,7 +1,7 @@
 """What a study would cost at this site, before anything runs."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from client.consent.cohort import PARTS, count_by_class, count_patients, cut_records
 from client.consent.holdout import check_holdout
@@ -10,9 +10,10 @@ from client.ledger.budget import check_budget, check_studies
 from client.ledger.entries import Entry, find_beginnings
 from client.ledger.ledger import read_ledger
 from client.ledger.spending import Spending
+from client.privacy.accountant import DpEvent
 from client.privacy.plan import PrivacyPlan, plan_privacy
 from client.site import Site
-from common.config.study import DpSgd, Study
+from common.config.study import Private, Study
 from common.errors import BudgetError, DataError, RefusedError
 
 _MOST_NOISE = 10.0
@@ -26,7 +27,7 @@ class Noise:
     """How a private study is protected here, and what it costs.
 
     Attributes:
-      privacy_plan: Of every round.
+      privacy_plan: Of all queries.
       study: The id of the study.
       before: What the site has spent on all studies.
       unaffordable: Why the site cannot pay for it; None if it can.
@@ -37,26 +38,26 @@ class Noise:
     before: Spending
     unaffordable: str | None
 
-    def after(self, rounds: int) -> float:
-        """ε of everything, so many rounds on.
+    @property
+    def stops(self) -> Iterator[tuple[str, float]]:
+        """ε of everything: now, and after each query; of many rounds, after a few of them.
 
         Raises:
           RefusedError: no finite bound was found.
         """
-        one = self.privacy_plan.round.event
-        planned = [replace(one, steps=one.steps * rounds)] if rounds else []
-        return self.before.total(planned, self.study)
-
-    @property
-    def shown(self) -> list[int]:
-        """A few rounds to tell ε after, the first and the last among them."""
-        stops = {1 + (self.privacy_plan.rounds - 1) * k // (_ROWS - 1) for k in range(_ROWS)}
-        return sorted(stops)
+        yield "now", self.before.total((), self.study)
+        done: list[DpEvent] = []
+        for query in self.privacy_plan.queries:
+            for times in sorted({1 + (query.times - 1) * k // (_ROWS - 1) for k in range(_ROWS)}):
+                spent = self.before.total([*done, query.after(times)], self.study)
+                yield (f"round {times}" if query.kind == "round" else query.kind), spent
+            done.append(query.event)
 
     @property
     def warnings(self) -> Iterator[str]:
         """Why the model would hardly learn from this site, by which rule of thumb."""
-        noise, batch = self.privacy_plan.round.noise_multiplier, self.privacy_plan.batch
+        first = self.privacy_plan.queries[0].release
+        noise, batch = first.noise_multiplier, self.privacy_plan.batch
         if noise > _MOST_NOISE:
             yield f"σ is above {_MOST_NOISE:g}: too much noise to learn from"
         if noise / batch > _MOST_NOISE_PER_BATCH:
@@ -104,7 +105,7 @@ def estimate_cost(site: Site, study: Study) -> Cost:
     records, room = cut.train, estimate_room(study, sum(len(getattr(cut, p)) for p in PARTS))
     training, refusal, noise = count_patients(records), None, None
     by_class = count_by_class(records, study)
-    if isinstance(study.privacy, DpSgd) and site.role == "train":
+    if isinstance(study.privacy, Private) and site.role == "train":
         if not training:
             where, expected = f"{site.source}: data", "at least one training patient"
             raise DataError(where, expected=expected, got=0)
@@ -120,7 +121,7 @@ def estimate_cost(site: Site, study: Study) -> Cost:
     return Cost(training, len(records), room, sums, refusal, noise)
 
 
-def _noise(site: Site, study: Study, privacy: DpSgd, entries: Sequence[Entry]) -> Noise:
+def _noise(site: Site, study: Study, privacy: Private, entries: Sequence[Entry]) -> Noise:
     privacy_plan = plan_privacy(site, study, privacy)
     try:
         check_budget(entries, site, study, privacy, privacy_plan.whole)

@@ -37,10 +37,10 @@ def _list_releases(site: Site, study: str) -> list[Release]:
         name = read_proposal(site, study).name
     plan, end = agreed.privacy_plan, agreed.end
     lost: list[Release] = []
-    if plan:
-        rounds = range(1, plan.rounds + 1)
-        one = Release(study=study, name=name, kind="round", privacy=plan.round)
-        lost += [one.model_copy(update={"round": number}) for number in rounds]
+    for query in plan.queries if plan else ():
+        one = Release(study=study, name=name, kind=query.kind, privacy=query.release)
+        numbers = range(1, query.times + 1) if query.kind == "round" else (None,)
+        lost += [one.model_copy(update={"round": number}) for number in numbers]
     if end:
         lost.append(Release(study=study, name=name, kind="final", privacy=end))
     return lost

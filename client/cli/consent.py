@@ -12,7 +12,7 @@ from common.support.terminal import console, size, table
 if TYPE_CHECKING:
     from client.admin.cost import Noise
     from client.site import Site
-    from common.config.study import DpSgd, Study
+    from common.config.study import Private, Study
 
 StudyFile = Annotated[
     Path, typer.Argument(metavar="STUDY_YAML", help="The study that the coordinator asks for.")
@@ -107,14 +107,14 @@ def _show(site: "Site", study: "Study") -> bool:
     """The page; returns whether the site would take part."""
     from client.admin.cost import estimate_cost
     from client.ledger import spending
-    from common.config.study import DpSgd
+    from common.config.study import Private
 
     found = estimate_cost(site, study)
     for line in _asked(study):
         console.print(line)
     console.print(f"training here  {found.training:,} patients, {found.images:,} images")
     console.print(f"disk           up to about {size(found.room)} of prepared images")
-    if isinstance(study.privacy, DpSgd):
+    if isinstance(study.privacy, Private):
         if found.noise:
             _show_noise(found.noise, study.privacy, site.policy.max_epsilon)
         console.print(spending.MEANING, style="dim")
@@ -153,25 +153,29 @@ def _count(number: int, what: str) -> str:
     return f"{number} {what}{'s' if number > 1 else ''}"
 
 
-def _show_noise(noise: "Noise", privacy: "DpSgd", budget: float | None) -> None:
-    one, rounds = noise.privacy_plan.round, noise.privacy_plan.rounds
-    batch, total = noise.privacy_plan.batch, one.steps * rounds
-    in_all = f"{rounds} rounds, {privacy.spare_rounds} of them spare"
+def _show_noise(noise: "Noise", privacy: "Private", budget: float | None) -> None:
+    from common.config.study import DpSgd
+
     console.print(f"asked for      ε {privacy.epsilon:g} at δ = {privacy.delta:g}")
-    console.print(f"sampling       q {one.sample_rate:.3g}, {batch:g} patients a step")
-    console.print(f"steps          {one.steps} a round, {total:,} in {in_all}")
-    clip = privacy.clip_norm
-    console.print(f"noise          σ {one.noise_multiplier:.4g}, clipping at {clip:g}")
+    for query in noise.privacy_plan.queries:
+        one, total = query.release, query.event.steps
+        if isinstance(privacy, DpSgd):
+            in_all = f"{query.times} rounds, {privacy.spare_rounds} of them spare"
+            patients = f"q {one.sample_rate:.3g}, {noise.privacy_plan.batch:g} patients a step"
+            console.print(f"sampling       {patients}")
+            console.print(f"steps          {one.steps} a round, {total:,} in {in_all}")
+        else:
+            console.print(f"{query.kind:14} one sum over all patients, in one step")
+        console.print(f"noise          σ {one.noise_multiplier:.4g}, clipping at {one.clip_norm:g}")
     if noise.before.entries:
         console.print("               ε below is of all studies of this site together")
     bound = f"ε by {noise.before.bound(noise.study)} at δ = {noise.before.delta:g}"
-    shown = table("after round", bound, left=())
-    for done in (0, *noise.shown):
-        shown.add_row(str(done) if done else "now", f"{noise.after(done):.2f}")
+    shown = table("after", bound, left=("after",))
+    for stop, epsilon in noise.stops:
+        shown.add_row(stop, f"{epsilon:.2f}")
     console.print(shown)
     if budget is not None:
-        left = f"{budget - noise.after(rounds):.2f} of max_epsilon {budget:g}"
-        console.print(f"left after it  {left}")
+        console.print(f"left after it  {budget - epsilon:.2f} of max_epsilon {budget:g}")
     for warning in noise.warnings:
         console.print(f"hopeless?      {warning}", style="yellow")
 
@@ -180,6 +184,7 @@ def _leaving(site: "Site", study: "Study", *, sums: bool) -> str:
     from math import prod
 
     from common.model.network import assemble
+    from common.protocol.noised import NOISED, count_numbers
     from common.protocol.sums import size_sums
 
     told = site.policy.disclose.resolved(private=study.private)
@@ -187,7 +192,11 @@ def _leaving(site: "Site", study: "Study", *, sums: bool) -> str:
     shapes = network.shapes
     numbers = sum(prod(shape) for shape in shapes.values())
     each = f"each round {len(shapes)} tensors of {numbers:,} numbers ({size(4 * numbers)})"
-    if sums or not study.train.rounds:
+    if study.directions:
+        kinds = ((kind, len(study.classes), study.directions) for kind in NOISED)
+        bytes_sent = size(8 * sum(count_numbers(*each) for each in kinds))
+        each = f"once, two sums over patients with noise ({bytes_sent})"
+    elif sums or not study.train.rounds:
         bytes_sent = size(sum(size_sums(len(study.classes), network.width)))
         first = f"once, sums of features by class, not accounted ({bytes_sent})"
         each = f"{first}; then {each}" if study.train.rounds else first

@@ -8,7 +8,7 @@ from client.features.precision import can_compute, choose_device
 from client.privacy.plan import PrivacyPlan
 from client.privacy.rounding import Rounding
 from client.site import Policy, Site
-from common.config.study import DpSgd, Privacy, Study
+from common.config.study import Privacy, Private, Study
 from common.errors import RefusedError
 
 
@@ -113,14 +113,14 @@ def _length(study: Study, images: int) -> Length:
 
 def _private_length(privacy_plan: PrivacyPlan) -> Length:
     """From constants alone, so that a refusal tells nothing of who trains."""
-    one = privacy_plan.round
+    one = privacy_plan.queries[0].release
     return Length(one.steps, one.steps * one.sample_rate, privacy_plan.batch)
 
 
 def _asked(policy: Policy, study: Study) -> Iterator[Rule]:
     """What is of the study alone, whoever the patients are."""
     model, privacy = study.model, study.privacy
-    if isinstance(privacy, DpSgd):
+    if isinstance(privacy, Private):
         epsilon, delta = policy.max_epsilon or math.inf, policy.delta or 1.0
         allowed, less = f"ε within {epsilon:g}", "a smaller privacy.epsilon"
         yield Rule(privacy.epsilon <= epsilon, "max_epsilon", allowed, privacy.epsilon, less)
@@ -163,7 +163,7 @@ def _trained(policy: Policy, round_: Length, patients: int) -> Iterator[Rule]:
 
 def _protected(privacy: Privacy, privacy_plan: PrivacyPlan) -> Rule:
     """A mechanism that tells all of one patient in 1 / δ has that δ: it would protect nobody."""
-    delta, enrolled = privacy.delta if isinstance(privacy, DpSgd) else 0.0, privacy_plan.enrolled
+    delta, enrolled = privacy.delta if isinstance(privacy, Private) else 0.0, privacy_plan.enrolled
     most = 1 / (10 * enrolled)
     allowed = f"δ of at most {most:g}, a tenth of 1 / enrolled_patients ({enrolled})"
     return Rule(delta <= most, "", allowed, delta, f"a privacy.delta of at most {most:g}")

@@ -10,14 +10,14 @@ from client.ledger.entries import TIME, Entry
 from client.ledger.spending import Spending
 from client.privacy.accountant import DpEvent
 from client.site import Site
-from common.config.study import DpSgd, Study
+from common.config.study import Private, Study
 from common.errors import BudgetError, RefusedError
 
 _MONTH = timedelta(days=30)
 
 
 def check_budget(
-    entries: Sequence[Entry], site: Site, study: Study, privacy: DpSgd, planned: DpEvent
+    entries: Sequence[Entry], site: Site, study: Study, privacy: Private, planned: Sequence[DpEvent]
 ) -> None:
     """Return if a site can pay for further steps of a study, on top of what it has spent.
 
@@ -26,20 +26,20 @@ def check_budget(
       site: Its policy limits all studies together: `max_epsilon` at `delta`.
       study: The one that asks.
       privacy: What that study promised.
-      planned: The steps.
+      planned: These steps.
 
     Raises:
       BudgetError: the study would spend more than it promised, or the site more than it allows.
       RefusedError: ε cannot be bounded.
     """
-    alone = Spending(entries, privacy.delta).alone(study.id, [planned])
+    alone = Spending(entries, privacy.delta).alone(study.id, planned)
     if alone > privacy.epsilon:
         where, remedy = f"study {study.name}: privacy.epsilon", "It ends here for this site."
         raise _over(where, privacy.epsilon, alone, "PRV", remedy)
     most = site.policy.max_epsilon
     if most is not None:
         account = Spending(entries, site.policy.delta or privacy.delta, most)
-        together, bound = account.total([planned], study.id), account.bound(study.id)
+        together, bound = account.total(planned, study.id), account.bound(study.id)
         if together > most:
             remedy = "Together with what is spent it is too much; ask for a study that costs less."
             where = f"{site.source}: policy.max_epsilon"

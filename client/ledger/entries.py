@@ -2,13 +2,13 @@
 
 import hashlib
 import secrets
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from client.privacy.accountant import DpEvent
-from client.privacy.parameters import Count, PrivateRelease
+from client.privacy.parameters import TRAINING, Count, PrivateRelease, TrainingRelease
 from common.config.study import Name, Sha256
 from common.config.yaml import Section
 
@@ -22,7 +22,7 @@ class Release(Section):
     study: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
     name: Name
     """The study's name, for people."""
-    kind: Literal["join", "means", "sums", "candidates", "validate", "round", "final"]
+    kind: Literal["join", "means", "sums", "candidates", "validate", "final"] | TrainingRelease
     round: Count | None = None
     received: Sha256 | None = None
     """SHA-256 of the model received, with the backbone it was put on (`Network.digest`)."""
@@ -126,16 +126,16 @@ def find_beginnings(entries: Iterable[Entry]) -> dict[str, str]:
 
 
 def list_events(
-    entries: Iterable[Entry], study: str | None = None, kind: str = "round"
+    entries: Iterable[Entry], study: str | None = None, kinds: Collection[str] = TRAINING
 ) -> tuple[DpEvent, ...]:
     """What was spent, in order: each reservation once, sealed or not; of one study, or of all.
 
-    `Spending` composes over the site: only the history of all studies bounds a patient's ε. Rounds
-    spend that of training patients, and `final` messages that of held-out ones.
+    `Spending` composes over the site: only the history of all studies bounds a patient's ε. The
+    kinds of `TRAINING` spend that of training patients, and `final` messages that of held-out ones.
     """
     releases = (entry.release for entry in entries if isinstance(entry, Reserved))
     return tuple(
         r.privacy.event
         for r in releases
-        if r.privacy and r.kind == kind and study in (None, r.study)
+        if r.privacy and r.kind in kinds and study in (None, r.study)
     )

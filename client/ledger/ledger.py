@@ -15,7 +15,7 @@ from collections.abc import Iterator, Set
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 from filelock import FileLock, Timeout
 
@@ -33,6 +33,7 @@ from client.ledger.entries import (
     find_beginnings,
 )
 from client.ledger.place import describe_place
+from client.privacy.parameters import TRAINING
 from client.storage import explain_disk_errors, has_worked
 from common.errors import SiteError
 from common.protocol.ledger import LedgerHead
@@ -240,9 +241,9 @@ class Ledger:
         self.began = find_beginnings([sent]) | self.began
         self._note_received(sent)
 
-    def models(self, study: str, kind: Literal["sums", "round", "final"]) -> Set[str]:
+    def models(self, study: str, *kinds: str) -> Set[str]:
         """SHA-256 of what came: with sums or rounds that were drawn or answered, or any end."""
-        return self._received.get((study, kind), set())
+        return set().union(*(self._received.get((study, kind), ()) for kind in kinds))
 
     def sealed_ends(self, study: str) -> Set[str]:
         """Keys of the replies to final messages of a study that were sealed."""
@@ -255,7 +256,7 @@ class Ledger:
         return {study for study, kind in self._received if kind == "final"}
 
     def _note_received(self, entry: Entry) -> None:
-        trained = entry.release.kind in ("sums", "round") if isinstance(entry, Sent) else False
+        trained = entry.release.kind in ("sums", *TRAINING) if isinstance(entry, Sent) else False
         if isinstance(entry, Sent) and trained and not entry.contents.tensors:
             return  # the word of an error is no part taken
         if isinstance(entry, Sent | Reserved) and entry.release.received:

@@ -7,7 +7,7 @@ from datetime import datetime
 from client.ledger.entries import Adopted, Entry, Reserved, Sent, find_adopted, list_events
 from client.privacy import accountant
 from client.privacy.accountant import DpEvent
-from client.privacy.parameters import PrivateRelease
+from client.privacy.parameters import TRAINING, PrivateRelease
 from common.errors import BudgetError
 
 MEANING = (
@@ -78,7 +78,7 @@ class Spending:
         opened = [
             entry.release.study
             for entry in self.entries
-            if isinstance(entry, Sent) and entry.release.kind in ("means", "sums", "round")
+            if isinstance(entry, Sent) and entry.release.kind in ("means", "sums", *TRAINING)
             if entry.release.privacy is None and entry.contents.tensors
         ]
         names = {release.study: release.name for release in releases}
@@ -131,11 +131,11 @@ class Spending:
     @property
     def ends(self) -> int:
         """How many times counts of held-out patients were noised."""
-        return len(list_events(self.entries, kind="final"))
+        return len(list_events(self.entries, kinds=("final",)))
 
     def held_out(self) -> float:
         """ε of all that was told of one validation or test patient, by PRV."""
-        return accountant.compute_epsilon(list_events(self.entries, kind="final"), self._left())
+        return accountant.compute_epsilon(list_events(self.entries, kinds=("final",)), self._left())
 
     def bound(self, study: str = "") -> str:
         """What `total` is computed by, once `study` has begun."""
@@ -187,5 +187,5 @@ def list_sent(entries: Sequence[Entry], study: str | None = None) -> list[Sent]:
 
 
 def _reserved(entries: Sequence[Entry]) -> list[Reserved]:
-    """Private rounds; the ends of studies spend nothing of training patients."""
-    return [e for e in entries if isinstance(e, Reserved) and e.release.kind == "round"]
+    """Of training patients; the ends of studies spend nothing of these."""
+    return [e for e in entries if isinstance(e, Reserved) and e.release.kind in TRAINING]

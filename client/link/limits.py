@@ -13,6 +13,7 @@ import httpx
 from common.errors import ContractError, LinkError
 from common.flower.messages import MessageLimit, limit_message
 from common.protocol.backbone import BACKBONE, PIECE
+from common.protocol.noised import NOISED
 from common.protocol.sums import CANDIDATES, MOST_CANDIDATES, size_sums
 from common.protocol.tensors import Shapes
 from common.protocol.validate import VALIDATE
@@ -113,7 +114,7 @@ class MessageLimits:
     def get(self, kind: str) -> MessageLimit:
         """The limit of a message of this type; without a study joined, no tensors are expected."""
         small = limit_message([PIECE] if kind == BACKBONE else [])
-        asked = kind in ("train", "evaluate", CANDIDATES, VALIDATE)
+        asked = kind in ("train", "evaluate", CANDIDATES, VALIDATE, *NOISED)
         known = [both[kind == "evaluate"] for both in self._known.values() if asked]
         if kind == CANDIDATES:  # so many heads, each no larger than the tensors of its study
             known = [MessageLimit(MOST_CANDIDATES * size, parts) for size, parts in known]

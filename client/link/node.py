@@ -32,6 +32,7 @@ from common.protocol.backbone import BACKBONE
 from common.protocol.fields import CONFIG, STUDY, get_value
 from common.protocol.join import JoinRequest
 from common.protocol.ledger import LEDGER
+from common.protocol.noised import MOMENTS, PROTOTYPES
 from common.protocol.round import RoundRequest
 from common.protocol.sums import CANDIDATES, MEANS, SUMS
 from common.protocol.validate import VALIDATE
@@ -56,6 +57,8 @@ _NAMES = {
     MEANS: "the sum of all features",
     SUMS: "sums of features by class",
     CANDIDATES: "heads to compare",
+    MOMENTS: "the spread of features, with noise",
+    PROTOTYPES: "features by class, with noise",
     VALIDATE: "a model to validate",
 }
 _KEPT = "what was answered before"

@@ -142,21 +142,41 @@ def find_noise_multiplier(
       A σ that was itself tried and found good, rounded up by 0.23 % at most; at least 0.1.
 
     Raises:
+      RefusedError: as in `scale_noise`.
+    """
+    return scale_noise((DpEvent(1.0, sample_rate, steps),), epsilon, delta)
+
+
+def scale_noise(planned: Sequence[DpEvent], epsilon: float, delta: float) -> float:
+    """The least factor on the noise of all that is planned that keeps it within ε at δ.
+
+    Args:
+      planned: Whose noise multipliers say how the budget is shared.
+      epsilon: The budget, above 0.
+      delta: Between 0 and 1.
+
+    Returns:
+      A factor that was itself tried and found good, rounded up by 0.23 % at most; at least 0.1.
+
+    Raises:
       RefusedError: no σ up to 10000 is enough, or as in `compute_epsilon`.
     """
     _within("epsilon", epsilon, "above 0", above=0)
 
+    def scaled(choice: int) -> list[DpEvent]:
+        factor = _NOISE[choice]
+        return [DpEvent(factor * e.noise_multiplier, e.sample_rate, e.steps) for e in planned]
+
     def stays(bound: Bound, choice: int) -> bool:
-        planned = [DpEvent(_NOISE[choice], sample_rate, steps)]
         try:
-            return _guarded(bound, planned, delta) <= epsilon
+            return _guarded(bound, scaled(choice), delta) <= epsilon
         except RefusedError:  # too little noise to account for is too little noise
             return False
 
     near = bisect_left(range(_LAST), True, key=partial(stays, _renyi))
     found = _first(partial(stays, _composed), near)
     if found is None:
-        least = _guarded(_composed, [DpEvent(_NOISE[-1], sample_rate, steps)], delta)
+        least = _guarded(_composed, scaled(_LAST), delta)
         expected = f"ε within {epsilon:g} at δ = {delta:g}"
         got, remedy = f"{least:.4g} with any noise", "Plan fewer steps or raise epsilon."
         raise RefusedError("privacy", expected=expected, got=got, remedy=remedy)

@@ -1,6 +1,6 @@
 """The resolved parameters of a private release, as the ledger writes them down."""
 
-from typing import Annotated
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field
 
@@ -10,6 +10,10 @@ from common.config.yaml import Section
 
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
+
+TrainingRelease = Literal["round", "moments", "prototypes"]
+TRAINING: tuple[str, ...] = get_args(TrainingRelease)
+"""What is released of training patients, and may be private: by the kind of message."""
 
 
 class PrivateRelease(Section):

@@ -30,6 +30,20 @@ def compute_head_features(suffix: nn.Module, examples: Examples, view: int = 0) 
     return torch.cat(seen).double().numpy() if seen else np.zeros((0, width))
 
 
+def compute_linear_input(suffix: nn.Module, examples: Examples, image: int, view: int) -> Tensor:
+    """What the linear layer of the head reads of one image by itself, [r] on the CPU."""
+    (head,) = (part for part in suffix.modules() if isinstance(part, Head))
+    device = next(suffix.parameters()).device
+    seen: list[Tensor] = []
+    linear = head.get_submodule("linear")
+    hook = linear.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].cpu()))
+    try:
+        suffix(examples.batch(torch.tensor([image]), view, device))
+    finally:
+        hook.remove()
+    return seen[0][0]
+
+
 def count_heads(
     features: Floats, labels: Tensor, heads: Sequence[tuple[Tensor, Tensor]]
 ) -> list[Counts]:

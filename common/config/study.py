@@ -232,51 +232,75 @@ class NoPrivacy(Section):
     mechanism: Literal["none"] = "none"
 
 
-class DpSgd(Section):
-    """DP-SGD by patient (Abadi et al. 2016): bounds what all rounds together tell about one."""
+class Private(Section):
+    """What every private mechanism promises: a bound on what a whole study tells about one."""
+
+    epsilon: Positive
+    """Over all queries that are planned, and the spare rounds."""
+    delta: Annotated[Number, Field(gt=0, lt=1)]
+
+
+class DpSgd(Private):
+    """DP-SGD by patient (Abadi et al. 2016), for layers that are trained by rounds."""
 
     mechanism: Literal["dp_sgd"]
-    preset: Literal["head"] | None = None
-    """Settings for a private head, wherever the study names none: see `_PRESETS`."""
-    epsilon: Positive
-    """Over all planned rounds and the spare ones."""
-    delta: Annotated[Number, Field(gt=0, lt=1)]
     clip_norm: Annotated[Number, Field(ge=1e-3, le=1e3)] = 1.0
     """Largest L2 norm of one patient's gradient; far smaller ones vanish in float32, unclipped."""
     spare_rounds: Annotated[StrictInt, Field(ge=0, le=100_000)] = 2
     """Rounds that may be repeated, beyond `train.rounds`, within epsilon."""
 
 
-Privacy = Annotated[NoPrivacy | DpSgd, Field(discriminator="mechanism")]
+class Gaussian(Private):
+    """Two noised sums over all patients, from which a discriminant is solved in few directions."""
+
+    mechanism: Literal["gaussian"]
+    preset: Literal["head"] | None = None
+    """Fills in mechanism, head and rounds of a private head."""
+    directions: Annotated[StrictInt, Field(ge=2, le=512)] = 48
+    """In which features are summed: fewer where patients are few, or ε is small."""
+
+
+Privacy = Annotated[NoPrivacy | DpSgd | Gaussian, Field(discriminator="mechanism")]
 """Which mechanism protects training patients."""
 
-
-# Chosen by measurement on real data, on holdouts that no reported figure uses. Noise is drawn per
-# step, so few steps on all patients; features of length 1 bound each gradient and fix its scale, so
-# that the learning rate does not depend on data.
+# Chosen by measurement on real data, on holdouts that no reported figure uses.
 _PRESETS: dict[str, dict[str, dict[str, object]]] = {
-    "head": {
-        "model": {"unfreeze": "head", "unit_features": True},
-        "train": {
-            "local_steps": 1,
-            "batch_size": 65_536,
-            "optimizer": "sgd",
-            "momentum": 0.0,
-            "lr": 64.0,
-            "schedule": "cosine",
-        },
-    }
+    "head": {"privacy": {"mechanism": "gaussian"}, "model": {"head": "discriminant"}}
 }
-
-
-_RATE_IS_FOR = (("model", "unfreeze"), ("train", "optimizer"))
-"""What the learning rate of a preset holds for."""
 
 
 def _own(given: object, section: str) -> dict[str, Any]:
     """What a study itself says in a section; nothing where it says no mapping."""
     own = given.get(section) if isinstance(given, dict) else None
     return own if isinstance(own, dict) else {}
+
+
+def _preset(given: dict[str, Any]) -> dict[str, Any]:
+    """What the preset of `privacy` says, and the study does not."""
+    name = _own(given, "privacy").get("preset")
+    preset = _PRESETS.get(name, {}) if isinstance(name, str) else {}
+    mechanism = _own(given, "privacy").get("mechanism", "gaussian")
+    if preset and mechanism != "gaussian":
+        raise ValueError(
+            f"expected privacy.mechanism: gaussian with preset: {name}, got {mechanism}. "
+            "Remove one of the two: the preset solves a head, and trains nothing by rounds."
+        )
+    return given | {section: values | _own(given, section) for section, values in preset.items()}
+
+
+def _start(given: dict[str, Any]) -> dict[str, Any]:
+    """How it starts: from a solved head, which reads features of length 1."""
+    model, train = _own(given, "model"), _own(given, "train")
+    if not model:
+        return given
+    if model.get("head", "linear") != "linear":
+        return given | {"model": {"unit_features": True} | model, "train": {"rounds": 0} | train}
+    private = _own(given, "privacy").get("mechanism", "none") != "none"
+    usual = "zero" if private or model.get("unit_features") is False else "solved"
+    if model.get("init", usual) != "solved":
+        return given | {"model": {"init": usual} | model}
+    filled = given | {"model": {"init": "solved", "unit_features": True} | model}
+    return filled | {"train": {"patience": 5} | train} if train else filled
 
 
 class Study(YamlFile):
@@ -297,23 +321,9 @@ class Study(YamlFile):
 
     @model_validator(mode="before")
     @classmethod
-    def _preset(cls, given: Any) -> Any:
-        """Fill in what the preset of `privacy` says, and the study does not."""
-        name = _own(given, "privacy").get("preset")
-        preset = _PRESETS.get(name, {}) if isinstance(name, str) else {}
-        filled = dict(given) if preset else given
-        for section, values in preset.items():
-            own = _own(given, section)
-            length = {"local_steps"} if own.get("local_epochs") else set()
-            filled[section] = {k: v for k, v in values.items() if k not in length} | own
-        for section, key in _RATE_IS_FOR if preset and "lr" not in _own(given, "train") else ():
-            usual, got = preset[section][key], filled[section][key]
-            if got != usual:
-                raise ValueError(
-                    f"expected {section}.{key}: {usual}, or a train.lr of the study's own, "
-                    f"got {got}. The learning rate of preset: {name} was chosen for {usual}."
-                )
-        return filled
+    def _fill(cls, given: Any) -> Any:
+        """Fill in what a preset says, and how a study starts, where it does not say so itself."""
+        return _start(_preset(given)) if isinstance(given, dict) else given
 
     @field_validator("classes", mode="after")
     @classmethod
@@ -332,36 +342,25 @@ class Study(YamlFile):
             )
         return self
 
-    @model_validator(mode="before")
-    @classmethod
-    def _start(cls, given: Any) -> Any:
-        """Fill in how a study starts: from a solved head, which reads features of length 1."""
-        model, train = _own(given, "model"), _own(given, "train")
-        if not isinstance(given, dict) or not model:
-            return given
-        if model.get("head", "linear") != "linear":
-            return given | {
-                "model": {"unit_features": True} | model,
-                "train": {"rounds": 0} | train,
-            }
-        private = _own(given, "privacy").get("mechanism", "none") != "none"
-        usual = "zero" if private or model.get("unit_features") is False else "solved"
-        if model.get("init", usual) != "solved":
-            return given | {"model": {"init": usual} | model}
-        filled = given | {"model": {"init": "solved", "unit_features": True} | model}
-        return filled | {"train": {"patience": 5} | train} if train else filled
-
     @model_validator(mode="after")
     def _heads_and_rounds(self) -> Self:
         model, rounds = self.model, self.train.rounds
         if (model.head == "linear") != (rounds > 0):
             expected = "1 or more" if model.head == "linear" else "0"
             raise ValueError(f"expected train.rounds: {expected} with this head, got {rounds}")
+        if model.solved_head is None and self.directions:
+            raise ValueError(
+                "expected model.head: discriminant with privacy.mechanism: gaussian, got linear. "
+                "To train by rounds, write mechanism: dp_sgd."
+            )
         if model.solved_head is None:
             return self
-        if self.private:
-            expected = "a head trained by rounds with privacy (head: linear, init: zero)"
-            raise ValueError(f"expected {expected}, got one solved from sums of patients' features")
+        if self.private and (self.directions is None or self.model.head != "discriminant"):
+            raise ValueError(
+                "expected preset: head with privacy, for a discriminant solved from noised sums, "
+                "or a head trained by rounds (head: linear, init: zero), got a head solved from "
+                "sums of patients' features"
+            )
         if not model.unit_features:
             raise ValueError(
                 "expected model.unit_features: true with a solved head, got false. "
@@ -394,6 +393,11 @@ class Study(YamlFile):
     def private(self) -> bool:
         """Whether a mechanism protects training patients."""
         return self.privacy.mechanism != "none"
+
+    @property
+    def directions(self) -> int | None:
+        """In how many directions a private head reads features, if it is solved."""
+        return self.privacy.directions if isinstance(self.privacy, Gaussian) else None
 
     @property
     def finds_centre(self) -> bool:

@@ -41,10 +41,32 @@ class UnitNorm(nn.Module):
         return nn.functional.normalize(features)
 
 
-class Head(nn.Sequential):
-    """Centre → UnitNorm → Dropout → Linear on pooled features [n, width]; logits [n, classes].
+class Whiten(nn.Module):
+    """Features in a few directions, spread alike in all of them, each image scaled to length 1.
 
-    The first two only where the study asks for them.
+    Empty at first: the tensors travel with the head that reads the features.
+    """
+
+    basis: torch.Tensor
+    centre: torch.Tensor
+    matrix: torch.Tensor
+
+    def __init__(self, width: int, directions: int) -> None:
+        super().__init__()
+        self.register_buffer("basis", torch.zeros(directions, width))
+        self.register_buffer("centre", torch.zeros(directions))
+        self.register_buffer("matrix", torch.zeros(directions, directions))
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """[n, width] → [n, directions]."""
+        projected = nn.functional.normalize(features @ self.basis.T)
+        return nn.functional.normalize((projected - self.centre) @ self.matrix.T)
+
+
+class Head(nn.Sequential):
+    """Centre → UnitNorm → Whiten → Dropout → Linear on pooled features [n, width].
+
+    The first three only where the study asks for them; logits [n, classes].
 
     Zero at first: every class starts equally likely, whatever the seed, and with or without noise
     the first step is already useful.
@@ -58,9 +80,10 @@ class Head(nn.Sequential):
         *,
         mean: Sequence[float] | None = None,
         unit: bool = False,
+        directions: int | None = None,
     ) -> None:
         with torch.device("meta"):  # draws nothing from the global generator
-            linear = nn.Linear(width, classes)
+            linear = nn.Linear(directions or width, classes)
         linear.to_empty(device="cpu")
         nn.init.zeros_(linear.weight)
         nn.init.zeros_(linear.bias)
@@ -69,6 +92,8 @@ class Head(nn.Sequential):
             layers["centre"] = Centre(torch.tensor(mean, dtype=torch.float32))
         if unit:
             layers["unit"] = UnitNorm()
+        if directions:
+            layers["whiten"] = Whiten(width, directions)
         layers |= {"dropout": nn.Dropout(dropout), "linear": linear}
         super().__init__(layers)
 
@@ -106,6 +131,7 @@ class Backbone:
         seed: int,
         mean: Sequence[float] | None = None,
         unit: bool = False,
+        directions: int | None = None,
     ) -> nn.Module:
         """The classifier in eval mode: normalised images [n, 3, H, W] → logits [n, classes].
 
@@ -116,6 +142,7 @@ class Backbone:
           seed: draws the random weights of `none`; the global generators are left alone.
           mean: subtracted from each image's features before the head, `width` numbers.
           unit: then scale them to length 1.
+          directions: then whiten them in so many.
 
         Raises:
           BackboneError: the weights cannot be had, read, or belong to another architecture.
@@ -126,7 +153,8 @@ class Backbone:
                 model = self.make()
         else:
             model = self._load(weights)
-        model.set_submodule(self.head, Head(self.width, classes, dropout, mean=mean, unit=unit))
+        head = Head(self.width, classes, dropout, mean=mean, unit=unit, directions=directions)
+        model.set_submodule(self.head, head)
         return model.eval()
 
     def _load(self, weights: str) -> nn.Module:
@@ -160,6 +188,26 @@ class Backbone:
             got = f"others in {absurd[0]}"
             raise BackboneError(weights, expected=expected, got=got, remedy=remedy)
         return fit.tensors
+
+    def read_classifier(self, weights: str) -> torch.Tensor | None:
+        """What the weights' own head multiplies features by, [n, width]; None if there is none.
+
+        Raises:
+          BackboneError: they cannot be had or read.
+        """
+        if weights == "none":
+            return None
+        published = weights == "DEFAULT"
+        state = (
+            checkpoints.download(self._published(weights))
+            if published
+            else checkpoints.read(Path(weights))
+        )
+        for name, tensor in state.items():
+            matrix = tensor.flatten(1) if tensor.ndim in (2, 4) else tensor
+            if name.startswith(f"{self.head}.") and matrix.shape[1:] == (self.width,):
+                return matrix.float() if matrix.isfinite().all() else None
+        return None
 
     def check_sent(self, path: Path) -> None:
         """Refuse a file that was sent unless it is what `read_weights` makes, by its header alone.

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from common.config.study import Study
 from common.errors import ContractError
+from common.heads.whitening import WHITENING, Whitening
 from common.metrics.metrics import Floats
 from common.model import backbones
 from common.model.contract import Contract, digest
@@ -29,8 +30,8 @@ class Network:
     """How many features its head reads."""
     split: Split
     trainable: tuple[str, ...]
-    centre: str | None
-    """The name of the centre of features, where the sites may find it together: it travels, too."""
+    found: tuple[str, ...]
+    """What the sites find together before the head is solved, and travels with it."""
     frozen: tuple[str, ...]
     """Asked to train as well, but frozen in a private study: BatchNorm's scales and shifts."""
     preprocess: Preprocess
@@ -41,8 +42,8 @@ class Network:
     @property
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that travel, by name; the model's own, not copies."""
-        found = {name: self.model.get_parameter(name).data for name in self.trainable}
-        return found | ({self.centre: self.model.get_buffer(self.centre)} if self.centre else {})
+        trained = {name: self.model.get_parameter(name).data for name in self.trainable}
+        return trained | {name: self.model.get_buffer(name) for name in self.found}
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -51,8 +52,9 @@ class Network:
 
     def find_centre(self, tensors: Mapping[str, Tensor]) -> Floats | None:
         """What a model takes off its features [d]: its own centre, the study's, or none."""
-        if self.centre is not None:
-            return tensors[self.centre].double().numpy()
+        for name in self.found:
+            if name.endswith("centre.mean"):
+                return tensors[name].double().numpy()
         fixed = [b for name, b in self.model.named_buffers() if name.endswith("centre.mean")]
         return fixed[0].double().cpu().numpy() if fixed else None
 
@@ -83,6 +85,7 @@ def build_model(study: Study, weights: str) -> nn.Module:
         seed=derive(study.seed, "initial weights"),
         mean=(0.0,) * backbone.width if study.finds_centre else model.feature_mean,
         unit=model.unit_features,
+        directions=study.directions,
     )
 
 
@@ -107,6 +110,22 @@ def place_head(
     }
 
 
+def place_whitening(study: Study, whitening: Whitening) -> dict[str, Tensor]:
+    """The tensors of the study's network that whiten features, float32."""
+    place = backbones.get(study.model.backbone).head
+    numbers = {name: getattr(whitening, name) for name in WHITENING}
+    return {
+        f"{place}.whiten.{name}": torch.tensor(value, dtype=torch.float32).contiguous()
+        for name, value in numbers.items()
+    }
+
+
+def _list_found(study: Study) -> tuple[str, ...]:
+    if study.directions:
+        return tuple(f"whiten.{name}" for name in WHITENING)
+    return ("centre.mean",) if study.finds_centre else ()
+
+
 def assemble(study: Study, weights: str) -> Network:
     """The network of `study` from `weights` (`DEFAULT`, `none` or a file on this machine).
 
@@ -122,14 +141,17 @@ def assemble(study: Study, weights: str) -> Network:
         expected, got = f"{backbone.width} numbers, the features of {backbone.name}", len(mean)
         remedy = "Make it with consilium-simulate feature-mean."
         raise study.error("model.feature_mean", expected=expected, got=got, remedy=remedy)
+    if study.directions and study.directions > backbone.width:
+        expected = f"at most {backbone.width}, the features of {backbone.name}"
+        raise study.error("privacy.directions", expected=expected, got=study.directions)
     model = build_model(study, weights)
     preprocess = backbone.preprocess(study.model.weights).with_size(study.images.size)
     asked = backbone.trainable(model, study.model.unfreeze)
     untrained = list_batchnorm(model, asked) if study.private else ()
     trainable = tuple(name for name in asked if name not in untrained)
     state = model.state_dict()
-    centre = f"{backbone.head}.centre.mean" if study.finds_centre else None
-    travelling = (*trainable, centre) if centre else trainable
+    found = tuple(f"{backbone.head}.{name}" for name in _list_found(study))
+    travelling = (*trainable, *found)
     frozen = {name: tensor for name, tensor in state.items() if name not in travelling}
     shapes = {name: tuple(state[name].shape) for name in travelling}
     contract = Contract.of(study=study.id, frozen=frozen, shapes=shapes, preprocess=preprocess)
@@ -144,7 +166,7 @@ def assemble(study: Study, weights: str) -> Network:
         width=backbone.width,
         split=split(model, trainable),
         trainable=trainable,
-        centre=centre,
+        found=found,
         frozen=untrained,
         preprocess=preprocess,
         contract=contract,

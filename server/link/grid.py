@@ -37,6 +37,7 @@ from common.flower.messages import (
     pack_message,
     unpack_message,
 )
+from common.protocol.noised import NOISED, size_noised
 from common.protocol.sums import SUMS, size_reply
 from server.link.base_grid import OneRunGrid
 
@@ -182,6 +183,8 @@ def limit_reply(asked: Message) -> MessageLimit:
     """
     if asked.metadata.message_type == SUMS:
         return limit_message(size_reply(asked.content))
+    if asked.metadata.message_type in NOISED:
+        return limit_message(size_noised(asked.content))
     records = asked.content.array_records.values()
     return limit_message(len(array.data) for record in records for array in record.values())
 

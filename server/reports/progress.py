@@ -72,6 +72,12 @@ class Reporter:
         told = f"{head}, strength {strength:g}, from the sums of {sites} sites ({size(sent)} each)"
         console.print(f"  solved: {told}", style="dim")
 
+    def report_private_head(self, sites: int) -> None:
+        """Print that a private head was solved."""
+        directions = self._study.directions
+        told = f"from two noised sums of {sites} sites, in {directions} directions of features"
+        console.print(f"  solved: a discriminant, {told}", style="dim")
+
     def report_choice(self, checkpoint: Checkpoint, read_out: ReadOut) -> None:
         """Print which model is released, and why, and how its probabilities are read."""
         if read_out != AS_IT_IS:

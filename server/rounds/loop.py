@@ -13,6 +13,7 @@ from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from common.errors import RunError
+from common.heads.read_out import ReadOut
 from common.metrics.metrics import METRICS, Counts, value
 from common.model.contract import Versions
 from common.model.network import assemble
@@ -27,6 +28,7 @@ from server.rounds.choosing import choose_best, is_stalled
 from server.rounds.federation import Federation
 from server.rounds.judging import Judged, judge_model
 from server.rounds.ledger_heads import LedgerHeads
+from server.rounds.private_head import AskedForNoise, solve_private_head
 from server.rounds.solving import AskedSites, solve_head
 from server.rounds.start import describe_weights, load_first_tensors
 from server.rounds.strategies import Aggregator
@@ -106,6 +108,9 @@ class Run:
         """Solve the head before round 1, where the study asks for it; once, also over a resume."""
         if self._study.model.solved_head is None or self._folder.read_last() is not None:
             return
+        if self._study.directions:
+            self._solve_privately()
+            return
         federation = self._federation
         if not federation.giving:
             log.warning("no site tells sums of features: the head starts from zero, not solved")
@@ -119,6 +124,14 @@ class Run:
         self._folder.save_last(self._last)
         sent = sum(size_sums(len(self._study.classes), self._network.width))
         self._reporter.report_solved(solved.head, solved.strength, len(solved.sites), sent)
+
+    def _solve_privately(self) -> None:
+        answers = AskedForNoise(self._study, self._federation, self._ask_all)
+        solved = solve_private_head(self._study, answers, self._folder.keep_moments)
+        self._folder.write("solved.json", json.dumps(solved.facts(), indent=1))
+        self._last = Checkpoint(round=0, tensors=self._last.tensors | solved.tensors, state={})
+        self._folder.save_last(self._last)
+        self._reporter.report_private_head(len(solved.sites))
 
     def _ask_all(
         self,
@@ -307,7 +320,15 @@ class Run:
         return Solved.of(self._folder.read_sums(), told["strength"])
 
     def _judge(self) -> Judged:
-        """Choose what is released, once the last model is judged, too; and how it is read out."""
+        """Choose what is released, once the last model is judged, too; and how it is read out.
+
+        A private head is read by the noised number of patients of each class: no site tells more.
+        """
+        if self._study.directions:
+            prior = tuple(self._folder.read_solved()["log_prior"])
+            judged = Judged(Counts.zero(len(self._study.classes)), ReadOut(log_prior=prior))
+            self._folder.write("read_out.json", json.dumps(judged.read_out.facts(), indent=1))
+            return judged
         judged = judge_model(self._study, self._federation, self._last.tensors)
         if (best := self._choose(judged.counts)) is not self._last.best:
             self._last = replace(self._last, best=best)

@@ -6,12 +6,13 @@ been renamed into place; whatever a crash left beyond it is dropped on resume.
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import torch
 import yaml
 from filelock import FileLock, Timeout
@@ -21,6 +22,7 @@ from safetensors.torch import load_file, save
 from common.config.study import Study
 from common.errors import RunError
 from common.heads.sums import Sums
+from common.heads.whitening import Noised
 from common.protocol.tensors import Tensors
 from common.support import files
 
@@ -175,6 +177,17 @@ class RunFolder:
             return Sums(*(found[name].numpy() for name in _SUMS))
         except (SafetensorError, OSError, KeyError) as ex:
             raise RunError(path, expected="the sums of a solved head", got=ex) from None
+
+    def keep_moments(self, ask: Callable[[], Noised]) -> Noised:
+        """The noised moments of a private head: those that are here, or else what `ask` gives."""
+        path = self.path / "moments.json"
+        if path.is_file():
+            told = json.loads(path.read_text("utf-8"))
+            return Noised(np.array(told["numbers"]), told["deviation"])
+        moments = ask()
+        told = {"numbers": moments.numbers.tolist(), "deviation": moments.deviation}
+        self.write(path.name, json.dumps(told))
+        return moments
 
     @contextmanager
     def locked(self) -> Iterator[None]:

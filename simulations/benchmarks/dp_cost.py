@@ -12,7 +12,7 @@ from client.features.extract import Prepared
 from client.features.store import Rows
 from client.privacy import dp_sgd, self_check
 from client.privacy.parameters import PrivateRelease
-from client.privacy.plan import PrivacyPlan
+from client.privacy.plan import PrivacyPlan, Query
 from client.privacy.sampling import Patients
 from client.training import trainer
 from client.training.dataset import Examples
@@ -55,7 +55,7 @@ def _contenders(
         delta=1e-5,
         clip_norm=1.0,
     )
-    privacy_plan = PrivacyPlan(round=one, rounds=1, enrolled=_ROWS)
+    privacy_plan = PrivacyPlan(queries=(Query(kind="round", release=one),), enrolled=_ROWS)
     whose = Patients.of([str(i) for i in range(_ROWS)])
     return (
         lambda: trainer.train(suffix, examples, plan, classes=2, lr=1e-3, seed=0),

@@ -9,7 +9,7 @@ from statistics import mean
 from rich.table import Table
 
 from client.ledger.spending import MEANING
-from common.config.study import DpSgd, NoPrivacy, Study
+from common.config.study import NoPrivacy, Private, Study
 from common.errors import StudyError
 from common.metrics.metrics import METRICS, Counts, class_auroc, value
 from common.metrics.statistics import t_interval
@@ -53,8 +53,8 @@ def compare_epsilons(
       StudyError: the study is not private, or has no such class.
     """
     wanted = _figures(study, of)
-    if not isinstance(study.privacy, DpSgd):
-        raise study.error("privacy", expected="mechanism: dp_sgd", got="none")
+    if not isinstance(study.privacy, Private):
+        raise study.error("privacy", expected="a mechanism", got="none")
     runs: dict[float | None, list[Path]] = {}
     for epsilon in epsilons:
         privacy = study.privacy.model_copy(update={"epsilon": epsilon}) if epsilon else NoPrivacy()

@@ -40,7 +40,7 @@ from tests.builders import (
 pytestmark = pytest.mark.numbers
 
 NAMES = ("east", "north", "south")
-PRIVATE = {"mechanism": "dp_sgd", "preset": "head", "epsilon": 4.0, "delta": 1e-5}
+PRIVATE = {"mechanism": "dp_sgd", "epsilon": 4.0, "delta": 1e-5}
 
 
 study = partial(

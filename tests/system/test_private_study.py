@@ -39,6 +39,7 @@ from simulations.engines.grid import InProcessGrid, simulate_run
 from simulations.sites import virtual_sites
 from simulations.studies import runner
 from tests.builders import (
+    FULL_BATCH,
     PHANTOM_CLASSES,
     PHANTOMS,
     RUNTIME,
@@ -64,10 +65,10 @@ study = partial(
     make_study,
     name="private",
     classes=PHANTOM_CLASSES,
-    train={"rounds": 3},
+    model={"unit_features": True},
+    train={"rounds": 3, **FULL_BATCH},
     privacy={
         "mechanism": "dp_sgd",
-        "preset": "head",
         "epsilon": 4.0,
         "delta": DELTA,
         "spare_rounds": 1,
@@ -351,7 +352,7 @@ def test_a_deleted_ledger_gives_no_budget_back_either(phantoms, tmp_path, new_pr
         lost = list_lost_releases(site, salvage_ledger(site.state).entries)
         adopt_ledger(site.state, 0.0, 0.0, lost)
         plan = Agreement.kept(site, study().id).privacy_plan
-        assert len(list_events(entries(files[0]))) == plan.rounds
+        assert len(list_events(entries(files[0]))) == plan.queries[0].times
     assert coordinator.round(2).error.reason == "budget"
 
 

@@ -286,12 +286,12 @@ def test_a_plan_calibrates_all_rounds_and_tells_what_all_studies_cost_together(
         order = choose_filter_order(8.0, 1e-5)  # of several studies, as their numbers may depend
         spend_all = partial(compute_filtered_epsilon, order=order) if had else compute_epsilon
         assert 7.5 < compute_epsilon([DpEvent(sigma, 0.4, 36)], 1e-5) <= 8
-        table = dict(re.findall(r"^ *(now|[0-9]+) +([0-9.]+)$", text, re.MULTILINE))
+        table = dict(re.findall(r"^ *(now|round [0-9]+) +([0-9.]+)$", text, re.MULTILINE))
         assert float(table["now"]) == pytest.approx(compute_epsilon(had, 1e-5), abs=0.006)
-        assert float(table["12"]) == pytest.approx(
+        assert float(table["round 12"]) == pytest.approx(
             spend_all([*had, DpEvent(sigma, 0.4, 36)], 1e-5), abs=0.006
         )
-        assert float(table["1"]) == pytest.approx(
+        assert float(table["round 1"]) == pytest.approx(
             spend_all([*had, DpEvent(sigma, 0.4, 3)], 1e-5), abs=0.006
         )
     assert (tmp_path / "state/ledger.jsonl").read_bytes() == before

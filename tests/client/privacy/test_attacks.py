@@ -22,7 +22,7 @@ from client.privacy.dp_sgd import compute_row_gradient, make_sum
 from client.privacy.noise import DEVIATION, Entropy
 from client.privacy.noised_sum import NoisedSum
 from client.privacy.parameters import PrivateRelease
-from client.privacy.plan import PrivacyPlan
+from client.privacy.plan import PrivacyPlan, Query
 from client.privacy.sampling import Patients
 from client.training import trainer
 from client.training.dataset import Examples
@@ -55,7 +55,7 @@ def privacy_plan(sigma, *, rate=1.0, steps=1, enrolled=10, clip=1.0):
         delta=DELTA,
         clip_norm=clip,
     )
-    return PrivacyPlan(round=one, rounds=1, enrolled=enrolled)
+    return PrivacyPlan(queries=(Query(kind="round", release=one),), enrolled=enrolled)
 
 
 def each_alone(n):

@@ -12,7 +12,7 @@ from client.privacy import dp_sgd, self_check
 from client.privacy.noise import DEVIATION, Entropy
 from client.privacy.noised_sum import NoisedSum
 from client.privacy.parameters import PrivateRelease
-from client.privacy.plan import PrivacyPlan
+from client.privacy.plan import PrivacyPlan, Query
 from client.privacy.self_check import check_noise, check_rows
 from client.training.dataset import Examples
 from common.config.study import Study
@@ -25,18 +25,15 @@ pytestmark = pytest.mark.numbers
 SIZES = {"inception_v3": 80, "vit_b_16": 224}
 QUICK = ("mobilenet_v3_small", "shufflenet_v2_x0_5", "squeezenet1_1")
 
-PROTECTION = PrivacyPlan(
-    round=PrivateRelease(
-        mechanism="dp_sgd",
-        noise_multiplier=1.3,
-        sample_rate=0.1,
-        steps=3,
-        delta=1e-5,
-        clip_norm=0.7,
-    ),
-    rounds=1,
-    enrolled=160,
+RELEASE = PrivateRelease(
+    mechanism="dp_sgd",
+    noise_multiplier=1.3,
+    sample_rate=0.1,
+    steps=3,
+    delta=1e-5,
+    clip_norm=0.7,
 )
+PROTECTION = PrivacyPlan(queries=(Query(kind="round", release=RELEASE),), enrolled=160)
 
 
 def examples(*shape):
@@ -90,7 +87,7 @@ def test_a_head_that_is_very_sure_passes():
 
 
 def test_the_noise_passes():
-    check_noise(PROTECTION)
+    check_noise(RELEASE)
 
 
 def test_it_leaves_everything_as_it_was():
@@ -159,7 +156,7 @@ def test_noise_of_another_size(factor):
             return [(factor * z).long() for z in super().gaussians(shapes)]
 
     with pytest.raises(RefusedError, match="the noise's"):
-        check_noise(PROTECTION, Wrong())
+        check_noise(RELEASE, Wrong())
 
 
 def test_noise_that_is_not_centred():
@@ -168,17 +165,17 @@ def test_noise_that_is_not_centred():
             return [z + DEVIATION // 50 for z in super().gaussians(shapes)]
 
     with pytest.raises(RefusedError, match="the noise's mean"):
-        check_noise(PROTECTION, Shifted())
+        check_noise(RELEASE, Shifted())
 
 
-def test_steps_without_patients_that_get_no_noise(monkeypatch):
-    def skipping(suffix, rows, losses, privacy_plan, entropy):
-        assert not list(rows)
-        return [torch.zeros_like(p) for p in dp_sgd.list_trained(suffix)]
+def test_sums_without_patients_that_get_no_noise(monkeypatch):
+    class Silent(NoisedSum):
+        def release(self, entropy):
+            return [0.0 * told for told in super().release(entropy)]
 
-    monkeypatch.setattr(self_check, "compute_noised_gradient", skipping)
+    monkeypatch.setattr(self_check, "NoisedSum", Silent)
     with pytest.raises(RefusedError, match="the noise's variance"):
-        check_noise(PROTECTION)
+        check_noise(RELEASE)
 
 
 def test_a_suffix_that_does_not_run():

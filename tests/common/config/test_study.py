@@ -406,33 +406,45 @@ def test_a_private_study_is_one_that_names_a_mechanism() -> None:
 def test_the_id_changes_with_every_number_of_privacy(key: str, value: float) -> None:
     changed = PRIVATE | {"privacy": PRIVATE["privacy"] | {key: value}}
     assert Study.model_validate(changed).id != Study.model_validate(PRIVATE).id
-    assert {*PRIVATE["privacy"], "preset", "clip_norm", "spare_rounds"} == set(
+    assert {*PRIVATE["privacy"], "clip_norm", "spare_rounds"} == set(
         Study.model_validate(PRIVATE).privacy.model_dump()
     )
 
 
+HEAD = {
+    "name": "head",
+    "classes": ["a", "b"],
+    "model": {"backbone": "squeezenet1_0"},
+    "privacy": {"preset": "head", "epsilon": 8.0, "delta": 1e-5},
+}
+
+
 def test_a_preset_fills_in_what_the_study_does_not_say() -> None:
-    content = PRIVATE | {"privacy": PRIVATE["privacy"] | {"preset": "head"}}
-    study = Study.model_validate(content | {"train": {"rounds": 7, "lr": 2.0}})
+    study = Study.model_validate(HEAD)
+    assert (study.privacy.mechanism, study.model.head) == ("gaussian", "discriminant")
     assert study.model.unit_features
-    assert (study.train.rounds, study.train.lr) == (7, 2.0)
-    assert (study.train.local_steps, study.train.optimizer) == (1, "sgd")
-    epochs = Study.model_validate(content | {"train": {"rounds": 7, "local_epochs": 3}})
-    assert (epochs.train.local_epochs, epochs.train.local_steps) == (3, None)
-    told = Study.model_validate_json(study.proposal())
-    assert told.id == study.id
-    for other in (
-        {"train": {"rounds": 7, "optimizer": "adamw"}},
-        {"model": {"unfreeze": "last:1"}},
-    ):
-        given = {key: content[key] | other.get(key, {}) for key in ("train", "model")}
-        with pytest.raises(ValueError, match=r"expected .*, or a train"):
-            Study.model_validate(content | given)
-        given["train"] = given["train"] | {"lr": 0.1}
-        assert Study.model_validate(content | given).train.lr == 0.1
-    plain = Study.model_validate(PRIVATE)
-    assert not plain.model.unit_features
-    assert plain.train.local_steps is None
+    assert (study.train.rounds, study.directions) == (0, 48)
+    assert Study.model_validate_json(study.proposal()).id == study.id
+    fewer = Study.model_validate(HEAD | {"privacy": HEAD["privacy"] | {"directions": 16}})
+    assert fewer.directions == 16
+    assert fewer.id != study.id
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"privacy": HEAD["privacy"] | {"mechanism": "dp_sgd"}}, "gaussian with preset: head"),
+        ({"train": {"rounds": 3}}, "train.rounds: 0"),
+        ({"model": HEAD["model"] | {"head": "linear"}}, "head: discriminant"),
+        ({"model": HEAD["model"] | {"head": "ridge"}}, "a discriminant solved"),
+        ({"model": HEAD["model"] | {"unfreeze": "last:1"}}, "unfreeze: head"),
+        ({"privacy": HEAD["privacy"] | {"directions": 1}}, "greater than or equal to 2"),
+        ({"privacy": HEAD["privacy"] | {"clip_norm": 1.0}}, "clip_norm"),
+    ],
+)
+def test_what_a_private_head_cannot_be_is_said(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        Study.model_validate(HEAD | changes)
 
 
 @pytest.mark.parametrize(
@@ -511,7 +523,7 @@ def test_a_solved_head_needs_no_rounds_and_reads_unit_features() -> None:
         ({"head": "ridge", "unfreeze": "last:1"}, {"train": {"rounds": 0}}, "unfreeze: head"),
         ({"head": "ridge", "init": "solved"}, {"train": {"rounds": 0}}, "no init"),
         ({"init": "solved", "unit_features": False}, {}, "unit_features: true"),
-        ({"init": "solved"}, {"privacy": PRIVATE["privacy"]}, "trained by rounds with privacy"),
+        ({"init": "solved"}, {"privacy": PRIVATE["privacy"]}, "preset: head with privacy"),
         ({"head": "quadratic"}, {}, "'linear', 'discriminant' or 'ridge'"),
     ],
 )

@@ -10,12 +10,13 @@ from simulations.benchmarks import dp_cost
 from simulations.engines.base import InProcess
 from simulations.studies import privacy_utility
 from simulations.studies.runner import Source
-from tests.builders import PHANTOM_CLASSES, make_study
+from tests.builders import FULL_BATCH, PHANTOM_CLASSES, make_study
 
 CONTENT = {
     "classes": PHANTOM_CLASSES,
-    "train": {"rounds": 2},
-    "privacy": {"mechanism": "dp_sgd", "preset": "head", "epsilon": 8.0, "delta": 1e-5},
+    "model": {"unit_features": True},
+    "train": {"rounds": 2, **FULL_BATCH},
+    "privacy": {"mechanism": "dp_sgd", "epsilon": 8.0, "delta": 1e-5},
 }
 
 
@@ -62,7 +63,7 @@ def test_what_cannot_be_compared_is_refused_before_anything_runs(phantoms, tmp_p
     with pytest.raises(StudyError, match="--class: expected one of clear, nodule"):
         show(phantoms, tmp_path / "u", of="melanoma")
     open_study = CONTENT | {"privacy": {"mechanism": "none"}}
-    with pytest.raises(StudyError, match="privacy: expected mechanism: dp_sgd, got none"):
+    with pytest.raises(StudyError, match="privacy: expected a mechanism, got none"):
         show(phantoms, tmp_path / "u", open_study)
     assert not (tmp_path / "u").exists()
 

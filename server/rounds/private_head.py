@@ -1,0 +1,113 @@
+"""A private head: solved from two sums over training patients, to which each site adds noise."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from common.config.study import Study
+from common.heads.read_out import LARGEST_PRIOR, ReadOut
+from common.heads.whitening import (
+    Noised,
+    Whitening,
+    find_basis,
+    solve_prototypes,
+    whiten,
+)
+from common.metrics.metrics import Floats
+from common.model import backbones
+from common.model.network import place_head, place_whitening
+from common.protocol.noised import (
+    MOMENTS,
+    PROTOTYPES,
+    NoisedReply,
+    NoisedRequest,
+    count_numbers,
+)
+from common.protocol.tensors import Tensors, to_arrays
+from common.support.seeds import derive
+from server.rounds.federation import Federation
+from server.rounds.solving import AskAll
+
+
+@dataclass(frozen=True)
+class PrivateHead:
+    """How a private head was solved.
+
+    Attributes:
+      sites: Whose sums are in it, by name.
+      tensors: All that it is made of.
+      read_out: Of its probabilities, by the noised numbers of patients.
+    """
+
+    sites: tuple[str, ...]
+    tensors: Tensors
+    read_out: ReadOut
+
+    def facts(self) -> dict[str, Any]:
+        """For the run's files."""
+        return {"head": "private", "sites": list(self.sites), **self.read_out.facts()}
+
+
+class NoisedAnswers(Protocol):
+    """What sites tell of their training patients, asked by messages or read on this machine."""
+
+    def ask(self, kind: str, whitening: Whitening) -> Mapping[str, Noised]:
+        """The sum of each site, by name, of a row of each patient."""
+
+
+class AskedForNoise:
+    """The answers of the sites of a study, by messages; noise is in each.
+
+    Args:
+      study: The study.
+      federation: The sites that joined.
+      ask_all: Asks what every site that trains must answer.
+    """
+
+    def __init__(self, study: Study, federation: Federation, ask_all: AskAll) -> None:
+        self._study, self._federation, self._ask_all = study, federation, ask_all
+
+    def ask(self, kind: str, whitening: Whitening) -> Mapping[str, Noised]:
+        """Raises `RunError` if fewer sites than the quorum told them."""
+        arrays = to_arrays(place_whitening(self._study, whitening))
+        size = count_numbers(kind, len(self._study.classes), self._study.directions or 0)
+        return self._ask_all(
+            kind,
+            NoisedRequest(study=self._study.id, arrays=arrays).record(),
+            self._federation.training,
+            lambda record: NoisedReply.read(record, size).sums,
+        )
+
+
+def solve_private_head(
+    study: Study, answers: NoisedAnswers, keep: Callable[[Callable[[], Noised]], Noised]
+) -> PrivateHead:
+    """Ask for moments, whiten by them, ask for prototypes, and solve.
+
+    Args:
+      study: With a private head.
+      answers: Of its sites.
+      keep: Gives the moments, asking for them if they are not there from before: asked again of
+        other sites, they would whiten otherwise, and prototypes would cost their ε once more.
+    """
+    backbone, seed = backbones.get(study.model.backbone), derive(study.seed, "basis")
+    classifier = backbone.read_classifier(study.model.weights)
+    known = None if classifier is None else classifier.double().numpy()
+    basis = find_basis(known, backbone.width, study.directions or 0, seed)
+    begin = Whitening.begin(np.asarray(basis.astype(np.float32), np.float64))
+    whitening = whiten(begin.basis, keep(lambda: add_noised(answers.ask(MOMENTS, begin))))
+    told = answers.ask(PROTOTYPES, whitening)
+    head, counts = solve_prototypes(add_noised(told), len(study.classes))
+    shares = np.log(counts / counts.sum()).clip(-LARGEST_PRIOR, 0.0)
+    tensors = place_whitening(study, whitening) | place_head(study, head.weight, head.bias)
+    return PrivateHead(tuple(told), tensors, ReadOut(log_prior=tuple(shares.tolist())))
+
+
+def add_noised(sums: Mapping[str, Noised]) -> Noised:
+    """The sums of all sites together, added in the order of names."""
+    ordered = [sums[name] for name in sorted(sums)]
+    numbers: Floats = np.sum([each.numbers for each in ordered], axis=0)
+    return Noised(numbers, math.hypot(*(each.deviation for each in ordered)))
