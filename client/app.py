@@ -230,8 +230,8 @@ class Handlers:
     ) -> Message:
         """What a site that trains answers in a study whose head is solved."""
         _, study = self._find_study(context, study_id)
-        if study.model.solved_head is None:
-            raise ContractError("a study whose head is not solved")
+        if study.model.solved_head is None or study.private:
+            raise ContractError("a study whose head is not solved from exact sums")
         return self._tell_once(message, context, study_id, kind, work)
 
     def _tell_once(

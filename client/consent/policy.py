@@ -56,7 +56,8 @@ def gives_sums(site: Site, study: Study, patients: Sequence[int]) -> bool:
       study: The request.
       patients: That would train here, of each class.
     """
-    asked, least = study.model.solved_head is not None, site.policy.disclose.sums
+    asked = study.model.solved_head is not None and not study.private  # these are noised
+    least = site.policy.disclose.sums
     few = min((n for n in patients if n), default=0)
     return asked and site.role == "train" and least != "none" and few >= least
 
@@ -67,7 +68,8 @@ def check_sums(site: Site, study: Study, patients: Sequence[int]) -> None:
     Raises:
       RefusedError: the study is of sums alone, and a class has too few patients, or none are told.
     """
-    if study.model.head == "linear" or site.role != "train" or gives_sums(site, study, patients):
+    solved = study.model.head != "linear" and not study.private
+    if not solved or site.role != "train" or gives_sums(site, study, patients):
         return
     least, few = site.policy.disclose.sums, min((n for n in patients if n), default=0)
     expected = "no sums" if least == "none" else f"sums over {least} patients of a class or more"

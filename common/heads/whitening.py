@@ -163,4 +163,5 @@ def solve_prototypes(prototypes: Noised, classes: int) -> tuple[LinearHead, Floa
     noise = r * (prototypes.deviation / counts) ** 2
     kept = 1 - _SHRINKAGE * noise / np.maximum((apart**2).sum(axis=1), np.finfo(float).tiny)
     means = whole + np.clip(kept, 0.02, 1.0)[:, None] * apart
+    means /= np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1.0)  # as of unit features
     return LinearHead(r * means, -0.5 * r * (means**2).sum(axis=1)), counts
