@@ -1,6 +1,7 @@
 """The hospital's Flower ClientApp: parse, agree, work, record, reply. The error boundary."""
 
 import hashlib
+import json
 import logging
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -38,6 +39,7 @@ from common.flower.messages import (
     record_from_bytes,
     record_to_bytes,
 )
+from common.heads.read_out import AS_IT_IS
 from common.protocol.backbone import BackboneHeld, BackbonePart
 from common.protocol.fields import CONFIG, STUDY, get_value
 from common.protocol.final import FinalReply, FinalRequest
@@ -252,6 +254,9 @@ class Handlers:
             raise ContractError("a question to a site that does not train")
         if kind in ("means", "sums") and agreed.disclosure.sums == "none":
             raise ContractError("sums that this site agreed not to tell")
+        if kind == "sums" and opened.ledger.models(study.id, kind) - {received}:
+            # From two sums with other centres or weights, every image can be told.
+            raise ContractError("sums with another centre or other weights than the first")
         with record_errors(opened.ledger, what):
             return _leave(message, opened, what, lambda: work(session))
 
@@ -293,10 +298,12 @@ class Handlers:
             sums = request.solved.sums(len(study.classes), network.width)
             solved = sums, request.solved.shrinkage
         received = network.digest(released)
-        if request.solved is not None:  # what is told of the fitted model depends on these, too
-            both = f"{received} {request.solved.digest}"
-            received = hashlib.sha256(both.encode()).hexdigest()
         rounds, ends = (opened.ledger.models(study.id, kind) for kind in ("round", "final"))
+        told = agreed.disclosure.metrics == "every_round" and received in rounds
+        if not told and (request.solved or request.read_out != AS_IT_IS):
+            # What is told depends on these, too.
+            beside = [request.solved.digest if request.solved else "", request.read_out.facts()]
+            received = hashlib.sha256(json.dumps([received, *beside]).encode()).hexdigest()
         given = opened.ledger.models(study.id, "sums", "prototypes")
         if request.solved is not None and not given:
             raise ContractError("sums of all sites to one that told none")

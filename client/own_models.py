@@ -18,7 +18,7 @@ from safetensors.torch import save
 from client.privacy.rounding import Rounding
 from client.session import Session
 from client.storage import explain_disk_errors
-from common.errors import ContractError, SiteError
+from common.errors import ContractError, DataError, SiteError
 from common.heads.adapting import FITS, Adapted, OwnImages, adapt_head, solve_local
 from common.heads.read_out import ReadOut, choose_read_out, list_read_outs
 from common.heads.registry import solve_discriminant
@@ -111,14 +111,15 @@ def adapt_model(session: Session, released: Tensors, solved: tuple[Sums, float] 
 
 
 def _fit_solved(session: Session, released: Tensors, total: Sums, shrinkage: float) -> Adapted:
-    """Raises `ContractError` unless the model was solved from these sums, this site's among them.
+    """Raises an error unless the model was solved from these sums, this site's among them.
 
     With other sums, the site would be left with a model of the server's making.
     """
     study, network = session.prepared.study, session.prepared.network
     own = _own_images(session, network.find_centre(released))
     if (own.sums(total.weights).counts > total.counts).any():
-        raise ContractError("sums of fewer images than this site has")
+        where, expected = "sums of all sites", "this site's images among them"
+        raise DataError(where, expected=expected, got="fewer of a class than are here")
     try:
         again = solve_discriminant(total, shrinkage)
         for name, tensor in place_head(study, again.weight, again.bias).items():

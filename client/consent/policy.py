@@ -57,9 +57,15 @@ def gives_sums(site: Site, study: Study, patients: Sequence[int]) -> bool:
       patients: That would train here, of each class.
     """
     asked = study.model.solved_head is not None and not study.private  # these are noised
-    least = site.policy.disclose.sums
+    least = _least(site, study)
     few = min((n for n in patients if n), default=0)
-    return asked and site.role == "train" and least != "none" and few >= least
+    return asked and site.role == "train" and least is not None and few >= least
+
+
+def _least(site: Site, study: Study) -> int | None:
+    """Patients of a class at least for sums; None where none are told."""
+    sums = site.policy.disclose.resolved(private=study.private).sums
+    return None if sums == "none" else sums
 
 
 def check_sums(site: Site, study: Study, patients: Sequence[int]) -> None:
@@ -71,8 +77,8 @@ def check_sums(site: Site, study: Study, patients: Sequence[int]) -> None:
     solved = study.model.head != "linear" and not study.private
     if not solved or site.role != "train" or gives_sums(site, study, patients):
         return
-    least, few = site.policy.disclose.sums, min((n for n in patients if n), default=0)
-    expected = "no sums" if least == "none" else f"sums over {least} patients of a class or more"
+    least, few = _least(site, study), min((n for n in patients if n), default=0)
+    expected = f"sums over {least} patients of a class or more" if least else "no sums"
     remedy = (
         "Ask the coordinator for head: linear, which this site can join without sums, for privacy, "
         "or for secure aggregation, which hides one site's sums; or change policy.disclose.sums."

@@ -24,7 +24,8 @@ def learning_rate(plan: Train, round_number: int) -> float:
     """Learning rate of a round, 1-based: constant, or a half cosine from `lr` towards 0."""
     if plan.schedule == "constant" or not plan.rounds:
         return plan.lr
-    return plan.lr * 0.5 * (1 + math.cos(math.pi * (round_number - 1) / plan.rounds))
+    number = min(round_number, plan.rounds)
+    return plan.lr * 0.5 * (1 + math.cos(math.pi * (number - 1) / plan.rounds))
 
 
 def class_weights(plan: Train, labels: Tensor, classes: int) -> Tensor | None:

@@ -8,6 +8,7 @@ import numpy as np
 from common.heads.sums import Sums
 from common.metrics.metrics import Floats
 
+_LEAST_SPREAD = 1e-12
 _NEVER = -1e4
 """The logit of a class without images, and the least that a message may hold."""
 
@@ -56,7 +57,7 @@ def discriminate_all(
 ) -> list[LinearHead]:
     """Such discriminants of several sets of class means [K, d], with one covariance [d, d]."""
     size, classes = len(within), len(counts)
-    level = float(np.trace(within)) / size or 1.0  # one image a class has no spread
+    level = max(float(np.trace(within)) / size, _LEAST_SPREAD)  # one image a class has none
     shrunk = (1 - shrinkage) * within + shrinkage * level * np.eye(size)
     weights: Floats = np.linalg.solve(shrunk, np.concatenate(means).T).T.astype(np.float64)
     return [

@@ -58,6 +58,11 @@ class Sums:
         second = sum((each.second for each in views), 0.0 * first.second) * share
         return cls(first.counts, totals, second, first.weights)
 
+    def scaled(self, factor: float) -> Self:
+        """Of the same images, each counting for so much of one."""
+        scaled = [factor * part for part in (self.counts, self.totals, self.second)]
+        return type(self)(scaled[0], scaled[1], scaled[2], self.weights)
+
     @classmethod
     def zero(cls, width: int, weights: Floats) -> Self:
         """The sums of no images."""

@@ -11,6 +11,8 @@ CountsLevel = Literal["exact", "rounded", "none"]
 MetricsLevel = Literal["every_round", "final", "none"]
 
 _LEAST_BASE = 10
+_SUMS = 10
+"""Patients of a class at least, where a site that tells exact counts says nothing of sums."""
 
 
 class Disclosure(Section):
@@ -27,10 +29,11 @@ class Disclosure(Section):
     epsilon: Positive | None = None
     """ε, at `policy.delta`, of all that one study tells of a validation or test patient: counts of
     the released model, with noise, and no numbers of these patients at join."""
-    sums: Annotated[StrictInt, Field(ge=1, le=10**6)] | Literal["none"] = 10
+    sums: Annotated[StrictInt, Field(ge=1, le=10**6)] | Literal["none"] | None = None
     """For a head that is solved from sums of features, without privacy: patients of a class, of
-    those that are here, at least; the sum of a class of one *is* a patient's features. As agreed
-    in a study: `none` where it asks for no sums, or a class here has fewer."""
+    those that are here, at least; the sum of a class of one *is* a patient's features. Sums hold
+    exact numbers of images, so if the site does not say: 10 where counts are exact, else `none`.
+    As agreed in a study: `none` where it asks for no sums, or a class here has fewer."""
 
     adapted: bool = False
     """At the end of a study without privacy, counts of the site's own models on its test patients:
@@ -50,6 +53,8 @@ class Disclosure(Section):
         found = self.model_copy(
             update={"counts": self.counts or ("rounded" if private else "exact")}
         )
+        if found.sums is None:
+            found = found.model_copy(update={"sums": _SUMS if found.base == 1 else "none"})
         if found.counts == "none":
             found = found.model_copy(update={"metrics": "none", "epsilon": None})
         if private or found.metrics == "none" or found.epsilon is not None:

@@ -14,6 +14,9 @@ from common.protocol.validate import VALIDATE, ValidateReply, ValidateRequest
 from server.rounds.federation import Federation
 from server.runs.results import unite_counts
 
+_MOST_LOSS = 20.0
+"""Of an image, whatever a site says: a probability of one in 500 million."""
+
 
 @dataclass(frozen=True)
 class Judged:
@@ -48,7 +51,10 @@ def unite_judgements(
     read_outs: list[ReadOut], told: Sequence[ValidateReply], classes: int
 ) -> Judged:
     """What several sites say of one model, together."""
-    losses = np.sum([reply.losses for reply in told], axis=0).tolist() if told else []
+    bounded = [
+        np.minimum(reply.losses, _MOST_LOSS * reply.counts.confusion.sum()) for reply in told
+    ]
+    losses = np.sum(bounded, axis=0).tolist() if told else []
     counts = unite_counts((reply.counts for reply in told), classes)
     return Judged(counts, choose_read_out(read_outs, losses))
 

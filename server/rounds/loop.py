@@ -116,8 +116,7 @@ class Run:
             log.warning("no site tells sums of features: the head starts from zero, not solved")
             return
         sites = AskedSites(self._study, self._network, federation, self._ask_all)
-        images = [member.reply.images.train for member in federation.giving]
-        solved, head = solve_head(self._study, images, sites)
+        solved, head = solve_head(self._study, sites.images, sites, self._folder.keep_question)
         self._folder.write("solved.json", json.dumps(solved.facts(), indent=1))
         self._folder.save_sums(solved.total)
         self._last = Checkpoint(round=0, tensors=self._last.tensors | head, state={})
@@ -138,7 +137,7 @@ class Run:
         kind: str,
         request: RecordDict,
         members: Sequence[Member],
-        read: Callable[[RecordDict], T],
+        read: Callable[[Member, RecordDict], T],
     ) -> dict[str, T]:
         """Good replies of a quorum of members to one question, by name."""
 
@@ -146,9 +145,7 @@ class Run:
             return [Message(request, member.node, kind) for member in some]
 
         what, everyone = kind.removeprefix("query."), len(members)
-        return self._ask(
-            what, members, everyone, messages, lambda _, record: read(record), enough=everyone
-        )
+        return self._ask(what, members, everyone, messages, read, enough=everyone)
 
     def _facts(self) -> dict[str, Any]:
         members = self._federation.members
@@ -271,11 +268,12 @@ class Run:
         arrays, classes = to_arrays(tensors), len(self._study.classes)
         plain = FinalRequest(study=self._study.id, arrays=arrays, read_out=judged.read_out)
         fitting = replace(plain, solved=self._tell_sums(released))
-        gave = self._folder.read_solved_sites()
+        gave, weights = self._folder.read_solved_sites(), self._federation.weights
+        whole = {name for name in gave if name not in weights or not weights[name].capped}
 
         def messages(members: Sequence[Member]) -> list[Message]:
-            """Sums to the sites alone that are in them: these take off their own."""
-            asked = [(fitting if member.name in gave else plain, member) for member in members]
+            """Sums to the sites alone that are in them, whole: these take off their own."""
+            asked = [(fitting if member.name in whole else plain, member) for member in members]
             return [Message(r.record(), m.node, MessageType.EVALUATE) for r, m in asked]
 
         def read(member: Member, record: RecordDict) -> FinalReply:
@@ -327,7 +325,7 @@ class Run:
         if self._study.directions:
             prior = tuple(self._folder.read_solved()["log_prior"])
             judged = Judged(Counts.zero(len(self._study.classes)), ReadOut(log_prior=prior))
-            self._folder.write("read_out.json", json.dumps(judged.read_out.facts(), indent=1))
+            self._folder.keep_read_out(0, judged.read_out)
             return judged
         judged = judge_model(self._study, self._federation, self._last.tensors)
         if (best := self._choose(judged.counts)) is not self._last.best:
@@ -336,9 +334,9 @@ class Run:
         released, tensors = self._last.released
         if released != self._last.round:
             judged = judge_model(self._study, self._federation, tensors)
-        self._folder.write("read_out.json", json.dumps(judged.read_out.facts(), indent=1))
-        self._reporter.report_choice(self._last, judged.read_out)
-        return judged
+        read_out = self._folder.keep_read_out(released, judged.read_out)
+        self._reporter.report_choice(self._last, read_out)
+        return replace(judged, read_out=read_out)
 
     def _log_validation(self, told: dict[str, FinalCounts], released: int) -> None:
         """Log how the released model validates, as a line after the last round's."""

@@ -78,7 +78,7 @@ class AskedForNoise:
             kind,
             NoisedRequest(study=self._study.id, arrays=arrays).record(),
             self._federation.training,
-            lambda record: NoisedReply.read(record, size).sums,
+            lambda _, record: NoisedReply.read(record, size).sums,
         )
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from flwr.app import Message, RecordDict
 
 from common.config.study import Study
+from common.errors import ContractError
 from common.heads.registry import HEADS, LinearHead
 from common.heads.sums import Sums, balance
 from common.metrics.metrics import Counts, Floats, value
@@ -68,15 +69,19 @@ class AskAll(Protocol):
         kind: str,
         request: RecordDict,
         members: Sequence[Member],
-        read: Callable[[RecordDict], T],
+        read: Callable[[Member, RecordDict], T],
     ) -> dict[str, T]:
         """Raise `RunError` if too few answer well."""
+
+
+Question = tuple[Floats, Floats]
+"""What sums are asked by: the centre [d] and the weight of each class [K]."""
 
 
 class Answers(Protocol):
     """What sites tell of their images, asked by messages or read on this machine."""
 
-    def means(self) -> Iterable[tuple[int, Floats]]:
+    def means(self) -> Iterable[tuple[float, Floats]]:
         """The number of images and the sum of their features, of each site."""
 
     def sums(self, weights: Floats, centre: Floats) -> Mapping[str, Sums]:
@@ -87,7 +92,10 @@ class Answers(Protocol):
 
 
 def solve_head(
-    study: Study, images: Sequence[Sequence[int] | None], answers: Answers
+    study: Study,
+    images: Sequence[Sequence[float] | None],
+    answers: Answers,
+    keep: Callable[[Callable[[], Question]], Question] = lambda ask: ask(),
 ) -> tuple[Solved, Tensors]:
     """How the head of a study was solved, and the tensors that hold it.
 
@@ -95,9 +103,11 @@ def solve_head(
       study: That names the head.
       images: The training images of each class that each site told.
       answers: Of these sites.
+      keep: Gives the question that sums answer, made anew only if it was never asked: a site tells
+        no others in a study.
     """
-    centre = _find_centre(study, answers)
-    sums = answers.sums(choose_weights(study, images), centre)
+    centre, weights = keep(lambda: (_find_centre(study, answers), choose_weights(study, images)))
+    sums = answers.sums(weights, centre)
     total = add_sums(sums)
     heads = solve_candidates(study, total)
     strength, validation = choose_strength(study, answers.counts(list(heads.values()), centre))
@@ -129,24 +139,45 @@ class AskedSites:
         self._study, self._width = study, network.width
         self._federation, self._ask_all = federation, ask_all
 
-    def means(self) -> Iterable[tuple[int, Floats]]:
+    @property
+    def images(self) -> list[Sequence[float] | None]:
+        """Training images of each class, as each site told; for less where its weight is capped."""
+        told = [(m.reply.images.train, self._share(m.name)) for m in self._federation.giving]
+        return [None if n is None else [share * count for count in n] for n, share in told]
+
+    def means(self) -> Iterable[tuple[float, Floats]]:
         """Raises `RunError` if fewer sites than the quorum told them."""
-        told = self._ask_all(
-            MEANS,
-            MeansRequest(self._study.id).record(),
-            self._federation.giving,
-            lambda record: MeansReply.read(record, self._width),
-        )
-        return [(reply.images, reply.total) for reply in told.values()]
+
+        def read(member: Member, record: RecordDict) -> MeansReply:
+            reply = MeansReply.read(record, self._width)
+            most = _most_images(member)
+            if most is not None and reply.images > most.sum():
+                raise ContractError("the sum of more images than it told at join")
+            return reply
+
+        request = MeansRequest(self._study.id).record()
+        told = self._ask_all(MEANS, request, self._federation.giving, read)
+        shares = {name: self._share(name) for name in told}
+        return [(shares[n] * reply.images, shares[n] * reply.total) for n, reply in told.items()]
 
     def sums(self, weights: Floats, centre: Floats) -> Mapping[str, Sums]:
         """Raises `RunError` if fewer sites than the quorum told them."""
-        return self._ask_all(
-            SUMS,
-            SumsRequest(study=self._study.id, centre=centre, weights=weights).record(),
-            self._federation.giving,
-            lambda record: SumsReply.read(record, self._width, weights).sums,
-        )
+
+        def read(member: Member, record: RecordDict) -> Sums:
+            sums = SumsReply.read(record, self._width, weights).sums
+            most = _most_images(member)
+            if most is not None and (sums.counts > most).any():
+                raise ContractError("sums of more images than it told at join")
+            return sums
+
+        request = SumsRequest(study=self._study.id, centre=centre, weights=weights).record()
+        told = self._ask_all(SUMS, request, self._federation.giving, read)
+        return {name: sums.scaled(self._share(name)) for name, sums in told.items()}
+
+    def _share(self, name: str) -> float:
+        """For how much an image of a site counts: less than 1 where its weight is capped."""
+        weight = self._federation.weights[name]
+        return weight.number / weight.told if weight.capped and weight.told else 1.0
 
     def counts(self, heads: Sequence[LinearHead], centre: Floats) -> Sequence[Sequence[Counts]]:
         """Of every site that tells its figures each round."""
@@ -160,6 +191,12 @@ class AskedSites:
         return [reply.counts for reply in told.values()]
 
 
+def _most_images(member: Member) -> Floats | None:
+    """Training images of each class that a site can have, by what it told at join; None: untold."""
+    told = member.reply.images.train
+    return None if told is None else np.array(told) + (member.reply.disclosure.base - 1.0)
+
+
 def _find_centre(study: Study, answers: Answers) -> Floats:
     """The study's own feature mean [d], or that of all sites' images; float32, as it travels."""
     if study.model.feature_mean is not None:
@@ -171,7 +208,7 @@ def _find_centre(study: Study, answers: Answers) -> Floats:
     return np.asarray(mean.astype(np.float32), np.float64)
 
 
-def choose_weights(study: Study, images: Sequence[Sequence[int] | None]) -> Floats:
+def choose_weights(study: Study, images: Sequence[Sequence[float] | None]) -> Floats:
     """The weight of an image of each class [K], the same at every site.
 
     The study's own, where it has any; else classes are balanced by the training images that sites

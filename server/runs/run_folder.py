@@ -21,8 +21,10 @@ from safetensors.torch import load_file, save
 
 from common.config.study import Study
 from common.errors import RunError
+from common.heads.read_out import ReadOut
 from common.heads.sums import Sums
 from common.heads.whitening import Noised
+from common.metrics.metrics import Floats
 from common.protocol.tensors import Tensors
 from common.support import files
 
@@ -177,6 +179,26 @@ class RunFolder:
             return Sums(*(found[name].numpy() for name in _SUMS))
         except (SafetensorError, OSError, KeyError) as ex:
             raise RunError(path, expected="the sums of a solved head", got=ex) from None
+
+    def keep_question(self, ask: Callable[[], tuple[Floats, Floats]]) -> tuple[Floats, Floats]:
+        """The centre and weights by which sums are asked: those here, or else what `ask` gives."""
+        path = self.path / "centre.json"
+        if path.is_file():
+            told = json.loads(path.read_text("utf-8"))
+            return np.array(told["centre"]), np.array(told["weights"])
+        centre, weights = ask()
+        told = {"centre": centre.tolist(), "weights": weights.tolist()}
+        self.write(path.name, json.dumps(told))
+        return centre, weights
+
+    def keep_read_out(self, released: int, read_out: ReadOut) -> ReadOut:
+        """How a model is read out: as was said before of the same one, or else as is said now."""
+        path = self.path / "read_out.json"
+        told = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+        if told.get("round") == released:
+            return ReadOut(told["temperature"], tuple(told["log_prior"]))
+        self.write(path.name, json.dumps({"round": released, **read_out.facts()}, indent=1))
+        return read_out
 
     def keep_moments(self, ask: Callable[[], Noised]) -> Noised:
         """The noised moments of a private head: those that are here, or else what `ask` gives."""

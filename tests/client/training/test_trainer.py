@@ -224,6 +224,10 @@ def test_learning_rate_schedules():
     rates = [trainer.learning_rate(cosine, r) for r in (1, 2, 3, 4)]
     root = math.sqrt(0.5)
     assert rates == pytest.approx([0.4, 0.2 * (1 + root), 0.2, 0.2 * (1 - root)])
+    past = [trainer.learning_rate(Train(rounds=3, lr=1.0, schedule="cosine"), n) for n in (3, 4, 9)]
+    assert past == [past[0]] * 3  # a site that fits the model to itself goes on as the study ended
+    none = Train(rounds=0, lr=0.1, schedule="cosine")
+    assert trainer.learning_rate(none, 1) == 0.1
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ def test_metrics_are_made_of_counts_and_wait_under_privacy(*, private: bool) -> 
         elif private or not given_.tells_scores:  # a bounded answer is told once
             assert resolved.metrics != "every_round"
         else:
-            assert resolved == given_
+            assert resolved == given_.model_copy(update={"sums": resolved.sums})
 
 
 def test_who_does_not_say_tells_exactly_unless_in_privacy() -> None:
@@ -97,3 +97,13 @@ def test_what_is_missing_is_told_in_words() -> None:
     assert noised.withheld == (
         "figures of single rounds, scores, losses, and counts without noise (ε 0.5)"
     )
+
+
+def test_sums_hold_exact_numbers_so_who_rounds_tells_none_unless_he_says_so() -> None:
+    def sums(**said: object) -> object:
+        return Disclosure.model_validate(said).resolved(private=False).sums
+
+    assert sums() == sums(counts="exact") == 10
+    assert sums(counts="rounded") == sums(counts="none") == sums(min_cell=5) == "none"
+    assert sums(counts="rounded", sums=20) == 20
+    assert sums(sums="none") == "none"

@@ -42,7 +42,7 @@ JOINED = JoinReply(
     name="east",
     role="train",
     contract=Contract(study="01", backbone="ab", suffix="cd", preprocessing="ef", protocol="1"),
-    disclosure=Disclosure(counts="exact"),
+    disclosure=Disclosure(counts="exact", sums="none"),
     patients=ByPart(train=20, validation=3, test=5),
     images=IMAGES,
     enrolled=None,
@@ -63,7 +63,7 @@ def joined(disclosure: Disclosure) -> JoinReply:
     images = {p: rounding.round_images(getattr(IMAGES, p), p) for p in told}
     return JOINED.model_copy(
         update={
-            "disclosure": disclosure,
+            "disclosure": disclosure.model_copy(update={"sums": "none"}),
             "patients": NOTHING.model_copy(update=patients),
             "images": NOTHING.model_copy(update=images),
         }

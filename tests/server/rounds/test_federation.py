@@ -54,8 +54,8 @@ App = Callable[[Message, Context], Message]
 
 # --- sites that answer whatever a test wants ---
 
-EXACT = Disclosure(counts="exact")
-FINAL = Disclosure(counts="exact", metrics="final")
+EXACT = Disclosure(counts="exact", sums="none")
+FINAL = Disclosure(counts="exact", metrics="final", sums="none")
 STUDY = make_study(name="t", classes=["dark", "bright"])
 PRIVATE = make_study(
     name="t",
@@ -137,13 +137,13 @@ def names(federation: Federation) -> list[str]:
 
 def test_sites_that_all_tell_exactly_weigh_by_their_training_images() -> None:
     small = ByPart(train=(2, 0), validation=(3, 4), test=(9, 9))
-    silent = Disclosure(counts="exact", metrics="none")  # of figures alone
+    silent = Disclosure(counts="exact", metrics="none", sums="none")  # of figures alone
     sites = Sites(
         [
             reply("a"),
             reply("b", images=small),
             reply("c", silent),
-            reply("d", Disclosure(counts="none"), role="evaluate"),
+            reply("d", Disclosure(counts="none", sums="none"), role="evaluate"),
         ]
     )
     assert weights(sites.join()) == {"a": 41.0, "b": 2.0, "c": 41.0}

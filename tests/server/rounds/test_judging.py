@@ -8,8 +8,10 @@ import torch
 from safetensors.torch import load_file
 
 from common.heads.read_out import AS_IT_IS, ReadOut
+from common.metrics.metrics import Counts
 from common.model.inference import load_model
-from common.protocol.validate import ValidateRequest
+from common.protocol.validate import ValidateReply, ValidateRequest
+from server.rounds.judging import unite_judgements
 from server.runs.results import read_results
 from tests.builders import RUNTIME, client_app
 from tests.server.rounds.test_solving import run, solved_study
@@ -91,3 +93,13 @@ def test_a_site_that_agreed_to_tell_no_rounds_refuses_to_validate(tmp_path, phan
     policy = dict.fromkeys(("east", "north", "south", "west"), quiet)
     run(tmp_path / "run", phantoms, solved_study(), app, policy)
     assert set(refused) == {"contract"}
+
+
+def test_no_site_chooses_the_read_out_by_the_size_of_its_losses() -> None:
+    read_outs = [AS_IT_IS, ReadOut(2.0)]
+    counts = Counts.of(torch.tensor([[2.0, 0.0]]).repeat(50, 1), torch.zeros(50).long())
+    honest = ValidateReply(counts=counts, losses=[10.0, 40.0])
+    few = Counts.of(torch.tensor([[2.0, 0.0]]), torch.zeros(1).long())
+    for loss in (1e300, 1e6):
+        liar = ValidateReply(counts=few, losses=[loss, 0.0])
+        assert unite_judgements(read_outs, [honest, liar], 2).read_out == AS_IT_IS

@@ -243,3 +243,21 @@ def test_the_same_model_with_other_sums_is_another_end(tmp_path, phantoms):
     coarse = policies(TELLS | {"counts": "rounded", "metrics": "final"})
     run(tmp_path / "run", phantoms, study(), app, coarse)
     assert answers == [None, "contract"] * 4
+
+
+def test_after_the_end_no_other_read_out_tells_of_the_same_model(tmp_path, phantoms):
+    """Each would tell another histogram of the scores of test patients."""
+    answers = []
+
+    def app(message, context):
+        reply = client_app(message, context)
+        if message.metadata.message_type == "evaluate":
+            config = message.content["config"]
+            answers.append(client_app(message, context).has_error())
+            config["temperatures"] = [3.25]
+            answers.append(client_app(message, context).error.reason)
+        return reply
+
+    final = policies(TELLS | {"metrics": "final"})
+    run(tmp_path / "run", phantoms, study(), app, final)
+    assert answers == [False, "contract"] * 4

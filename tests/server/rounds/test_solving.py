@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+import yaml
 from flwr.app import Array, Message
 from safetensors.torch import load_file
 
@@ -211,3 +212,67 @@ def test_a_study_goes_on_from_a_model_with_a_centre_of_its_own(tmp_path, phantom
     assert overall["balanced_accuracy"] == pytest.approx(released["balanced_accuracy"])
     with pytest.raises(StudyError, match="another unit_features"):
         run(tmp_path / "third", phantoms, solved_study(head="linear", init=str(first.path)))
+
+
+@pytest.mark.parametrize("other", ["centre", "weights"])
+def test_a_second_question_for_sums_is_refused(tmp_path, phantoms, other):
+    """From two sums with other centres or weights, every image of a class can be told."""
+    refused = []
+
+    def app(message, context):
+        reply = client_app(message, context)
+        if message.metadata.message_type == "query.sums":
+            assert not client_app(message, context).has_error()  # the same again
+            config, arrays = message.content["config"], message.content["arrays"]
+            if other == "weights":
+                config["class-weights"] = [1.0, 0.0, 0.0, 0.0]
+            else:
+                arrays["centre"] = Array(arrays["centre"].numpy() + np.float32(0.5))
+            refused.append(client_app(message, context).error.reason)
+        return reply
+
+    folder, _ = run(tmp_path / "run", phantoms, solved_study(), app)
+    assert refused == ["contract"] * 4
+    assert len(folder.read_solved_sites()) == 4
+
+
+def lying(kind, change, name="south"):
+    """The app of sites one of which multiplies its sums."""
+
+    def app(message, context):
+        reply = client_app(message, context)
+        if message.metadata.message_type == kind and name in context.node_config["site"]:
+            arrays = reply.content["arrays"]
+            for part in list(arrays):
+                arrays[part] = Array(change(arrays[part].numpy()))
+        return reply
+
+    return app
+
+
+@pytest.mark.parametrize("kind", ["query.means", "query.sums"])
+def test_who_sums_more_images_than_it_told_at_join_is_left_out(tmp_path, phantoms, kind):
+    app = lying(kind, lambda numbers: 1e6 * numbers)
+    folder, _ = run(tmp_path / "run", phantoms, solved_study(), app)
+    assert "south" not in folder.read_solved_sites() or kind == "query.means"
+    shares = [json.loads((folder.path / "centre.json").read_text())["centre"]]
+    assert np.abs(shares).max() < 1e3
+    assert set(read_results(folder.path, 4)[0]["federated"]) >= {"east", "north", "west"}
+
+
+def test_a_site_of_which_all_is_true_counts_for_no_more_than_its_weight(tmp_path, phantoms):
+    """Sums of a site that is far larger than the median count as its capped weight does."""
+    study = make_study(
+        classes=PHANTOM_CLASSES,
+        model=HEAD,
+        images={"size": 32},
+        train={"rounds": 0},
+        aggregate={"quorum": 3, "max_weight": 1.0},
+    )
+    folder, _ = run(tmp_path / "run", phantoms, study)
+    facts = yaml.safe_load((folder.path / "run.yaml").read_text())["sites"]
+    told = {name: sum(site["images"]["train"]) for name, site in facts.items()}
+    limit = sorted(told.values())[1]
+    assert max(told.values()) > limit
+    counted = folder.read_sums().counts.sum()
+    assert counted == pytest.approx(sum(min(n, limit) for n in told.values()))
