@@ -58,6 +58,10 @@ class Noised:
     numbers: Floats
     deviation: float
 
+    def scaled(self, factor: float) -> "Noised":
+        """Of the same patients, each counting for so much of one."""
+        return Noised(factor * self.numbers, factor * self.deviation)
+
 
 @dataclass(frozen=True, eq=False)
 class Whitening:

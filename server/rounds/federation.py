@@ -84,6 +84,11 @@ class Federation:
         """The weight of each training site in the average."""
         return weigh_sites(self.training, self._study.aggregate.max_weight)
 
+    def share(self, name: str) -> float:
+        """For how much an image of a site counts in sums: less than 1 if its weight is capped."""
+        weight = self.weights[name]
+        return weight.number / weight.told if weight.capped and weight.told else 1.0
+
     def join(self, wait: float = 0.0) -> None:
         """Propose the study to every connected node.
 

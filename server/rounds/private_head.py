@@ -1,8 +1,10 @@
 """A private head: solved from two sums over training patients, to which each site adds noise."""
 
+import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from statistics import median_low
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,7 +18,7 @@ from common.heads.whitening import (
     solve_prototypes,
     whiten,
 )
-from common.metrics.metrics import Floats
+from common.metrics.metrics import MOST, Floats
 from common.model import backbones
 from common.model.network import place_head, place_whitening
 from common.protocol.noised import (
@@ -30,6 +32,11 @@ from common.protocol.tensors import Tensors, to_arrays
 from common.support.seeds import derive
 from server.rounds.federation import Federation
 from server.rounds.solving import AskAll
+
+log = logging.getLogger(__name__)
+
+_MOST_PATIENTS, _MOST_NOISE = 3.0, 2.0
+"""The longest sum that is believed: rows of so many times the patients declared, and the noise."""
 
 
 @dataclass(frozen=True)
@@ -74,12 +81,35 @@ class AskedForNoise:
         """Raises `RunError` if fewer sites than the quorum told them."""
         arrays = to_arrays(place_whitening(self._study, whitening))
         size = count_numbers(kind, len(self._study.classes), self._study.directions or 0)
-        return self._ask_all(
+
+        request = NoisedRequest(study=self._study.id, arrays=arrays).record()
+        told = self._ask_all(
             kind,
-            NoisedRequest(study=self._study.id, arrays=arrays).record(),
+            request,
             self._federation.training,
             lambda _, record: NoisedReply.read(record, size).sums,
         )
+        declared = {m.name: m.reply.enrolled for m in self._federation.training}
+        share = self._federation.share
+        return {n: s.scaled(share(n)) for n, s in _leave_out_lies(told, declared).items()}
+
+
+def _leave_out_lies(
+    told: Mapping[str, Noised], declared: Mapping[str, int | None]
+) -> Mapping[str, Noised]:
+    """The sums that can be: noise is the same at all sites, and rows are as many as patients."""
+    usual = median_low(sums.deviation for sums in told.values())
+    good: dict[str, Noised] = {}
+    for name, sums in told.items():
+        size, patients = len(sums.numbers), declared[name] or MOST
+        longest = _MOST_PATIENTS * patients + _MOST_NOISE * usual * math.sqrt(size)
+        if not math.isclose(sums.deviation, usual, rel_tol=1e-3):
+            log.warning("%s is left out: its noise is not what the study asks for", name)
+        elif np.linalg.norm(sums.numbers) > longest:
+            log.warning("%s is left out: it sums far more patients than it declared", name)
+        else:
+            good[name] = sums
+    return good
 
 
 def solve_private_head(

@@ -142,7 +142,9 @@ class AskedSites:
     @property
     def images(self) -> list[Sequence[float] | None]:
         """Training images of each class, as each site told; for less where its weight is capped."""
-        told = [(m.reply.images.train, self._share(m.name)) for m in self._federation.giving]
+        told = [
+            (m.reply.images.train, self._federation.share(m.name)) for m in self._federation.giving
+        ]
         return [None if n is None else [share * count for count in n] for n, share in told]
 
     def means(self) -> Iterable[tuple[float, Floats]]:
@@ -157,7 +159,7 @@ class AskedSites:
 
         request = MeansRequest(self._study.id).record()
         told = self._ask_all(MEANS, request, self._federation.giving, read)
-        shares = {name: self._share(name) for name in told}
+        shares = {name: self._federation.share(name) for name in told}
         return [(shares[n] * reply.images, shares[n] * reply.total) for n, reply in told.items()]
 
     def sums(self, weights: Floats, centre: Floats) -> Mapping[str, Sums]:
@@ -172,12 +174,7 @@ class AskedSites:
 
         request = SumsRequest(study=self._study.id, centre=centre, weights=weights).record()
         told = self._ask_all(SUMS, request, self._federation.giving, read)
-        return {name: sums.scaled(self._share(name)) for name, sums in told.items()}
-
-    def _share(self, name: str) -> float:
-        """For how much an image of a site counts: less than 1 where its weight is capped."""
-        weight = self._federation.weights[name]
-        return weight.number / weight.told if weight.capped and weight.told else 1.0
+        return {name: sums.scaled(self._federation.share(name)) for name, sums in told.items()}
 
     def counts(self, heads: Sequence[LinearHead], centre: Floats) -> Sequence[Sequence[Counts]]:
         """Of every site that tells its figures each round."""

@@ -1,7 +1,7 @@
 """The cost of privacy: one study at several ε and without, on the same holdouts."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -15,13 +15,15 @@ from common.metrics.metrics import METRICS, Counts, class_auroc, value
 from common.metrics.statistics import t_interval
 from common.support import files
 from common.support.terminal import console, table
-from server.runs.results import FEDERATED, Results, read_results, unite_sites
+from server.runs.results import FEDERATED, Results, compute_sensitivities, read_results, unite_sites
 from simulations.engines.base import Engine
 from simulations.sites import virtual_sites
 from simulations.studies import plots, runner, summary
 from simulations.studies.runner import Source
 
 Figure = Callable[[Counts], float | None]
+PerEpsilon = Mapping[float | None, Mapping[str, list[float | None]]]
+"""Figures by ε and by name, one for each seed."""
 
 
 def compare_epsilons(
@@ -101,25 +103,46 @@ def _report(
     estimates = {
         name: {e: t_interval(by_name[name]) for e, by_name in figures_of.items()} for name in wanted
     }
-    console.print(_table(figures_of, list(wanted)))
+    by_class = {
+        epsilon: {
+            name: [compute_sensitivities(c)[k] for c in counts]
+            for k, name in enumerate(study.classes)
+        }
+        for epsilon, counts in together.items()
+    }
+    by_site = {
+        epsilon: {
+            site: [value(run[FEDERATED][site], "auroc") for run in found]
+            for site in found[0][FEDERATED]
+        }
+        for epsilon, found in results.items()
+    }
+    console.print(_table("privacy", figures_of))
+    console.print(_table("sensitivity of each class", by_class))
+    console.print(_table("AUROC at each site", by_site))
     if None in runs:
         console.print("in brackets: the difference to no privacy, paired by seed, 95 % interval")
     _positives(study, results[next(iter(runs))])
     spent = {_label(e): _spent(paths) for e, paths in runs.items() if e is not None}
-    for label, by_site in spent.items():
-        each = ", ".join(f"{site} {epsilon:.2f}" for site, epsilon in by_site.items())
+    for label, paid in spent.items():
+        each = ", ".join(f"{site} {epsilon:.2f}" for site, epsilon in paid.items())
         console.print(f"{label}: spent by the ledger, the most of any seed: {each}")
     console.print(MEANING, style="dim")
-    content = {"figures": told, "spent": spent}
+    content = {
+        "figures": told,
+        "classes": {_label(e): by_name for e, by_name in by_class.items()},
+        "sites": {_label(e): by_name for e, by_name in by_site.items()},
+        "spent": spent,
+    }
     files.write(folder / "utility.json", json.dumps(content, indent=1))
     plots.plot_privacy_utility(estimates, folder / "utility.png")
     console.print(f"\nrun folder: {folder}, with utility.json and utility.png")
 
 
-def _table(
-    figures_of: dict[float | None, dict[str, list[float | None]]], names: Sequence[str]
-) -> Table:
-    shown = table("privacy", *names, left=("privacy",))
+def _table(first: str, figures_of: PerEpsilon) -> Table:
+    """Each ε with its figures, and how far they are from those without privacy."""
+    names = list(next(iter(figures_of.values())))
+    shown = table(first, *names, left=(first,))
     plain = figures_of.get(None, {})
     for epsilon, by_name in figures_of.items():
         base = plain if epsilon else {}

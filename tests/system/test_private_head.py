@@ -6,7 +6,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from flwr.app import RecordDict
+from flwr.app import Array, RecordDict
 from safetensors.torch import load_file
 
 from client.consent.cohort import cut_records
@@ -15,7 +15,14 @@ from client.site import Site
 from common.heads.whitening import PROTOTYPES_NORM, Whitening
 from common.model.inference import load_model
 from common.model.network import place_whitening
-from common.protocol.noised import MOMENTS, PROTOTYPES, NoisedReply, NoisedRequest, count_numbers
+from common.protocol.noised import (
+    MOMENTS,
+    NOISED,
+    PROTOTYPES,
+    NoisedReply,
+    NoisedRequest,
+    count_numbers,
+)
 from common.protocol.sums import MEANS, SUMS, MeansRequest, SumsRequest
 from common.protocol.tensors import to_arrays
 from server.app import app as server_app
@@ -174,3 +181,25 @@ def test_a_site_that_only_evaluates_gives_no_sums_and_a_poor_one_stays_out(phant
     results, _ = read_results(tmp_path / "run", len(PHANTOM_CLASSES))
     assert set(results["federated"]) == {"east", "south", "west"}
     assert list_events(entries(by_name["west"])) == ()
+
+
+@pytest.mark.parametrize(
+    ("numbers", "deviation"), [(1e6, 1.0), (1.0, 1e-3), (1.0, 1e6)], ids=["sum", "less", "more"]
+)
+def test_a_site_that_lies_about_its_sum_or_its_noise_is_left_out(
+    phantoms, tmp_path, caplog, numbers, deviation
+):
+    def app(message, context):
+        reply = client_app(message, context)
+        lies = message.metadata.message_type in NOISED and "south" in context.node_config["site"]
+        if lies:
+            arrays, config = reply.content["arrays"], reply.content["config"]
+            arrays["numbers"] = Array(arrays["numbers"].numpy() * numbers)
+            config["deviation"] *= deviation
+        return reply
+
+    files = settle(study(aggregate={"quorum": 2}), phantoms, tmp_path / "run")
+    simulate_run(server_app, app, files, tmp_path / "run")
+    solved = json.loads((tmp_path / "run/solved.json").read_text())
+    assert solved["sites"] == ["east", "north", "west"]
+    assert "south is left out" in caplog.text
