@@ -1,7 +1,8 @@
 """A site's own models at the end of a study: the released one fitted to it, and a head of its own.
 
-They are made of its patients without any noise, so they stay in its state folder, also in a private
-study. What leaves, if its policy says so, are counts on its test patients.
+They are made of its patients without any noise, so they stay in its state folder. What leaves, if
+its policy says so, are counts on its test patients. In a private study there are none: the
+coordinator waits for the reply, and the time of a fit grows with the patients that it is made of.
 """
 
 import hashlib
@@ -18,7 +19,7 @@ from safetensors.torch import save
 from client.privacy.rounding import Rounding
 from client.session import Session
 from client.storage import explain_disk_errors
-from common.errors import ContractError, DataError, SiteError
+from common.errors import DataError, SiteError
 from common.heads.adapting import FITS, Adapted, OwnImages, adapt_head, solve_local
 from common.heads.read_out import ReadOut, choose_read_out, list_read_outs
 from common.heads.registry import solve_discriminant
@@ -71,8 +72,8 @@ def finish(
     """
     prepared = session.prepared
     site = prepared.site
-    if not (prepared.study.adapt and site.adapt and site.role == "train"):
-        return session.finish(released, read_out)
+    if not (prepared.study.adapt and site.adapt and site.role == "train") or prepared.study.private:
+        return session.finish(released, read_out)  # how long a fit takes would tell of patients
     adapted = adapt_model(session, released, solved)
     keep_model(session, adapted)
     reply, disclosure = session.finish(released, read_out), session.agreed().disclosure
@@ -111,23 +112,26 @@ def adapt_model(session: Session, released: Tensors, solved: tuple[Sums, float] 
 
 
 def _fit_solved(session: Session, released: Tensors, total: Sums, shrinkage: float) -> Adapted:
-    """Raises an error unless the model was solved from these sums, this site's among them.
+    """Raises `DataError` unless the model was solved from these sums, this site's among them.
 
-    With other sums, the site would be left with a model of the server's making.
+    With other sums, the site would be left with a model of the server's making. The error tells of
+    its patients, so it has a line in the ledger, and was the end of the study.
     """
     study, network = session.prepared.study, session.prepared.network
     own = _own_images(session, network.find_centre(released))
+    where, expected = "sums of all sites", "those of the model, this site's images among them"
     if (own.sums(total.weights).counts > total.counts).any():
-        where, expected = "sums of all sites", "this site's images among them"
         raise DataError(where, expected=expected, got="fewer of a class than are here")
     try:
         again = solve_discriminant(total, shrinkage)
         for name, tensor in place_head(study, again.weight, again.bias).items():
             if not torch.allclose(tensor, released[name], rtol=_ALIKE, atol=_ALIKE):
-                raise ContractError("sums that the model was not solved from")
+                raise DataError(where, expected=expected, got="others")
         return adapt_head(total, own, shrinkage, seed=_seed(session))
     except np.linalg.LinAlgError:
-        raise ContractError("sums that no head can be solved from") from None
+        raise DataError(
+            where, expected=expected, got="none that a head can be solved from"
+        ) from None
 
 
 def keep_model(session: Session, model: OwnModel) -> None:

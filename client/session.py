@@ -8,7 +8,7 @@ from torch import Tensor
 from client.consent.agreement import Agreement, check_agreement
 from client.consent.holdout import check_holdout, keep_holdout
 from client.features.precision import fix_numerics
-from client.ledger.budget import check_budget
+from client.ledger.budget import check_budget, check_times
 from client.ledger.entries import Entry
 from client.preparation import PreparedSite
 from client.privacy import dp_sgd
@@ -144,6 +144,8 @@ class Session:
         if privacy_plan and isinstance(privacy, Private):
             planned = [privacy_plan.find(kind).event] if kind else privacy_plan.whole
             check_budget(entries, prepared.site, prepared.study, privacy, planned)
+            if kind:
+                check_times(entries, prepared.study, kind, privacy_plan.count(kind))
 
     def tell_noised(self, kind: TrainingRelease, whitening: Tensors) -> NoisedReply:
         """The sum of a row of each training patient, with noise, for a private head.

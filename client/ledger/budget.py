@@ -6,7 +6,7 @@ And how many new studies may be looked at.
 from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 
-from client.ledger.entries import TIME, Entry
+from client.ledger.entries import TIME, Entry, list_events
 from client.ledger.spending import Spending
 from client.privacy.accountant import DpEvent
 from client.site import Site
@@ -44,6 +44,25 @@ def check_budget(
             remedy = "Together with what is spent it is too much; ask for a study that costs less."
             where = f"{site.source}: policy.max_epsilon"
             raise _over(where, most, together, bound, remedy)
+
+
+def check_times(entries: Sequence[Entry], study: Study, kind: str, most: int) -> None:
+    """Return if a query of a private study may be answered once more.
+
+    Args:
+      entries: Of the ledger.
+      study: The one that asks.
+      kind: Of the query.
+      most: How often it is planned, the spare rounds among them.
+
+    Raises:
+      BudgetError: it was drawn for so often already.
+    """
+    done = len(list_events(entries, study.id, (kind,)))
+    if done >= most:
+        where, expected = f"study {study.name}: {kind}", f"{most} answers, as planned"
+        remedy = "What was sealed is sent again; run the study anew for another question."
+        raise BudgetError(where, expected=expected, got="one more", remedy=remedy)
 
 
 def check_studies(began: Mapping[str, str], site: Site, study: Study) -> None:

@@ -46,6 +46,10 @@ class PrivacyPlan(Section):
         """One answer to a query of this kind, which must be planned."""
         return next(query.release for query in self.queries if query.kind == kind)
 
+    def count(self, kind: str) -> int:
+        """How often a query of this kind is planned."""
+        return sum(query.times for query in self.queries if query.kind == kind)
+
     @property
     def round(self) -> PrivateRelease:
         """A round of DP-SGD."""

@@ -144,6 +144,7 @@ def whiten(basis: Floats, moments: Noised) -> Whitening:
     second[np.triu_indices(r)] = above / number
     second = np.diag(np.diagonal(second)) + (np.triu(second, 1) + np.triu(second, 1).T) / _ROOT
     mean = rest[:-1] / _TOTAL / number
+    mean /= max(float(np.linalg.norm(mean)), 1.0)  # as of features of length 1
     values, vectors = np.linalg.eigh(second - np.outer(mean, mean))
     floor = _FLOOR * moments.deviation * math.sqrt(2 * r) / number
     least = _LEAST_SPREAD * max(float(values.mean()), 1e-9)

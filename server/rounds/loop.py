@@ -126,7 +126,7 @@ class Run:
 
     def _solve_privately(self) -> None:
         answers = AskedForNoise(self._study, self._federation, self._ask_all)
-        solved = solve_private_head(self._study, answers, self._folder.keep_moments)
+        solved = solve_private_head(self._study, answers, self._folder.keep_numbers)
         self._folder.write("solved.json", json.dumps(solved.facts(), indent=1))
         self._last = Checkpoint(round=0, tensors=self._last.tensors | solved.tensors, state={})
         self._folder.save_last(self._last)

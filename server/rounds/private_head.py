@@ -112,28 +112,42 @@ def _leave_out_lies(
     return good
 
 
-def solve_private_head(
-    study: Study, answers: NoisedAnswers, keep: Callable[[Callable[[], Noised]], Noised]
-) -> PrivateHead:
+class Keep(Protocol):
+    """Gives numbers by name: those from before, or else what `make` gives, on disk from then on."""
+
+    def __call__(self, name: str, make: Callable[[], Mapping[str, Floats]]) -> Mapping[str, Floats]:
+        """Float64 arrays."""
+
+
+def solve_private_head(study: Study, answers: NoisedAnswers, keep: Keep) -> PrivateHead:
     """Ask for moments, whiten by them, ask for prototypes, and solve.
 
     Args:
       study: With a private head.
       answers: Of its sites.
-      keep: Gives the moments, asking for them if they are not there from before: asked again of
-        other sites, they would whiten otherwise, and prototypes would cost their ε once more.
+      keep: What is asked must stay the same over a resume, to the last bit: any other question
+        would cost a site's ε once more.
     """
-    backbone, seed = backbones.get(study.model.backbone), derive(study.seed, "basis")
-    classifier = backbone.read_classifier(study.model.weights)
-    known = None if classifier is None else classifier.double().numpy()
-    basis = find_basis(known, backbone.width, study.directions or 0, seed)
-    begin = Whitening.begin(np.asarray(basis.astype(np.float32), np.float64))
-    whitening = whiten(begin.basis, keep(lambda: add_noised(answers.ask(MOMENTS, begin))))
+    basis = keep("basis", lambda: {"basis": _find_basis(study)})["basis"]
+
+    def make() -> Mapping[str, Floats]:
+        found = whiten(basis, add_noised(answers.ask(MOMENTS, Whitening.begin(basis))))
+        return {"centre": found.centre, "matrix": found.matrix}
+
+    kept = keep("whitening", make)
+    whitening = Whitening(basis, kept["centre"], kept["matrix"])
     told = answers.ask(PROTOTYPES, whitening)
     head, counts = solve_prototypes(add_noised(told), len(study.classes))
     shares = np.log(counts / counts.sum()).clip(-LARGEST_PRIOR, 0.0)
     tensors = place_whitening(study, whitening) | place_head(study, head.weight, head.bias)
     return PrivateHead(tuple(told), tensors, ReadOut(log_prior=tuple(shares.tolist())))
+
+
+def _find_basis(study: Study) -> Floats:
+    backbone, seed = backbones.get(study.model.backbone), derive(study.seed, "basis")
+    classifier = backbone.read_classifier(study.model.weights)
+    known = None if classifier is None else classifier.double().numpy()
+    return find_basis(known, backbone.width, study.directions or 0, seed)
 
 
 def add_noised(sums: Mapping[str, Noised]) -> Noised:

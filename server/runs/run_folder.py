@@ -23,7 +23,6 @@ from common.config.study import Study
 from common.errors import RunError
 from common.heads.read_out import ReadOut
 from common.heads.sums import Sums
-from common.heads.whitening import Noised
 from common.metrics.metrics import Floats
 from common.protocol.tensors import Tensors
 from common.support import files
@@ -200,16 +199,15 @@ class RunFolder:
         self.write(path.name, json.dumps({"round": released, **read_out.facts()}, indent=1))
         return read_out
 
-    def keep_moments(self, ask: Callable[[], Noised]) -> Noised:
-        """The noised moments of a private head: those that are here, or else what `ask` gives."""
-        path = self.path / "moments.json"
-        if path.is_file():
-            told = json.loads(path.read_text("utf-8"))
-            return Noised(np.array(told["numbers"]), told["deviation"])
-        moments = ask()
-        told = {"numbers": moments.numbers.tolist(), "deviation": moments.deviation}
-        self.write(path.name, json.dumps(told))
-        return moments
+    def keep_numbers(
+        self, name: str, make: Callable[[], Mapping[str, Floats]]
+    ) -> dict[str, Floats]:
+        """Float64 arrays that must stay the same over a resume: those here, or else new ones."""
+        path = self.path / f"{name}.safetensors"
+        if not path.is_file():
+            numbers = {key: torch.from_numpy(array.copy()) for key, array in make().items()}
+            self.write(path.name, save(numbers))
+        return {key: tensor.numpy() for key, tensor in load_file(path).items()}
 
     @contextmanager
     def locked(self) -> Iterator[None]:

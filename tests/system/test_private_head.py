@@ -1,6 +1,7 @@
 """A private head over the real messages: two ledger lines, an exact ε, and a model that travels."""
 
 import json
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -12,9 +13,11 @@ from safetensors.torch import load_file
 from client.consent.cohort import cut_records
 from client.ledger.entries import Reserved, Sealed, Sent, list_events
 from client.site import Site
+from common.heads.sums import Sums
 from common.heads.whitening import PROTOTYPES_NORM, Whitening
 from common.model.inference import load_model
 from common.model.network import place_whitening
+from common.protocol.final import FinalRequest, Solved
 from common.protocol.noised import (
     MOMENTS,
     NOISED,
@@ -29,7 +32,7 @@ from server.app import app as server_app
 from server.runs.results import read_results
 from server.runs.run_folder import RunFolder
 from simulations.engines.grid import simulate_run
-from tests.builders import PHANTOM_CLASSES, PHANTOMS, client_app, edit_site, make_study
+from tests.builders import PHANTOM_CLASSES, PHANTOMS, RUNTIME, client_app, edit_site, make_study
 from tests.system.test_private_study import Coordinator, by_google, entries, settle
 
 R = 8
@@ -106,7 +109,7 @@ def test_a_question_asked_again_is_free_and_another_is_refused(phantoms, tmp_pat
     again = NoisedReply.read(coordinator.ask(MOMENTS).content, size).sums
     assert np.array_equal(first.numbers, again.numbers)
     assert len(list_events(entries(files[0]))) == 1
-    # Prototypes are dearer than moments: after them, nothing is left for any other question.
+    assert coordinator.ask(MOMENTS, 2.0).error.reason == "budget"  # though ε would be left
     assert not coordinator.ask(PROTOTYPES).has_error()
     for kind in (MOMENTS, PROTOTYPES):
         assert coordinator.ask(kind, 2.0).error.reason == "budget"
@@ -158,11 +161,11 @@ def test_a_run_killed_between_the_two_goes_on_from_the_same_moments(
         patch.setattr("server.rounds.private_head.solve_prototypes", killed)
         with pytest.raises(KeyboardInterrupt):
             simulate_run(server_app, client_app, files, run)
-    kept = (run / "moments.json").read_bytes()
+    kept = (run / "whitening.safetensors").read_bytes()
     # A site that was there goes; the others have answered, and are not asked for more.
     new_process()
     simulate_run(server_app, client_app, files[1:], run)
-    assert (run / "moments.json").read_bytes() == kept
+    assert (run / "whitening.safetensors").read_bytes() == kept
     for path in files:
         assert len(list_events(entries(path))) == 2
 
@@ -203,3 +206,38 @@ def test_a_site_that_lies_about_its_sum_or_its_noise_is_left_out(
     solved = json.loads((tmp_path / "run/solved.json").read_text())
     assert solved["sites"] == ["east", "north", "west"]
     assert "south is left out" in caplog.text
+
+
+def test_no_final_message_of_a_private_study_brings_sums_to_compare(phantoms, tmp_path):
+    """By them a server could try how many training images of a class there are."""
+    wanted = study(adapt=True)
+    files = settle(wanted, phantoms, tmp_path / "run")
+    coordinator = Asking(files[0], wanted)
+    coordinator.join()
+    assert not coordinator.ask(MOMENTS).has_error()
+    assert not coordinator.ask(PROTOTYPES).has_error()
+    network = RUNTIME.open_session(files[0], wanted.id).prepared.network
+    released = to_arrays({name: torch.ones(shape) for name, shape in network.shapes.items()})
+    for images in (1.0, 100.0):
+        weights = np.full(len(PHANTOM_CLASSES), 0.01)
+        sums = replace(Sums.zero(network.width, weights), counts=images * np.ones(len(weights)))
+        asked = FinalRequest(study=wanted.id, arrays=released, solved=Solved.of(sums, 0.2))
+        assert coordinator.send(asked.record(), "evaluate").error.reason == "contract"
+    plain = FinalRequest(study=wanted.id, arrays=released)
+    assert not coordinator.send(plain.record(), "evaluate").has_error()
+
+
+def test_a_lie_about_moments_spoils_no_later_question(phantoms, tmp_path):
+    def app(message, context):
+        reply = client_app(message, context)
+        if message.metadata.message_type == MOMENTS and "south" in context.node_config["site"]:
+            arrays = reply.content["arrays"]
+            numbers = arrays["numbers"].numpy().copy()
+            numbers[-1 - R : -1], numbers[-1] = 90.0, -90.0  # no mean, and of no patients
+            arrays["numbers"] = Array(numbers)
+        return reply
+
+    files = settle(study(aggregate={"quorum": 2}), phantoms, tmp_path / "run")
+    simulate_run(server_app, app, files, tmp_path / "run")
+    solved = json.loads((tmp_path / "run/solved.json").read_text())
+    assert {"east", "north", "west"} <= set(solved["sites"])

@@ -14,6 +14,7 @@ from client.consent.cohort import cut_records
 from client.ledger.entries import Sent
 from client.ledger.ledger import read_ledger
 from client.site import Site
+from common.errors import RunError
 from common.flower.messages import record_to_bytes
 from common.model.inference import load_model
 from server.app import app as server_app
@@ -174,7 +175,6 @@ SPOILT = {
     "negative": lambda a: -np.abs(a) - 1,
     "huge": lambda a: np.full_like(a, 1e300),
     "another shape": lambda a: a[1:],
-    "a little less": lambda a: a * 0.9,
     "float32": lambda a: a.astype(np.float32),
 }
 
@@ -211,16 +211,44 @@ def test_after_rounds_a_site_trains_the_model_on_if_that_pays(tmp_path, phantoms
     assert 0 <= about["rounds"] <= 3
 
 
-def test_a_private_study_tells_nothing_of_it_and_says_that_it_is_not_private(tmp_path, phantoms):
+def test_in_a_private_study_no_model_is_fitted_while_a_server_waits(tmp_path, phantoms):
+    """How long that takes grows with the patients, and with epochs that no ε bounds."""
     private = {"mechanism": "dp_sgd", "epsilon": 8.0, "delta": 1e-4}
     changes = {"model": HEAD | {"head": "linear", "init": "zero"}, "train": {"rounds": 1}}
     folder, site_files = run(
         tmp_path / "run", phantoms, study(privacy=private, **changes), policy=policies(TELLS)
     )
     assert list(read_results(folder.path, 4)[0]) == ["federated"]
-    assert json.loads((kept(site_files[0]) / "about.json").read_text())["private"] is False
     for path in site_files:
-        assert not [m for m in finals(path)[0] if m.startswith(("adapted", "local"))]
+        assert not (path.parent / "state/adapted").exists()
+
+
+@pytest.mark.parametrize("part", ["totals", "shrinkage"])
+def test_sums_of_another_model_are_refused_with_a_line_and_were_the_end(tmp_path, phantoms, part):
+    """So no server tries sums until it knows how many images of a class there are."""
+    told = []
+
+    def app(message, context):
+        if message.metadata.message_type != "evaluate":
+            return client_app(message, context)
+        site_file = Path(context.node_config["site"])
+        honest, shrinkage = message.content["sums"], message.content["config"]["shrinkage"]
+        for share in (0.9, 0.8):
+            if part == "shrinkage":
+                message.content["config"]["shrinkage"] = share * shrinkage
+            else:
+                totals = Array(share * honest["totals"].numpy())
+                message.content["sums"] = type(honest)({**honest, "totals": totals})
+            told.append(client_app(message, context).error.reason)
+        lines = [e for e in read_ledger(site_file.parent / "state") if isinstance(e, Sent)]
+        told.append(lines[-1].contents.metrics)
+        message.content["sums"], message.content["config"]["shrinkage"] = honest, shrinkage
+        return client_app(message, context)
+
+    with pytest.raises(RunError, match="evaluation"):
+        run(tmp_path / "run", phantoms, study(), app, policies(TELLS | {"metrics": "final"}))
+    assert told[1] == "contract"
+    assert told[2] == (told[0],)
 
 
 def test_the_same_model_with_other_sums_is_another_end(tmp_path, phantoms):
