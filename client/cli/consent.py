@@ -142,7 +142,8 @@ def _asked(study: "Study") -> Iterator[str]:
     length = _count(steps, "step") if steps else _count(epochs, "epoch")
     # With privacy, patients are drawn: how many is told with the noise.
     batches = "" if study.private else f", batches of {train.batch_size}"
-    yield f"rounds         {train.rounds} of {length}{batches}"
+    if train.rounds:
+        yield f"rounds         {train.rounds} of {length}{batches}"
     side = f"{images.size} pixels wide" if images.size else "as wide as the backbone has them"
     yield f"images         {side}, {_count(images.augment.views, 'view')} of each that trains"
     held = study.holdout

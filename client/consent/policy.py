@@ -138,7 +138,7 @@ def _asked(policy: Policy, study: Study) -> Iterator[Rule]:
         key = "require_privacy" if policy.require_privacy else "max_epsilon"
         allowed = "a study with differential privacy"
         kept = not (policy.require_privacy or policy.max_epsilon)
-        yield Rule(kept, key, allowed, "privacy: none", "privacy.mechanism: dp_sgd")
+        yield Rule(kept, key, allowed, "privacy: none", "privacy, such as preset: head")
     if policy.backbones is not None:
         allowed = f"one of {', '.join(policy.backbones)}"
         kept = model.backbone in policy.backbones

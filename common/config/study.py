@@ -278,13 +278,18 @@ def _own(given: object, section: str) -> dict[str, Any]:
 def _preset(given: dict[str, Any]) -> dict[str, Any]:
     """What the preset of `privacy` says, and the study does not."""
     name = _own(given, "privacy").get("preset")
-    preset = _PRESETS.get(name, {}) if isinstance(name, str) else {}
-    mechanism = _own(given, "privacy").get("mechanism", "gaussian")
-    if preset and mechanism != "gaussian":
-        raise ValueError(
-            f"expected privacy.mechanism: gaussian with preset: {name}, got {mechanism}. "
-            "Remove one of the two: the preset solves a head, and trains nothing by rounds."
-        )
+    if name is None:
+        return given
+    if not isinstance(name, str) or name not in _PRESETS:
+        raise ValueError(f"expected privacy.preset: {' or '.join(_PRESETS)}, got {name}.")
+    preset = _PRESETS[name]
+    for section, values in preset.items():
+        for key, wanted in values.items():
+            if (got := _own(given, section).get(key, wanted)) != wanted:
+                raise ValueError(
+                    f"expected {section}.{key}: {wanted} with preset: {name}, got {got}. Remove "
+                    "one of the two: the preset solves a head, and trains nothing by rounds."
+                )
     return given | {section: values | _own(given, section) for section, values in preset.items()}
 
 
@@ -347,11 +352,15 @@ class Study(YamlFile):
         model, rounds = self.model, self.train.rounds
         if (model.head == "linear") != (rounds > 0):
             expected = "1 or more" if model.head == "linear" else "0"
-            raise ValueError(f"expected train.rounds: {expected} with this head, got {rounds}")
+            head = f"model.head: {model.head}" + " (as preset: head says)" * bool(self.directions)
+            remedy = "Remove train.rounds." if rounds else "Set train.rounds."
+            raise ValueError(
+                f"expected train.rounds: {expected} with {head}, got {rounds}. {remedy}"
+            )
         if model.solved_head is None and self.directions:
             raise ValueError(
                 "expected model.head: discriminant with privacy.mechanism: gaussian, got linear. "
-                "To train by rounds, write mechanism: dp_sgd."
+                "Write preset: head, or, to train by rounds, mechanism: dp_sgd."
             )
         if model.solved_head is None:
             return self
@@ -368,7 +377,8 @@ class Study(YamlFile):
             )
         if model.head != "linear" and (model.unfreeze != "head" or model.init):
             raise ValueError(
-                f"expected unfreeze: head and no init beside model.head: {model.head}. "
+                f"expected unfreeze: head and no init beside model.head: {model.head}, got "
+                f"unfreeze: {model.unfreeze}, init: {model.init}. "
                 "To train on from a solved head, write head: linear and init: solved."
             )
         return self

@@ -57,7 +57,8 @@ class Reporter:
         sites = f": {len(joined.replies)} sites ({names}){start}"
         console.print(Text.assemble((self._study.name, "bold"), sites))
         sent, whole = size(joined.sent), size(joined.whole)
-        share = f"{sent} travel each way per site and round; the model has {whole}"
+        per = "site and round" if self._study.train.rounds else "site"
+        share = f"{sent} travel each way per {per}; the model has {whole}"
         console.print(f"  unfreeze: {self._study.model.unfreeze}: {share}", style="dim")
         few, capped = len(joined.weights) <= _FEW, any(w.capped for w in joined.weights.values())
         if told := "; ".join(f"{n} {w}" for n, w in joined.weights.items() if few or w.capped):

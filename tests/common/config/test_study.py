@@ -436,7 +436,8 @@ def test_a_preset_fills_in_what_the_study_does_not_say() -> None:
         ({"privacy": HEAD["privacy"] | {"mechanism": "dp_sgd"}}, "gaussian with preset: head"),
         ({"train": {"rounds": 3}}, "train.rounds: 0"),
         ({"model": HEAD["model"] | {"head": "linear"}}, "head: discriminant"),
-        ({"model": HEAD["model"] | {"head": "ridge"}}, "a discriminant solved"),
+        ({"model": HEAD["model"] | {"head": "ridge"}}, "model.head: discriminant with preset"),
+        ({"privacy": HEAD["privacy"] | {"preset": "heads"}}, "privacy.preset: head, got heads"),
         ({"model": HEAD["model"] | {"unfreeze": "last:1"}}, "unfreeze: head"),
         ({"privacy": HEAD["privacy"] | {"directions": 1}}, "greater than or equal to 2"),
         ({"privacy": HEAD["privacy"] | {"clip_norm": 1.0}}, "clip_norm"),
@@ -518,7 +519,11 @@ def test_a_solved_head_needs_no_rounds_and_reads_unit_features() -> None:
 @pytest.mark.parametrize(
     ("model", "changes", "said"),
     [
-        ({"head": "discriminant"}, {"train": {"rounds": 3}}, "train.rounds: 0 with this head"),
+        (
+            {"head": "discriminant"},
+            {"train": {"rounds": 3}},
+            "train.rounds: 0 with model.head: discriminant, got 3",
+        ),
         ({}, {"train": {"rounds": 0}}, "train.rounds: 1 or more"),
         ({"head": "ridge", "unfreeze": "last:1"}, {"train": {"rounds": 0}}, "unfreeze: head"),
         ({"head": "ridge", "init": "solved"}, {"train": {"rounds": 0}}, "no init"),
