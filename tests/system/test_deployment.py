@@ -174,6 +174,24 @@ def test_a_head_solved_over_tls_is_the_one_a_simulation_solves(phantoms, tmp_pat
         assert kinds == ["join", "means", "sums", "candidates", "validate", "final"]
 
 
+def test_a_private_head_over_tls_spends_two_lines(phantoms, tmp_path):
+    wanted = study(
+        model={"init": None},
+        train={"rounds": 0},
+        privacy={"preset": "head", "epsilon": 4.0, "delta": 1e-5},
+    )
+    with deployed(tmp_path / "real", wanted, phantoms) as world:
+        everybody(world)
+        run = Run(world)
+        run.ended()
+        assert json.loads((run.path / "solved.json").read_text())["sites"] == list(NAMES)
+        for name in NAMES:
+            entries = read_ledger(Site.read(world.sites[name]).state)
+            kinds = [e.release.kind for e in entries if isinstance(e, Sent)]
+            assert kinds == ["join", "moments", "prototypes", "final"]
+            assert Spending(entries, 1e-5).total() <= 4.0
+
+
 def test_over_tls_comes_out_what_a_simulation_gives(phantoms, tmp_path):
     wanted = study()
     with deployed(tmp_path / "real", wanted, phantoms) as world:
