@@ -77,8 +77,8 @@ def private(name, **holdout):
 
 def test_no_study_holds_out_nearly_all(tmp_path, caplog):
     coordinator = Coordinator(hospital(tmp_path, max_holdout=0.4))
-    assert coordinator.join(private("first", validation=0.0, test=0.9)) == "refused"
-    assert "held out, got 0.9. Ask the coordinator for a smaller holdout" in caplog.text
+    assert coordinator.join(private("first", validation=0.0, test=0.6)) == "refused"
+    assert "held out, got 0.6. Ask the coordinator for a smaller holdout" in caplog.text
     assert coordinator.join(private("honest")) is None
 
 

@@ -162,7 +162,7 @@ def refused(command: Command, expected: str, *arguments: object) -> None:
         ("aggregate.strategy=fedavgg", "Did you mean 'fedavg'?"),
         ("aggregate.options.mu=1", "aggregate.options.mu: expected an option of fedavg"),
         ("images.size=16", "images.size: expected"),
-        ("privacy.mechanism=dp_sdg", "'none', 'dp_sgd', got 'dp_sdg'. Did you mean 'dp_sgd'?"),
+        ("privacy.mechanism=dp_sdg", "'gaussian', got 'dp_sdg'. Did you mean 'dp_sgd'?"),
         ("privacy.mechanism=dp_sgd", "privacy.epsilon: expected a value, got nothing. Add the key"),
     ],
 )
