@@ -174,6 +174,7 @@ def test_a_head_solved_over_tls_is_the_one_a_simulation_solves(phantoms, tmp_pat
         assert kinds == ["join", "means", "sums", "candidates", "validate", "final"]
 
 
+@pytest.mark.slow
 def test_a_private_head_over_tls_spends_two_lines(phantoms, tmp_path):
     wanted = study(
         model={"init": None},

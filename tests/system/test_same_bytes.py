@@ -134,7 +134,7 @@ def usual(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     ("study", "how"),
     [
         ("head", {"threads": 2, "half": True}),
-        ("head", {"threads": 3, "leaping": True}),
+        pytest.param("head", {"threads": 3, "leaping": True}, marks=pytest.mark.slow),
         ("deep", {"threads": 2, "leaping": True}),
         ("deep", {"threads": 3, "half": True}),
         ("deep", {"workers": 1}),
