@@ -1,8 +1,9 @@
 """A site's own models at the end of a study: the released one fitted to it, and a head of its own.
 
-They are made of its patients without any noise, so they stay in its state folder. What leaves, if
-its policy says so, are counts on its test patients. In a private study there are none: the
-coordinator waits for the reply, and the time of a fit grows with the patients that it is made of.
+They are made of its patients without any noise, so they stay in its state folder, also in a private
+study. What leaves, if its policy says so, are counts on its test patients. In a private study none
+do, and the model is fitted later, by `consilium-client adapt`: the coordinator waits for the reply,
+and the time of a fit grows with the patients that it is made of.
 """
 
 import hashlib
@@ -14,10 +15,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 
+from client.consent.proposals import read_proposal
+from client.preparation import Workspace, prepare_site
 from client.privacy.rounding import Rounding
 from client.session import Session
+from client.site import Site
 from client.storage import explain_disk_errors
 from common.errors import DataError, SiteError
 from common.heads.adapting import FITS, Adapted, OwnImages, adapt_head, solve_local
@@ -72,8 +76,11 @@ def finish(
     """
     prepared = session.prepared
     site = prepared.site
-    if not (prepared.study.adapt and site.adapt and site.role == "train") or prepared.study.private:
-        return session.finish(released, read_out)  # how long a fit takes would tell of patients
+    if not (prepared.study.adapt and site.adapt and site.role == "train"):
+        return session.finish(released, read_out)
+    if prepared.study.private:
+        _keep_released(session, released)
+        return session.finish(released, read_out)
     adapted = adapt_model(session, released, solved)
     keep_model(session, adapted)
     reply, disclosure = session.finish(released, read_out), session.agreed().disclosure
@@ -86,6 +93,36 @@ def finish(
     own = {ADAPTED: (counts, digest), LOCAL: (local, name)}
     told = {w: rounding.round_counts(c, "test", name) for w, (c, name) in own.items()}
     return FinalReply(counts=replace(reply.counts, own=told))
+
+
+def fit_later(site: Site, name: str) -> None:
+    """Fit the released model of a private study, by name or id, to a site, with nobody waiting.
+
+    Raises:
+      SiteError: no model of such a study was kept here.
+    """
+    kept = {path.stem: path for path in sorted(site.state.glob("released/*.safetensors"))}
+    studies = [read_proposal(site, study) for study in kept]
+    found = [study for study in studies if name in (study.name, study.id)]
+    if not found:
+        known = ", ".join(f"{study.name} ({study.id})" for study in studies) or "none yet"
+        expected, got = f"a private study that has ended here: {known}", name
+        remedy = "Models of other studies lie in state/adapted since their end."
+        raise SiteError(site.source, expected=expected, got=got, remedy=remedy)
+    session = Session(prepare_site(site, found[-1], Workspace()))
+    released = load_file(kept[found[-1].id])
+    session.prepared.network.load(released)  # raises if the files here have changed since
+    keep_model(session, adapt_model(session, released, None))
+
+
+def _keep_released(session: Session, released: Tensors) -> None:
+    site = session.prepared.site
+    path = site.private("released") / f"{session.prepared.study.id}.safetensors"
+    with explain_disk_errors(path, SiteError):
+        files.write(path, save({n: t.contiguous() for n, t in released.items()}), mode=0o600)
+    log.info(
+        "to fit the released model to this site: consilium-client adapt, with the study's name"
+    )
 
 
 def adapt_model(session: Session, released: Tensors, solved: tuple[Sums, float] | None) -> OwnModel:

@@ -100,6 +100,22 @@ def plan(site_file: SiteFile, study_file: StudyFile) -> None:
     _show(Site.read(site_file), Study.read(study_file))
 
 
+def adapt(site_file: SiteFile, name: StudyName) -> None:
+    """Fit the released model of a private study to this site's own patients; it stays here.
+
+    Other studies do so at their end. In a private one the coordinator waits for the last reply, and
+    the time of a fit would tell how many patients train here. The model is not private.
+    """
+    from client.own_models import fit_later
+    from client.site import Site
+
+    site = Site.read(site_file)
+    fit_later(site, name)
+    console.print(
+        f"The model is in {site.state / 'adapted'}. It is not private: it must not leave."
+    )
+
+
 # --- the page about a study ---
 
 

@@ -33,6 +33,7 @@ for command, name, rest in (
     (consent.approve, "approve", "skin-lesions"),
     (consent.decline, "decline", "skin-lesions"),
     (consent.plan, "plan", "study.yaml"),
+    (consent.adapt, "adapt", "skin-lesions"),
     (privacy.ledger, "ledger", "--picture epsilon.png"),
     (privacy.disclosed, "disclosed", "--study skin-lesions"),
     (privacy.ledger_adopt, "ledger-adopt", "--epsilon 3 --delta 1e-6"),

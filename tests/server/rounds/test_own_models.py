@@ -10,6 +10,7 @@ import torch
 from flwr.app import Array, Message
 from safetensors.torch import load_file
 
+from client.cli.main import main
 from client.consent.cohort import cut_records
 from client.ledger.entries import Sent
 from client.ledger.ledger import read_ledger
@@ -22,6 +23,7 @@ from server.runs.results import read_results
 from simulations.engines.grid import simulate_run
 from tests.builders import (
     PHANTOM_CLASSES,
+    RUNTIME,
     client_app,
     create_run,
     edit_site,
@@ -221,6 +223,27 @@ def test_in_a_private_study_no_model_is_fitted_while_a_server_waits(tmp_path, ph
     assert list(read_results(folder.path, 4)[0]) == ["federated"]
     for path in site_files:
         assert not (path.parent / "state/adapted").exists()
+
+
+def test_after_a_private_study_a_site_fits_the_model_when_nobody_waits(
+    tmp_path, phantoms, run_main
+):
+    private = {"preset": "head", "epsilon": 8.0, "delta": 1e-4, "directions": 8}
+    wanted = study(model=HEAD | {"head": "discriminant"}, privacy=private)
+    _, site_files = run(tmp_path / "run", phantoms, wanted, policy=policies(TELLS))
+    RUNTIME.close()
+    before = read_ledger(site_files[0].parent / "state")
+    code, said = run_main(main, "adapt", site_files[0], "another")
+    assert code == 1
+    assert f"{wanted.name} ({wanted.id})" in " ".join(said.split())
+    code, said = run_main(main, "adapt", site_files[0], wanted.name)
+    assert code == 0, said
+    assert "must not leave" in " ".join(said.split())
+    about = json.loads((kept(site_files[0]) / "about.json").read_text())
+    assert about["private"] is False
+    images = sorted((phantoms / "east/images").iterdir())[:2]
+    assert load_model(kept(site_files[0])).decisions(images).shape == (2,)
+    assert read_ledger(site_files[0].parent / "state") == before
 
 
 @pytest.mark.parametrize("part", ["totals", "shrinkage"])
