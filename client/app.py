@@ -189,7 +189,7 @@ class Handlers:
         shapes = {name: network.shapes[name] for name in network.found}
         whitening = from_arrays(request.arrays, shapes)
         received = network.digest({**network.initial, **whitening})
-        privacy = agreed.privacy_plan.find(kind)
+        privacy = agreed.privacy_plan.find(kind).release
         what = what.model_copy(update={"received": received, "privacy": privacy})
         with record_errors(opened.ledger, what):
             return _leave(

@@ -86,11 +86,10 @@ def finish(
     reply, disclosure = session.finish(released, read_out), session.agreed().disclosure
     if reply.counts is None or not disclosure.adapted:
         return reply
-    local, name = count_local(session)
     counts = session.evaluate(adapted.tensors, "test", read_out=adapted.read_out)
     rounding = Rounding(site.secret(), disclosure.base)
     digest = prepared.network.digest(adapted.tensors)
-    own = {ADAPTED: (counts, digest), LOCAL: (local, name)}
+    own = {ADAPTED: (counts, digest), LOCAL: count_local(session)}
     told = {w: rounding.round_counts(c, "test", name) for w, (c, name) in own.items()}
     return FinalReply(counts=replace(reply.counts, own=told))
 
@@ -111,7 +110,6 @@ def fit_later(site: Site, name: str) -> None:
         raise SiteError(site.source, expected=expected, got=got, remedy=remedy)
     session = Session(prepare_site(site, found[-1], Workspace()))
     released = load_file(kept[found[-1].id])
-    session.prepared.network.load(released)  # raises if the files here have changed since
     keep_model(session, adapt_model(session, released, None))
 
 

@@ -128,8 +128,7 @@ class Session:
             return
         check_holdout(prepared.site, prepared.study)  # another study may have drawn since the join
         if not self._noise_checked:
-            for query in privacy_plan.queries:
-                check_noise(query.release)
+            check_noise(privacy_plan)
             self._noise_checked = True
         if kind == "round":
             prepared.network.load(tensors)
@@ -142,10 +141,11 @@ class Session:
         prepared = self.prepared
         privacy_plan, privacy = prepared.privacy_plan, prepared.study.privacy
         if privacy_plan and isinstance(privacy, Private):
-            planned = [privacy_plan.find(kind).event] if kind else privacy_plan.whole
+            query = privacy_plan.find(kind) if kind else None
+            planned = [query.after(1)] if query else privacy_plan.whole
             check_budget(entries, prepared.site, prepared.study, privacy, planned)
-            if kind:
-                check_times(entries, prepared.study, kind, privacy_plan.count(kind))
+            if query:
+                check_times(entries, prepared.study, query.kind, query.times)
 
     def tell_noised(self, kind: TrainingRelease, whitening: Tensors) -> NoisedReply:
         """The sum of a row of each training patient, with noise, for a private head.
@@ -164,7 +164,7 @@ class Session:
         suffix, examples = prepared.network.split.suffix, prepared.examples["train"]
         with fix_numerics(prepared.site.threads):
             rows = make_rows(suffix, examples, prepared.owners, make_row)
-            return NoisedReply(sums=noise_rows(rows, privacy_plan.find(kind), size))
+            return NoisedReply(sums=noise_rows(rows, privacy_plan.find(kind).release, size))
 
     def work(self, request: RoundRequest, tensors: Tensors, ledger: LedgerHead) -> RoundReply:
         """One round: evaluate what came on validation patients, then train it; tell as agreed.

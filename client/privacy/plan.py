@@ -1,6 +1,7 @@
 """How a site's training patients are protected in a study; settled once, at join."""
 
 import math
+from dataclasses import replace
 from functools import lru_cache
 
 from client.privacy.accountant import DpEvent, scale_noise
@@ -30,8 +31,8 @@ class Query(Section):
 
     def after(self, times: int) -> DpEvent:
         """So many answers."""
-        one = self.release
-        return DpEvent(one.noise_multiplier, one.sample_rate, one.steps * times)
+        one = self.release.event
+        return replace(one, steps=one.steps * times)
 
 
 class PrivacyPlan(Section):
@@ -42,18 +43,14 @@ class PrivacyPlan(Section):
     enrolled: Count
     """About how many patients train, as the hospital declares."""
 
-    def find(self, kind: str) -> PrivateRelease:
-        """One answer to a query of this kind, which must be planned."""
-        return next(query.release for query in self.queries if query.kind == kind)
-
-    def count(self, kind: str) -> int:
-        """How often a query of this kind is planned."""
-        return sum(query.times for query in self.queries if query.kind == kind)
+    def find(self, kind: str) -> Query:
+        """The query of this kind, which must be planned."""
+        return next(query for query in self.queries if query.kind == kind)
 
     @property
     def round(self) -> PrivateRelease:
         """A round of DP-SGD."""
-        return self.find("round")
+        return self.find("round").release
 
     @property
     def batch(self) -> float:

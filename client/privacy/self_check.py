@@ -18,13 +18,13 @@ from torch.nn.functional import one_hot
 from client.privacy.dp_sgd import (
     Row,
     compute_exactly,
+    compute_noised_gradient,
     compute_row_gradient,
     make_sum,
 )
 from client.privacy.noise import DEVIATION, Entropy
-from client.privacy.noised_sum import NoisedSum
-from client.privacy.parameters import PrivateRelease
-from client.privacy.plan import PrivacyPlan
+from client.privacy.noised_rows import noise_rows
+from client.privacy.plan import PrivacyPlan, Query
 from client.training.dataset import Examples
 from common.errors import RefusedError
 from common.model.split import train_mode
@@ -41,17 +41,18 @@ Finding = tuple[str, float, float]
 """What was looked at, how far it is off, and how far it may be."""
 
 
-def check_noise(release: PrivateRelease, entropy: Entropy | None = None) -> None:
-    """Return if what a sum without rows tells is the noise that was promised.
+def check_noise(privacy_plan: PrivacyPlan, entropy: Entropy | None = None) -> None:
+    """Return if what a step or sum without rows tells is the noise that was promised.
 
     Args:
-      release: Whose noise is checked.
+      privacy_plan: Whose noise is checked, of each query.
       entropy: Of tests only.
 
     Raises:
       RefusedError: its mean or its deviation is off.
     """
-    _judge(partial(_noise, release, entropy or Entropy()))
+    for query in privacy_plan.queries:
+        _judge(partial(_noise, privacy_plan, query, entropy or Entropy()))
 
 
 def check_rows(
@@ -87,12 +88,17 @@ def _refusal(what: str, expected: str, got: object) -> RefusedError:
     return RefusedError(where, expected=expected, got=got, remedy=remedy)
 
 
-def _noise(release: PrivateRelease, entropy: Entropy) -> Iterator[Finding]:
-    """Of a sum without rows, in units of what was promised."""
-    clip, sigma = release.clip_norm, release.noise_multiplier
-    total = NoisedSum([torch.Size([_SIDE, _SIDE])], clip_norm=clip, noise_multiplier=sigma)
-    (drawn,) = total.release(entropy)
-    noise = drawn.flatten() / (sigma * clip)
+def _noise(privacy_plan: PrivacyPlan, query: Query, entropy: Entropy) -> Iterator[Finding]:
+    """Of a step or sum without rows, in units of what was promised."""
+    one = query.release
+    deviation = one.noise_multiplier * one.clip_norm
+    if query.kind == "round":
+        many = nn.Linear(_SIDE, _SIDE)
+        drawn = compute_noised_gradient(many, [], _losses, privacy_plan, entropy)
+        noise = torch.cat([part.flatten() for part in drawn]).double() * privacy_plan.batch
+    else:
+        noise = torch.from_numpy(noise_rows([], one, _SIDE**2, entropy).numbers)
+    noise = noise / deviation
     n = len(noise)
     mean, variance = float(noise.mean()), float(noise.square().mean())
     yield "the noise's mean, in its deviations", abs(mean) * math.sqrt(n), _DEVIATIONS

@@ -1,6 +1,7 @@
 """The features that a head reads: what a solved head is solved from, and judged on."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -15,33 +16,37 @@ _BATCH = 256
 
 def compute_head_features(suffix: nn.Module, examples: Examples, view: int = 0) -> Floats:
     """Features [n, d], float64, as they reach the head; view 0 is the images themselves."""
-    (head,) = (part for part in suffix.modules() if isinstance(part, Head))
-    device = next(suffix.parameters()).device
-    seen: list[Tensor] = []
-    hook = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].cpu()))
+    head, device = _find_head(suffix), next(suffix.parameters()).device
     suffix.eval()
-    try:
-        with torch.inference_mode():
-            for indices in torch.arange(len(examples)).split(_BATCH) if len(examples) else ():
-                suffix(examples.batch(indices, view, device))
-    finally:
-        hook.remove()
+    with _listen(head) as seen, torch.inference_mode():
+        for indices in torch.arange(len(examples)).split(_BATCH) if len(examples) else ():
+            suffix(examples.batch(indices, view, device))
     width = head.get_parameter("linear.weight").shape[1]
     return torch.cat(seen).double().numpy() if seen else np.zeros((0, width))
 
 
 def compute_linear_input(suffix: nn.Module, examples: Examples, image: int, view: int) -> Tensor:
     """What the linear layer of the head reads of one image by itself, [r] on the CPU."""
-    (head,) = (part for part in suffix.modules() if isinstance(part, Head))
     device = next(suffix.parameters()).device
-    seen: list[Tensor] = []
-    linear = head.get_submodule("linear")
-    hook = linear.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].cpu()))
-    try:
+    with _listen(_find_head(suffix).get_submodule("linear")) as seen:
         suffix(examples.batch(torch.tensor([image]), view, device))
+    return seen[0][0]
+
+
+def _find_head(suffix: nn.Module) -> Head:
+    (head,) = (part for part in suffix.modules() if isinstance(part, Head))
+    return head
+
+
+@contextmanager
+def _listen(part: nn.Module) -> Iterator[list[Tensor]]:
+    """All that a part of a model reads meanwhile, on the CPU."""
+    seen: list[Tensor] = []
+    hook = part.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].cpu()))
+    try:
+        yield seen
     finally:
         hook.remove()
-    return seen[0][0]
 
 
 def count_heads(

@@ -357,14 +357,14 @@ class Study(YamlFile):
             raise ValueError(
                 f"expected train.rounds: {expected} with {head}, got {rounds}. {remedy}"
             )
-        if model.solved_head is None and self.directions:
-            raise ValueError(
-                "expected model.head: discriminant with privacy.mechanism: gaussian, got linear. "
-                "Write preset: head, or, to train by rounds, mechanism: dp_sgd."
-            )
         if model.solved_head is None:
+            if self.directions:
+                raise ValueError(
+                    "expected model.head: discriminant with privacy.mechanism: gaussian, got "
+                    "linear. Write preset: head, or, to train by rounds, mechanism: dp_sgd."
+                )
             return self
-        if self.private and (self.directions is None or self.model.head != "discriminant"):
+        if self.private and (self.directions is None or model.head != "discriminant"):
             raise ValueError(
                 "expected preset: head with privacy, for a discriminant solved from noised sums, "
                 "or a head trained by rounds (head: linear, init: zero), got a head solved from "

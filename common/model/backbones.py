@@ -169,10 +169,7 @@ class Backbone:
         Raises:
           BackboneError: they cannot be had or read, or belong to another architecture.
         """
-        if weights == "DEFAULT":
-            state = checkpoints.download(self._published(weights))
-        else:
-            state = checkpoints.read(Path(weights))
+        state = self._read(weights)
         fit = self._fit(state)
         if not fit.exact:
             owners = [other.name for other in _BACKBONES if other._fit(state).exact]
@@ -197,17 +194,17 @@ class Backbone:
         """
         if weights == "none":
             return None
-        published = weights == "DEFAULT"
-        state = (
-            checkpoints.download(self._published(weights))
-            if published
-            else checkpoints.read(Path(weights))
-        )
-        for name, tensor in state.items():
+        for name, tensor in self._read(weights).items():
             matrix = tensor.flatten(1) if tensor.ndim in (2, 4) else tensor
             if name.startswith(f"{self.head}.") and matrix.shape[1:] == (self.width,):
                 return matrix.float() if matrix.isfinite().all() else None
         return None
+
+    def _read(self, weights: str) -> dict[str, torch.Tensor]:
+        """All that `DEFAULT` or a file holds."""
+        if weights == "DEFAULT":
+            return checkpoints.download(self._published(weights))
+        return checkpoints.read(Path(weights))
 
     def check_sent(self, path: Path) -> None:
         """Refuse a file that was sent unless it is what `read_weights` makes, by its header alone.

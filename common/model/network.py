@@ -100,22 +100,19 @@ def place_head(
       bias: [K].
       centre: [d], of the features that it reads; None keeps the one that is there.
     """
-    place = backbones.get(study.model.backbone).head
     numbers = {"linear.weight": weight, "linear.bias": bias}
-    if centre is not None:
-        numbers["centre.mean"] = centre
-    return {
-        f"{place}.{name}": torch.tensor(value, dtype=torch.float32).contiguous()
-        for name, value in numbers.items()
-    }
+    return _place(study, numbers if centre is None else numbers | {"centre.mean": centre})
 
 
 def place_whitening(study: Study, whitening: Whitening) -> dict[str, Tensor]:
     """The tensors of the study's network that whiten features, float32."""
+    return _place(study, {f"whiten.{name}": getattr(whitening, name) for name in WHITENING})
+
+
+def _place(study: Study, numbers: Mapping[str, Floats]) -> dict[str, Tensor]:
     place = backbones.get(study.model.backbone).head
-    numbers = {name: getattr(whitening, name) for name in WHITENING}
     return {
-        f"{place}.whiten.{name}": torch.tensor(value, dtype=torch.float32).contiguous()
+        f"{place}.{name}": torch.tensor(value, dtype=torch.float32).contiguous()
         for name, value in numbers.items()
     }
 

@@ -5,9 +5,10 @@ they read as hostile: anything that is not exactly what the protocol says raises
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Generic, TypeVar
+from dataclasses import dataclass
+from typing import Annotated, Any, Generic, Self, TypeVar
 
-from flwr.app import RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from pydantic import Field
 
 from common.config.yaml import Section
@@ -55,6 +56,25 @@ def get_part(records: Mapping[str, Any], key: str) -> Any:
     if key not in records:
         raise ContractError(f"no {key!r} in the message")
     return records[key]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorsRequest:
+    """A question about a study that comes with tensors, unchecked."""
+
+    study: str
+    arrays: ArrayRecord
+
+    def record(self) -> RecordDict:
+        """As Flower sends it."""
+        return RecordDict({ARRAYS: self.arrays, CONFIG: ConfigRecord({STUDY: self.study})})
+
+    @classmethod
+    def read(cls, record: RecordDict) -> Self:
+        """Back from Flower; the arrays are still unchecked. Raises `ContractError`."""
+        check_parts(record, ARRAYS, CONFIG)
+        arrays = get_part(record.array_records, ARRAYS)
+        return cls(study=get_value(record, CONFIG, STUDY, str), arrays=arrays)
 
 
 def get_value(record: RecordDict, section: str, key: str, kind: type[Any]) -> Any:

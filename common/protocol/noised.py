@@ -4,12 +4,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import ConfigRecord, RecordDict
 
 from common.errors import ContractError
 from common.heads.whitening import Noised, count_moments, count_prototypes
 from common.metrics.metrics import MOST
-from common.protocol.fields import ARRAYS, CONFIG, STUDY, check_parts, get_part, get_value
+from common.protocol.fields import ARRAYS, CONFIG, TensorsRequest, check_parts, get_part, get_value
 from common.protocol.tensors import FLOAT64, from_arrays, to_arrays
 
 MOMENTS, PROTOTYPES = NOISED = ("query.moments", "query.prototypes")
@@ -19,28 +19,8 @@ NUMBERS, DEVIATION = "numbers", "deviation"
 MOST_CLASSES = 1000
 
 
-@dataclass(frozen=True, kw_only=True)
-class NoisedRequest:
-    """Add up a row of each of your training patients, by this whitening, and add the noise.
-
-    Attributes:
-      study: Its id.
-      arrays: The tensors that whiten features.
-    """
-
-    study: str
-    arrays: ArrayRecord
-
-    def record(self) -> RecordDict:
-        """As Flower sends it."""
-        return RecordDict({ARRAYS: self.arrays, CONFIG: ConfigRecord({STUDY: self.study})})
-
-    @classmethod
-    def read(cls, record: RecordDict) -> "NoisedRequest":
-        """Back from Flower; the arrays are still unchecked. Raises `ContractError`."""
-        check_parts(record, ARRAYS, CONFIG)
-        arrays = get_part(record.array_records, ARRAYS)
-        return cls(study=get_value(record, CONFIG, STUDY, str), arrays=arrays)
+class NoisedRequest(TensorsRequest):
+    """Add up a row of each of your training patients, whitened by these, and add the noise."""
 
 
 @dataclass(frozen=True, kw_only=True)

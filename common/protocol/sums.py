@@ -18,6 +18,7 @@ from common.protocol.fields import (
     ARRAYS,
     CONFIG,
     STUDY,
+    TensorsRequest,
     check_parts,
     get_part,
     get_value,
@@ -203,12 +204,8 @@ def size_sums(classes: int, width: int) -> list[int]:
     return [8 * math.prod(shape) + 256 for shape in shape_sums(classes, width).values()]
 
 
-@dataclass(frozen=True, kw_only=True)
-class CandidatesRequest:
+class CandidatesRequest(TensorsRequest):
     """Tell how each of these heads does on your validation patients."""
-
-    study: str
-    arrays: ArrayRecord
 
     @classmethod
     def of(cls, study: str, heads: Sequence[LinearHead], centre: Floats) -> "CandidatesRequest":
@@ -219,17 +216,6 @@ class CandidatesRequest:
             BIAS: torch.tensor(np.stack([head.bias for head in heads]), dtype=torch.float32),
         }
         return cls(study=study, arrays=to_arrays(tensors))
-
-    def record(self) -> RecordDict:
-        """As Flower sends it."""
-        return RecordDict({ARRAYS: self.arrays, CONFIG: ConfigRecord({STUDY: self.study})})
-
-    @classmethod
-    def read(cls, record: RecordDict) -> "CandidatesRequest":
-        """Back from Flower; the arrays are still unchecked. Raises `ContractError`."""
-        check_parts(record, ARRAYS, CONFIG)
-        arrays = get_part(record.array_records, ARRAYS)
-        return cls(study=get_value(record, CONFIG, STUDY, str), arrays=arrays)
 
     def heads(
         self, classes: int, width: int

@@ -84,10 +84,13 @@ class Federation:
         """The weight of each training site in the average."""
         return weigh_sites(self.training, self._study.aggregate.max_weight)
 
-    def share(self, name: str) -> float:
-        """For how much an image of a site counts in sums: less than 1 if its weight is capped."""
-        weight = self.weights[name]
-        return weight.number / weight.told if weight.capped and weight.told else 1.0
+    @property
+    def shares(self) -> dict[str, float]:
+        """For how much an image of each training site counts in sums: 1, or less if capped."""
+        return {
+            name: w.number / w.told if w.capped and w.told else 1.0
+            for name, w in self.weights.items()
+        }
 
     def join(self, wait: float = 0.0) -> None:
         """Propose the study to every connected node.

@@ -116,7 +116,7 @@ class Run:
             log.warning("no site tells sums of features: the head starts from zero, not solved")
             return
         sites = AskedSites(self._study, self._network, federation, self._ask_all)
-        solved, head = solve_head(self._study, sites.images, sites, self._folder.keep_question)
+        solved, head = solve_head(self._study, sites.images, sites, self._folder.keep_numbers)
         self._folder.write("solved.json", json.dumps(solved.facts(), indent=1))
         self._folder.save_sums(solved.total)
         self._last = Checkpoint(round=0, tensors=self._last.tensors | head, state={})
@@ -268,8 +268,8 @@ class Run:
         arrays, classes = to_arrays(tensors), len(self._study.classes)
         plain = FinalRequest(study=self._study.id, arrays=arrays, read_out=judged.read_out)
         fitting = replace(plain, solved=self._tell_sums(released))
-        gave, weights = self._folder.read_solved_sites(), self._federation.weights
-        whole = {name for name in gave if name not in weights or not weights[name].capped}
+        gave, shares = self._folder.read_solved_sites(), self._federation.shares
+        whole = {name for name in gave if shares.get(name, 1.0) == 1.0}
 
         def messages(members: Sequence[Member]) -> list[Message]:
             """Sums to the sites alone that are in them, whole: these take off their own."""

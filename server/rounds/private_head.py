@@ -2,10 +2,10 @@
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import median_low
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -31,7 +31,7 @@ from common.protocol.noised import (
 from common.protocol.tensors import Tensors, to_arrays
 from common.support.seeds import derive
 from server.rounds.federation import Federation
-from server.rounds.solving import AskAll
+from server.rounds.solving import AskAll, Keep
 
 log = logging.getLogger(__name__)
 
@@ -58,13 +58,6 @@ class PrivateHead:
         return {"head": "private", "sites": list(self.sites), **self.read_out.facts()}
 
 
-class NoisedAnswers(Protocol):
-    """What sites tell of their training patients, asked by messages or read on this machine."""
-
-    def ask(self, kind: str, whitening: Whitening) -> Mapping[str, Noised]:
-        """The sum of each site, by name, of a row of each patient."""
-
-
 class AskedForNoise:
     """The answers of the sites of a study, by messages; noise is in each.
 
@@ -78,10 +71,13 @@ class AskedForNoise:
         self._study, self._federation, self._ask_all = study, federation, ask_all
 
     def ask(self, kind: str, whitening: Whitening) -> Mapping[str, Noised]:
-        """Raises `RunError` if fewer sites than the quorum told them."""
+        """The sum of each site, by name, of a row of each patient.
+
+        Raises:
+          RunError: fewer sites than the quorum told them.
+        """
         arrays = to_arrays(place_whitening(self._study, whitening))
         size = count_numbers(kind, len(self._study.classes), self._study.directions or 0)
-
         request = NoisedRequest(study=self._study.id, arrays=arrays).record()
         told = self._ask_all(
             kind,
@@ -90,8 +86,8 @@ class AskedForNoise:
             lambda _, record: NoisedReply.read(record, size).sums,
         )
         declared = {m.name: m.reply.enrolled for m in self._federation.training}
-        share = self._federation.share
-        return {n: s.scaled(share(n)) for n, s in _leave_out_lies(told, declared).items()}
+        shares = self._federation.shares
+        return {n: s.scaled(shares[n]) for n, s in _leave_out_lies(told, declared).items()}
 
 
 def _leave_out_lies(
@@ -112,14 +108,7 @@ def _leave_out_lies(
     return good
 
 
-class Keep(Protocol):
-    """Gives numbers by name: those from before, or else what `make` gives, on disk from then on."""
-
-    def __call__(self, name: str, make: Callable[[], Mapping[str, Floats]]) -> Mapping[str, Floats]:
-        """Float64 arrays."""
-
-
-def solve_private_head(study: Study, answers: NoisedAnswers, keep: Keep) -> PrivateHead:
+def solve_private_head(study: Study, answers: AskedForNoise, keep: Keep) -> PrivateHead:
     """Ask for moments, whiten by them, ask for prototypes, and solve.
 
     Args:

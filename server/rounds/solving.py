@@ -74,8 +74,11 @@ class AskAll(Protocol):
         """Raise `RunError` if too few answer well."""
 
 
-Question = tuple[Floats, Floats]
-"""What sums are asked by: the centre [d] and the weight of each class [K]."""
+class Keep(Protocol):
+    """Gives numbers by name: those from before, or else what `make` gives, on disk from then on."""
+
+    def __call__(self, name: str, make: Callable[[], Mapping[str, Floats]]) -> Mapping[str, Floats]:
+        """Float64 arrays."""
 
 
 class Answers(Protocol):
@@ -95,7 +98,7 @@ def solve_head(
     study: Study,
     images: Sequence[Sequence[float] | None],
     answers: Answers,
-    keep: Callable[[Callable[[], Question]], Question] = lambda ask: ask(),
+    keep: Keep = lambda _, make: make(),
 ) -> tuple[Solved, Tensors]:
     """How the head of a study was solved, and the tensors that hold it.
 
@@ -106,8 +109,13 @@ def solve_head(
       keep: Gives the question that sums answer, made anew only if it was never asked: a site tells
         no others in a study.
     """
-    centre, weights = keep(lambda: (_find_centre(study, answers), choose_weights(study, images)))
-    sums = answers.sums(weights, centre)
+
+    def make() -> Mapping[str, Floats]:
+        return {"centre": _find_centre(study, answers), "weights": choose_weights(study, images)}
+
+    question = keep("centre", make)
+    centre = question["centre"]
+    sums = answers.sums(question["weights"], centre)
     total = add_sums(sums)
     heads = solve_candidates(study, total)
     strength, validation = choose_strength(study, answers.counts(list(heads.values()), centre))
@@ -142,9 +150,8 @@ class AskedSites:
     @property
     def images(self) -> list[Sequence[float] | None]:
         """Training images of each class, as each site told; for less where its weight is capped."""
-        told = [
-            (m.reply.images.train, self._federation.share(m.name)) for m in self._federation.giving
-        ]
+        shares = self._federation.shares
+        told = [(m.reply.images.train, shares[m.name]) for m in self._federation.giving]
         return [None if n is None else [share * count for count in n] for n, share in told]
 
     def means(self) -> Iterable[tuple[float, Floats]]:
@@ -152,14 +159,13 @@ class AskedSites:
 
         def read(member: Member, record: RecordDict) -> MeansReply:
             reply = MeansReply.read(record, self._width)
-            most = _most_images(member)
-            if most is not None and reply.images > most.sum():
+            if reply.images > _most_images(member).sum():
                 raise ContractError("the sum of more images than it told at join")
             return reply
 
         request = MeansRequest(self._study.id).record()
         told = self._ask_all(MEANS, request, self._federation.giving, read)
-        shares = {name: self._federation.share(name) for name in told}
+        shares = self._federation.shares
         return [(shares[n] * reply.images, shares[n] * reply.total) for n, reply in told.items()]
 
     def sums(self, weights: Floats, centre: Floats) -> Mapping[str, Sums]:
@@ -167,14 +173,14 @@ class AskedSites:
 
         def read(member: Member, record: RecordDict) -> Sums:
             sums = SumsReply.read(record, self._width, weights).sums
-            most = _most_images(member)
-            if most is not None and (sums.counts > most).any():
+            if (sums.counts > _most_images(member)).any():
                 raise ContractError("sums of more images than it told at join")
             return sums
 
         request = SumsRequest(study=self._study.id, centre=centre, weights=weights).record()
         told = self._ask_all(SUMS, request, self._federation.giving, read)
-        return {name: sums.scaled(self._federation.share(name)) for name, sums in told.items()}
+        shares = self._federation.shares
+        return {name: sums.scaled(shares[name]) for name, sums in told.items()}
 
     def counts(self, heads: Sequence[LinearHead], centre: Floats) -> Sequence[Sequence[Counts]]:
         """Of every site that tells its figures each round."""
@@ -188,10 +194,10 @@ class AskedSites:
         return [reply.counts for reply in told.values()]
 
 
-def _most_images(member: Member) -> Floats | None:
-    """Training images of each class that a site can have, by what it told at join; None: untold."""
+def _most_images(member: Member) -> Floats:
+    """Training images of each class that a site can have, by what it told at join, if it did."""
     told = member.reply.images.train
-    return None if told is None else np.array(told) + (member.reply.disclosure.base - 1.0)
+    return np.array(np.inf if told is None else told) + (member.reply.disclosure.base - 1.0)
 
 
 def _find_centre(study: Study, answers: Answers) -> Floats:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
 import torch
 import yaml
 from filelock import FileLock, Timeout
@@ -178,17 +177,6 @@ class RunFolder:
             return Sums(*(found[name].numpy() for name in _SUMS))
         except (SafetensorError, OSError, KeyError) as ex:
             raise RunError(path, expected="the sums of a solved head", got=ex) from None
-
-    def keep_question(self, ask: Callable[[], tuple[Floats, Floats]]) -> tuple[Floats, Floats]:
-        """The centre and weights by which sums are asked: those here, or else what `ask` gives."""
-        path = self.path / "centre.json"
-        if path.is_file():
-            told = json.loads(path.read_text("utf-8"))
-            return np.array(told["centre"]), np.array(told["weights"])
-        centre, weights = ask()
-        told = {"centre": centre.tolist(), "weights": weights.tolist()}
-        self.write(path.name, json.dumps(told))
-        return centre, weights
 
     def keep_read_out(self, released: int, read_out: ReadOut) -> ReadOut:
         """How a model is read out: as was said before of the same one, or else as is said now."""

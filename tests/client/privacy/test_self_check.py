@@ -8,7 +8,7 @@ from torch import nn
 
 from client.features.extract import Prepared
 from client.features.store import Rows
-from client.privacy import dp_sgd, self_check
+from client.privacy import dp_sgd, noised_rows, self_check
 from client.privacy.noise import DEVIATION, Entropy
 from client.privacy.noised_sum import NoisedSum
 from client.privacy.parameters import PrivateRelease
@@ -34,6 +34,7 @@ RELEASE = PrivateRelease(
     clip_norm=0.7,
 )
 PROTECTION = PrivacyPlan(queries=(Query(kind="round", release=RELEASE),), enrolled=160)
+SUMS = PrivacyPlan(queries=(Query(kind="moments", release=RELEASE),), enrolled=160)
 
 
 def examples(*shape):
@@ -87,7 +88,8 @@ def test_a_head_that_is_very_sure_passes():
 
 
 def test_the_noise_passes():
-    check_noise(RELEASE)
+    check_noise(PROTECTION)
+    check_noise(SUMS)
 
 
 def test_it_leaves_everything_as_it_was():
@@ -149,14 +151,15 @@ def test_batchnorm_in_training(monkeypatch):
     assert not torch.equal(before, module[1].running_mean)
 
 
+@pytest.mark.parametrize("plan", [PROTECTION, SUMS], ids=["round", "sum"])
 @pytest.mark.parametrize("factor", [0.0, 0.5, 0.99, 1.01, 2.0])
-def test_noise_of_another_size(factor):
+def test_noise_of_another_size(factor, plan):
     class Wrong(Entropy):
         def gaussians(self, shapes):
             return [(factor * z).long() for z in super().gaussians(shapes)]
 
     with pytest.raises(RefusedError, match="the noise's"):
-        check_noise(RELEASE, Wrong())
+        check_noise(plan, Wrong())
 
 
 def test_noise_that_is_not_centred():
@@ -165,7 +168,17 @@ def test_noise_that_is_not_centred():
             return [z + DEVIATION // 50 for z in super().gaussians(shapes)]
 
     with pytest.raises(RefusedError, match="the noise's mean"):
-        check_noise(RELEASE, Shifted())
+        check_noise(PROTECTION, Shifted())
+
+
+def test_steps_without_patients_that_get_no_noise(monkeypatch):
+    def skipping(suffix, rows, losses, privacy_plan, entropy):
+        assert not list(rows)
+        return [torch.zeros_like(p) for p in dp_sgd.list_trained(suffix)]
+
+    monkeypatch.setattr(self_check, "compute_noised_gradient", skipping)
+    with pytest.raises(RefusedError, match="the noise's variance"):
+        check_noise(PROTECTION)
 
 
 def test_sums_without_patients_that_get_no_noise(monkeypatch):
@@ -173,9 +186,9 @@ def test_sums_without_patients_that_get_no_noise(monkeypatch):
         def release(self, entropy):
             return [0.0 * told for told in super().release(entropy)]
 
-    monkeypatch.setattr(self_check, "NoisedSum", Silent)
+    monkeypatch.setattr(noised_rows, "NoisedSum", Silent)
     with pytest.raises(RefusedError, match="the noise's variance"):
-        check_noise(RELEASE)
+        check_noise(SUMS)
 
 
 def test_a_suffix_that_does_not_run():
