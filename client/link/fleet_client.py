@@ -148,7 +148,7 @@ class Fleet:
         self._public = keys.pem(key.public_key())
         self.heard: Heard | None = None
         self._client = open_client(server, tls.make_context(ca), self._sign, self._hear)
-        self._pool = ThreadPoolExecutor(_AT_ONCE)
+        self._pool, self._closed = ThreadPoolExecutor(_AT_ONCE), False
         self._node = Node()
 
     @classmethod
@@ -162,8 +162,11 @@ class Fleet:
         return cls(connect.server, connect.ca, keys.read_private(connect.key), memory)
 
     def close(self) -> None:
-        """Hang up."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        """Hang up, once every request under way is answered or has failed."""
+        # A socket closed under a thread that reads it: the thread would read from whichever
+        # connection next gets its number, and break that one's TLS.
+        self._closed = True
+        self._pool.shutdown(cancel_futures=True)
         self._client.close()
 
     def check_admitted(self) -> None:
@@ -265,13 +268,14 @@ class Fleet:
     def _fetch(self, envelope: Envelope, name: str) -> bytes | None:
         """A part of a message, as soon as it is there; None if the message was withdrawn."""
         request = PullObjectRequest(node=self._node, run_id=envelope.run, object_id=name)
-        while True:  # ends: what its sender does not lay out in three minutes is withdrawn
+        while not self._closed:  # what its sender does not lay out in three minutes is withdrawn
             answer = self._ask(self._client.PullObject, request)
             if not answer.object_found:
                 return None
             if answer.object_available:
                 return bytes(answer.object_content)
             time.sleep(_SOON)
+        return None
 
     def push_reply(self, envelope: Envelope, reply: Message) -> None:
         """Send a reply; who takes it deletes it there, with the message.

@@ -206,11 +206,13 @@ class _Presence:
                 except Exception:  # without heartbeats this site would count as gone
                     log.exception("no sign of life could be given")
 
-        threading.Thread(target=send_heartbeats, daemon=True).start()
+        beating = threading.Thread(target=send_heartbeats, daemon=True)
+        beating.start()
         try:
             yield
         finally:
             done.set()
+            beating.join()  # who hangs up must be the last to use the connection
 
     def _activate(self) -> None:
         """Come back under the number that this site had, which a killed node needs."""

@@ -193,27 +193,52 @@ def test_a_message_that_was_lost_on_its_way_comes_again(coordinator: Coordinator
         assert pulled(fleet).identity == identity
 
 
+def lay_out_slowly(grid: LinkGrid, node: int) -> Callable[[], None]:
+    """Announce a message; its parts arrive when what this gives is called."""
+    packed = pack_message(grid.create_message(content(), "query", node, ""))
+    state, run = grid._state, grid.run.run_id
+    session = state.start_session(run)
+    asked = message_from_proto(packed.envelope)
+    _, missing = state.store_message_and_object_tree(asked, packed.tree, session)
+
+    def go_on() -> None:
+        for name in missing:
+            time.sleep(0.1)
+            state.store_object(run, session, name, packed.objects[name])
+
+    return go_on
+
+
 def test_a_message_that_is_still_being_laid_out_is_waited_for(coordinator: Coordinator) -> None:
     with coordinator.fleet() as fleet, open_grid(coordinator.project.database) as grid:
         (node,) = grid.get_node_ids()
-        packed = pack_message(grid.create_message(content(), "query", node, ""))
-        state, run = grid._state, grid.run.run_id
-        session = state.start_session(run)
-        asked = message_from_proto(packed.envelope)
-        _, missing = state.store_message_and_object_tree(asked, packed.tree, session)
+        slowly = lay_out_slowly(grid, node)
         envelope = pulled(fleet)
-
-        def slowly() -> None:
-            for name in missing:
-                time.sleep(0.1)
-                state.store_object(run, session, name, packed.objects[name])
-
         thread = threading.Thread(target=slowly)
         thread.start()
         message = fleet.pull_message(envelope, LIMIT)
         thread.join()
         assert message is not None
         assert numbers(message) == [0, 1, 2, 3]
+
+
+def test_nobody_reads_on_once_a_site_hung_up(coordinator: Coordinator) -> None:
+    """Who did would read from a later connection, which gets the same number, and break it."""
+    fleet = Fleet(coordinator.address, coordinator.ca, coordinator.admitted()[0])
+    with open_grid(coordinator.project.database) as grid:
+        node = fleet.activate(None)
+        lay_out_slowly(grid, node)
+        envelope = pulled(fleet)
+        before = set(threading.enumerate())
+        reading = threading.Thread(target=fleet.pull_message, args=(envelope, LIMIT))
+        reading.start()
+        time.sleep(0.5)
+        fleet.deactivate()
+        readers = [one for one in set(threading.enumerate()) - before if "Pool" in one.name]
+        fleet.close()
+        assert readers
+        assert not [one for one in readers if one.is_alive()]
+        reading.join()
 
 
 def test_what_is_no_message_is_said_to_be_none(coordinator: Coordinator) -> None:
