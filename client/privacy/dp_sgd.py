@@ -78,8 +78,7 @@ def train(
         raise RefusedError("train.imbalance", expected=expected, got=got, remedy=remedy)
     entropy, one = entropy or Entropy(), privacy_plan.round
     device = next(suffix.parameters()).device
-    weights = torch.tensor(plan.class_weights, device=device) if plan.class_weights else None
-    losses = partial(trainer.losses, plan=plan, weights=weights)
+    losses = choose_losses(plan, device)
     optimizer = trainer.make_optimizer(suffix, plan, lr)
     trained = list_trained(suffix)
     start = [p.detach().clone() for p in trained] if proximal_mu else []
@@ -96,6 +95,12 @@ def train(
             optimizer.step()
     optimizer.zero_grad()
     suffix.eval()
+
+
+def choose_losses(plan: Train, device: torch.device) -> Losses:
+    """What each row's loss is; class weights are constants of the study."""
+    weights = torch.tensor(plan.class_weights, device=device) if plan.class_weights else None
+    return partial(trainer.losses, plan=plan, weights=weights)
 
 
 def compute_noised_gradient(

@@ -1,4 +1,4 @@
-"""The commands that run one study many times: settings, privacy, attacks."""
+"""The commands that run one study many times: settings, privacy, audits, attacks."""
 
 from collections.abc import Callable
 from datetime import datetime
@@ -60,6 +60,45 @@ def utility(
             of=of,
             cache=cache,
             engine=engine,
+        )
+
+
+@ask_for("source", name_source)
+def audit(
+    study: StudyFile,
+    *,
+    source: "Source",
+    changes: Changes = None,
+    epsilons: Annotated[
+        str, typer.Option(help="Privacy to audit; none is the study without.")
+    ] = "none,8,3,1",
+    seeds: Annotated[str, typer.Option(help="Run once for each at each ε.")] = "0,1,2",
+    canaries: Annotated[
+        int, typer.Option(min=1, help="Of all hospitals of a run; at most half of the patients.")
+    ] = 400,
+    out: SeriesFolder = None,
+    cache: Cache = CACHE,
+) -> None:
+    """Attack a study: can anybody tell who took part?
+
+    A coin decides of each canary, a training patient, whether he takes part. An adversary guesses
+    the coins, by the released model alone, and by all that the hospitals send; he knows every image
+    and every other patient. How often he is right bounds ε from below.
+    """
+    from common.config.study import Study
+    from simulations.studies.audit import audit_study
+
+    read = Study.read(study, tuple(changes or ()))
+    folder = out or Path("runs") / f"{study.stem}-audit-{datetime.now():%Y%m%d-%H%M%S}"
+    with explain_stop(folder, f"the same command with --out {folder}"):
+        audit_study(
+            read,
+            source,
+            folder,
+            epsilons=parse_epsilons(epsilons),
+            seeds=parse_seeds(seeds),
+            canaries=canaries,
+            cache=cache,
         )
 
 
@@ -177,6 +216,8 @@ COMMANDS: dict[Callable[..., None], str] = {
     "--seeds 0,1,2 --site runs/phantom/north --site … --out runs/sweep",
     utility: "configs/skin_private.yaml --site SKIN/rosendahl --site SKIN/vidir_modern "
     "--epsilons none,8,3,1 --seeds 0,1,2,3,4,5,6,7,8,9 --class mel",
+    audit: "configs/skin_private.yaml --site SKIN/rosendahl --site SKIN/vidir_modern "
+    "--epsilons none,8,3,1 --seeds 0,1,2",
     poison: "configs/poisoned.yaml --pool runs/many/north --partition dirichlet:5 --sites 9 "
     "--mislabels site-1 --scales site-2",
     disclosure: "runs/skin/seed-0 runs/skin/seed-1 --epsilons 4,1",

@@ -80,6 +80,38 @@ def plot_privacy_utility(
     write_plot(draw, path)
 
 
+def plot_audit(bounds: Mapping[float | None, Mapping[str, float]], path: Path) -> None:
+    """Plot what an audit shows against what was promised; on or below the line it holds.
+
+    Args:
+      bounds: ε (None without privacy, which promises nothing) → way to guess → ε that is shown.
+      path: the PNG to write.
+    """
+    levels = sorted(bounds, key=lambda e: (e is None, e or 0))
+    ways = list(dict.fromkeys(way for by in bounds.values() for way in by))
+
+    def draw(figure: Figure) -> None:
+        figure.set_size_inches(7, 4)
+        axes = figure.subplots()
+        promised = [(x, e) for x, e in enumerate(levels) if e is not None]
+        if promised:
+            axes.plot(
+                *zip(*promised, strict=True), "_", ms=40, mew=2, color="0.4", label="promised"
+            )
+        for index, way in enumerate(ways):
+            shown = [(x, bounds[e][way]) for x, e in enumerate(levels) if way in bounds[e]]
+            x, y = zip(*shown, strict=True)
+            axes.plot(x, y, MARKERS[index], color=COLOURS[index], label=f"shown by {way}")
+        axes.set_xticks(range(len(levels)), ["none" if e is None else f"{e:g}" for e in levels])
+        axes.set_xlim(-0.5, len(levels) - 0.5)
+        axes.set_xlabel("ε of the study")
+        axes.set_ylabel("ε")
+        axes.grid(axis="y")
+        figure.legend(loc="outside upper center", ncols=len(ways) + 1)
+
+    write_plot(draw, path)
+
+
 def plot_sweep(
     scores: Mapping[str, Sequence[float | None]],
     metric: str,

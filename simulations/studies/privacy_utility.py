@@ -62,7 +62,7 @@ def compare_epsilons(
         privacy = study.privacy.model_copy(update={"epsilon": epsilon}) if epsilon else NoPrivacy()
         changes = {"privacy": privacy, "adapt": False}
         changed = [study.model_copy(update=changes | {"seed": seed}) for seed in seeds]
-        place, title = folder / _name(epsilon), _label(epsilon)
+        place, title = folder / name_epsilon(epsilon), label_epsilon(epsilon)
         runs[epsilon] = runner.run_series(changed, source, place, cache, engine, title=title)
     console.print()
     _report(study, runs, wanted, folder)
@@ -99,7 +99,7 @@ def _report(
         epsilon: {name: [figure(c) for c in counts] for name, figure in wanted.items()}
         for epsilon, counts in together.items()
     }
-    told = {_label(e): by_name for e, by_name in figures_of.items()}
+    told = {label_epsilon(e): by_name for e, by_name in figures_of.items()}
     estimates = {
         name: {e: t_interval(by_name[name]) for e, by_name in figures_of.items()} for name in wanted
     }
@@ -123,15 +123,15 @@ def _report(
     if None in runs:
         console.print("in brackets: the difference to no privacy, paired by seed, 95 % interval")
     _positives(study, results[next(iter(runs))])
-    spent = {_label(e): _spent(paths) for e, paths in runs.items() if e is not None}
+    spent = {label_epsilon(e): _spent(paths) for e, paths in runs.items() if e is not None}
     for label, paid in spent.items():
         each = ", ".join(f"{site} {epsilon:.2f}" for site, epsilon in paid.items())
         console.print(f"{label}: spent by the ledger, the most of any seed: {each}")
     console.print(MEANING, style="dim")
     content = {
         "figures": told,
-        "classes": {_label(e): by_name for e, by_name in by_class.items()},
-        "sites": {_label(e): by_name for e, by_name in by_site.items()},
+        "classes": {label_epsilon(e): by_name for e, by_name in by_class.items()},
+        "sites": {label_epsilon(e): by_name for e, by_name in by_site.items()},
         "spent": spent,
     }
     files.write(folder / "utility.json", json.dumps(content, indent=1))
@@ -147,7 +147,7 @@ def _table(first: str, figures_of: PerEpsilon) -> Table:
     for epsilon, by_name in figures_of.items():
         base = plain if epsilon else {}
         cells = (summary.format_gain(by_name[name], base.get(name)) for name in names)
-        shown.add_row(_label(epsilon), *cells)
+        shown.add_row(label_epsilon(epsilon), *cells)
     return shown
 
 
@@ -171,9 +171,11 @@ def _spent(runs: Sequence[Path]) -> dict[str, float]:
     return spent
 
 
-def _name(epsilon: float | None) -> str:
+def name_epsilon(epsilon: float | None) -> str:
+    """The folder of the runs at an ε."""
     return "no-privacy" if epsilon is None else f"epsilon-{epsilon:g}"
 
 
-def _label(epsilon: float | None) -> str:
+def label_epsilon(epsilon: float | None) -> str:
+    """As tables call it."""
     return "no privacy" if epsilon is None else f"ε = {epsilon:g}"

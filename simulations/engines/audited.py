@@ -1,0 +1,266 @@
+"""An engine that audits: coins decide who trains, and an adversary reads all that leaves."""
+
+import json
+import math
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from flwr.app import Context, Message
+from numpy.typing import NDArray
+
+from client.app import find_site_file
+from client.consent.cohort import list_cohort
+from client.consent.exclusions import exclude_patient
+from client.features.precision import fix_numerics
+from client.preparation import PreparedSite
+from client.privacy import dp_sgd
+from client.privacy.noised_rows import choose_rows, make_rows
+from client.privacy.parameters import PrivateRelease, TrainingRelease
+from client.training import trainer
+from common.config.study import Study
+from common.errors import DataError, RefusedError, RunError
+from common.metrics.metrics import Floats
+from common.model.split import train_mode
+from common.protocol.fields import ARRAYS
+from common.protocol.noised import NOISED, NoisedReply
+from common.protocol.round import RoundRequest
+from common.protocol.tensors import Tensors
+from server.app import app as server_app
+from server.runs.run_folder import RunFolder
+from simulations.engines.base import InProcess
+from simulations.engines.grid import simulate_run
+
+AUDIT = "audit.json"
+"""The file of a run with its coins and scores."""
+_NOISES = [2.0**k for k in range(-20, 4)]
+"""Shares of the noise that was told, among which an adversary judges what is there."""
+
+
+@dataclass
+class Canaries:
+    """Patients of one site of whom a coin decided whether they train, and what gave them away.
+
+    The adversary knows every other patient of the site, and every image. What the site tells is a
+    sum over who trains, with noise: he takes off the rows of everybody he knows, and estimates the
+    coins from the rest by least squares, as if each coin were a normal number of the same variance.
+    How much noise there is he judges himself, by what makes all that he saw the most likely.
+
+    Attributes:
+      prepared: The site with all of them.
+      numbers: Of the canaries among the site's training patients; [m].
+      included: What the coins decided; [m].
+      gram: Products of canaries' rows over the noise's variance, of all sums so far; [m, m].
+      seen: Products of canaries' rows with what was seen of them, over that variance; [m].
+      energy: The squared length of all that was seen of them, over that variance.
+      size: How many numbers that were.
+    """
+
+    prepared: PreparedSite
+    numbers: NDArray[np.int64]
+    included: NDArray[np.bool_]
+    gram: Floats = field(init=False)
+    seen: Floats = field(init=False)
+    energy: float = 0.0
+    size: int = 0
+
+    def __post_init__(self) -> None:
+        m = len(self.numbers)
+        self.gram, self.seen = np.zeros((m, m)), np.zeros(m)
+
+    def watch(self, told: Floats, rows: Floats, deviation: float) -> None:
+        """See one noised sum.
+
+        Args:
+          told: [d], as it was told.
+          rows: [patients, d], what each patient adds to it.
+          deviation: Of the noise in each number.
+        """
+        own = rows[self.numbers]
+        known = np.delete(rows, self.numbers, axis=0).sum(axis=0)
+        rest = told - known - own.sum(axis=0) / 2
+        self.gram += own @ own.T / deviation**2
+        self.seen += own @ rest / deviation**2
+        self.energy += float(rest @ rest) / deviation**2
+        self.size += len(rest)
+
+    def guess(self) -> Floats:
+        """By all sums: how far above one half each coin is estimated; [m]."""
+        return max(map(self._estimate, _NOISES), key=lambda found: found[0])[1]
+
+    def _estimate(self, noise: float) -> tuple[float, Floats]:
+        """Of this much of the noise that was told: how likely all is (its logarithm); the coins."""
+        gram, seen = self.gram / noise**2, self.seen / noise**2
+        guessed = np.linalg.solve(gram + 4 * np.eye(len(seen)), seen)
+        spread = (
+            self.size * 2 * math.log(noise) + np.linalg.slogdet(gram / 4 + np.eye(len(seen)))[1]
+        )
+        return -0.5 * (spread + self.energy / noise**2 - float(seen @ guessed)), guessed
+
+    def judge(self, released: Tensors) -> Floats:
+        """By the released model alone: how much smaller than usual each canary's loss is; [m].
+
+        Usual is the median of the canaries with the same label.
+        """
+        prepared = self.prepared
+        suffix, examples = prepared.network.split.suffix, prepared.examples["train"]
+        prepared.network.load(released)
+        with fix_numerics(prepared.site.threads):
+            classes = len(prepared.study.classes)
+            logits, labels = trainer.compute_logits(suffix, examples, classes)
+        by_image = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+        losses = self._of_patients(by_image.double().numpy())
+        label = self._of_patients(labels.double().numpy())  # the mean, should he have several
+        usual = {each: np.median(losses[label == each]) for each in set(label.tolist())}
+        return np.array([usual[k] for k in label.tolist()]) - losses
+
+    def _of_patients(self, by_image: Floats) -> Floats:
+        """The mean over each canary's images."""
+        owner = self.prepared.owners.owner.numpy()
+        return np.array([by_image[owner == number].mean() for number in self.numbers])
+
+
+class Audited(InProcess):
+    """An engine in this process, with the real ClientApp, in which some patients are canaries.
+
+    Args:
+      most: Canaries of all sites together; at most half of a site's patients.
+    """
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self._most = most
+        self._canaries: dict[Path, Canaries] = {}
+
+    def prepare(self, site_files: Sequence[Path], study: Study) -> None:
+        """Prepare every hospital's images; then half of the canaries leave, as coins fall."""
+        super().prepare(site_files, study)
+        self._canaries = self._draw(site_files, study)
+        self.forget()  # those who left were prepared, too
+        super().prepare(site_files, study)
+
+    def _draw(self, site_files: Sequence[Path], study: Study) -> dict[Path, Canaries]:
+        everyone = {}
+        for path in site_files:
+            try:
+                prepared = self.runtime.open_session(path, study.id).prepared
+            except RefusedError:
+                continue  # it refuses the study at join as well
+            if prepared.site.role == "train":
+                everyone[path] = prepared
+        patients = sum(len(prepared.owners.counts) for prepared in everyone.values())
+        share = min(0.5, self._most / max(patients, 1))
+        return {path: _throw_coins(prepared, share) for path, prepared in everyone.items()}
+
+    def run(self, site_files: Sequence[Path], folder: Path) -> None:
+        """Run from the beginning, and write how well the coins were guessed."""
+        if not self._canaries:
+            expected, got = "an audit that ran to its end", "one that was interrupted"
+            remedy = "Its coins are forgotten: delete the folder, and audit again."
+            raise RunError(folder, expected=expected, got=got, remedy=remedy)
+
+        def app(message: Message, context: Context) -> Message:
+            reply, path = self.app(message, context), find_site_file(context)
+            if path in self._canaries and not reply.has_error():
+                _overhear(self._canaries[path], message, reply)
+            return reply
+
+        try:
+            simulate_run(server_app, app, site_files, folder)
+        finally:
+            self.runtime.close_sites()
+        run = RunFolder(folder)
+        if (last := run.read_last()) is None:  # of a run without rounds and without a head
+            raise RunError(folder, expected="a released model", got="none")
+        found = {
+            one.prepared.site.name: {
+                "included": one.included.tolist(),
+                "sums": one.guess().tolist(),
+                "model": one.judge(last.released[1]).tolist(),
+            }
+            for one in self._canaries.values()
+        }
+        self._canaries = {}
+        run.write(AUDIT, json.dumps(found))
+
+
+def _throw_coins(prepared: PreparedSite, share: float) -> Canaries:
+    """Choose this share of a site's patients; of each, a coin decides whether he goes."""
+    site, chance = prepared.site, secrets.SystemRandom()
+    records = list_cohort(site, prepared.study, None)["train"]
+    if len(records) != len(prepared.examples["train"]):
+        expected, got = "images that can all be read", "some that cannot"
+        remedy = "Remove those that consilium-client check names."
+        raise DataError(site.source, expected=expected, got=got, remedy=remedy)
+    patients = list(dict.fromkeys(record.patient for record in records))
+    chosen = sorted(chance.sample(range(len(patients)), int(share * len(patients))))
+    included = [chance.random() < 0.5 for _ in chosen]
+    for number, stays in zip(chosen, included, strict=True):
+        if not stays:
+            exclude_patient(site, patients[number])
+    return Canaries(prepared, np.array(chosen, np.int64), np.array(included, np.bool_))
+
+
+def _overhear(canaries: Canaries, message: Message, reply: Message) -> None:
+    """Watch a noised sum, or the change that a private round made, on its way to the server."""
+    prepared, kind = canaries.prepared, message.metadata.message_type
+    plan = prepared.privacy_plan
+    if plan is None or kind not in (*NOISED, "train"):
+        return
+    prepared.network.load({**prepared.network.initial, **_read_arrays(message)})
+    with fix_numerics(prepared.site.threads):
+        if kind == "train":
+            _watch_round(canaries, plan.round, plan.batch, message, reply)
+        else:
+            _watch_sum(canaries, plan.find(kind.removeprefix("query.")).kind, reply)
+
+
+def _read_arrays(message: Message) -> Tensors:
+    arrays = message.content.array_records[ARRAYS]
+    return {name: torch.from_numpy(array.numpy().copy()) for name, array in arrays.items()}
+
+
+def _watch_sum(canaries: Canaries, kind: TrainingRelease, reply: Message) -> None:
+    prepared, study = canaries.prepared, canaries.prepared.study
+    make_row, size = choose_rows(kind, len(study.classes), study.directions or 0)
+    suffix = prepared.network.split.suffix
+    rows = [*make_rows(suffix, prepared.examples["train"], prepared.owners, make_row)]
+    told = NoisedReply.read(reply.content, size).sums
+    canaries.watch(told.numbers, torch.stack(rows).double().numpy(), told.deviation)
+
+
+def _watch_round(
+    canaries: Canaries, one: PrivateRelease, batch: float, message: Message, reply: Message
+) -> None:
+    """Take the change of a round for the sum of its steps' gradients, as plain SGD makes it.
+
+    Each step counts with the gradient at the beginning, of a patient's first image.
+    """
+    prepared, train = canaries.prepared, canaries.prepared.study.train
+    suffix, examples = prepared.network.split.suffix, prepared.examples["train"]
+    device = next(suffix.parameters()).device
+    first = prepared.owners.counts.cumsum(0) - prepared.owners.counts
+    images = prepared.owners.images[first]
+    losses = dp_sgd.choose_losses(train, device)
+    train_mode(suffix)
+    before = torch.cat([p.detach().flatten() for p in dp_sgd.list_trained(suffix)])
+    rows = []
+    with dp_sgd.compute_exactly(device):
+        for i in images.tolist():
+            inputs = examples.batch(torch.tensor([i]), 0, device)
+            row = inputs, examples.labels[[i]].to(device), 0
+            gradient = dp_sgd.compute_row_gradient(suffix, row, losses)
+            flat = torch.cat([part.flatten() for part in gradient])
+            rows.append(flat * min(1.0, one.clip_norm / max(float(flat.norm()), 1e-12)))
+    prepared.network.load(_read_arrays(reply))
+    after = torch.cat([p.detach().flatten() for p in dp_sgd.list_trained(suffix)])
+    suffix.eval()
+    number = RoundRequest.read(message.content).round
+    lr = trainer.learning_rate(train, number)
+    told = (before - after) * (batch / (lr * one.steps))
+    deviation = one.noise_multiplier * one.clip_norm / math.sqrt(one.steps)
+    expected = torch.stack(rows) * one.sample_rate
+    canaries.watch(told.double().cpu().numpy(), expected.double().cpu().numpy(), deviation)

@@ -1,0 +1,128 @@
+"""An audit of ε: one study at several ε and without, with patients whom a coin decides about."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from common.config.study import NoPrivacy, Private, Study
+from common.metrics.one_run import Bound, bound_epsilon
+from common.support import files
+from common.support.terminal import console, table
+from simulations.engines.audited import AUDIT, Audited
+from simulations.studies import plots, runner
+from simulations.studies.privacy_utility import label_epsilon, name_epsilon
+from simulations.studies.runner import Source
+
+_WAYS = {"model": "the released model", "sums": "every noised sum"}
+"""What an adversary guesses by."""
+_DELTA = 1e-5
+"""At which studies without privacy are bounded."""
+
+
+def audit_study(
+    study: Study,
+    source: Source,
+    folder: Path,
+    *,
+    epsilons: Sequence[float | None],
+    seeds: Sequence[int],
+    canaries: int,
+    cache: Path,
+) -> None:
+    """Run the study at each ε, on each seed, with canaries; print and plot what gave them away.
+
+    Coins of all seeds are counted together: each run is a mechanism of its own, and each coin is of
+    one run. Runs that are there already are only read.
+
+    Args:
+      study: A study, with privacy unless only "without" is asked for.
+      source: The source of the hospitals.
+      folder: One folder in it for each ε, and in that one for each seed.
+      epsilons: None is the study without privacy.
+      seeds: Each draws another holdout.
+      canaries: Of all sites of one run together.
+      cache: The folder of prepared images.
+
+    Raises:
+      StudyError: an ε is asked for, and the study is not private.
+    """
+    delta = study.privacy.delta if isinstance(study.privacy, Private) else _DELTA
+    found: dict[float | None, dict[str, Bound]] = {}
+    for epsilon in epsilons:
+        if epsilon and not isinstance(study.privacy, Private):
+            raise study.error("privacy", expected="a mechanism", got="none")
+        privacy = study.privacy.model_copy(update={"epsilon": epsilon}) if epsilon else NoPrivacy()
+        changes = {"privacy": privacy, "adapt": False}
+        changed = [study.model_copy(update=changes | {"seed": seed}) for seed in seeds]
+        place, title = folder / name_epsilon(epsilon), label_epsilon(epsilon)
+        runs = runner.run_series(
+            changed, source, place, cache, Audited(canaries), title=title, results=False
+        )
+        found[epsilon] = _bound(runs, delta, private=epsilon is not None)
+    console.print()
+    _report(found, delta, folder)
+
+
+def _bound(runs: Sequence[Path], delta: float, *, private: bool) -> dict[str, Bound]:
+    """The bound that each way to guess shows, of the coins of all runs and sites together."""
+    sites = [
+        site
+        for run in runs
+        for site in json.loads((run / AUDIT).read_text(encoding="utf-8")).values()
+    ]
+    included = np.concatenate([np.array(site["included"], np.bool_) for site in sites])
+    ways = _WAYS if private else ["model"]  # without privacy there is no noise to be looked through
+    return {
+        way: bound_epsilon(np.concatenate([site[way] for site in sites]), included, delta)
+        for way in ways
+    }
+
+
+def _report(found: Mapping[float | None, Mapping[str, Bound]], delta: float, folder: Path) -> None:
+    columns = ("guessed by", "right", "AUROC", "ε at least", "if Gaussian", "at most to be seen")
+    shown = table("privacy", *columns, left=("privacy", "guessed by"))
+    for epsilon, by_way in found.items():
+        for way, bound in by_way.items():
+            shown.add_row(
+                label_epsilon(epsilon),
+                _WAYS[way],
+                f"{bound.right} of {bound.canaries}",
+                f"{bound.auroc:.3f}",
+                f"{bound.epsilon:.2f}",
+                f"{bound.gaussian:.2f}",
+                f"{bound.ceiling:.1f}, {bound.gaussian_ceiling:.1f}",
+            )
+    console.print(shown)
+    console.print(_say(found, delta), style="dim")
+    content = {
+        label_epsilon(e): {way: asdict(bound) for way, bound in by.items()}
+        for e, by in found.items()
+    }
+    files.write(folder / AUDIT, json.dumps({"delta": delta, "bounds": content}, indent=1))
+    plots.plot_audit(
+        {e: {_WAYS[way]: b.gaussian for way, b in by.items()} for e, by in found.items()},
+        folder / "audit.png",
+    )
+    console.print(f"\nrun folder: {folder}, with audit.json and audit.png")
+
+
+def _say(found: Mapping[float | None, Mapping[str, Bound]], delta: float) -> str:
+    """In words: what the bounds are, and whether one is above what was promised."""
+    above = [
+        f"{label_epsilon(e)} by {_WAYS[way]}"
+        for e, by in found.items()
+        for way, bound in by.items()
+        if e is not None and max(bound.epsilon, bound.gaussian) > e
+    ]
+    told = (
+        f"A coin decided of each canary whether he trains. ε at least: shown at 95 % at δ = "
+        f"{delta:g}, whatever the mechanism; if Gaussian: if the noise is. Low bounds prove "
+        "nothing: another adversary may guess better, and so many coins cannot show more than the "
+        "last column."
+    )
+    if above:
+        return f"{told} ABOVE WHAT WAS PROMISED, so the promise does not hold: {', '.join(above)}."
+    return f"{told} None is above the ε of its study."
