@@ -20,14 +20,17 @@ from client.preparation import PreparedSite
 from client.privacy import dp_sgd
 from client.privacy.noised_rows import choose_rows, make_rows
 from client.privacy.parameters import PrivateRelease, TrainingRelease
+from client.session import Session
 from client.training import trainer
 from common.config.study import Study
 from common.errors import DataError, RefusedError, RunError
+from common.heads.sums import map_features
 from common.metrics.metrics import Floats
 from common.model.split import train_mode
 from common.protocol.fields import ARRAYS
 from common.protocol.noised import NOISED, NoisedReply
 from common.protocol.round import RoundRequest
+from common.protocol.sums import SUMS, SumsReply, SumsRequest
 from common.protocol.tensors import Tensors
 from server.app import app as server_app
 from server.runs.run_folder import RunFolder
@@ -36,6 +39,8 @@ from simulations.engines.grid import simulate_run
 
 AUDIT = "audit.json"
 """The file of a run with its coins and scores."""
+_EXACT = 1e-2
+"""The noise that a sum without any is thought to have, at most, beside rows of length 1."""
 _NOISES = [2.0**k for k in range(-20, 4)]
 """Shares of the noise that was told, among which an adversary judges what is there."""
 
@@ -94,10 +99,9 @@ class Canaries:
     def _estimate(self, noise: float) -> tuple[float, Floats]:
         """Of this much of the noise that was told: how likely all is (its logarithm); the coins."""
         gram, seen = self.gram / noise**2, self.seen / noise**2
-        guessed = np.linalg.solve(gram + 4 * np.eye(len(seen)), seen)
-        spread = (
-            self.size * 2 * math.log(noise) + np.linalg.slogdet(gram / 4 + np.eye(len(seen)))[1]
-        )
+        wide = gram + 4 * np.eye(len(seen))
+        guessed: Floats = np.linalg.solve(wide, seen).astype(np.float64)
+        spread = 2 * self.size * math.log(noise) + float(np.linalg.slogdet(wide / 4).logabsdet)
         return -0.5 * (spread + self.energy / noise**2 - float(seen @ guessed)), guessed
 
     def judge(self, released: Tensors) -> Floats:
@@ -158,9 +162,7 @@ class Audited(InProcess):
     def run(self, site_files: Sequence[Path], folder: Path) -> None:
         """Run from the beginning, and write how well the coins were guessed."""
         if not self._canaries:
-            expected, got = "an audit that ran to its end", "one that was interrupted"
-            remedy = "Its coins are forgotten: delete the folder, and audit again."
-            raise RunError(folder, expected=expected, got=got, remedy=remedy)
+            raise explain_interrupted(folder)
 
         def app(message: Message, context: Context) -> Message:
             reply, path = self.app(message, context), find_site_file(context)
@@ -178,13 +180,20 @@ class Audited(InProcess):
         found = {
             one.prepared.site.name: {
                 "included": one.included.tolist(),
-                "sums": one.guess().tolist(),
+                "sums": one.guess().tolist() if one.size else None,
                 "model": one.judge(last.released[1]).tolist(),
             }
             for one in self._canaries.values()
         }
         self._canaries = {}
         run.write(AUDIT, json.dumps(found))
+
+
+def explain_interrupted(folder: Path) -> RunError:
+    """Why an audit cannot go on."""
+    expected, got = "an audit that ran to its end", "one that was interrupted"
+    remedy = "Its coins are forgotten: delete the folder, and audit again."
+    return RunError(folder, expected=expected, got=got, remedy=remedy)
 
 
 def _throw_coins(prepared: PreparedSite, share: float) -> Canaries:
@@ -205,9 +214,11 @@ def _throw_coins(prepared: PreparedSite, share: float) -> Canaries:
 
 
 def _overhear(canaries: Canaries, message: Message, reply: Message) -> None:
-    """Watch a noised sum, or the change that a private round made, on its way to the server."""
+    """Watch a sum, or the change that a private round made, on its way to the server."""
     prepared, kind = canaries.prepared, message.metadata.message_type
     plan = prepared.privacy_plan
+    if kind == SUMS:
+        _watch_exact_sum(canaries, message, reply)
     if plan is None or kind not in (*NOISED, "train"):
         return
     prepared.network.load({**prepared.network.initial, **_read_arrays(message)})
@@ -215,7 +226,21 @@ def _overhear(canaries: Canaries, message: Message, reply: Message) -> None:
         if kind == "train":
             _watch_round(canaries, plan.round, plan.batch, message, reply)
         else:
-            _watch_sum(canaries, plan.find(kind.removeprefix("query.")).kind, reply)
+            _watch_noised_sum(canaries, plan.find(kind.removeprefix("query.")).kind, reply)
+
+
+def _watch_exact_sum(canaries: Canaries, message: Message, reply: Message) -> None:
+    """The features of each class, added without noise."""
+    prepared = canaries.prepared
+    width, classes = prepared.network.width, len(prepared.study.classes)
+    request = SumsRequest.read(message.content, width)
+    told = SumsReply.read(reply.content, width, request.weights).sums.totals
+    views = Session(prepared).view_features("train")
+    features = np.mean([map_features(each, request.centre) for each in views], axis=0)
+    rows = np.zeros((len(prepared.owners.counts), classes, width))
+    owner, labels = prepared.owners.owner.numpy(), prepared.examples["train"].labels.numpy()
+    np.add.at(rows, (owner, labels), features)
+    canaries.watch(told.ravel(), rows.reshape(len(rows), -1), _EXACT)
 
 
 def _read_arrays(message: Message) -> Tensors:
@@ -223,7 +248,7 @@ def _read_arrays(message: Message) -> Tensors:
     return {name: torch.from_numpy(array.numpy().copy()) for name, array in arrays.items()}
 
 
-def _watch_sum(canaries: Canaries, kind: TrainingRelease, reply: Message) -> None:
+def _watch_noised_sum(canaries: Canaries, kind: TrainingRelease, reply: Message) -> None:
     prepared, study = canaries.prepared, canaries.prepared.study
     make_row, size = choose_rows(kind, len(study.classes), study.directions or 0)
     suffix = prepared.network.split.suffix

@@ -11,12 +11,12 @@ from common.config.study import NoPrivacy, Private, Study
 from common.metrics.one_run import Bound, bound_epsilon
 from common.support import files
 from common.support.terminal import console, table
-from simulations.engines.audited import AUDIT, Audited
+from simulations.engines.audited import AUDIT, Audited, explain_interrupted
 from simulations.studies import plots, runner
 from simulations.studies.privacy_utility import label_epsilon, name_epsilon
 from simulations.studies.runner import Source
 
-_WAYS = {"model": "the released model", "sums": "every noised sum"}
+_WAYS = {"model": "the released model", "sums": "all sums"}
 """What an adversary guesses by."""
 _DELTA = 1e-5
 """At which studies without privacy are bounded."""
@@ -61,23 +61,22 @@ def audit_study(
         runs = runner.run_series(
             changed, source, place, cache, Audited(canaries), title=title, results=False
         )
-        found[epsilon] = _bound(runs, delta, private=epsilon is not None)
+        found[epsilon] = _bound(runs, delta)
     console.print()
     _report(found, delta, folder)
 
 
-def _bound(runs: Sequence[Path], delta: float, *, private: bool) -> dict[str, Bound]:
+def _bound(runs: Sequence[Path], delta: float) -> dict[str, Bound]:
     """The bound that each way to guess shows, of the coins of all runs and sites together."""
-    sites = [
-        site
-        for run in runs
-        for site in json.loads((run / AUDIT).read_text(encoding="utf-8")).values()
-    ]
+    if unfinished := [run for run in runs if not (run / AUDIT).exists()]:
+        raise explain_interrupted(unfinished[0])
+    read = [json.loads((run / AUDIT).read_text(encoding="utf-8")) for run in runs]
+    sites = [site for run in read for site in run.values()]
     included = np.concatenate([np.array(site["included"], np.bool_) for site in sites])
-    ways = _WAYS if private else ["model"]  # without privacy there is no noise to be looked through
     return {
         way: bound_epsilon(np.concatenate([site[way] for site in sites]), included, delta)
-        for way in ways
+        for way in _WAYS
+        if all(site[way] is not None for site in sites)
     }
 
 
