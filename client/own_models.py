@@ -15,11 +15,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 
-from client.consent.proposals import read_proposal
-from client.preparation import Workspace, prepare_site
 from client.privacy.rounding import Rounding
+from client.released_models import keep_released, open_released
 from client.session import Session
 from client.site import Site
 from client.storage import explain_disk_errors
@@ -76,10 +75,11 @@ def finish(
     """
     prepared = session.prepared
     site = prepared.site
+    keep_released(session, released)
     if not (prepared.study.adapt and site.adapt and site.role == "train"):
         return session.finish(released, read_out)
     if prepared.study.private:
-        _keep_released(session, released)
+        log.info("to fit the released model to this site: consilium-client adapt, with its name")
         return session.finish(released, read_out)
     adapted = adapt_model(session, released, solved)
     keep_model(session, adapted)
@@ -100,27 +100,11 @@ def fit_later(site: Site, name: str) -> None:
     Raises:
       SiteError: no model of such a study was kept here.
     """
-    kept = {path.stem: path for path in sorted(site.state.glob("released/*.safetensors"))}
-    studies = [read_proposal(site, study) for study in kept]
-    found = [study for study in studies if name in (study.name, study.id)]
-    if not found:
-        known = ", ".join(f"{study.name} ({study.id})" for study in studies) or "none yet"
-        expected, got = f"a private study that has ended here: {known}", name
+    session, released = open_released(site, name)
+    if not session.prepared.study.private:
         remedy = "Models of other studies lie in state/adapted since their end."
-        raise SiteError(site.source, expected=expected, got=got, remedy=remedy)
-    session = Session(prepare_site(site, found[-1], Workspace()))
-    released = load_file(kept[found[-1].id])
+        raise SiteError(site.source, expected="a private study", got=name, remedy=remedy)
     keep_model(session, adapt_model(session, released, None))
-
-
-def _keep_released(session: Session, released: Tensors) -> None:
-    site = session.prepared.site
-    path = site.private("released") / f"{session.prepared.study.id}.safetensors"
-    with explain_disk_errors(path, SiteError):
-        files.write(path, save({n: t.contiguous() for n, t in released.items()}), mode=0o600)
-    log.info(
-        "to fit the released model to this site: consilium-client adapt, with the study's name"
-    )
 
 
 def adapt_model(session: Session, released: Tensors, solved: tuple[Sums, float] | None) -> OwnModel:

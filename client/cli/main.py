@@ -36,6 +36,7 @@ for command, name, rest in (
     (consent.adapt, "adapt", "skin-lesions"),
     (privacy.ledger, "ledger", "--picture epsilon.png"),
     (privacy.disclosed, "disclosed", "--study skin-lesions"),
+    (privacy.audit, "audit", "skin-lesions"),
     (privacy.ledger_adopt, "ledger-adopt", "--epsilon 3 --delta 1e-6"),
     (privacy.ledger_move, "ledger-move", ""),
 ):

@@ -172,6 +172,35 @@ def ledger_move(site_file: SiteFile, yes: Yes = False) -> None:
     console.print("Done.")
 
 
+def audit(
+    site_file: SiteFile,
+    name: Annotated[
+        str, typer.Argument(metavar="STUDY", help="A study that ended here, by name or id.")
+    ],
+) -> None:
+    """Attack a released model: can its losses tell who trained here? Nothing of it is sent.
+
+    A model that learned patients by heart errs less on those who trained than on those who were
+    held out. This is the simplest attack there is: one that finds nothing proves nothing.
+    """
+    from client.membership import attack_membership
+    from client.site import Site
+
+    found = attack_membership(Site.read(site_file), name)
+    low, high = (found.auroc + sign * 1.96 * found.error for sign in (-1, 1))
+    console.print(f"patients        {found.trained} trained, {found.held_out} held out")
+    console.print(
+        f"told apart      AUROC {found.auroc:.3f}, from {max(low, 0):.3f} to {min(high, 1):.3f} "
+        "at 95 %; chance is 0.500"
+    )
+    console.print(
+        f"found           {found.found:.1%} of those who trained, where 5 % of the others are "
+        "taken for them"
+    )
+    told = "more than chance" if low > 0.5 else "no more than chance, as far as so few can show"
+    console.print(f"The model's losses tell {told}.")
+
+
 def disclosed(
     site_file: SiteFile,
     study: Annotated[

@@ -83,7 +83,7 @@ def bound_epsilon(scores: Floats, included: NDArray[np.bool_], delta: float) -> 
     return Bound(
         canaries=m,
         right=correct[0],
-        auroc=_auroc(scores, included),
+        auroc=compute_auroc(scores, included),
         epsilon=best(show_epsilon, correct),
         gaussian=best(show_gaussian, correct),
         ceiling=best(show_epsilon, tested),
@@ -145,8 +145,11 @@ def _find_root(excess: Callable[[float], float]) -> float:
     return float(brentq(excess, 0.0, most, xtol=1e-6))
 
 
-def _auroc(scores: Floats, included: NDArray[np.bool_]) -> float:
-    """By ranks; 0.5 where all coins fell alike."""
+def compute_auroc(scores: Floats, included: NDArray[np.bool_]) -> float:
+    """The chance that of one who was in and one who was not the first has the higher score.
+
+    Ties count half; 0.5 where there is none of either.
+    """
     inside, outside = scores[included], scores[~included]
     if not len(inside) or not len(outside):
         return 0.5

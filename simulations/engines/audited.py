@@ -16,6 +16,7 @@ from client.app import find_site_file
 from client.consent.cohort import list_cohort
 from client.consent.exclusions import exclude_patient
 from client.features.precision import fix_numerics
+from client.membership import compute_losses, list_first_images, score_losses
 from client.preparation import PreparedSite
 from client.privacy import dp_sgd
 from client.privacy.noised_rows import choose_rows, make_rows
@@ -105,26 +106,9 @@ class Canaries:
         return -0.5 * (spread + self.energy / noise**2 - float(seen @ guessed)), guessed
 
     def judge(self, released: Tensors) -> Floats:
-        """By the released model alone: how much smaller than usual each canary's loss is; [m].
-
-        Usual is the median of the canaries with the same label.
-        """
-        prepared = self.prepared
-        suffix, examples = prepared.network.split.suffix, prepared.examples["train"]
-        prepared.network.load(released)
-        with fix_numerics(prepared.site.threads):
-            classes = len(prepared.study.classes)
-            logits, labels = trainer.compute_logits(suffix, examples, classes)
-        by_image = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
-        losses = self._of_patients(by_image.double().numpy())
-        label = self._of_patients(labels.double().numpy())  # the mean, should he have several
-        usual = {each: np.median(losses[label == each]) for each in set(label.tolist())}
-        return np.array([usual[k] for k in label.tolist()]) - losses
-
-    def _of_patients(self, by_image: Floats) -> Floats:
-        """The mean over each canary's images."""
-        owner = self.prepared.owners.owner.numpy()
-        return np.array([by_image[owner == number].mean() for number in self.numbers])
+        """By the released model alone: how much smaller than usual each canary's loss is; [m]."""
+        images = list_first_images(self.prepared.owners)[torch.from_numpy(self.numbers)]
+        return score_losses(*compute_losses(self.prepared, released, "train", images))
 
 
 class Audited(InProcess):
@@ -267,8 +251,7 @@ def _watch_round(
     prepared, train = canaries.prepared, canaries.prepared.study.train
     suffix, examples = prepared.network.split.suffix, prepared.examples["train"]
     device = next(suffix.parameters()).device
-    first = prepared.owners.counts.cumsum(0) - prepared.owners.counts
-    images = prepared.owners.images[first]
+    images = list_first_images(prepared.owners)
     losses = dp_sgd.choose_losses(train, device)
     train_mode(suffix)
     before = torch.cat([p.detach().flatten() for p in dp_sgd.list_trained(suffix)])

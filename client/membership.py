@@ -1,0 +1,114 @@
+"""Whether a model gives away who trained it: it errs less on those who did (Yeom et al. 2018).
+
+One image of each patient is looked at. What counts is how much smaller its loss is than usual for
+its class: some classes are hard for everybody.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from client.features.precision import fix_numerics
+from client.preparation import PreparedSite
+from client.privacy.sampling import Patients
+from client.released_models import open_released
+from client.site import Site
+from client.training import trainer
+from common.errors import DataError
+from common.metrics.metrics import Floats, Ints
+from common.metrics.one_run import compute_auroc
+from common.protocol.tensors import Tensors
+
+_FALSE = 0.05
+"""Of patients who did not train, so many may be taken for members."""
+
+
+@dataclass(frozen=True)
+class Membership:
+    """How well a model's losses tell training patients from held-out ones.
+
+    Attributes:
+      trained: Patients who trained.
+      held_out: Patients who did not.
+      auroc: The chance that of one of each the model errs less on the one who trained; 0.5 is none.
+      error: The standard deviation of `auroc` (Hanley and McNeil 1982).
+      found: The share of those who trained that are found at a false positive rate of 5 %.
+    """
+
+    trained: int
+    held_out: int
+    auroc: float
+    error: float
+    found: float
+
+
+def attack_membership(site: Site, name: str) -> Membership:
+    """Attack the released model of a study, by name or id, on this site's own patients.
+
+    Raises:
+      SiteError: no such model was kept here.
+      DataError: no patients trained, or none were held out.
+    """
+    session, released = open_released(site, name)
+    prepared = session.prepared
+    looked_at = {"train": list_first_images(prepared.owners), **prepared.drawn}
+    told = [compute_losses(prepared, released, part, some) for part, some in looked_at.items()]
+    trained, held_out = len(told[0][0]), sum(len(losses) for losses, _ in told[1:])
+    if not trained or not held_out:
+        got = f"{trained} and {held_out}"
+        raise DataError(site.source, expected="patients who trained and who did not", got=got)
+    losses, labels = (np.concatenate(each) for each in zip(*told, strict=True))
+    scores = score_losses(losses, labels)
+    auroc = compute_auroc(scores, np.arange(len(scores)) < trained)
+    threshold = np.quantile(scores[trained:], 1 - _FALSE)
+    return Membership(
+        trained=trained,
+        held_out=held_out,
+        auroc=auroc,
+        error=_find_error(auroc, trained, held_out),
+        found=float((scores[:trained] > threshold).mean()),
+    )
+
+
+def list_first_images(owners: Patients) -> Tensor:
+    """The first image of each patient, by position; int64 [patients]."""
+    return owners.images[owners.counts.cumsum(0) - owners.counts]
+
+
+def compute_losses(
+    prepared: PreparedSite, model: Tensors, part: str, some: Tensor
+) -> tuple[Floats, Ints]:
+    """The cross-entropy of a model on some images of a part, in nats, and their labels.
+
+    Args:
+      prepared: The site.
+      model: The tensors that travel.
+      part: Of its patients.
+      some: Positions, int64 [n].
+    """
+    suffix, classes = prepared.network.split.suffix, len(prepared.study.classes)
+    prepared.network.load(model)
+    with fix_numerics(prepared.site.threads):
+        logits, labels = trainer.compute_logits(suffix, prepared.examples[part], classes, some)
+    losses = torch.nn.functional.cross_entropy(logits.double(), labels, reduction="none")
+    return losses.numpy(), labels.numpy()
+
+
+def score_losses(losses: Floats, labels: Ints) -> Floats:
+    """How much smaller each loss is than the median of its class; [n]."""
+    scores = np.zeros_like(losses)
+    for label in np.unique(labels):
+        own = labels == label
+        scores[own] = np.median(losses[own]) - losses[own]
+    return scores
+
+
+def _find_error(auroc: float, inside: int, outside: int) -> float:
+    one, other = auroc / (2 - auroc), 2 * auroc**2 / (1 + auroc)
+    spread = (
+        auroc * (1 - auroc) + (inside - 1) * (one - auroc**2) + (outside - 1) * (other - auroc**2)
+    )
+    return math.sqrt(max(spread, 0.0) / (inside * outside))

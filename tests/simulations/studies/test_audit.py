@@ -1,0 +1,128 @@
+"""An audit: an honest study keeps below its ε, and one that is broken is found out."""
+
+import json
+
+import pytest
+import torch
+
+from client import session
+from client.cli.main import main as client
+from client.privacy.noise import Entropy
+from common.errors import RunError, StudyError
+from common.support.terminal import console
+from simulations.engines.audited import AUDIT
+from simulations.sites import phantom
+from simulations.studies.audit import audit_study
+from simulations.studies.runner import Source
+from tests.builders import FULL_BATCH, PHANTOM_CLASSES, PHANTOMS, ROOT, make_study
+
+MODEL = {"weights": str(ROOT / "simulations/sites/phantom_backbone.safetensors"), "init": None}
+HEAD = {
+    "classes": PHANTOM_CLASSES,
+    "images": {"size": 64},
+    "model": MODEL,
+    "train": {"rounds": 0},
+    "privacy": {"preset": "head", "epsilon": 1.0, "delta": 1e-5, "directions": 16},
+}
+ROUNDS = {
+    "classes": PHANTOM_CLASSES,
+    "images": {"size": 64},
+    "model": MODEL | {"init": "zero", "unit_features": True},
+    "train": {"rounds": 2, **FULL_BATCH},
+    "privacy": {"mechanism": "dp_sgd", "epsilon": 1.0, "delta": 1e-5},
+}
+
+
+@pytest.fixture(autouse=True)
+def _own_process(new_process):
+    new_process()
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """Hospitals with patients enough to throw coins about."""
+    folder = tmp_path_factory.mktemp("many")
+    phantom.write_phantoms(folder, patients=240)
+    return folder
+
+
+def audit(many, folder, *, content=HEAD, epsilons=(1.0,), canaries=120):
+    audit_study(
+        make_study(**content),
+        Source(folders=tuple(many / name for name in PHANTOMS)),
+        folder,
+        epsilons=epsilons,
+        seeds=(0,),
+        canaries=canaries,
+        cache=many.parent / "cache",
+    )
+    return json.loads((folder / AUDIT).read_text())["bounds"]
+
+
+@pytest.fixture
+def broken(monkeypatch):
+    """Makes every site add so much of its noise only, and forget to check it."""
+    whole = Entropy.gaussians
+
+    def add_only(share):
+        def less(self, shapes):
+            return [(n.double() * share).trunc().to(torch.int64) for n in whole(self, shapes)]
+
+        monkeypatch.setattr(Entropy, "gaussians", less)
+        monkeypatch.setattr(session, "check_noise", lambda plan: None)
+
+    return add_only
+
+
+def test_an_honest_head_keeps_its_promise(many, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(console, "width", 200)
+    found = audit(many, tmp_path / "audit")["ε = 1"]
+    assert set(found) == {"model", "sums"}
+    for bound in found.values():
+        assert bound["canaries"] > 60
+        assert max(bound["epsilon"], bound["gaussian"]) < 1.0 < bound["gaussian_ceiling"]
+    out = " ".join(capsys.readouterr().out.split())
+    assert "None is above the ε of its study" in out
+    assert (tmp_path / "audit" / "audit.png").stat().st_size > 5_000
+    before = (tmp_path / "audit" / AUDIT).read_bytes()
+    audit(many, tmp_path / "audit")  # what is there is only read
+    assert (tmp_path / "audit" / AUDIT).read_bytes() == before
+
+
+@pytest.mark.parametrize(("content", "share"), [(HEAD, 0.0), (HEAD, 0.1), (ROUNDS, 0.0)])
+def test_a_broken_site_is_found_out(many, tmp_path, capsys, monkeypatch, broken, content, share):
+    monkeypatch.setattr(console, "width", 200)
+    broken(share)
+    found = audit(many, tmp_path / "audit", content=content)["ε = 1"]["sums"]
+    assert found["gaussian"] > 1.0
+    assert "ABOVE WHAT WAS PROMISED" in capsys.readouterr().out
+
+
+def test_without_privacy_sums_give_everybody_away(many, tmp_path):
+    content = {key: value for key, value in HEAD.items() if key != "privacy"}
+    content["model"] = MODEL | {"head": "discriminant"}
+    found = audit(many, tmp_path / "audit", content=content, epsilons=(None,))["no privacy"]
+    assert found["sums"]["right"] == found["sums"]["canaries"]
+    assert found["sums"]["epsilon"] == found["sums"]["ceiling"]
+
+
+def test_a_site_attacks_the_model_itself(many, tmp_path, run_main):
+    audit(many, tmp_path / "audit")
+    (site,) = tmp_path.rglob("sites/north/site.yaml")
+    code, out = run_main(client, "audit", site, "study")
+    assert code == 0
+    assert "chance is 0.500" in out
+    assert "held out" in out
+    code, out = run_main(client, "audit", site, "another")
+    assert code == 1
+    assert "expected a study that has ended here: study" in out
+
+
+def test_what_cannot_be_audited(many, tmp_path):
+    plain = {"classes": PHANTOM_CLASSES}
+    with pytest.raises(StudyError, match="privacy: expected a mechanism, got none"):
+        audit(many, tmp_path / "audit", content=plain)
+    audit(many, tmp_path / "audit")
+    next((tmp_path / "audit" / "epsilon-1").rglob(AUDIT)).unlink()
+    with pytest.raises(RunError, match="got one that was interrupted"):
+        audit(many, tmp_path / "audit")
