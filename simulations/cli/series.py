@@ -40,6 +40,13 @@ def utility(
     of: Annotated[
         str | None, typer.Option("--class", help="A class whose own AUROC is shown as well.")
     ] = None,
+    by: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A column of the manifests, such as sex: groups of test patients are shown as "
+            "well. Ages, and other numbers, are cut at 40 and 60. Repeat."
+        ),
+    ] = None,
     out: SeriesFolder = None,
     cache: Cache = CACHE,
     engine: "Engine",
@@ -58,6 +65,7 @@ def utility(
             epsilons=parse_epsilons(epsilons),
             seeds=parse_seeds(seeds),
             of=of,
+            by=by or (),
             cache=cache,
             engine=engine,
         )
@@ -215,7 +223,7 @@ COMMANDS: dict[Callable[..., None], str] = {
     sweep: "configs/demo.yaml --set train.lr=0.001,0.01,0.1 --set model.unfreeze=head,last:1 "
     "--seeds 0,1,2 --site runs/phantom/north --site … --out runs/sweep",
     utility: "configs/skin_private.yaml --site SKIN/rosendahl --site SKIN/vidir_modern "
-    "--epsilons none,8,3,1 --seeds 0,1,2,3,4,5,6,7,8,9 --class mel",
+    "--epsilons none,8,3,1 --seeds 0,1,2,3,4,5,6,7,8,9 --class mel --by sex --by age",
     audit: "configs/skin_private.yaml --site SKIN/rosendahl --site SKIN/vidir_modern "
     "--epsilons none,8,3,1 --seeds 0,1,2",
     poison: "configs/poisoned.yaml --pool runs/many/north --partition dirichlet:5 --sites 9 "

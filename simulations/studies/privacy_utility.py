@@ -18,12 +18,15 @@ from common.support.terminal import console, table
 from server.runs.results import FEDERATED, Results, compute_sensitivities, read_results, unite_sites
 from simulations.engines.base import Engine
 from simulations.sites import virtual_sites
-from simulations.studies import plots, runner, summary
+from simulations.studies import plots, runner, subgroups, summary
 from simulations.studies.runner import Source
+from simulations.studies.subgroups import Subgroup
 
 Figure = Callable[[Counts], float | None]
 PerEpsilon = Mapping[float | None, Mapping[str, list[float | None]]]
 """Figures by ε and by name, one for each seed."""
+Grouped = Mapping[float | None, Sequence[Mapping[str, Subgroup]]]
+"""The groups of one column by ε, for each seed."""
 
 
 def compare_epsilons(
@@ -34,6 +37,7 @@ def compare_epsilons(
     epsilons: Sequence[float | None],
     seeds: Sequence[int],
     of: str | None,
+    by: Sequence[str] = (),
     cache: Path,
     engine: Engine,
 ) -> None:
@@ -48,15 +52,17 @@ def compare_epsilons(
       epsilons: None is the study without privacy.
       seeds: Each draws another holdout.
       of: A class whose own AUROC is wanted as well.
+      by: Columns of the manifests, by which groups of test patients are shown as well.
       cache: The folder of prepared images.
       engine: The engine in which the hospitals compute.
 
     Raises:
-      StudyError: the study is not private, or has no such class.
+      StudyError: the study is not private, or has no such class; no manifest has such a column.
     """
     wanted = _figures(study, of)
     if not isinstance(study.privacy, Private):
         raise study.error("privacy", expected="a mechanism", got="none")
+    groups = subgroups.find_groups(by, source.list_hospitals(study), study) if by else {}
     runs: dict[float | None, list[Path]] = {}
     for epsilon in epsilons:
         privacy = study.privacy.model_copy(update={"epsilon": epsilon}) if epsilon else NoPrivacy()
@@ -64,8 +70,16 @@ def compare_epsilons(
         changed = [study.model_copy(update=changes | {"seed": seed}) for seed in seeds]
         place, title = folder / name_epsilon(epsilon), label_epsilon(epsilon)
         runs[epsilon] = runner.run_series(changed, source, place, cache, engine, title=title)
+    counted = {
+        epsilon: [subgroups.count_groups(run, groups, engine.runtime) for run in paths]
+        for epsilon, paths in (runs if groups else {}).items()
+    }
+    grouped = {
+        column: {epsilon: [found[column] for found in each] for epsilon, each in counted.items()}
+        for column in groups
+    }
     console.print()
-    _report(study, runs, wanted, folder)
+    _report(study, runs, grouped, wanted, folder)
 
 
 def _figures(study: Study, of: str | None) -> dict[str, Figure]:
@@ -84,6 +98,7 @@ def _figures(study: Study, of: str | None) -> dict[str, Figure]:
 def _report(
     study: Study,
     runs: dict[float | None, list[Path]],
+    grouped: Mapping[str, Grouped],
     wanted: dict[str, Figure],
     folder: Path,
 ) -> None:
@@ -120,6 +135,7 @@ def _report(
     console.print(_table("privacy", figures_of))
     console.print(_table("sensitivity of each class", by_class))
     console.print(_table("AUROC at each site", by_site))
+    by_group = {column: _show_groups(column, each, wanted) for column, each in grouped.items()}
     if None in runs:
         console.print("in brackets: the difference to no privacy, paired by seed, 95 % interval")
     _positives(study, results[next(iter(runs))])
@@ -132,6 +148,7 @@ def _report(
         "figures": told,
         "classes": {label_epsilon(e): by_name for e, by_name in by_class.items()},
         "sites": {label_epsilon(e): by_name for e, by_name in by_site.items()},
+        "groups": by_group,
         "spent": spent,
     }
     files.write(folder / "utility.json", json.dumps(content, indent=1))
@@ -148,6 +165,43 @@ def _table(first: str, figures_of: PerEpsilon) -> Table:
         base = plain if epsilon else {}
         cells = (summary.format_gain(by_name[name], base.get(name)) for name in names)
         shown.add_row(label_epsilon(epsilon), *cells)
+    return shown
+
+
+def _show_groups(
+    column: str, grouped: Grouped, wanted: Mapping[str, Figure]
+) -> dict[str, Mapping[str, object]]:
+    """Print each figure by group, but for groups of few patients; returns what was printed."""
+    found = next(iter(grouped.values()))
+    patients = {name: [groups[name].patients for groups in found] for name in found[0]}
+    shown = {name: each for name, each in patients.items() if mean(each) >= subgroups.LEAST}
+    told: dict[str, Mapping[str, object]] = {"patients": shown}
+    for label, figure in wanted.items():
+        figures_of = {
+            epsilon: {name: [figure(groups[name].counts) for groups in each] for name in shown}
+            for epsilon, each in grouped.items()
+        }
+        console.print(f"\n{label} by {column}", style="bold")
+        console.print(_table_of_groups(column, shown, figures_of))
+        told[label] = {label_epsilon(epsilon): by_name for epsilon, by_name in figures_of.items()}
+    if few := [name for name, each in patients.items() if any(each) and name not in shown]:
+        least = f"fewer than {subgroups.LEAST} test patients"
+        console.print(f"{column}: left out, with {least}: {len(few)} ({', '.join(few)})")
+    return told
+
+
+def _table_of_groups(
+    column: str, patients: Mapping[str, Sequence[int]], figures_of: PerEpsilon
+) -> Table:
+    """Each group with its test patients, the mean of seeds, and its figure at each ε."""
+    shown = table(column, "patients", *map(_label, figures_of), left=(column,))
+    plain = figures_of.get(None, {})
+    for name, each in patients.items():
+        cells = [
+            summary.format_gain(by_name[name], plain.get(name) if epsilon else None)
+            for epsilon, by_name in figures_of.items()
+        ]
+        shown.add_row(name, f"{mean(each):.1f}", *cells)
     return shown
 
 

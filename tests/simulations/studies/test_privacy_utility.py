@@ -8,7 +8,7 @@ from common.errors import StudyError
 from common.support.terminal import console
 from simulations.benchmarks import dp_cost
 from simulations.engines.base import InProcess
-from simulations.studies import privacy_utility
+from simulations.studies import privacy_utility, subgroups
 from simulations.studies.runner import Source
 from tests.builders import FULL_BATCH, PHANTOM_CLASSES, make_study
 
@@ -25,7 +25,7 @@ def _own_process(new_process):
     new_process()
 
 
-def show(phantoms, folder, study=CONTENT, of="nodule"):
+def show(phantoms, folder, study=CONTENT, of="nodule", by=()):
     privacy_utility.compare_epsilons(
         make_study(**study),
         Source(folders=(phantoms / "north", phantoms / "south")),
@@ -33,6 +33,7 @@ def show(phantoms, folder, study=CONTENT, of="nodule"):
         epsilons=(None, 2.0),
         seeds=(0, 1),
         of=of,
+        by=by,
         cache=folder.parent / "cache",
         engine=InProcess(),
     )
@@ -55,13 +56,24 @@ def test_a_study_at_several_epsilons_is_compared_on_the_same_holdouts(
     ledgers = sorted((tmp_path / "u").rglob("ledger.jsonl"))
     before = [path.read_bytes() for path in ledgers]
     assert len(before) == 8
-    show(phantoms, tmp_path / "u")  # what is there is only read
+    monkeypatch.setattr(subgroups, "LEAST", 2)
+    show(phantoms, tmp_path / "u", by=("age", "scanner"))  # what is there is only read
     assert [path.read_bytes() for path in ledgers] == before
+    out = capsys.readouterr().out
+    assert "AUROC of nodule by age" in out
+    assert "age: left out, with fewer than 2 test patients: 1 (under 40)" in out
+    told = json.loads((tmp_path / "u" / "utility.json").read_text())
+    assert told["groups"]["age"]["patients"] == {"40 to 59": [3, 3], "60 and over": [3, 2]}
+    by_scanner = told["groups"]["scanner"]["AUROC"]
+    north = {epsilon: sites["north"] for epsilon, sites in told["sites"].items()}
+    assert {epsilon: found["aurora 3"] for epsilon, found in by_scanner.items()} == north
 
 
 def test_what_cannot_be_compared_is_refused_before_anything_runs(phantoms, tmp_path):
     with pytest.raises(StudyError, match="--class: expected one of clear, nodule"):
         show(phantoms, tmp_path / "u", of="melanoma")
+    with pytest.raises(StudyError, match=r"--by: .* got 'sex'\. Known: age, scanner"):
+        show(phantoms, tmp_path / "u", by=("age", "sex"))
     open_study = CONTENT | {"privacy": {"mechanism": "none"}}
     with pytest.raises(StudyError, match="privacy: expected a mechanism, got none"):
         show(phantoms, tmp_path / "u", open_study)
