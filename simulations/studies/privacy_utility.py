@@ -1,8 +1,9 @@
 """The cost of privacy: one study at several ε and without, on the same holdouts."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import permutations
 from pathlib import Path
 from statistics import mean
 
@@ -12,7 +13,7 @@ from client.ledger.spending import MEANING
 from common.config.study import NoPrivacy, Private, Study
 from common.errors import StudyError
 from common.metrics.metrics import METRICS, Counts, class_auroc, value
-from common.metrics.statistics import t_interval
+from common.metrics.statistics import difference, t_interval
 from common.support import files
 from common.support.terminal import console, table
 from server.runs.results import FEDERATED, Results, compute_sensitivities, read_results, unite_sites
@@ -138,6 +139,10 @@ def _report(
     by_group = {column: _show_groups(column, each, wanted) for column, each in grouped.items()}
     if None in runs:
         console.print("in brackets: the difference to no privacy, paired by seed, 95 % interval")
+        if grouped:
+            console.print(
+                "groups that lose more are shown; of their pairs, one in twenty by luck alone"
+            )
     _positives(study, results[next(iter(runs))])
     spent = {label_epsilon(e): _spent(paths) for e, paths in runs.items() if e is not None}
     for label, paid in spent.items():
@@ -183,6 +188,8 @@ def _show_groups(
         }
         console.print(f"\n{label} by {column}", style="bold")
         console.print(_table_of_groups(column, shown, figures_of))
+        for line in _compare_losses(figures_of):
+            console.print(line)
         told[label] = {label_epsilon(epsilon): by_name for epsilon, by_name in figures_of.items()}
     if few := [name for name, each in patients.items() if any(each) and name not in shown]:
         least = f"fewer than {subgroups.LEAST} test patients"
@@ -194,7 +201,7 @@ def _table_of_groups(
     column: str, patients: Mapping[str, Sequence[int]], figures_of: PerEpsilon
 ) -> Table:
     """Each group with its test patients, the mean of seeds, and its figure at each ε."""
-    shown = table(column, "patients", *map(_label, figures_of), left=(column,))
+    shown = table(column, "patients", *map(label_epsilon, figures_of), left=(column,))
     plain = figures_of.get(None, {})
     for name, each in patients.items():
         cells = [
@@ -203,6 +210,24 @@ def _table_of_groups(
         ]
         shown.add_row(name, f"{mean(each):.1f}", *cells)
     return shown
+
+
+def _compare_losses(figures_of: PerEpsilon) -> Iterator[str]:
+    """Say which groups lose more than others, where the 95 % interval, paired by seed, tells."""
+    plain = figures_of.get(None, {})
+    for epsilon, by_name in figures_of.items():
+        losses = {
+            name: [
+                None if a is None or b is None else a - b for a, b in zip(base, found, strict=True)
+            ]
+            for name, found in by_name.items()
+            if epsilon and (base := plain.get(name))
+        }
+        for more, less in permutations(losses, 2):
+            gap = difference(losses[more], losses[less])
+            if gap and gap.low > 0:
+                by = f"{gap.value:.3f} ({gap.low:.3f} to {gap.high:.3f})"
+                yield f"{label_epsilon(epsilon)}: {more} loses {by} more than {less}"
 
 
 def _positives(study: Study, found: Sequence[Results]) -> None:
