@@ -47,6 +47,10 @@ def utility(
             "well. Ages, and other numbers, are cut at 40 and 60. Repeat."
         ),
     ] = None,
+    audit: Annotated[
+        Path | None,
+        typer.Option(help="The folder of an audit of this study: its bounds are drawn in."),
+    ] = None,
     out: SeriesFolder = None,
     cache: Cache = CACHE,
     engine: "Engine",
@@ -66,6 +70,7 @@ def utility(
             seeds=parse_seeds(seeds),
             of=of,
             by=by or (),
+            audit=audit,
             cache=cache,
             engine=engine,
         )

@@ -246,23 +246,27 @@ def _watch_round(
 ) -> None:
     """Take the change of a round for the sum of its steps' gradients, as plain SGD makes it.
 
-    Each step counts with the gradient at the beginning, of a patient's first image.
+    Each step counts with the gradients at the beginning, the mean over a patient's images.
     """
     prepared, train = canaries.prepared, canaries.prepared.study.train
     suffix, examples = prepared.network.split.suffix, prepared.examples["train"]
     device = next(suffix.parameters()).device
-    images = list_first_images(prepared.owners)
-    losses = dp_sgd.choose_losses(train, device)
+    losses, owners = dp_sgd.choose_losses(train, device), prepared.owners
     train_mode(suffix)
     before = torch.cat([p.detach().flatten() for p in dp_sgd.list_trained(suffix)])
-    rows = []
+
+    def compute_row(image: int) -> torch.Tensor:
+        inputs = examples.batch(torch.tensor([image]), 0, device)
+        row = inputs, examples.labels[[image]].to(device), 0
+        gradient = dp_sgd.compute_row_gradient(suffix, row, losses)
+        flat = torch.cat([part.flatten() for part in gradient])
+        return flat * min(1.0, one.clip_norm / max(float(flat.norm()), 1e-12))
+
     with dp_sgd.compute_exactly(device):
-        for i in images.tolist():
-            inputs = examples.batch(torch.tensor([i]), 0, device)
-            row = inputs, examples.labels[[i]].to(device), 0
-            gradient = dp_sgd.compute_row_gradient(suffix, row, losses)
-            flat = torch.cat([part.flatten() for part in gradient])
-            rows.append(flat * min(1.0, one.clip_norm / max(float(flat.norm()), 1e-12)))
+        rows = [
+            torch.stack([compute_row(image) for image in images.tolist()]).mean(dim=0)
+            for images in owners.images.split(owners.counts.tolist())
+        ]
     prepared.network.load(_read_arrays(reply))
     after = torch.cat([p.detach().flatten() for p in dp_sgd.list_trained(suffix)])
     suffix.eval()

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import numpy as np
 
-from common.config.study import NoPrivacy, Private, Study
+from common.config.study import Private, Study
+from common.errors import RunError
 from common.metrics.one_run import Bound, bound_epsilon
 from common.support import files
 from common.support.terminal import console, table
 from simulations.engines.audited import AUDIT, Audited, explain_interrupted
-from simulations.studies import plots, runner
-from simulations.studies.privacy_utility import label_epsilon, name_epsilon
+from simulations.studies import plots
+from simulations.studies.epsilons import label_epsilon, run_epsilons
 from simulations.studies.runner import Source
 
 _WAYS = {"model": "the released model", "sums": "all sums"}
@@ -50,20 +51,33 @@ def audit_study(
       StudyError: an ε is asked for, and the study is not private.
     """
     delta = study.privacy.delta if isinstance(study.privacy, Private) else _DELTA
-    found: dict[float | None, dict[str, Bound]] = {}
-    for epsilon in epsilons:
-        if epsilon and not isinstance(study.privacy, Private):
-            raise study.error("privacy", expected="a mechanism", got="none")
-        privacy = study.privacy.model_copy(update={"epsilon": epsilon}) if epsilon else NoPrivacy()
-        changes = {"privacy": privacy, "adapt": False}
-        changed = [study.model_copy(update=changes | {"seed": seed}) for seed in seeds]
-        place, title = folder / name_epsilon(epsilon), label_epsilon(epsilon)
-        runs = runner.run_series(
-            changed, source, place, cache, Audited(canaries), title=title, results=False
-        )
-        found[epsilon] = _bound(runs, delta)
+    runs = run_epsilons(
+        study,
+        source,
+        folder,
+        epsilons=epsilons,
+        seeds=seeds,
+        cache=cache,
+        make_engine=lambda: Audited(canaries),
+        results=False,
+    )
+    found = {epsilon: _bound(paths, delta) for epsilon, paths in runs.items()}
     console.print()
     _report(found, delta, folder)
+
+
+def read_audit(folder: Path) -> dict[str, float]:
+    """The largest ε that an audit shows for Gaussian noise, by the label of the promised ε.
+
+    Raises:
+      RunError: there is none in this folder.
+    """
+    try:
+        bounds = json.loads((folder / AUDIT).read_text(encoding="utf-8"))["bounds"]
+        return {told: max(way["gaussian"] for way in by.values()) for told, by in bounds.items()}
+    except (OSError, ValueError, LookupError, TypeError):
+        remedy = "Run consilium-simulate audit, and name its --out."
+        raise RunError(folder, expected="an audit", got="none", remedy=remedy) from None
 
 
 def _bound(runs: Sequence[Path], delta: float) -> dict[str, Bound]:

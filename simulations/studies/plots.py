@@ -51,16 +51,21 @@ def plot_comparison(
 
 
 def plot_privacy_utility(
-    results: Mapping[str, Mapping[float | None, Estimate | None]], path: Path
+    results: Mapping[str, Mapping[float | None, Estimate | None]],
+    shown: Mapping[float | None, float | None],
+    path: Path,
 ) -> None:
     """Plot the cost of each ε: a line for each figure, with 95 % intervals.
 
     Args:
       results: figure → ε (None without privacy) → estimate, None where it is undefined.
+      shown: ε → the least that an audit shows it to be, None where there was none.
       path: the PNG to write.
     """
     levels = sorted({e for by in results.values() for e in by}, key=lambda e: (e is None, e or 0))
     names = ["none" if level is None else f"{level:g}" for level in levels]
+    audited = [shown.get(level) for level in levels]
+    names = [n if b is None else f"{n}\n≥ {b:.2f}" for n, b in zip(names, audited, strict=True)]
 
     def draw(figure: Figure) -> None:
         figure.set_size_inches(7, 4)
@@ -72,7 +77,8 @@ def plot_privacy_utility(
             heights = [f.value for _, f in known]
             axes.plot(x, heights, MARKERS[index], ls="-", lw=1.8, color=colour, label=name)
         axes.set_xticks(range(len(levels)), names)
-        axes.set_xlabel("ε of the study")
+        below = ", and what an audit shows it to be at least" if any(shown.values()) else ""
+        axes.set_xlabel(f"ε of the study{below}")
         axes.set_ylabel("on the test images of all sites")
         axes.grid(axis="y")
         figure.legend(loc="outside upper center", ncols=len(results))

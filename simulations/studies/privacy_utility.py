@@ -10,7 +10,7 @@ from statistics import mean
 from rich.table import Table
 
 from client.ledger.spending import MEANING
-from common.config.study import NoPrivacy, Private, Study
+from common.config.study import Private, Study
 from common.errors import StudyError
 from common.metrics.metrics import METRICS, Counts, class_auroc, value
 from common.metrics.statistics import difference, t_interval
@@ -19,7 +19,9 @@ from common.support.terminal import console, table
 from server.runs.results import FEDERATED, Results, compute_sensitivities, read_results, unite_sites
 from simulations.engines.base import Engine
 from simulations.sites import virtual_sites
-from simulations.studies import plots, runner, subgroups, summary
+from simulations.studies import plots, subgroups, summary
+from simulations.studies.audit import read_audit
+from simulations.studies.epsilons import label_epsilon, run_epsilons
 from simulations.studies.runner import Source
 from simulations.studies.subgroups import Subgroup
 
@@ -39,6 +41,7 @@ def compare_epsilons(
     seeds: Sequence[int],
     of: str | None,
     by: Sequence[str] = (),
+    audit: Path | None = None,
     cache: Path,
     engine: Engine,
 ) -> None:
@@ -54,23 +57,28 @@ def compare_epsilons(
       seeds: Each draws another holdout.
       of: A class whose own AUROC is wanted as well.
       by: Columns of the manifests, by which groups of test patients are shown as well.
+      audit: The folder of an audit of this study, whose bounds are drawn in as well.
       cache: The folder of prepared images.
       engine: The engine in which the hospitals compute.
 
     Raises:
       StudyError: the study is not private, or has no such class; no manifest has such a column.
+      RunError: there is no such audit.
     """
     wanted = _figures(study, of)
     if not isinstance(study.privacy, Private):
         raise study.error("privacy", expected="a mechanism", got="none")
     groups = subgroups.find_groups(by, source.list_hospitals(study), study) if by else {}
-    runs: dict[float | None, list[Path]] = {}
-    for epsilon in epsilons:
-        privacy = study.privacy.model_copy(update={"epsilon": epsilon}) if epsilon else NoPrivacy()
-        changes = {"privacy": privacy, "adapt": False}
-        changed = [study.model_copy(update=changes | {"seed": seed}) for seed in seeds]
-        place, title = folder / name_epsilon(epsilon), label_epsilon(epsilon)
-        runs[epsilon] = runner.run_series(changed, source, place, cache, engine, title=title)
+    shown = read_audit(audit) if audit else {}
+    runs = run_epsilons(
+        study,
+        source,
+        folder,
+        epsilons=epsilons,
+        seeds=seeds,
+        cache=cache,
+        make_engine=lambda: engine,
+    )
     counted = {
         epsilon: [subgroups.count_groups(run, groups, engine.runtime) for run in paths]
         for epsilon, paths in (runs if groups else {}).items()
@@ -80,7 +88,7 @@ def compare_epsilons(
         for column in groups
     }
     console.print()
-    _report(study, runs, grouped, wanted, folder)
+    _report(study, runs, grouped, wanted, shown, folder)
 
 
 def _figures(study: Study, of: str | None) -> dict[str, Figure]:
@@ -98,9 +106,10 @@ def _figures(study: Study, of: str | None) -> dict[str, Figure]:
 
 def _report(
     study: Study,
-    runs: dict[float | None, list[Path]],
+    runs: Mapping[float | None, Sequence[Path]],
     grouped: Mapping[str, Grouped],
     wanted: dict[str, Figure],
+    shown: Mapping[str, float],
     folder: Path,
 ) -> None:
     results = {
@@ -157,7 +166,8 @@ def _report(
         "spent": spent,
     }
     files.write(folder / "utility.json", json.dumps(content, indent=1))
-    plots.plot_privacy_utility(estimates, folder / "utility.png")
+    bounds = {epsilon: shown.get(label_epsilon(epsilon)) for epsilon in runs}
+    plots.plot_privacy_utility(estimates, bounds, folder / "utility.png")
     console.print(f"\nrun folder: {folder}, with utility.json and utility.png")
 
 
@@ -248,13 +258,3 @@ def _spent(runs: Sequence[Path]) -> dict[str, float]:
         for name, epsilon in virtual_sites.read_spending(site_files).items():
             spent[name] = max(epsilon, spent.get(name, 0.0))
     return spent
-
-
-def name_epsilon(epsilon: float | None) -> str:
-    """The folder of the runs at an ε."""
-    return "no-privacy" if epsilon is None else f"epsilon-{epsilon:g}"
-
-
-def label_epsilon(epsilon: float | None) -> str:
-    """As tables call it."""
-    return "no privacy" if epsilon is None else f"ε = {epsilon:g}"

@@ -12,7 +12,7 @@ from common.errors import RunError, StudyError
 from common.support.terminal import console
 from simulations.engines.audited import AUDIT
 from simulations.sites import phantom
-from simulations.studies.audit import audit_study
+from simulations.studies.audit import audit_study, read_audit
 from simulations.studies.runner import Source
 from tests.builders import FULL_BATCH, PHANTOM_CLASSES, PHANTOMS, ROOT, make_study
 
@@ -28,7 +28,7 @@ ROUNDS = {
     "classes": PHANTOM_CLASSES,
     "images": {"size": 64},
     "model": MODEL | {"init": "zero", "unit_features": True},
-    "train": {"rounds": 2, **FULL_BATCH},
+    "train": {"rounds": 5, **FULL_BATCH},
     "privacy": {"mechanism": "dp_sgd", "epsilon": 1.0, "delta": 1e-5},
 }
 
@@ -84,6 +84,8 @@ def test_an_honest_head_keeps_its_promise(many, tmp_path, capsys, monkeypatch):
     out = " ".join(capsys.readouterr().out.split())
     assert "None is above the ε of its study" in out
     assert (tmp_path / "audit" / "audit.png").stat().st_size > 5_000
+    shown = read_audit(tmp_path / "audit")["ε = 1"]
+    assert shown == max(bound["gaussian"] for bound in found.values())
     before = (tmp_path / "audit" / AUDIT).read_bytes()
     audit(many, tmp_path / "audit")  # what is there is only read
     assert (tmp_path / "audit" / AUDIT).read_bytes() == before
@@ -119,6 +121,8 @@ def test_a_site_attacks_the_model_itself(many, tmp_path, run_main):
 
 
 def test_what_cannot_be_audited(many, tmp_path):
+    with pytest.raises(RunError, match="expected an audit, got none"):
+        read_audit(tmp_path)
     plain = {"classes": PHANTOM_CLASSES}
     with pytest.raises(StudyError, match="privacy: expected a mechanism, got none"):
         audit(many, tmp_path / "audit", content=plain)
