@@ -102,7 +102,7 @@ def plot_audit(bounds: Mapping[float | None, Mapping[str, float]], path: Path) -
         promised = [(x, e) for x, e in enumerate(levels) if e is not None]
         if promised:
             axes.plot(
-                *zip(*promised, strict=True), "_", ms=40, mew=2, color="0.4", label="promised"
+                *zip(*promised, strict=True), "_", ms=24, mew=2, color="0.4", label="promised"
             )
         for index, way in enumerate(ways):
             shown = [(x, bounds[e][way]) for x, e in enumerate(levels) if way in bounds[e]]

@@ -13,7 +13,7 @@ from client.ledger.spending import MEANING
 from common.config.study import Private, Study
 from common.errors import StudyError
 from common.metrics.metrics import METRICS, Counts, class_auroc, value
-from common.metrics.statistics import difference, t_interval
+from common.metrics.statistics import Estimate, difference, t_interval
 from common.support import files
 from common.support.terminal import console, table
 from server.runs.results import FEDERATED, Results, compute_sensitivities, read_results, unite_sites
@@ -126,7 +126,7 @@ def _report(
     }
     told = {label_epsilon(e): by_name for e, by_name in figures_of.items()}
     estimates = {
-        name: {e: t_interval(by_name[name]) for e, by_name in figures_of.items()} for name in wanted
+        name: {e: _estimate(by_name[name]) for e, by_name in figures_of.items()} for name in wanted
     }
     by_class = {
         epsilon: {
@@ -169,6 +169,12 @@ def _report(
     bounds = {epsilon: shown.get(label_epsilon(epsilon)) for epsilon in runs}
     plots.plot_privacy_utility(estimates, bounds, folder / "utility.png")
     console.print(f"\nrun folder: {folder}, with utility.json and utility.png")
+
+
+def _estimate(values: Sequence[float | None]) -> Estimate | None:
+    """The mean with its interval; of one seed a point."""
+    known = [value for value in values if value is not None]
+    return Estimate(known[0], known[0], known[0]) if len(known) == 1 else t_interval(values)
 
 
 def _table(first: str, figures_of: PerEpsilon) -> Table:
