@@ -24,6 +24,11 @@ def has_worked(folder: Path) -> bool:
     return any(True for trace in traces for _ in folder.glob(trace))
 
 
+def keeps_secret(folder: Path) -> bool:
+    """Whether a secret was drawn in this state folder, even if it was lost since."""
+    return any((folder / name).exists() for name in ("secret", "forgotten")) or has_worked(folder)
+
+
 def read_site_secret(folder: Path) -> bytes:
     """256 bits in a site's state folder; drawn once, before anything is done with them.
 
@@ -32,7 +37,7 @@ def read_site_secret(folder: Path) -> bytes:
     """
     path = folder / "secret"
     with explain_disk_errors(path, SiteError):
-        worked = not path.exists() and (has_worked(folder) or (folder / "forgotten").exists())
+        worked = not path.exists() and keeps_secret(folder)
         lost = worked and not path.exists()  # again: another thread may just have drawn it
     if lost:
         expected = "the secret that this site worked with"

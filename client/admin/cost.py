@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from client.consent.cohort import PARTS, count_by_class, count_patients, cut_records
 from client.consent.holdout import check_holdout
@@ -13,6 +15,7 @@ from client.ledger.spending import Spending
 from client.privacy.accountant import DpEvent
 from client.privacy.plan import PrivacyPlan, plan_privacy
 from client.site import Site
+from client.storage import keeps_secret
 from common.config.study import Private, Study
 from common.errors import BudgetError, DataError, RefusedError
 
@@ -79,6 +82,7 @@ class Cost:
       sums: Whether this site tells sums of features.
       refusal: Why this site's policy says no; None if it agrees.
       noise: None for a study without privacy, or at a site that only evaluates.
+      drawn: Whether this site has drawn who is held out; if not, the numbers are of another draw.
     """
 
     training: int
@@ -87,6 +91,7 @@ class Cost:
     sums: bool
     refusal: str | None
     noise: Noise | None
+    drawn: bool
 
 
 def estimate_room(study: Study | None, images: int) -> int:
@@ -101,6 +106,14 @@ def estimate_cost(site: Site, study: Study) -> Cost:
     Raises:
       ConsiliumError: the site's data cannot be read, or its ledger is damaged.
     """
+    if keeps_secret(site.state):
+        return _estimate(site, study, drawn=True)
+    with TemporaryDirectory() as folder:  # a secret for this look alone
+        away = site.model_copy(update={"state": Path(folder)})
+        return _estimate(away, study, drawn=False)
+
+
+def _estimate(site: Site, study: Study, *, drawn: bool) -> Cost:
     cut, entries = cut_records(site, study), read_ledger(site.state)
     records, room = cut.train, estimate_room(study, sum(len(getattr(cut, p)) for p in PARTS))
     training, refusal, noise = count_patients(records), None, None
@@ -118,7 +131,7 @@ def estimate_cost(site: Site, study: Study) -> Cost:
     except RefusedError as ex:
         refusal = str(ex)
     sums = gives_sums(site, study, by_class)
-    return Cost(training, len(records), room, sums, refusal, noise)
+    return Cost(training, len(records), room, sums, refusal, noise, drawn)
 
 
 def _noise(site: Site, study: Study, privacy: Private, entries: Sequence[Entry]) -> Noise:

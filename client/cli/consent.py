@@ -128,7 +128,8 @@ def _show(site: "Site", study: "Study") -> bool:
     found = estimate_cost(site, study)
     for line in _asked(study):
         console.print(line)
-    console.print(f"training here  {found.training:,} patients, {found.images:,} images")
+    about = "" if found.drawn else "about "  # who is held out is drawn with the first study
+    console.print(f"training here  {about}{found.training:,} patients, {found.images:,} images")
     console.print(f"disk           up to about {size(found.room)} of prepared images")
     if isinstance(study.privacy, Private):
         if found.noise:

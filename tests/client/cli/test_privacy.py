@@ -273,12 +273,14 @@ def test_a_plan_calibrates_all_rounds_and_tells_what_all_studies_cost_together(
     wanted = study(tmp_path, privacy=PRIVATE)
     code, fresh = command("plan", path, wanted)
     assert code == 0, fresh
-    assert "40 patients, 80 images" in fresh
+    assert not (tmp_path / "state").exists()  # a look changes nothing
+    assert "about 40 patients, 80 images" in fresh
     assert "q 0.4, 16 patients a step" in fresh
     assert "3 a round, 36 in 12 rounds, 2 of them spare" in fresh
     spend(tmp_path / "state")
     before = (tmp_path / "state/ledger.jsonl").read_bytes()
     code, later = command("plan", path, wanted)
+    assert "here  40 patients, 80 images" in later
     sigmas = [float(re.search(r"σ ([0-9.]+), clipping", text)[1]) for text in (fresh, later)]
     assert sigmas[0] == sigmas[1]
     spent = DpEvent(1.0, 0.05, 48)
