@@ -92,12 +92,13 @@ def plan(site_file: SiteFile, study_file: StudyFile) -> None:
 
     For a study with differential privacy: the noise this site would need, and what all its
     studies together would have spent after each round. For one without: that nothing bounds what
-    it tells. In both cases: whether the policy agrees, and what would leave.
+    it tells. In both cases: whether the policy agrees, and what would leave. The exit code is 1 if
+    this site would refuse.
     """
     from client.site import Site
     from common.config.study import Study
 
-    _show(Site.read(site_file), Study.read(study_file))
+    raise typer.Exit(0 if _show(Site.read(site_file), Study.read(study_file)) else 1)
 
 
 def adapt(site_file: SiteFile, name: StudyName) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from client.features.precision import can_compute, choose_device
+from client.privacy.accountant import compute_epsilon
 from client.privacy.plan import PrivacyPlan
 from client.privacy.rounding import Rounding
 from client.site import Policy, Site
@@ -37,7 +38,7 @@ def check_policy(
         fewest = Rounding(site.secret(), base).lower_number(patients, "patients")
         rules += _trained(site.policy, length, max(fewest, min(patients, 1)))
     if privacy_plan:
-        rules.append(_protected(study.privacy, privacy_plan))
+        rules += [_protected(study.privacy, privacy_plan), *_affordable(site.policy, privacy_plan)]
     elif site.role == "train" and not study.private:
         rules.append(_unprotected(site.policy, length, _fewest(images, base)))
     for rule in rules:
@@ -129,9 +130,7 @@ def _asked(policy: Policy, study: Study) -> Iterator[Rule]:
     """What is of the study alone, whoever the patients are."""
     model, privacy = study.model, study.privacy
     if isinstance(privacy, Private):
-        epsilon, delta = policy.max_epsilon or math.inf, policy.delta or 1.0
-        allowed, less = f"ε within {epsilon:g}", "a smaller privacy.epsilon"
-        yield Rule(privacy.epsilon <= epsilon, "max_epsilon", allowed, privacy.epsilon, less)
+        delta = policy.delta or 1.0
         allowed, less = f"δ within {delta:g}", "a smaller privacy.delta"
         yield Rule(privacy.delta <= delta, "delta", allowed, privacy.delta, less)
     else:
@@ -167,6 +166,15 @@ def _trained(policy: Policy, round_: Length, patients: int) -> Iterator[Rule]:
         allowed, got = f"batches of at most {most}", f"{round_.batch:g}"
         kept = round_.batch <= most
         yield Rule(kept, "max_batch_size", allowed, got, "a smaller train.batch_size")
+
+
+def _affordable(policy: Policy, privacy_plan: PrivacyPlan) -> Iterator[Rule]:
+    """At the policy's δ, which every study here is counted at, not at the study's own."""
+    if policy.max_epsilon is not None and policy.delta is not None:
+        epsilon = compute_epsilon(privacy_plan.whole, policy.delta)
+        allowed = f"ε within {policy.max_epsilon:g} at δ = {policy.delta:g}"
+        kept, less = epsilon <= policy.max_epsilon, "a smaller privacy.epsilon"
+        yield Rule(kept, "max_epsilon", allowed, f"{epsilon:.4g}", less)
 
 
 def _protected(privacy: Privacy, privacy_plan: PrivacyPlan) -> Rule:

@@ -35,15 +35,16 @@ def check_budget(
     alone = Spending(entries, privacy.delta).alone(study.id, planned)
     if alone > privacy.epsilon:
         where, remedy = f"study {study.name}: privacy.epsilon", "It ends here for this site."
-        raise _over(where, privacy.epsilon, alone, "PRV", remedy)
+        raise _over(where, privacy.epsilon, privacy.delta, alone, "PRV", remedy)
     most = site.policy.max_epsilon
     if most is not None:
-        account = Spending(entries, site.policy.delta or privacy.delta, most)
+        delta = site.policy.delta or privacy.delta
+        account = Spending(entries, delta, most)
         together, bound = account.total(planned, study.id), account.bound(study.id)
         if together > most:
             remedy = "Together with what is spent it is too much; ask for a study that costs less."
             where = f"{site.source}: policy.max_epsilon"
-            raise _over(where, most, together, bound, remedy)
+            raise _over(where, most, delta, together, bound, remedy)
 
 
 def check_times(entries: Sequence[Entry], study: Study, kind: str, most: int) -> None:
@@ -105,6 +106,8 @@ def check_noise_once(sealed: Collection[str], study: Study) -> None:
         raise BudgetError(where, expected=expected, got="none, or another question", remedy=remedy)
 
 
-def _over(where: str, most: float, needed: float, bound: str, remedy: str) -> BudgetError:
-    expected, got = f"ε of at most {most:g}", f"{needed:.2f} by {bound}"
+def _over(
+    where: str, most: float, delta: float, needed: float, bound: str, remedy: str
+) -> BudgetError:
+    expected, got = f"ε of at most {most:g} at δ = {delta:g}", f"{needed:.4g} by {bound}"
     return BudgetError(where, expected=expected, got=got, remedy=remedy)

@@ -12,6 +12,7 @@ import pytest
 
 from client.consent.agreement import Agreement
 from client.consent.policy import check_policy
+from client.privacy.accountant import compute_epsilon
 from client.privacy.plan import plan_privacy
 from client.site import Site
 from common.errors import ContractError, DataError, RefusedError, SiteError
@@ -73,11 +74,6 @@ REFUSED = {
         {"max_epsilon": 8.0, "delta": 0.1},
         (study(), 100),
         ["policy.max_epsilon: expected", "none"],
-    ),
-    "ε": (
-        {"max_epsilon": 3.9, "delta": 0.1},
-        (private(), 100),
-        ["ε within 3.9", "got 4.0"],
     ),
     "δ": ({"delta": 1e-7}, (private(), 100), ["δ within 1e-07", "got 1e-06"]),
     "few patients": (
@@ -260,6 +256,22 @@ def test_the_length_of_private_rounds_is_what_will_run_whoever_trains(tmp_path):
     whole = private(train={"rounds": 3, "local_steps": 1, "batch_size": 65_536})
     site = write(tmp_path, data=data, policy={"max_batch_size": 1000})
     check_policy(site, whole, plan_privacy(site, whole, whole.privacy), 1, 100_000)
+
+
+def test_epsilon_is_limited_at_the_delta_of_the_policy(tmp_path):
+    """ε = 4 at a smaller δ is less at the site's own, by which its ledger and plan count, too."""
+    data = {"format": "manifest", "root": "images", "enrolled_patients": 100}
+    wanted = private(4.0, 1e-9)
+    for most, allowed in ((2.0, True), (1.0, False)):
+        site = write(tmp_path, data=data, policy={"max_epsilon": most, "delta": 1e-4})
+        privacy_plan = plan_privacy(site, wanted, wanted.privacy)
+        if allowed:
+            check_policy(site, wanted, privacy_plan, 1, 1)
+            continue
+        found = compute_epsilon(privacy_plan.whole, 1e-4)
+        said = re.escape(f"policy.max_epsilon: expected ε within 1 at δ = 0.0001, got {found:.4g}")
+        with pytest.raises(RefusedError, match=said):
+            check_policy(site, wanted, privacy_plan, 1, 1)
 
 
 @pytest.mark.parametrize(("delta", "allowed"), [(1e-3, True), (1.001e-3, False), (0.5, False)])
