@@ -1,5 +1,6 @@
 """The site: what one hospital says about itself in its `site.yaml`. It always wins."""
 
+import math
 import re
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -8,7 +9,7 @@ from pydantic import BeforeValidator, Field, StrictBool, StrictInt, field_valida
 
 from client.data.registry import Data
 from client.storage import explain_disk_errors, read_site_secret
-from common.config.study import Name, Number, Positive, Sha256, Unfreeze, Word
+from common.config.study import Delta, Epsilon, Name, Number, Sha256, Unfreeze, Word
 from common.config.yaml import Section, YamlFile
 from common.errors import SiteError
 from common.protocol.disclosure import Disclosure
@@ -40,9 +41,9 @@ class Policy(Section):
     """`ask`: each study waits until a person approves it; `policy`: the keys below decide alone."""
     require_privacy: bool = False
     """Refuse studies without differential privacy."""
-    max_epsilon: Positive | None = None
+    max_epsilon: Epsilon | None = None
     """Most that all studies together may spend; one without privacy has no ε, and is refused."""
-    delta: Annotated[Number, Field(gt=0, lt=1)] | None = None
+    delta: Delta | None = None
     """Refuse a larger δ; the δ of `max_epsilon`, which means nothing without one."""
     min_patients: AtLeastOne = 1
     """Refuse to train on fewer training patients; where numbers are told rounded, on up to a base
@@ -169,6 +170,15 @@ class Site(YamlFile):
             remedy = f"Write cache: {{folder: {given}}}."
             raise ValueError(f"expected a mapping of keys to values, got {given!r}. {remedy}")
         return given
+
+    @model_validator(mode="after")
+    def _delta_protects_each(self) -> Self:
+        delta, enrolled = self.policy.delta, self.data.enrolled_patients
+        if delta is not None and enrolled is not None and delta > (most := 1 / (10 * enrolled)):
+            expected = f"policy.delta of at most {most:g}, a tenth of 1 / enrolled_patients"
+            remedy = f"Write delta: {10.0 ** math.floor(math.log10(most)):g}."
+            raise ValueError(f"expected {expected} ({enrolled}), got {delta:g}. {remedy}")
+        return self
 
     @classmethod
     def read(cls, path: Path) -> Self:

@@ -4,7 +4,7 @@ import getpass
 import shlex
 import sys
 from dataclasses import dataclass
-from decimal import ROUND_DOWN, Context
+from decimal import ROUND_DOWN, Context, Decimal
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +154,8 @@ def _privacy(epsilon: float | None, enrolled: int | None) -> str:
     if enrolled is None:
         expected, remedy = "how many patients train here, for δ", "Say --enrolled-patients."
         raise SiteError("--enrolled-patients", expected=expected, got="nothing", remedy=remedy)
-    delta = Context(prec=1, rounding=ROUND_DOWN).divide(1, 10 * enrolled)
+    tenth = Context(prec=1, rounding=ROUND_DOWN).divide(1, 10 * enrolled)
+    delta = min(tenth, Decimal("0.001"))
     return _PRIVATE.format(epsilon=epsilon, delta=delta)
 
 

@@ -48,6 +48,28 @@ Moderate = Annotated[Number, Field(gt=0, le=1e4)]
 """Positive, and far from where float32 overflows."""
 
 
+MOST_EPSILON, MOST_DELTA = 100.0, 1e-3
+"""Beyond either, nobody is protected, and no study or site is taken to mean it."""
+
+
+def _protects(epsilon: float) -> float:
+    if epsilon > MOST_EPSILON:
+        remedy = "So large an ε protects nobody: 8 or less is usual."
+        raise ValueError(f"expected an ε of at most {MOST_EPSILON:g}, got {epsilon:g}. {remedy}")
+    return epsilon
+
+
+def _is_rare(delta: float) -> float:
+    if delta > MOST_DELTA:
+        remedy = "δ is the chance that nothing protects a patient: write 1.0e-5."
+        raise ValueError(f"expected a δ of at most {MOST_DELTA:g}, got {delta:g}. {remedy}")
+    return delta
+
+
+Epsilon = Annotated[Positive, AfterValidator(_protects)]
+Delta = Annotated[Number, Field(gt=0), AfterValidator(_is_rare)]
+
+
 def _one_line(text: str) -> str:
     if not text.isprintable():
         raise ValueError(f"expected printable characters on one line, got {text!r}")
@@ -235,9 +257,9 @@ class NoPrivacy(Section):
 class Private(Section):
     """What every private mechanism promises: a bound on what a whole study tells about one."""
 
-    epsilon: Positive
+    epsilon: Epsilon
     """Over all queries that are planned, and the spare rounds."""
-    delta: Annotated[Number, Field(gt=0, lt=1)]
+    delta: Delta
 
 
 class DpSgd(Private):

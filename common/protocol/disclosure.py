@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self, get_args
 
 from pydantic import Field, StrictInt
 
-from common.config.study import Positive
+from common.config.study import Epsilon
 from common.config.yaml import Section
 
 CountsLevel = Literal["exact", "rounded", "none"]
@@ -26,7 +26,7 @@ class Disclosure(Section):
     round only where all counts are exact."""
     min_cell: Annotated[StrictInt, Field(ge=1, le=1000)] = 1
     """Above 1, no number from 1 to below this can be derived: all are rounded to multiples."""
-    epsilon: Positive | None = None
+    epsilon: Epsilon | None = None
     """ε, at `policy.delta`, of all that one study tells of a validation or test patient: counts of
     the released model, with noise, and no numbers of these patients at join."""
     sums: Annotated[StrictInt, Field(ge=1, le=10**6)] | Literal["none"] | None = None

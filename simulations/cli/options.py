@@ -1,6 +1,5 @@
 """Options that several commands of `consilium-simulate` share."""
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -154,11 +153,14 @@ def parse_seeds(text: str | None) -> tuple[int, ...]:
 
 def parse_epsilons(text: str) -> list[float | None]:
     """Parse the values of ε to compare; None is without privacy."""
+    from common.config.study import MOST_EPSILON
+
     try:
         found = [None if part == "none" else float(part) for part in text.split(",")]
     except ValueError:
         found = [0.0]
-    if any(epsilon is not None and not 0 < epsilon < math.inf for epsilon in found):
-        expected = "--epsilons: expected numbers above 0, or none, such as none,8,3,1"
+    if any(epsilon is not None and not 0 < epsilon <= MOST_EPSILON for epsilon in found):
+        limits = f"above 0 and up to {MOST_EPSILON:g}"
+        expected = f"--epsilons: expected numbers {limits}, or none, such as none,8,3,1"
         raise typer.BadParameter(f"{expected}, got {text!r}")
     return found

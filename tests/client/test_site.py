@@ -89,7 +89,25 @@ def test_a_cache_by_its_path_alone_is_shown_the_section(tmp_path: Path) -> None:
         ({"policy": {"max_epsilon": 0}}, ["policy.max_epsilon", "greater than 0", "got 0"]),
         ({"policy": {"max_epsilon": float("inf")}}, ["policy.max_epsilon", "a finite number"]),
         ({"policy": {"max_epsilon": True}}, ["policy.max_epsilon", "a number, got True"]),
-        ({"policy": {"delta": 1}}, ["policy.delta", "less than 1", "got 1"]),
+        (
+            {"policy": {"max_epsilon": 1e9, "delta": 1e-5}},
+            ["max_epsilon: expected", "got 1e+09. So"],
+        ),
+        (
+            {"policy": {"delta": 0.01}},
+            ["policy.delta", "at most 0.001", "got 0.01", "write 1.0e-5"],
+        ),
+        ({"policy": {"disclose": {"epsilon": 101}}}, ["disclose.epsilon", "at most 100, got 101"]),
+        (
+            {
+                "data": {"format": "manifest", "root": "x", "enrolled_patients": 600},
+                "policy": {"delta": 2e-4},
+            },
+            [
+                "policy.delta of at most 0.000166667, a tenth",
+                "(600), got 0.0002. Write delta: 0.0001",
+            ],
+        ),
         ({"policy": {"delta": 0}}, ["policy.delta", "greater than 0", "got 0"]),
         (
             {"policy": {"backbones": "resnet18"}},

@@ -84,7 +84,7 @@ def test_init_by_flags(command: Command, phantoms: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("enrolled", "delta"), [(1, 0.1), (120, 8e-4), (500, 2e-4), (1000, 1e-4), (7777, 1e-5)]
+    ("enrolled", "delta"), [(1, 1e-3), (120, 8e-4), (500, 2e-4), (1000, 1e-4), (7777, 1e-5)]
 )
 def test_what_init_writes_is_active_and_strict(
     command: Command, phantoms: Path, tmp_path: Path, enrolled: int, delta: float

@@ -66,12 +66,12 @@ def refused(site, wanted, patients=100, images=None):
 # this site allows, and what the study has.
 REFUSED = {
     "no privacy": (
-        {"require_privacy": True, "max_epsilon": 1.0, "delta": 0.1},
+        {"require_privacy": True, "max_epsilon": 1.0, "delta": 1e-3},
         (study(), 100),
         ["policy.require_privacy: expected", "differential privacy", "got privacy: none"],
     ),
     "no privacy, so no ε": (
-        {"max_epsilon": 8.0, "delta": 0.1},
+        {"max_epsilon": 8.0, "delta": 1e-3},
         (study(), 100),
         ["policy.max_epsilon: expected", "none"],
     ),
@@ -230,7 +230,7 @@ def test_a_site_that_only_evaluates_keeps_the_rules_that_are_not_of_training(tmp
     caps = {"min_patients": 20, "max_local_steps": 1, "max_local_epochs": 1, "max_batch_size": 1}
     check_policy(write(tmp_path, policy=caps, role="evaluate"), train(local_epochs=9), None, 0, 0)
     for policy, wanted in (
-        ({"require_privacy": True, "max_epsilon": 1.0, "delta": 0.1}, study()),
+        ({"require_privacy": True, "max_epsilon": 1.0, "delta": 1e-3}, study()),
         ({"backbones": ["resnet18"]}, study()),
         ({"unfreeze": ["head"]}, model(unfreeze="all")),
     ):
@@ -274,17 +274,19 @@ def test_epsilon_is_limited_at_the_delta_of_the_policy(tmp_path):
             check_policy(site, wanted, privacy_plan, 1, 1)
 
 
-@pytest.mark.parametrize(("delta", "allowed"), [(1e-3, True), (1.001e-3, False), (0.5, False)])
+@pytest.mark.parametrize(("delta", "allowed"), [(1e-4, True), (1.001e-4, False), (1e-3, False)])
 def test_a_delta_that_protects_few_is_refused(tmp_path, delta, allowed):
     """At δ = 1 / n a mechanism may tell one patient whole; n is what the hospital declares."""
-    data = {"format": "manifest", "root": "images", "enrolled_patients": 100}
+    data = {"format": "manifest", "root": "images", "enrolled_patients": 1000}
     site, wanted = write(tmp_path, data=data), private(delta=delta)
     privacy_plan = plan_privacy(site, wanted, wanted.privacy)
     for patients in (1, 10**6):
         if allowed:
             check_policy(site, wanted, privacy_plan, patients, patients)
         else:
-            with pytest.raises(RefusedError, match=r"at most 0\.001, a tenth.*got.*privacy\.delta"):
+            with pytest.raises(
+                RefusedError, match=r"at most 0\.0001, a tenth.*got.*privacy\.delta"
+            ):
                 check_policy(site, wanted, privacy_plan, patients, patients)
 
 
@@ -519,7 +521,7 @@ def test_a_policy_that_tells_more_changes_nothing_that_was_agreed(tmp_path):
 def test_a_rule_that_came_later_is_kept_from_then_on(tmp_path):
     site = hospital(tmp_path)
     join(site)
-    for policy in ({"max_epsilon": 1.0, "delta": 0.1}, {"min_patients": 5}, {"backbones": []}):
+    for policy in ({"max_epsilon": 1.0, "delta": 1e-3}, {"min_patients": 5}, {"backbones": []}):
         with pytest.raises(RefusedError):
             work(edit(site, policy=policy))
     assert work(edit(site, policy={})).figures is not None
