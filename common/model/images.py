@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as vision
@@ -48,10 +48,13 @@ def decode(data: bytes, name: str = "image", at_least: int | None = None) -> Ten
                 image.draft(None, (at_least, at_least))
             ImageOps.exif_transpose(image, in_place=True)
             rgb = _rgb(image)
+    except UnidentifiedImageError:  # its own text names an object in memory
+        got = f"bytes in none of {', '.join(FORMATS)}" if data else "an empty file"
+        raise DataError(name, expected="a readable image", got=got) from None
     # Damaged files make Pillow raise nearly any class, and one bad image must not end a run.
     except Exception as ex:
-        reason = f"{type(ex).__name__}: {ex}" if data else "an empty file"
-        raise DataError(name, expected="a readable image", got=reason) from None
+        got = f"{type(ex).__name__}: {ex}"
+        raise DataError(name, expected="a readable image", got=got) from None
     return torch.from_numpy(rgb).permute(2, 0, 1)
 
 
