@@ -62,6 +62,8 @@ class ReleasedModel:
         Raises:
           DataError: an image cannot be read; names it.
         """
+        if not images:
+            return torch.empty(0, len(self.classes))
         pixels = torch.stack([self._pixels(Path(path)) for path in images])
         with torch.inference_mode():
             logits: Tensor = self.network(self.preprocess.normalise(pixels))
@@ -75,16 +77,17 @@ class ReleasedModel:
 
 
 def load_model(run: str | Path) -> ReleasedModel:
-    """The model that the run folder `run` released.
+    """The model that the run folder `run` released, or that a site keeps in state/adapted/<id>.
 
     Raises:
-      RunError: the run is not finished, or its model file is damaged.
+      RunError: there is no such folder, it holds none or several, the run is not finished, or its
+        model file is damaged.
     """
     folder = Path(run)
     study_file, file = folder / "study.yaml", folder / "model.safetensors"
     if not (study_file.is_file() and file.is_file()):
-        remedy = f"Finish it with consilium-simulate run --resume {folder}."
-        raise RunError(folder, expected="a finished run", got="none", remedy=remedy)
+        got, remedy = _explain_absence(folder)
+        raise RunError(folder, expected="the folder of a finished run", got=got, remedy=remedy)
     study = Study.read(study_file)
     backbone = backbones.get(study.model.backbone)
     network = build_model(study, "none")
@@ -95,6 +98,22 @@ def load_model(run: str | Path) -> ReleasedModel:
         raise RunError(file, expected="the released model", got=got) from None
     preprocess = backbone.preprocess(study.model.weights).with_size(study.images.size)
     return ReleasedModel(study.classes, network, preprocess, _read_out(folder))
+
+
+def _explain_absence(folder: Path) -> tuple[str, str]:
+    """What a folder is that holds no released model, and what to do."""
+    name = "Name a run folder, or one in a site's state/adapted."
+    if not folder.is_dir():
+        return "a file" if folder.exists() else "no such folder", name
+    if (folder / "study.yaml").is_file():
+        resume = f"run --resume {folder}"
+        remedy = f"Finish it with consilium-simulate {resume}, in a deployment consilium-server's."
+        return "a run that is not finished", remedy
+    # Of several seeds, of a sweep's settings and seeds, of a site's state.
+    found = sorted([*folder.glob("*/model.safetensors"), *folder.glob("*/*/model.safetensors")])
+    if found:
+        return f"a folder that holds {len(found)}", f"Name one itself, such as {found[0].parent}."
+    return "a folder without one", name
 
 
 def _read_out(folder: Path) -> ReadOut:

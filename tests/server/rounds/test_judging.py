@@ -44,6 +44,8 @@ def test_the_released_model_reads_its_probabilities_by_it(tmp_path, phantoms):
     assert torch.allclose(model.probabilities(images), expected.float())
     assert torch.equal(model.decisions(images), logits.argmax(1))
     assert load_file(folder.path / "model.safetensors")
+    assert model.probabilities([]).shape == (0, len(model.classes))
+    assert model.decisions([]).shape == (0,)
     (folder.path / "read_out.json").unlink()
     assert torch.allclose(load_model(folder.path).probabilities(images), logits.softmax(1))
 

@@ -185,7 +185,7 @@ def test_a_missing_folder(command: Command) -> None:
     refused(command, "nowhere: expected", "run", DEMO, "--site", "nowhere", "--out", "run")
     refused(command, "expected --site folders or one --pool", "run", DEMO, "--out", "run")
     refused(command, "nothing.yaml: expected a readable YAML file", "check", "nothing.yaml")
-    refused(command, "expected a finished run", "predict", "nowhere", ".")
+    refused(command, "expected the folder of a finished run", "predict", "nowhere", ".")
     assert not Path("run").exists()
 
 
