@@ -3,12 +3,13 @@
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from common.config.study import Study
-from common.errors import ContractError
+from common.errors import BackboneError, ContractError
 from common.heads.whitening import WHITENING, Whitening
 from common.metrics.metrics import Floats
 from common.model import backbones
@@ -141,7 +142,12 @@ def assemble(study: Study, weights: str) -> Network:
     if study.directions and study.directions > backbone.width:
         expected = f"at most {backbone.width}, the features of {backbone.name}"
         raise study.error("privacy.directions", expected=expected, got=study.directions)
-    model = build_model(study, weights)
+    try:
+        model = build_model(study, weights)
+    except BackboneError as ex:
+        if study.model.weights_file != Path(weights):  # a site's own file, which no study names
+            raise
+        raise BackboneError(f"{study.source}: model.weights: {ex}") from None
     preprocess = backbone.preprocess(study.model.weights).with_size(study.images.size)
     asked = backbone.trainable(model, study.model.unfreeze)
     untrained = list_batchnorm(model, asked) if study.private else ()

@@ -59,7 +59,8 @@ def read(path: Path) -> dict[str, Tensor]:
     except BackboneError:
         raise
     except OSError as ex:
-        raise BackboneError(path, expected=expected, got=ex.strerror) from None
+        remedy = "A study's paths start at its own folder; DEFAULT takes torchvision's own weights."
+        raise BackboneError(path, expected=expected, got=ex.strerror, remedy=remedy) from None
     # A damaged file can fail anywhere in the readers, with nearly any class.
     except Exception:
         got = "one that is damaged, incomplete or not only tensors"

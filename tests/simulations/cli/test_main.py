@@ -158,7 +158,10 @@ def refused(command: Command, expected: str, *arguments: object) -> None:
         ("model.backbone=resnet81", "Did you mean 'resnet18'?"),
         ("model.unfreeze=last:99", "model.unfreeze: expected at most last:5"),
         ("model.unfreeze=some", "model.unfreeze: expected head, last:<k> or all, got 'some'"),
-        ("model.weights=missing.pth", "missing.pth: expected a state dict"),
+        (
+            "model.weights=missing.pth",
+            f"demo.yaml: model.weights: {DEMO.parent / 'missing.pth'}: expected a state dict",
+        ),
         ("aggregate.strategy=fedavgg", "Did you mean 'fedavg'?"),
         ("aggregate.options.mu=1", "aggregate.options.mu: expected an option of fedavg"),
         ("images.size=16", "images.size: expected"),
