@@ -169,7 +169,11 @@ class Augment(Section):
     @model_validator(mode="after")
     def _views_need_ops(self) -> Self:
         if (self.views > 1) != bool(self.ops):
-            raise ValueError("expected both views > 1 and some ops, or neither")
+            got = f"views: {self.views}, ops: [{', '.join(self.ops)}]"
+            remedy = "Write augment: {} for none."
+            raise ValueError(
+                f"expected both views > 1 and some ops, or neither, got {got}. {remedy}"
+            )
         return self
 
 
@@ -228,7 +232,9 @@ class Holdout(Section):
     @model_validator(mode="after")
     def _leaves_some(self) -> Self:
         if self.validation + self.test >= 1:
-            raise ValueError("expected validation + test < 1, so that some patients train")
+            held = self.validation + self.test
+            remedy = "Lower one, so that some patients train."
+            raise ValueError(f"expected validation + test < 1, got {held:g}. {remedy}")
         return self
 
 
@@ -356,7 +362,8 @@ class Study(YamlFile):
     @classmethod
     def _distinct(cls, classes: tuple[str, ...]) -> tuple[str, ...]:
         if len(set(classes)) != len(classes):
-            raise ValueError("expected distinct class names")
+            twice = next(name for name in classes if classes.count(name) > 1)
+            raise ValueError(f"expected distinct class names, got {twice!r} twice. Remove one.")
         return classes
 
     @model_validator(mode="after")

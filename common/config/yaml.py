@@ -21,6 +21,7 @@ PLAIN = {
     "path_type": "a path",
     "model_type": "a mapping of keys to values",
     "model_attributes_type": "a mapping of keys to values",
+    "dict_type": "a mapping of keys to values",
 }
 
 
@@ -190,6 +191,9 @@ def _explain(model: type[BaseModel], source: str, problem: ErrorDetails) -> str:
         expected = problem["ctx"]["expected_tags"]
     if kind == "too_short":
         expected = f"at least {problem['ctx']['min_length']} of them"
+    if got is None:
+        remedy = "Write {} for" if expected == PLAIN["model_type"] else "Remove the key for"
+        return f"{where}: expected {expected}, got null. {remedy} its default."
     text, near = f"{where}: expected {expected}, got {got!r}", _near(got, problem)
     return f"{text}. {near}" if near else text
 

@@ -31,7 +31,7 @@ WRONG: dict[str, tuple[str, str, list[str]]] = {
     "unknown key, near nothing": ("holdout.zzz", "1", ["holdout.zzz", "Known: test, validation"]),
     "a key that is no word": ("7", "1", ["study.yaml: 7", "a known key"]),
     "text for a number": ("train.rounds", "many", ["train.rounds", "integer", "'many'"]),
-    "nothing for a number": ("train.rounds", "", ["train.rounds", "integer", "None"]),
+    "nothing for a number": ("train.rounds", "", ["train.rounds", "integer", "got null"]),
     "a fraction of a round": ("train.rounds", "2.5", ["train.rounds", "integer", "2.5"]),
     "a number for text": ("name", "7", ["name", "text", "7"]),
     "YAML's no": ("classes", "[no, malignant]", ["classes.0", "quotes", "False"]),
@@ -91,7 +91,10 @@ WRONG: dict[str, tuple[str, str, list[str]]] = {
     "depth": ("model.unfreeze", "last:0", ["model.unfreeze", "head, last:<k> or all", "'last:0'"]),
     "depth in words": ("model.unfreeze", "tail", ["model.unfreeze", "head, last:<k> or all"]),
     "one class": ("classes", "[benign]", ["classes", "at least 2"]),
-    "a class twice": ("classes", "[benign, benign]", ["classes", "distinct class names"]),
+    "a class twice": ("classes", "[benign, benign]", ["distinct class names, got 'benign' twice"]),
+    "null for a section": ("images.augment", "null", ["of keys to values, got null. Write {} for"]),
+    "null for a mapping": ("aggregate.options", "null", ["of keys to values, got null. Write {}"]),
+    "null for a number": ("seed", "null", ["seed: expected a valid integer, got null. Remove"]),
     "a path as name": ("name", "../lesions", ["name", "'../lesions'"]),
     "tiny images": ("images.size", "8", ["images.size", "greater than or equal to 32", "8"]),
     "two lengths": (
@@ -112,7 +115,7 @@ WRONG: dict[str, tuple[str, str, list[str]]] = {
     "views without ops": (
         "images.augment.views",
         "4",
-        ["images.augment", "views > 1 and some ops"],
+        ["images.augment", "views > 1 and some ops", "got views: ", "Write augment: {} for none"],
     ),
     "ops without views": ("images.augment.ops", "[flip]", ["images.augment", "views > 1 and some"]),
     "nothing left to train on": (
