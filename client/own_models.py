@@ -55,11 +55,13 @@ class OwnModel:
       tensors: Those that travel in its study, by name, though these never do.
       read_out: By which its probabilities are truest on the site's validation images.
       facts: How it was made.
+      fits: Whether a fit gained; if not, the tensors are those that were released.
     """
 
     tensors: Tensors
     read_out: ReadOut
     facts: Mapping[str, Any]
+    fits: bool
 
 
 def finish(
@@ -118,6 +120,7 @@ def adapt_model(session: Session, released: Tensors, solved: tuple[Sums, float] 
     if solved is None:
         tensors, rounds = _fine_tune(session, released)
         facts: dict[str, Any] = {"fitted": "by training on", "rounds": rounds}
+        fits = rounds > 0
     else:
         adapted = _fit_solved(session, released, *solved)
         study, head = session.prepared.study, adapted.head
@@ -125,9 +128,10 @@ def adapt_model(session: Session, released: Tensors, solved: tuple[Sums, float] 
         auroc = {"federated": adapted.scores[FITS[0]], "this": adapted.scores[adapted.fit]}
         fitted = {"fitted": "by its own class means", **adapted.fit._asdict()}
         facts = {**fitted, "cross-validated AUROC": auroc}
+        fits = adapted.head is not None
     read_outs = list_read_outs(session.prepared.offer.images.train)
     read_out = choose_read_out(read_outs, list(session.judge(tensors, read_outs).losses))
-    return OwnModel(tensors, read_out, facts)
+    return OwnModel(tensors, read_out, facts, fits)
 
 
 def _fit_solved(session: Session, released: Tensors, total: Sums, shrinkage: float) -> Adapted:
@@ -171,7 +175,9 @@ def keep_model(session: Session, model: OwnModel) -> None:
         }
         for name, content in contents.items():
             files.write(folder / name, content, mode=0o600)
-    log.info("the model fitted to this site is in %s; it is not private, and stays here", folder)
+    kept = "the released model, which no fit to this site improved,"
+    what = "the model fitted to this site" if model.fits else kept
+    log.info("%s is in %s; it is not private, and stays here", what, folder)
 
 
 def count_local(session: Session) -> tuple[Counts, str]:

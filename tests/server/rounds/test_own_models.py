@@ -203,14 +203,20 @@ def test_sums_that_can_be_none_are_refused_and_nothing_is_kept(tmp_path, phantom
     assert len(read_results(folder.path, 4)[0]["adapted"]) == 4
 
 
-def test_after_rounds_a_site_trains_the_model_on_if_that_pays(tmp_path, phantoms):
+def test_after_rounds_a_site_trains_the_model_on_if_that_pays(tmp_path, phantoms, caplog):
+    caplog.set_level("INFO", "client")
     rounds = {"rounds": 1, "local_epochs": 1, "batch_size": 8, "lr": 0.01}
     changes = {"model": HEAD | {"head": "linear", "init": "zero"}, "train": rounds}
     folder, site_files = run(tmp_path / "run", phantoms, study(**changes), policy=policies(TELLS))
     assert list(read_results(folder.path, 4)[0]) == ["local", "federated", "adapted"]
-    about = json.loads((kept(site_files[0]) / "about.json").read_text())
-    assert about["fitted"] == "by training on"
-    assert 0 <= about["rounds"] <= 3
+    for path in site_files:
+        about = json.loads((kept(path) / "about.json").read_text())
+        assert about["fitted"] == "by training on"
+        assert 0 <= about["rounds"] <= 3
+        said = (
+            "the model fitted to this site" if about["rounds"] else "no fit to this site improved,"
+        )
+        assert f"{said} is in {kept(path)}" in caplog.text
 
 
 def test_in_a_private_study_no_model_is_fitted_while_a_server_waits(tmp_path, phantoms):
