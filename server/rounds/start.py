@@ -23,6 +23,21 @@ def check_start(study: Study) -> None:
     network = assemble(study, study.model.weights)
     Aggregator(study, tuple(network.shapes))
     load_first_tensors(study, network)
+    if idle := _list_idle(study):
+        use = (
+            "only a site that fits the model by training goes by" if study.adapt else "nothing uses"
+        )
+        log.warning("%s: no round trains (train.rounds: 0), so %s this", ", ".join(idle), use)
+
+
+def _list_idle(study: Study) -> list[str]:
+    """The keys of training that a study without rounds changes all the same."""
+    train = study.train
+    return [
+        f"train.{key}"
+        for key, field in type(train).model_fields.items()
+        if not train.rounds and key != "rounds" and getattr(train, key) != field.default
+    ]
 
 
 def load_first_tensors(study: Study, network: Network) -> Tensors:
