@@ -8,6 +8,7 @@ from rich.table import Table
 from common.metrics.metrics import METRICS, Counts, brier_score, value
 from common.support.terminal import console, table
 from server.runs.results import (
+    READ_OUTS,
     Results,
     compute_calibration_error,
     compute_sensitivities,
@@ -30,6 +31,7 @@ def show_results(
         console.print(shown)
         if below := describe_gaps(results, withheld):
             console.print(below, style="dim")
+    console.print(READ_OUTS, style="dim")
     if few := describe_few(results, classes):
         console.print(few, style="dim")
     console.print(f"\nrun folder: {where}")

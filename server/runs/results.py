@@ -16,6 +16,12 @@ FEDERATED = "federated"
 WAYS = ("local", "fedavg", "solved", FEDERATED, "adapted", "pooled")
 """Ways of training, in the order in which they are shown."""
 
+READ_OUTS = (
+    "two read-outs: of decisions are balanced accuracy, macro F1 and sensitivity; of probabilities "
+    "are AUROC, Brier score, calibration and, where scores are told, accuracy"
+)
+"""Below tables of several figures: a decision need not be the most probable class."""
+
 Results = dict[str, dict[str, Counts]]
 """Way of training (federated, local, pooled) → site → counts on its test patients."""
 

@@ -196,6 +196,7 @@ def predict(
     csv.writer(text).writerows([("image", "predicted", *model.classes), *rows])
     files.write(out, text.getvalue())
     console.print(f"{len(rows)} images → {out}")
+    console.print("predicted: the decision, which need not be the most probable class", style="dim")
 
 
 def _logits(model: "ReleasedModel", paths: Sequence[Path]) -> Iterator[tuple[Path, "Tensor"]]:

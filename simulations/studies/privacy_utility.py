@@ -16,7 +16,14 @@ from common.metrics.metrics import METRICS, Counts, class_auroc, value
 from common.metrics.statistics import Estimate, difference, t_interval
 from common.support import files
 from common.support.terminal import console, table
-from server.runs.results import FEDERATED, Results, compute_sensitivities, read_results, unite_sites
+from server.runs.results import (
+    FEDERATED,
+    READ_OUTS,
+    Results,
+    compute_sensitivities,
+    read_results,
+    unite_sites,
+)
 from simulations.engines.base import Engine
 from simulations.sites import virtual_sites
 from simulations.studies import plots, subgroups, summary
@@ -146,6 +153,7 @@ def _report(
     console.print(_table("sensitivity of each class", by_class))
     console.print(_table("AUROC at each site", by_site))
     by_group = {column: _show_groups(column, each, wanted) for column, each in grouped.items()}
+    console.print(READ_OUTS, style="dim")
     if None in runs:
         console.print("in brackets: the difference to no privacy, paired by seed, 95 % interval")
         if grouped:

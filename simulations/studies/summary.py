@@ -10,7 +10,14 @@ from common.metrics.metrics import METRICS, Counts, value
 from common.metrics.statistics import Estimate, difference, gap_closed, intervals, t_interval
 from common.support import files
 from common.support.terminal import console, table
-from server.runs.results import FEDERATED, Results, describe_gaps, read_results, unite_sites
+from server.runs.results import (
+    FEDERATED,
+    READ_OUTS,
+    Results,
+    describe_gaps,
+    read_results,
+    unite_sites,
+)
 from server.runs.run_folder import RunFolder
 from simulations.studies import plots
 from simulations.studies.gains import collect_figures, find_gains, show_gains
@@ -51,6 +58,7 @@ def summarise_seeds(folder: Path, seeds: Sequence[int]) -> None:
         shown.add_row(way, *(format_mean_sd(values) for values in by_metric.values()))
     console.print()
     console.print(shown)
+    console.print(READ_OUTS, style="dim")
     if below := describe_gaps(runs[0], loaded[0][1].get("withheld", {})):
         console.print(below, style="dim")
     told: dict[str, object] = {"seeds": list(seeds), "overall": figures_of}

@@ -20,7 +20,7 @@ from common.metrics.statistics import difference
 from common.support import files
 from common.support.terminal import console, table
 from server.rounds.start import check_start
-from server.runs.results import FEDERATED, read_results, unite_counts
+from server.runs.results import FEDERATED, READ_OUTS, read_results, unite_counts
 from server.runs.run_folder import RunFolder
 from simulations.engines.base import Engine
 from simulations.sites import virtual_sites
@@ -273,5 +273,6 @@ def _show_test(chosen: Setting | None, tried: dict[Setting, Tried]) -> None:
     shown.add_row(*chosen.values.values(), *cells)
     console.print("\ntest images of all sites", style="bold")
     console.print(shown)
+    console.print(READ_OUTS, style="dim")
     why = "Of the chosen setting alone: test patients never choose. All are in sweep.json."
     console.print(why, style="dim")

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 
 from client.session import Session
 from common.support.terminal import PlainConsole
+from server.runs.results import READ_OUTS
 from simulations.cli.main import main
 from tests.builders import CONFIGS, DEMO, PHANTOMS, ROOT
 
@@ -73,6 +74,7 @@ def test_run_compare_predict(command: Command, site_options: list[str], phantoms
     assert code == 0, text
     for word in ("round   2/2", "north", "local", "pooled", "federated", "overall", "run folder"):
         assert word in text
+    assert READ_OUTS in " ".join(text.split())
     report = json.loads(Path("run/report.json").read_text())
     ways = ["local", "fedavg", "solved", "federated", "adapted", "pooled"]
     assert list(report["results"]) == ways
@@ -80,6 +82,7 @@ def test_run_compare_predict(command: Command, site_options: list[str], phantoms
     assert Path("run/comparison.png").exists()
     code, text = command("predict", "run", phantoms / "west/images", "--out", "p.csv")
     assert code == 0, text
+    assert "predicted: the decision, which need not be the most probable class" in text
     rows = list(csv.DictReader(Path("p.csv").read_text().splitlines()))
     assert len(rows) == len(list((phantoms / "west/images").iterdir()))
     shares = [float(rows[0][name]) for name in ("clear", "nodule", "consolidation", "effusion")]
@@ -110,7 +113,7 @@ def test_seeds_are_summarised_and_completed(command: Command, site_options: list
     code, text = command(*arguments)
     assert code == 0, text
     assert "2 seeds" in text
-    assert "±" in text
+    assert " ".join(text.split()).count(READ_OUTS) == 1 + 2  # the seeds together, and each
     summary = json.loads(Path("runs/summary.json").read_text())
     assert len(summary["overall"]["federated"]["balanced_accuracy"]) == 2
     assert set(summary["sites"]) == {*PHANTOMS, "overall"}

@@ -46,6 +46,7 @@ def test_a_study_at_several_epsilons_is_compared_on_the_same_holdouts(
     show(phantoms, tmp_path / "u")
     out = capsys.readouterr().out
     assert "AUROC of nodule" in out
+    assert "two read-outs" in out
     assert "ε = 2: spent by the ledger, the most of any seed: north 1." in out
     assert "Validation and test patients have an ε of their own" in out.replace("\n", " ")
     told = json.loads((tmp_path / "u" / "utility.json").read_text())

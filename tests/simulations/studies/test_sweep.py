@@ -125,6 +125,7 @@ def _the_better_is_shown(text: str) -> None:
     gap = min(setting["mean"] for setting in settings) - max(s["mean"] for s in settings)
     assert re.search(rf"to the next best, \S+: {gap:+.3f} \(95 % ", text)
     assert "test patients never choose" in text
+    assert "two read-outs" in text
     assert "sensitivity per class" not in text  # no run shows its own test figures
 
 
