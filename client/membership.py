@@ -4,11 +4,12 @@ One image of each patient is looked at. What counts is how much smaller its loss
 its class: some classes are hard for everybody.
 """
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from scipy.stats import mannwhitneyu
 from torch import Tensor
 
 from client.features.precision import fix_numerics
@@ -24,6 +25,8 @@ from common.protocol.tensors import Tensors
 
 _FALSE = 0.05
 """Of patients who did not train, so many may be taken for members."""
+_ENOUGH = 20
+"""Held-out patients of a class, without whom no threshold can be set for it."""
 
 
 @dataclass(frozen=True)
@@ -31,18 +34,22 @@ class Membership:
     """How well a model's losses tell training patients from held-out ones.
 
     Attributes:
+      study: The id of the study.
       trained: Patients who trained.
       held_out: Patients who did not.
       auroc: The chance that of one of each the model errs less on the one who trained; 0.5 is none.
-      error: The standard deviation of `auroc` (Hanley and McNeil 1982).
-      found: The share of those who trained that are found at a false positive rate of 5 %.
+      chance: How likely an AUROC as large is by chance alone (Mann and Whitney 1947).
+      sought: Patients who trained in classes with enough held-out patients for a threshold.
+      found: How many of these are found, at a false positive rate of 5 % in each class.
     """
 
+    study: str
     trained: int
     held_out: int
     auroc: float
-    error: float
-    found: float
+    chance: float
+    sought: int
+    found: int
 
 
 def attack_membership(site: Site, name: str) -> Membership:
@@ -50,7 +57,7 @@ def attack_membership(site: Site, name: str) -> Membership:
 
     Raises:
       SiteError: no such model was kept here.
-      DataError: no patients trained, or none were held out.
+      DataError: no patients trained, or none were held out; or the model's losses are no numbers.
     """
     session, released = open_released(site, name)
     prepared = session.prepared
@@ -61,16 +68,39 @@ def attack_membership(site: Site, name: str) -> Membership:
         got = f"{trained} and {held_out}"
         raise DataError(site.source, expected="patients who trained and who did not", got=got)
     losses, labels = (np.concatenate(each) for each in zip(*told, strict=True))
-    scores = score_losses(losses, labels)
-    auroc = compute_auroc(scores, np.arange(len(scores)) < trained)
-    threshold = np.quantile(scores[trained:], 1 - _FALSE)
+    if not np.isfinite(losses).all():
+        where = f"the released model of {prepared.study.id}"
+        raise DataError(where, expected="finite losses on every patient", got="some that are not")
+    scores, members = score_losses(losses, labels), np.arange(len(losses)) < trained
+    sought, found = find_members(scores, labels, members)
+    test = mannwhitneyu(scores[members], scores[~members], alternative="greater")
     return Membership(
+        study=prepared.study.id,
         trained=trained,
         held_out=held_out,
-        auroc=auroc,
-        error=_find_error(auroc, trained, held_out),
-        found=float((scores[:trained] > threshold).mean()),
+        auroc=compute_auroc(scores, members),
+        chance=float(test.pvalue),
+        sought=sought,
+        found=found,
     )
+
+
+def find_members(scores: Floats, labels: Ints, members: NDArray[np.bool_]) -> tuple[int, int]:
+    """How many trained, and how many of them are found, in classes with enough who did not.
+
+    Args:
+      scores: [n], higher for who is likelier to have trained.
+      labels: [n], the class of each; it has a threshold of its own.
+      members: [n], who trained.
+    """
+    sought = found = 0
+    for label in np.unique(labels):
+        inside = scores[(labels == label) & members]
+        outside = np.sort(scores[(labels == label) & ~members])
+        if len(outside) >= _ENOUGH:
+            threshold = outside[-1 - int(_FALSE * len(outside))]
+            sought, found = sought + len(inside), found + int((inside > threshold).sum())
+    return sought, found
 
 
 def list_first_images(owners: Patients) -> Tensor:
@@ -104,11 +134,3 @@ def score_losses(losses: Floats, labels: Ints) -> Floats:
         own = labels == label
         scores[own] = np.median(losses[own]) - losses[own]
     return scores
-
-
-def _find_error(auroc: float, inside: int, outside: int) -> float:
-    one, other = auroc / (2 - auroc), 2 * auroc**2 / (1 + auroc)
-    spread = (
-        auroc * (1 - auroc) + (inside - 1) * (one - auroc**2) + (outside - 1) * (other - auroc**2)
-    )
-    return math.sqrt(max(spread, 0.0) / (inside * outside))

@@ -1,6 +1,7 @@
 """The commands of `consilium-client` that take a hospital from nothing to its coordinator."""
 
 import logging
+import os
 import shlex
 import signal
 import threading
@@ -10,12 +11,13 @@ from typing import Annotated
 import typer
 
 from client.cli.privacy import SiteFile
-from common.support.terminal import StoppedError, console, log_to
+from common.support.terminal import INTERRUPTED, console, log_to
 
 log = logging.getLogger(__name__)
 
 _EPSILON = 8.0
 """What all studies together may spend, where nobody says otherwise."""
+_STOPPED = "Stopped at once. The next start goes on with what was being answered."
 
 
 def init(
@@ -179,15 +181,13 @@ def start(site_file: SiteFile) -> None:
 
     def end(*_: object) -> None:
         if stop.is_set():
-            raise KeyboardInterrupt
+            # Not by an exception: whoever waits for a stalled coordinator would be waited for.
+            os.write(2, f"{_STOPPED}\n".encode())
+            os._exit(INTERRUPTED)
         log.info("stopping, as soon as what is being worked on is answered")
         stop.set()
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, end)
-    try:
-        Node(site_file, stop).serve()
-    except KeyboardInterrupt:
-        text = "Stopped at once. The next start goes on with what was being answered."
-        raise StoppedError(text) from None
+    Node(site_file, stop).serve()
     log.info("stopped")

@@ -21,6 +21,8 @@ SiteFile = Annotated[
 Yes = Annotated[bool, typer.Option("--yes", help="Do it without asking.")]
 
 _SHAPES = 3
+_RARE = 0.025
+"""What happens by chance less often is not taken for chance."""
 
 
 def ledger(
@@ -187,17 +189,19 @@ def audit(
     from client.site import Site
 
     found = attack_membership(Site.read(site_file), name)
-    low, high = (found.auroc + sign * 1.96 * found.error for sign in (-1, 1))
+    console.print(f"study           {found.study}")
     console.print(f"patients        {found.trained} trained, {found.held_out} held out")
     console.print(
-        f"told apart      AUROC {found.auroc:.3f}, from {max(low, 0):.3f} to {min(high, 1):.3f} "
-        "at 95 %; chance is 0.500"
+        f"told apart      AUROC {found.auroc:.3f}; 0.500 is chance, which does as well with a "
+        f"probability of {found.chance:.3f}"
     )
-    console.print(
-        f"found           {found.found:.1%} of those who trained, where 5 % of the others are "
-        "taken for them"
-    )
-    told = "more than chance" if low > 0.5 else "no more than chance, as far as so few can show"
+    if found.sought:
+        console.print(
+            f"found           {found.found} of {found.sought} who trained, where 5 % of the others "
+            "are taken for them; in classes with 20 held out or more"
+        )
+    more = found.chance < _RARE
+    told = "more than chance" if more else "no more than chance, as far as so few can show"
     console.print(f"The model's losses tell {told}.")
 
 

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from common.errors import ConsiliumError
 
-_INTERRUPTED = 130
+INTERRUPTED = 130
 
 Changes = Annotated[
     list[str] | None,
@@ -123,14 +123,14 @@ def run(app: typer.Typer, *, remedy: str) -> None:
         expected = "to read and write here"
         code = _say(str(ConsiliumError(where, expected=expected, got=got, remedy=remedy)), 1)
     except StoppedError as ex:
-        code = _say(str(ex), _INTERRUPTED)
+        code = _say(str(ex), INTERRUPTED)
     except typer.Abort:  # Ctrl-C, or no more input, where a question was asked
-        code = _say("Stopped.", _INTERRUPTED)
+        code = _say("Stopped.", INTERRUPTED)
     except click.ClickException as ex:
         ex.show()
         code = ex.exit_code
     else:
-        if code == _INTERRUPTED:  # typer's own for Ctrl-C
+        if code == INTERRUPTED:  # typer's own for Ctrl-C
             _say("Stopped.", code)
     sys.exit(code)
 

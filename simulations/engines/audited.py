@@ -3,7 +3,8 @@
 import json
 import math
 import secrets
-from collections.abc import Sequence
+import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from client.privacy.noised_rows import choose_rows, make_rows
 from client.privacy.parameters import PrivateRelease, TrainingRelease
 from client.session import Session
 from client.training import trainer
-from common.config.study import Study
+from common.config.study import Study, Train
 from common.errors import DataError, RefusedError, RunError
 from common.heads.sums import map_features
 from common.metrics.metrics import Floats
@@ -42,8 +43,34 @@ AUDIT = "audit.json"
 """The file of a run with its coins and scores."""
 _EXACT = 1e-2
 """The noise that a sum without any is thought to have, at most, beside rows of length 1."""
-_NOISES = [2.0**k for k in range(-20, 4)]
-"""Shares of the noise that was told, among which an adversary judges what is there."""
+_SHARES = [2.0**k for k in range(-20, 4)]
+"""Of the noise that was told, among which an adversary judges what is there."""
+_PASSES = 2
+"""How often the noise of each kind of sum is judged, given that of the others."""
+
+
+@dataclass
+class Seen:
+    """All that was seen of a site's canaries in the noised sums of one kind.
+
+    Attributes:
+      gram: Products of canaries' rows over the variance of the noise, of all sums; [m, m].
+      products: Products of canaries' rows with what was seen of them, over that variance; [m].
+      energy: The squared length of all that was seen of them, over that variance.
+      size: How many numbers that were.
+    """
+
+    gram: Floats
+    products: Floats
+    energy: float = 0.0
+    size: int = 0
+
+    def add(self, rows: Floats, rest: Floats, deviation: float) -> None:
+        """One more sum: canaries' rows [m, d], what was seen of them [d], and the noise in it."""
+        self.gram += rows @ rows.T / deviation**2
+        self.products += rows @ rest / deviation**2
+        self.energy += float(rest @ rest) / deviation**2
+        self.size += len(rest)
 
 
 @dataclass
@@ -53,57 +80,64 @@ class Canaries:
     The adversary knows every other patient of the site, and every image. What the site tells is a
     sum over who trains, with noise: he takes off the rows of everybody he knows, and estimates the
     coins from the rest by least squares, as if each coin were a normal number of the same variance.
-    How much noise there is he judges himself, by what makes all that he saw the most likely.
+    How often a row counts, and how much noise there is in sums of each kind, he judges himself.
 
     Attributes:
       prepared: The site with all of them.
       numbers: Of the canaries among the site's training patients; [m].
       included: What the coins decided; [m].
-      gram: Products of canaries' rows over the noise's variance, of all sums so far; [m, m].
-      seen: Products of canaries' rows with what was seen of them, over that variance; [m].
-      energy: The squared length of all that was seen of them, over that variance.
-      size: How many numbers that were.
+      seen: By kind of sum.
     """
 
     prepared: PreparedSite
     numbers: NDArray[np.int64]
     included: NDArray[np.bool_]
-    gram: Floats = field(init=False)
-    seen: Floats = field(init=False)
-    energy: float = 0.0
-    size: int = 0
+    seen: dict[str, Seen] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        m = len(self.numbers)
-        self.gram, self.seen = np.zeros((m, m)), np.zeros(m)
-
-    def watch(self, told: Floats, rows: Floats, deviation: float) -> None:
+    def watch(self, kind: str, told: Floats, rows: Floats, deviation: float) -> None:
         """See one noised sum.
 
         Args:
+          kind: Of the sum.
           told: [d], as it was told.
           rows: [patients, d], what each patient adds to it.
-          deviation: Of the noise in each number.
+          deviation: Of the noise in each number, as it was told.
         """
         own = rows[self.numbers]
-        known = np.delete(rows, self.numbers, axis=0).sum(axis=0)
-        rest = told - known - own.sum(axis=0) / 2
-        self.gram += own @ own.T / deviation**2
-        self.seen += own @ rest / deviation**2
-        self.energy += float(rest @ rest) / deviation**2
-        self.size += len(rest)
+        expected = rows.sum(axis=0) - own.sum(axis=0) / 2
+        scale = max(1, round(float(told @ expected) / max(float(expected @ expected), 1e-30)))
+        m = len(own)
+        seen = self.seen.setdefault(kind, Seen(np.zeros((m, m)), np.zeros(m)))
+        seen.add(scale * own, told - scale * expected, deviation)
 
     def guess(self) -> Floats:
-        """By all sums: how far above one half each coin is estimated; [m]."""
-        return max(map(self._estimate, _NOISES), key=lambda found: found[0])[1]
+        """By all sums: how far above one half each coin is estimated; [m]; 0 if none was seen.
 
-    def _estimate(self, noise: float) -> tuple[float, Floats]:
-        """Of this much of the noise that was told: how likely all is (its logarithm); the coins."""
-        gram, seen = self.gram / noise**2, self.seen / noise**2
-        wide = gram + 4 * np.eye(len(seen))
-        guessed: Floats = np.linalg.solve(wide, seen).astype(np.float64)
-        spread = 2 * self.size * math.log(noise) + float(np.linalg.slogdet(wide / 4).logabsdet)
-        return -0.5 * (spread + self.energy / noise**2 - float(seen @ guessed)), guessed
+        The shares of the noise are those that make all that was seen the most likely, found for one
+        kind of sum after the other.
+        """
+        shares = dict.fromkeys(self.seen, 1.0)
+        for kind in [*self.seen] * _PASSES:
+            shares = max(
+                ({**shares, kind: share} for share in _SHARES),
+                key=lambda tried: self._estimate(tried)[0],
+            )
+        return self._estimate(shares)[1]
+
+    def _estimate(self, shares: Mapping[str, float]) -> tuple[float, Floats]:
+        """With so much of the noise that was told: how likely all is (its logarithm); the coins."""
+        wide, products, energy, spread = 4 * np.eye(len(self.numbers)), np.zeros(1), 0.0, 0.0
+        for kind, share in shares.items():
+            seen = self.seen[kind]
+            wide = wide + seen.gram / share**2
+            products = products + seen.products / share**2
+            energy += seen.energy / share**2
+            spread += 2 * seen.size * math.log(share)
+        if not shares:
+            return 0.0, np.zeros(len(self.numbers))
+        guessed: Floats = np.linalg.solve(wide, products).astype(np.float64)
+        spread += float(np.linalg.slogdet(wide / 4).logabsdet)
+        return -0.5 * (spread + energy - float(products @ guessed)), guessed
 
     def judge(self, released: Tensors) -> Floats:
         """By the released model alone: how much smaller than usual each canary's loss is; [m]."""
@@ -156,6 +190,9 @@ class Audited(InProcess):
 
         try:
             simulate_run(server_app, app, site_files, folder)
+        except BaseException:
+            shutil.rmtree(folder)  # its coins are forgotten: it begins anew, or not at all
+            raise
         finally:
             self.runtime.close_sites()
         run = RunFolder(folder)
@@ -164,7 +201,7 @@ class Audited(InProcess):
         found = {
             one.prepared.site.name: {
                 "included": one.included.tolist(),
-                "sums": one.guess().tolist() if one.size else None,
+                "sums": one.guess().tolist() if one.seen else None,
                 "model": one.judge(last.released[1]).tolist(),
             }
             for one in self._canaries.values()
@@ -207,9 +244,9 @@ def _overhear(canaries: Canaries, message: Message, reply: Message) -> None:
         return
     prepared.network.load({**prepared.network.initial, **_read_arrays(message)})
     with fix_numerics(prepared.site.threads):
-        if kind == "train":
+        if kind == "train" and _is_plain(prepared.study.train):
             _watch_round(canaries, plan.round, plan.batch, message, reply)
-        else:
+        elif kind in NOISED:
             _watch_noised_sum(canaries, plan.find(kind.removeprefix("query.")).kind, reply)
 
 
@@ -224,7 +261,12 @@ def _watch_exact_sum(canaries: Canaries, message: Message, reply: Message) -> No
     rows = np.zeros((len(prepared.owners.counts), classes, width))
     owner, labels = prepared.owners.owner.numpy(), prepared.examples["train"].labels.numpy()
     np.add.at(rows, (owner, labels), features)
-    canaries.watch(told.ravel(), rows.reshape(len(rows), -1), _EXACT)
+    canaries.watch(SUMS, told.ravel(), rows.reshape(len(rows), -1), _EXACT)
+
+
+def _is_plain(train: Train) -> bool:
+    """Whether the change of a round is the sum of its gradients, but for a factor."""
+    return train.optimizer == "sgd" and train.momentum == 0
 
 
 def _read_arrays(message: Message) -> Tensors:
@@ -238,7 +280,7 @@ def _watch_noised_sum(canaries: Canaries, kind: TrainingRelease, reply: Message)
     suffix = prepared.network.split.suffix
     rows = [*make_rows(suffix, prepared.examples["train"], prepared.owners, make_row)]
     told = NoisedReply.read(reply.content, size).sums
-    canaries.watch(told.numbers, torch.stack(rows).double().numpy(), told.deviation)
+    canaries.watch(kind, told.numbers, torch.stack(rows).double().numpy(), told.deviation)
 
 
 def _watch_round(
@@ -275,4 +317,4 @@ def _watch_round(
     told = (before - after) * (batch / (lr * one.steps))
     deviation = one.noise_multiplier * one.clip_norm / math.sqrt(one.steps)
     expected = torch.stack(rows) * one.sample_rate
-    canaries.watch(told.double().cpu().numpy(), expected.double().cpu().numpy(), deviation)
+    canaries.watch("round", told.double().cpu().numpy(), expected.double().cpu().numpy(), deviation)

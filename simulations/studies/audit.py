@@ -60,6 +60,7 @@ def audit_study(
         cache=cache,
         make_engine=lambda: Audited(canaries),
         results=False,
+        prefix=f"{canaries}-canaries-",
     )
     found = {epsilon: _bound(paths, delta) for epsilon, paths in runs.items()}
     console.print()
@@ -87,11 +88,15 @@ def _bound(runs: Sequence[Path], delta: float) -> dict[str, Bound]:
     read = [json.loads((run / AUDIT).read_text(encoding="utf-8")) for run in runs]
     sites = [site for run in read for site in run.values()]
     included = np.concatenate([np.array(site["included"], np.bool_) for site in sites])
-    return {
-        way: bound_epsilon(np.concatenate([site[way] for site in sites]), included, delta)
-        for way in _WAYS
-        if all(site[way] is not None for site in sites)
-    }
+    found = {}
+    for way in _WAYS:
+        # Where a site told nothing its coins count as not guessed: that it did not may be of them.
+        told = [site[way] or [0.0] * len(site["included"]) for site in sites]
+        if any(site[way] for site in sites):
+            found[way] = bound_epsilon(np.concatenate(told), included, delta)
+    if silent := sorted({name for run in read for name, site in run.items() if not site["sums"]}):
+        console.print(f"told no sums that were looked at: {', '.join(silent)}", style="dim")
+    return found
 
 
 def _report(found: Mapping[float | None, Mapping[str, Bound]], delta: float, folder: Path) -> None:
@@ -131,7 +136,7 @@ def _say(found: Mapping[float | None, Mapping[str, Bound]], delta: float) -> str
         if e is not None and max(bound.epsilon, bound.gaussian) > e
     ]
     told = (
-        f"A coin decided of each canary whether he trains. ε at least: shown at 95 % at δ = "
+        f"A coin decided of each canary whether he trains. ε at least: shown, each at 95 %, at δ = "
         f"{delta:g}, whatever the mechanism; if Gaussian: if the noise is. Low bounds prove "
         "nothing: another adversary may guess better, and so many coins cannot show more than the "
         "last column."

@@ -22,6 +22,7 @@ def run_epsilons(
     cache: Path,
     make_engine: Callable[[], Engine],
     results: bool = True,
+    prefix: str = "",
 ) -> RunsByEpsilon:
     """Run a study at each ε, on each seed; runs that are there already are only read.
 
@@ -34,6 +35,7 @@ def run_epsilons(
       cache: The folder of prepared images.
       make_engine: Makes the engine in which the hospitals compute.
       results: Whether to show each run's test figures.
+      prefix: Of the folders, where runs are not just of this study.
 
     Raises:
       StudyError: an ε is asked for, and the study has no mechanism.
@@ -43,7 +45,7 @@ def run_epsilons(
     runs: RunsByEpsilon = {}
     for epsilon in epsilons:
         changed = [_change(study, epsilon, seed) for seed in seeds]
-        place, title = folder / _name(epsilon), label_epsilon(epsilon)
+        place, title = folder / f"{prefix}{_name(epsilon)}", label_epsilon(epsilon)
         runs[epsilon] = runner.run_series(
             changed, source, place, cache, make_engine(), title=title, results=results
         )

@@ -3,6 +3,7 @@
 The simulation reads the hospitals' own data for it: no message of a study tells of groups.
 """
 
+import re
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -32,6 +33,7 @@ UNKNOWN = "unknown"
 """The group of patients whose site has no such column, or no value in it."""
 
 _NO_VALUE = ("", "na", "n/a", "nan", "none", UNKNOWN)
+_NUMBER = re.compile(r"-?\d+(\.\d+)?")
 _CUTS = (40, 60)
 _BANDS = ("under 40", "40 to 59", "60 and over")
 
@@ -71,14 +73,14 @@ def find_groups(
 def group_values(values: Iterable[str]) -> dict[str, str]:
     """The group of each value that is known: a band of age, or the value itself in small letters.
 
-    Numbers that are all in one band are taken for codes, such as 0 and 1.
+    Where most values are numbers, the others are unknown. Numbers that are all in one band are
+    taken for codes, such as 0 and 1.
     """
     known = sorted((v for v in values if v.lower() not in _NO_VALUE), key=str.lower)
-    try:
-        bands = {v: _BANDS[bisect_right(_CUTS, float(v))] for v in sorted(known, key=float)}
-    except ValueError:
-        bands = {}
-    return bands if len(set(bands.values())) > 1 else {v: v.lower() for v in known}
+    numbers = sorted((v for v in known if _NUMBER.fullmatch(v)), key=float)
+    bands = {v: _BANDS[bisect_right(_CUTS, float(v))] for v in numbers}
+    banded = 2 * len(numbers) > len(known) and len(set(bands.values())) > 1
+    return bands if banded else {v: v.lower() for v in known}
 
 
 def count_groups(run: Path, groups: Groups, runtime: Runtime) -> dict[str, dict[str, Subgroup]]:

@@ -2,13 +2,18 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from client import session
 from client.cli.main import main as client
+from client.membership import find_members
 from client.privacy.noise import Entropy
+from common.config.yaml import dump
 from common.errors import RunError, StudyError
+from common.heads.whitening import count_moments, count_prototypes
 from common.support.terminal import console
 from simulations.engines.audited import AUDIT
 from simulations.sites import phantom
@@ -100,6 +105,67 @@ def test_a_broken_site_is_found_out(many, tmp_path, capsys, monkeypatch, broken,
     assert "ABOVE WHAT WAS PROMISED" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("kind", ["moments", "prototypes"])
+def test_a_single_sum_without_noise_is_found_out(many, tmp_path, monkeypatch, broken, kind):
+    noise_rows = session.noise_rows
+    sizes = {"moments": count_moments(16), "prototypes": count_prototypes(4, 16)}
+
+    def leave_out(rows, release, size, entropy=None):
+        with monkeypatch.context() as patch:
+            if size == sizes[kind]:
+                patch.setattr(Entropy, "gaussians", lambda self, shapes: map(_no_noise, shapes))
+            return noise_rows(rows, release, size, entropy)
+
+    monkeypatch.setattr(session, "noise_rows", leave_out)
+    found = audit(many, tmp_path / "audit")["ε = 1"]["sums"]
+    assert found["gaussian"] > 1.0
+
+
+def _no_noise(shape):
+    return torch.zeros(shape, dtype=torch.int64)
+
+
+def test_patients_who_count_several_times_are_found_out(many, tmp_path, monkeypatch):
+    make_rows = session.make_rows
+    monkeypatch.setattr(
+        session, "make_rows", lambda *a: [r for r in make_rows(*a) for _ in "1234567890"]
+    )
+    found = audit(many, tmp_path / "audit")["ε = 1"]["sums"]
+    assert found["gaussian"] > 1.0
+
+
+def test_a_site_that_tells_nothing_hides_nobody_else(many, tmp_path, capsys, broken, monkeypatch):
+    broken(0.0)
+    (many / "west" / "site.yaml").write_text(
+        dump(
+            {
+                "name": "west",
+                "state": str(tmp_path / "west"),
+                "data": {"format": "manifest", "root": str(many / "west")},
+                "policy": {"min_patients": 22},
+            }
+        )
+    )
+    try:
+        found = audit(many, tmp_path / "audit")["ε = 1"]["sums"]
+    finally:
+        (many / "west" / "site.yaml").unlink()
+    assert found["gaussian"] > 1.0
+    assert "told no sums that were looked at: west" in capsys.readouterr().out
+
+
+def test_an_audit_that_is_stopped_begins_anew(many, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(session, "noise_rows", _stop)
+        with pytest.raises(KeyboardInterrupt):
+            audit(many, tmp_path / "audit")
+    assert audit(many, tmp_path / "audit")["ε = 1"]["sums"]["canaries"] > 60
+
+
+def _stop(*_):
+    raise KeyboardInterrupt
+
+
 def test_without_privacy_sums_give_everybody_away(many, tmp_path):
     content = {key: value for key, value in HEAD.items() if key != "privacy"}
     content["model"] = MODEL | {"head": "discriminant"}
@@ -111,13 +177,33 @@ def test_without_privacy_sums_give_everybody_away(many, tmp_path):
 def test_a_site_attacks_the_model_itself(many, tmp_path, run_main):
     audit(many, tmp_path / "audit")
     (site,) = tmp_path.rglob("sites/north/site.yaml")
+    (kept,) = site.parent.glob("state/released/*.safetensors")
+    (kept.parent / f"{'0' * 16}.safetensors").write_bytes(b"of another release")
     code, out = run_main(client, "audit", site, "study")
     assert code == 0
-    assert "chance is 0.500" in out
+    assert f"study           {kept.stem}" in out
+    assert "0.500 is chance" in out
     assert "held out" in out
     code, out = run_main(client, "audit", site, "another")
     assert code == 1
-    assert "expected a study that has ended here: study" in out
+    assert f"expected a study that has ended here: study ({kept.stem}), got another" in out
+    tensors = load_file(kept)
+    save_file({name: tensor * torch.nan for name, tensor in tensors.items()}, kept)
+    code, out = run_main(client, "audit", site, kept.stem)
+    assert code == 1
+    assert "expected finite losses on every patient, got some that are not" in out
+
+
+def test_members_are_found_by_a_threshold_of_their_class_and_no_more_often_than_by_chance():
+    rng = np.random.default_rng(3)
+    labels = np.repeat([0, 1, 2], [400, 400, 10])
+    members = rng.random(810) < 0.5
+    spread = np.where(labels == 0, 8.0, 1.0)  # a hard class among members must not look like some
+    sought, found = find_members(rng.standard_normal(810) * spread, labels, members)
+    assert sought == (members & (labels < 2)).sum()
+    assert 0.01 < found / sought < 0.1
+    sought, found = find_members(np.where(members, 1.0, 0.0), labels, members)
+    assert found == sought
 
 
 def test_what_cannot_be_audited(many, tmp_path):
@@ -127,6 +213,6 @@ def test_what_cannot_be_audited(many, tmp_path):
     with pytest.raises(StudyError, match="privacy: expected a mechanism, got none"):
         audit(many, tmp_path / "audit", content=plain)
     audit(many, tmp_path / "audit")
-    next((tmp_path / "audit" / "epsilon-1").rglob(AUDIT)).unlink()
+    next((tmp_path / "audit").rglob(f"seed-0/{AUDIT}")).unlink()
     with pytest.raises(RunError, match="got one that was interrupted"):
         audit(many, tmp_path / "audit")

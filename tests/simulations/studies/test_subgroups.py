@@ -91,3 +91,9 @@ def test_a_column_that_no_site_has_is_an_error_with_those_there_are(tmp_path):
         find_groups(["sexes"], [here, there], STUDY)
     with pytest.raises(StudyError, match=r"got 'sex'\. No hospital has any"):
         find_groups(["sex"], [there], STUDY)
+
+
+def test_an_odd_cell_among_ages_is_unknown():
+    found = group_values(["35", "50", "70", "90+", "?", "41.5"])
+    assert found == {"35": "under 40", "41.5": "40 to 59", "50": "40 to 59", "70": "60 and over"}
+    assert group_values(["left", "right", "3"]) == {"3": "3", "left": "left", "right": "right"}
