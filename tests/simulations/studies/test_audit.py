@@ -11,8 +11,7 @@ from client import session
 from client.cli.main import main as client
 from client.membership import find_members
 from client.privacy.noise import Entropy
-from common.config.yaml import dump
-from common.errors import RunError, StudyError
+from common.errors import RefusedError, RunError, StudyError
 from common.heads.whitening import count_moments, count_prototypes
 from common.support.terminal import console
 from simulations.engines.audited import AUDIT
@@ -136,20 +135,15 @@ def test_patients_who_count_several_times_are_found_out(many, tmp_path, monkeypa
 
 def test_a_site_that_tells_nothing_hides_nobody_else(many, tmp_path, capsys, broken, monkeypatch):
     broken(0.0)
-    (many / "west" / "site.yaml").write_text(
-        dump(
-            {
-                "name": "west",
-                "state": str(tmp_path / "west"),
-                "data": {"format": "manifest", "root": str(many / "west")},
-                "policy": {"min_patients": 22},
-            }
-        )
-    )
-    try:
-        found = audit(many, tmp_path / "audit")["ε = 1"]["sums"]
-    finally:
-        (many / "west" / "site.yaml").unlink()
+    tell = session.Session.tell_noised
+
+    def refuse(self, kind, whitening):
+        if self.prepared.site.name == "west":
+            raise RefusedError("west", expected="a question", got="this one")
+        return tell(self, kind, whitening)
+
+    monkeypatch.setattr(session.Session, "tell_noised", refuse)
+    found = audit(many, tmp_path / "audit")["ε = 1"]["sums"]
     assert found["gaussian"] > 1.0
     assert "told no sums that were looked at: west" in capsys.readouterr().out
 
