@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,8 @@ import pytest
 from tests.builders import PHANTOMS, ROOT
 
 pytestmark = pytest.mark.numbers
+
+Usual = Callable[[str], dict[str, str]]
 
 SAME = ("last.safetensors", "model.safetensors", "metrics.jsonl", "report.json")
 STUDIES = {
@@ -125,29 +129,29 @@ def told(folder: Path, phantoms: Path, study: str, **how: int) -> dict[str, str]
 
 
 @pytest.fixture(scope="module")
-def usual(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
-    """Of each study, in one process, on one thread, from an empty cache."""
-    return {name: told(tmp_path_factory.mktemp(name), phantoms, name) for name in STUDIES}
+def usual(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Usual:
+    """Of a study, in one process, on one thread, from an empty cache."""
+    return cache(lambda name: told(tmp_path_factory.mktemp(name), phantoms, name))
 
 
 @pytest.mark.parametrize(
     ("study", "how"),
     [
-        ("head", {"threads": 2, "half": True}),
-        pytest.param("head", {"threads": 3, "leaping": True}, marks=pytest.mark.slow),
         ("deep", {"threads": 2, "leaping": True}),
-        ("deep", {"threads": 3, "half": True}),
         ("deep", {"workers": 1}),
         ("deep", {"workers": 2, "half": True}),
-        ("deep", {"workers": 3, "leaping": True}),
+        pytest.param("head", {"threads": 2, "half": True}, marks=pytest.mark.slow),
+        pytest.param("head", {"threads": 3, "leaping": True}, marks=pytest.mark.slow),
+        pytest.param("deep", {"threads": 3, "half": True}, marks=pytest.mark.slow),
+        pytest.param("deep", {"workers": 3, "leaping": True}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
 def test_it_does_not_matter(
     study: str,
     how: dict[str, int],
-    usual: dict[str, dict[str, str]],
+    usual: Usual,
     phantoms: Path,
     tmp_path: Path,
 ) -> None:
-    assert told(tmp_path, phantoms, study, **how) == usual[study]
+    assert told(tmp_path, phantoms, study, **how) == usual(study)

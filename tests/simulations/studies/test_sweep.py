@@ -27,6 +27,7 @@ CHANGES = (
     "aggregate.quorum=2",
     "select=loss",
     "model.init=zero",
+    "adapt=false",
 )
 SHORT = [part for change in CHANGES for part in ("--set", change)]
 
