@@ -50,13 +50,13 @@ def many(tmp_path_factory):
     return folder
 
 
-def audit(many, folder, *, content=HEAD, epsilons=(1.0,), canaries=120):
+def audit(many, folder, *, content=HEAD, epsilons=(1.0,), seeds=(0,), canaries=120):
     audit_study(
         make_study(**content),
         Source(folders=tuple(many / name for name in PHANTOMS)),
         folder,
         epsilons=epsilons,
-        seeds=(0,),
+        seeds=seeds,
         canaries=canaries,
         cache=many.parent / "cache",
     )
@@ -80,10 +80,11 @@ def broken(monkeypatch):
 
 def test_an_honest_head_keeps_its_promise(many, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(console, "width", 200)
-    found = audit(many, tmp_path / "audit")["ε = 1"]
+    seeds = (0, 1, 2)  # of so many coins none but a broken promise is guessed so well
+    found = audit(many, tmp_path / "audit", seeds=seeds)["ε = 1"]
     assert set(found) == {"model", "sums"}
     for bound in found.values():
-        assert bound["canaries"] > 60
+        assert bound["canaries"] > 200
         assert max(bound["epsilon"], bound["gaussian"]) < 1.0 < bound["gaussian_ceiling"]
     out = " ".join(capsys.readouterr().out.split())
     assert "None is above the ε of its study" in out
@@ -91,7 +92,7 @@ def test_an_honest_head_keeps_its_promise(many, tmp_path, capsys, monkeypatch):
     shown = read_audit(tmp_path / "audit")["ε = 1"]
     assert shown == max(bound["gaussian"] for bound in found.values())
     before = (tmp_path / "audit" / AUDIT).read_bytes()
-    audit(many, tmp_path / "audit")  # what is there is only read
+    audit(many, tmp_path / "audit", seeds=seeds)  # what is there is only read
     assert (tmp_path / "audit" / AUDIT).read_bytes() == before
 
 
