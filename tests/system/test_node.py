@@ -42,6 +42,7 @@ from server.project.project import Project
 from simulations.demo.loopback import find_free_port
 from tests.builders import OPEN, PHANTOM_CLASSES, make_study, write_site
 from tests.processes import link_up
+from tests.system.test_fleet_client import lay_out_slowly
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["client.link.node"])  # seconds, once
@@ -354,6 +355,22 @@ def test_it_answers_before_it_stops_unless_told_twice(
         assert (world.link / "letter").exists()
     assert world.log().count("stopping, as soon as what is being worked on is answered") == 2
     assert world.log().count("INFO stopped") == 1
+
+
+def test_told_twice_it_ends_though_a_message_never_comes_whole(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_grid(world.project.database) as grid, world.up():
+        process = world.start(monkeypatch)
+        until(grid.get_node_ids)
+        (node,) = grid.get_node_ids()
+        lay_out_slowly(grid, node)
+        time.sleep(2)  # it is asking for the first part now, again and again
+        os.kill(process.pid or 0, signal.SIGTERM)
+        time.sleep(0.5)
+        assert process.is_alive()
+        os.kill(process.pid or 0, signal.SIGINT)
+        assert ended(process) == 130
 
 
 def test_a_site_admitted_anew_forgets_what_it_was_asked_before(
