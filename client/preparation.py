@@ -70,6 +70,7 @@ class PreparedSite:
       network: Shared with others: load tensors before each use.
       spec: How rows were made from images.
       examples: Prepared images with their labels, by part.
+      records: What they were made from, in the same order, by part.
       owners: Which training images are whose.
       drawn: Of validation and test patients, the one image each that counts where noise is added.
       agreed: What the site agreed to when it joined before; None if it has not joined.
@@ -81,6 +82,7 @@ class PreparedSite:
     network: Network
     spec: FeatureSpec
     examples: Mapping[str, Examples]
+    records: Mapping[str, Sequence[Record]]
     owners: Patients
     drawn: Mapping[str, Tensor]
     agreed: Agreement | None
@@ -135,6 +137,7 @@ def prepare_site(site: Site, study: Study, workspace: Workspace) -> PreparedSite
         network=network,
         spec=spec,
         examples=examples,
+        records=kept,
         owners=Patients.of([record.patient for record in kept["train"]]),
         drawn={
             part: choose_images([record.patient for record in kept[part]], site.secret())

@@ -60,7 +60,7 @@ def utility(
     from simulations.studies import privacy_utility
 
     read = Study.read(study, tuple(changes or ()))
-    folder = out or Path("runs") / f"{study.stem}-utility-{datetime.now():%Y%m%d-%H%M%S}"
+    folder = out or _name_folder(study, "utility")
     with explain_stop(folder, f"the same command with --out {folder}"):
         privacy_utility.compare_epsilons(
             read,
@@ -102,7 +102,7 @@ def audit(
     from simulations.studies.audit import audit_study
 
     read = Study.read(study, tuple(changes or ()))
-    folder = out or Path("runs") / f"{study.stem}-audit-{datetime.now():%Y%m%d-%H%M%S}"
+    folder = out or _name_folder(study, "audit")
     with explain_stop(folder, f"the same command with --out {folder}"):
         audit_study(
             read,
@@ -141,7 +141,7 @@ def sweep(
     """
     from simulations.studies import sweep
 
-    folder = out or Path("runs") / f"{study.stem}-sweep-{datetime.now():%Y%m%d-%H%M%S}"
+    folder = out or _name_folder(study, "sweep")
     with explain_stop(folder, f"the same command with --out {folder}"):
         sweep.run_sweep(
             study,
@@ -189,7 +189,7 @@ def poison(
     if not (mislabels or scales):
         raise typer.BadParameter("name a hospital that attacks, with --mislabels or --scales")
     attacks = Attacks(frozenset(mislabels or ()), frozenset(scales or ()), factor)
-    folder = out or Path("runs") / f"{study.stem}-poison-{datetime.now():%Y%m%d-%H%M%S}"
+    folder = out or _name_folder(study, "poison")
     with explain_stop(folder, f"the same command with --out {folder}"):
         robustness.compare_strategies(
             Study.read(study, tuple(changes or ())),
@@ -222,6 +222,11 @@ def disclosure(
     for cost in measure_costs(exact, metric, chosen, delta, draws):
         shown.add_row(cost.way, f"{cost.figure:.3f}", f"{cost.error:.3f}", f"{cost.width:.3f}")
     console.print(shown)
+
+
+def _name_folder(study: Path, what: str) -> Path:
+    """Where a series is put that nobody names a folder for."""
+    return Path("runs") / f"{study.stem}-{what}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
 COMMANDS: dict[Callable[..., None], str] = {

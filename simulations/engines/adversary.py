@@ -112,15 +112,14 @@ class Canaries:
 
     def _estimate(self, shares: Mapping[str, float]) -> tuple[float, Floats]:
         """With so much of the noise that was told: how likely all is (its logarithm); the coins."""
-        wide, products, energy, spread = 4 * np.eye(len(self.numbers)), np.zeros(1), 0.0, 0.0
+        m, energy, spread = len(self.numbers), 0.0, 0.0
+        wide, products = 4 * np.eye(m), np.zeros(m)
         for kind, share in shares.items():
             seen = self.seen[kind]
             wide = wide + seen.gram / share**2
             products = products + seen.products / share**2
             energy += seen.energy / share**2
             spread += 2 * seen.size * math.log(share)
-        if not shares:
-            return 0.0, np.zeros(len(self.numbers))
         guessed: Floats = np.linalg.solve(wide, products).astype(np.float64)
         spread += float(np.linalg.slogdet(wide / 4).logabsdet)
         return -0.5 * (spread + energy - float(products @ guessed)), guessed

@@ -10,11 +10,10 @@ import numpy as np
 from flwr.app import Context, Message
 
 from client.app import find_site_file
-from client.consent.cohort import list_cohort
 from client.consent.exclusions import exclude_patient
 from client.preparation import PreparedSite
 from common.config.study import Study
-from common.errors import DataError, RefusedError, RunError
+from common.errors import RefusedError, RunError
 from server.app import app as server_app
 from server.runs.run_folder import RunFolder
 from simulations.engines.adversary import Canaries, overhear
@@ -99,16 +98,11 @@ def explain_interrupted(folder: Path) -> RunError:
 
 def _throw_coins(prepared: PreparedSite, share: float) -> Canaries:
     """Choose this share of a site's patients; of each, a coin decides whether he goes."""
-    site, chance = prepared.site, secrets.SystemRandom()
-    records = list_cohort(site, prepared.study, None)["train"]
-    if len(records) != len(prepared.examples["train"]):
-        expected, got = "images that can all be read", "some that cannot"
-        remedy = "Remove those that consilium-client check names."
-        raise DataError(site.source, expected=expected, got=got, remedy=remedy)
-    patients = list(dict.fromkeys(record.patient for record in records))
+    chance = secrets.SystemRandom()
+    patients = list(dict.fromkeys(record.patient for record in prepared.records["train"]))
     chosen = sorted(chance.sample(range(len(patients)), int(share * len(patients))))
     included = [chance.random() < 0.5 for _ in chosen]
     for number, stays in zip(chosen, included, strict=True):
         if not stays:
-            exclude_patient(site, patients[number])
+            exclude_patient(prepared.site, patients[number])
     return Canaries(prepared, np.array(chosen, np.int64), np.array(included, np.bool_))

@@ -12,13 +12,8 @@ from pathlib import Path
 
 import torch
 
-from client.consent.cohort import list_cohort
-from client.data.records import Record
-from client.features.extract import prepare_images
-from client.features.store import Stores
-from client.preparation import PreparedSite
 from client.runtime import Runtime
-from common.config.study import Augment, Study
+from common.config.study import Study
 from common.errors import StudyError, did_you_mean
 from common.metrics.metrics import Counts
 from common.model.inference import load_model
@@ -91,7 +86,7 @@ def count_groups(run: Path, groups: Groups, runtime: Runtime) -> dict[str, dict[
     study, model = RunFolder(run).study, load_model(run)
     classes, state = len(study.classes), model.network.state_dict()
     told = read_results(run, classes)[0][FEDERATED]
-    nobody, stores = Subgroup(0, Counts.zero(classes)), Stores()
+    nobody = Subgroup(0, Counts.zero(classes))
     found = {
         c: dict.fromkeys([*group_of.values(), UNKNOWN], nobody) for c, group_of in groups.items()
     }
@@ -100,7 +95,7 @@ def count_groups(run: Path, groups: Groups, runtime: Runtime) -> dict[str, dict[
             continue
         session = runtime.open_session(site_file, study.id)
         tensors = {name: state[name] for name in session.prepared.network.shapes}
-        records = _list_tested(session.prepared, stores)
+        records = session.prepared.records["test"]
         for column, group_of in groups.items():
             members: dict[str, list[int]] = defaultdict(list)
             for at, record in enumerate(records):
@@ -111,18 +106,3 @@ def count_groups(run: Path, groups: Groups, runtime: Runtime) -> dict[str, dict[
                 found[column][name] += Subgroup(patients, counts)
     runtime.close_sessions()
     return found
-
-
-def _list_tested(prepared: PreparedSite, stores: Stores) -> list[Record]:
-    """The records of a site's test images, in their order, which a session does not keep."""
-    site = prepared.site
-    records = list_cohort(site, prepared.study, prepared.agreed)["test"]
-    _, readable = prepare_images(
-        [record.image for record in records],
-        spec=prepared.spec,
-        augment=Augment(),
-        cache=site.cache_folder,
-        stores=stores,
-        skip_unreadable=True,
-    )
-    return [records[at] for at in readable]
