@@ -17,7 +17,7 @@ from client.consent.proposals import drop_proposal, keep_proposal, parse_proposa
 from client.ledger.budget import check_noise_once, check_studies
 from client.ledger.entries import Release
 from client.ledger.release import Reply, record_errors, release
-from client.own_models import finish
+from client.models.own import finish
 from client.privacy.parameters import TrainingRelease
 from client.runtime import Runtime, SiteRuntime
 from client.session import Session

@@ -107,7 +107,7 @@ def adapt(site_file: SiteFile, name: StudyName) -> None:
     Other studies do so at their end. In a private one the coordinator waits for the last reply, and
     the time of a fit would tell how many patients train here. The model is not private.
     """
-    from client.own_models import fit_later
+    from client.models.own import fit_later
     from client.site import Site
 
     site = Site.read(site_file)

@@ -185,7 +185,7 @@ def audit(
     A model that learned patients by heart errs less on those who trained than on those who were
     held out. This is the simplest attack there is: one that finds nothing proves nothing.
     """
-    from client.membership import attack_membership
+    from client.models.membership import attack_membership
     from client.site import Site
 
     found = attack_membership(Site.read(site_file), name)

@@ -10,7 +10,7 @@ from flwr.app import Message
 from numpy.typing import NDArray
 
 from client.features.precision import fix_numerics
-from client.membership import compute_losses, list_first_images, score_losses
+from client.models.membership import compute_losses, list_first_images, score_losses
 from client.preparation import PreparedSite
 from client.privacy import dp_sgd
 from client.privacy.noised_rows import choose_rows, make_rows

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from client import session
 from client.cli.main import main as client
-from client.membership import find_members
+from client.models.membership import find_members
 from client.privacy.noise import Entropy
 from common.errors import RefusedError, RunError, StudyError
 from common.heads.whitening import count_moments, count_prototypes

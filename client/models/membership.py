@@ -13,9 +13,9 @@ from scipy.stats import mannwhitneyu
 from torch import Tensor
 
 from client.features.precision import fix_numerics
+from client.models.released import open_released
 from client.preparation import PreparedSite
 from client.privacy.sampling import Patients
-from client.released_models import open_released
 from client.site import Site
 from client.training import trainer
 from common.errors import DataError

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from safetensors.torch import save
 
+from client.models.released import keep_released, open_released
 from client.privacy.rounding import Rounding
-from client.released_models import keep_released, open_released
 from client.session import Session
 from client.site import Site
 from client.storage import explain_disk_errors
