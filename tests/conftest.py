@@ -30,6 +30,15 @@ def pytest_report_header() -> str:
     return f"computes as on a CPU with: {torch.backends.cpu.get_cpu_capability()}"
 
 
+@pytest.fixture(autouse=True)
+def _own_umask() -> Iterator[None]:
+    """The commands of a hospital set the process's: no other test may depend on who ran before."""
+    before = os.umask(0o022)
+    os.umask(before)
+    yield
+    os.umask(before)
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of real images and weights that the repository does not hold."""

@@ -559,7 +559,8 @@ def test_a_refused_study_bad_data_and_a_withdrawn_patient_look_alike(tmp_path):
 
 def test_that_images_cannot_be_kept_has_a_line_and_counts(tmp_path):
     """The policy had looked at the patients: that the disk came next told yes, without a limit."""
-    (tmp_path / "open").mkdir(mode=0o755)
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o755)  # whatever the umask is
     cache, policy = {"folder": str(tmp_path / "open")}, {"max_studies": 2}
     file = hospital(tmp_path / "ward", cache=cache, policy=policy)
     asked = [Server(file, study(seed=seed)) for seed in range(3)]
