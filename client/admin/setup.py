@@ -13,6 +13,7 @@ import yaml
 from client.data.registry import guess_format
 from client.site import Site
 from client.storage import explain_disk_errors
+from common.config.study import MOST_DELTA
 from common.errors import SiteError
 from common.support import files, keys
 from common.support.systemd import quoted
@@ -155,7 +156,7 @@ def _privacy(epsilon: float | None, enrolled: int | None) -> str:
         expected, remedy = "how many patients train here, for δ", "Say --enrolled-patients."
         raise SiteError("--enrolled-patients", expected=expected, got="nothing", remedy=remedy)
     tenth = Context(prec=1, rounding=ROUND_DOWN).divide(1, 10 * enrolled)
-    delta = min(tenth, Decimal("0.001"))
+    delta = min(tenth, Decimal(str(MOST_DELTA)))
     return _PRIVATE.format(epsilon=epsilon, delta=delta)
 
 
