@@ -70,7 +70,7 @@ class PreparedSite:
       network: Shared with others: load tensors before each use.
       spec: How rows were made from images.
       examples: Prepared images with their labels, by part.
-      records: What they were made from, in the same order, by part.
+      readable: Which of the records that take part they are of, by position, by part.
       owners: Which training images are whose.
       drawn: Of validation and test patients, the one image each that counts where noise is added.
       agreed: What the site agreed to when it joined before; None if it has not joined.
@@ -82,7 +82,7 @@ class PreparedSite:
     network: Network
     spec: FeatureSpec
     examples: Mapping[str, Examples]
-    records: Mapping[str, Sequence[Record]]
+    readable: Mapping[str, Sequence[int]]
     owners: Patients
     drawn: Mapping[str, Tensor]
     agreed: Agreement | None
@@ -92,6 +92,14 @@ class PreparedSite:
     def privacy_plan(self) -> PrivacyPlan | None:
         """How training patients are protected; None without privacy, or where none train."""
         return self.offer.privacy_plan
+
+    def list_records(self, part: str) -> list[Record]:
+        """List the records of the examples of a part, in their order.
+
+        They are read anew each time: a site that is prepared keeps no image.
+        """
+        listed = list_cohort(self.site, self.study, self.agreed)[part]
+        return [listed[i] for i in self.readable[part]]
 
     @property
     def disclosure(self) -> Disclosure:
@@ -129,7 +137,7 @@ def prepare_site(site: Site, study: Study, workspace: Workspace) -> PreparedSite
     }
     _make_room(site, spec)
     examples = {part: found for part, (found, _) in prepared.items()}
-    kept = {part: records for part, (_, records) in prepared.items()}
+    kept = {part: [cohort[part][i] for i in at] for part, (_, at) in prepared.items()}
     _check(site, study, privacy_plan, kept["train"])  # again: unreadable images may be left out
     return PreparedSite(
         site=site,
@@ -137,7 +145,7 @@ def prepare_site(site: Site, study: Study, workspace: Workspace) -> PreparedSite
         network=network,
         spec=spec,
         examples=examples,
-        records=kept,
+        readable={part: at for part, (_, at) in prepared.items()},
         owners=Patients.of([record.patient for record in kept["train"]]),
         drawn={
             part: choose_images([record.patient for record in kept[part]], site.secret())
@@ -180,8 +188,8 @@ def _prepare(
     study: Study,
     spec: FeatureSpec,
     stores: Stores,
-) -> tuple[Examples, list[Record]]:
-    """The examples of one part, and the records that they come from; the images may go."""
+) -> tuple[Examples, list[int]]:
+    """The examples of one part, and the positions of their records; the images may go."""
     prepared, kept = prepare_images(
         [record.image for record in records],
         spec=spec,
@@ -191,7 +199,7 @@ def _prepare(
         skip_unreadable=study.images.unreadable == "skip",
     )
     labels = torch.tensor([records[i].label for i in kept], dtype=torch.int64)
-    return Examples(prepared, labels), [records[i] for i in kept]
+    return Examples(prepared, labels), kept
 
 
 def _offer(

@@ -99,7 +99,7 @@ def explain_interrupted(folder: Path) -> RunError:
 def _throw_coins(prepared: PreparedSite, share: float) -> Canaries:
     """Choose this share of a site's patients; of each, a coin decides whether he goes."""
     chance = secrets.SystemRandom()
-    patients = list(dict.fromkeys(record.patient for record in prepared.records["train"]))
+    patients = list(dict.fromkeys(record.patient for record in prepared.list_records("train")))
     chosen = sorted(chance.sample(range(len(patients)), int(share * len(patients))))
     included = [chance.random() < 0.5 for _ in chosen]
     for number, stays in zip(chosen, included, strict=True):

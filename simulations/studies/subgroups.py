@@ -95,7 +95,7 @@ def count_groups(run: Path, groups: Groups, runtime: Runtime) -> dict[str, dict[
             continue
         session = runtime.open_session(site_file, study.id)
         tensors = {name: state[name] for name in session.prepared.network.shapes}
-        records = session.prepared.records["test"]
+        records = session.prepared.list_records("test")
         for column, group_of in groups.items():
             members: dict[str, list[int]] = defaultdict(list)
             for at, record in enumerate(records):

@@ -106,6 +106,7 @@ def test_a_purge_of_a_private_cache_touches_nothing_else_in_state(
     path = write_site(tmp_path)
     (tmp_path / "state").mkdir(mode=0o700)
     (tmp_path / "state/secret").write_bytes(b"x" * 32)
+    (tmp_path / "state/cache").mkdir(mode=0o700)
     fill(tmp_path / "state/cache")
     code, text = command("purge", path, "--yes")
     assert code == 0, text
