@@ -240,11 +240,19 @@ def _noise(value: object, *, scored: bool) -> float:
 
 @dataclass(frozen=True)
 class Metric:
-    """One figure of merit: its name for people, how it is computed, and which way is better."""
+    """One figure of merit: its name for people, how it is computed, and which way is better.
+
+    Attributes:
+      label: The name for people.
+      of: Computes it; None where the counts leave it undefined.
+      higher: Whether a larger figure is better.
+      range: The least and the largest figure there can be.
+    """
 
     label: str
     of: Callable[[Counts], float | None]
     higher: bool = True
+    range: tuple[float, float] = (0.0, 1.0)
 
 
 def sensitivity(counts: Counts, k: int) -> float | None:
@@ -296,7 +304,7 @@ METRICS: Mapping[str, Metric] = {
     "balanced_accuracy": Metric("balanced accuracy", _balanced_accuracy),
     "f1": Metric("macro F1", _f1),
     "auroc": Metric("AUROC", _auroc),
-    "loss": Metric("loss", _loss, higher=False),
+    "loss": Metric("loss", _loss, higher=False, range=(0.0, math.inf)),
 }
 """What a study can select and report. A class without images is left out of every mean."""
 

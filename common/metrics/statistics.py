@@ -81,22 +81,33 @@ def _redraw(counts: Ints, rng: np.random.Generator) -> Ints:
 
 # --- over seeds ---
 
+FEWEST_SEEDS = 5
+"""Below so many seeds single figures are shown, and no interval: it would be as wide as the range.
+"""
+
 # The 97.5 % quantile of Student's t: exact for few degrees of freedom, then the Cornish-Fisher
 # series around the normal's (Abramowitz and Stegun 26.7.5), within 0.0005.
 _FEW = (12.7062, 4.3027, 3.1824, 2.7764)
 _SERIES = (1.959964, 2.372271, 2.822502, 2.555851, 1.589530)
 
 
-def t_interval(values: Sequence[float | None]) -> Estimate | None:
+def t_interval(
+    values: Sequence[float | None], within: tuple[float, float] = (-math.inf, math.inf)
+) -> Estimate | None:
     """Mean over training seeds and its t interval: how far would other seeds have led?
 
     Undefined values are left out; with fewer than two left there is no interval, hence None.
+
+    Args:
+      values: One figure of each seed.
+      within: The figure's range, as `Metric.range`; the interval is cut to it.
     """
     known = np.array([v for v in values if v is not None])
     if len(known) < 2:
         return None
-    mean, half = float(known.mean()), _t(len(known) - 1) * known.std(ddof=1) / math.sqrt(len(known))
-    return Estimate(mean, mean - float(half), mean + float(half))
+    mean, half = known.mean(), _t(len(known) - 1) * known.std(ddof=1) / math.sqrt(len(known))
+    low, high = np.clip([mean - half, mean + half], *within)
+    return Estimate(float(mean), float(low), float(high))
 
 
 def difference(a: Sequence[float | None], b: Sequence[float | None]) -> Estimate | None:

@@ -85,6 +85,9 @@ def test_t_interval_is_scipys() -> None:
     assert found is not None
     low, high = stats.t.interval(0.95, 4, loc=np.mean(values), scale=stats.sem(values))
     assert (found.value, found.low, found.high) == pytest.approx((0.73, low, high), abs=1e-4)
+    wild = t_interval([0.2, 0.9], METRICS["auroc"].range)
+    assert (wild.low, wild.high) == (0, 1)
+    assert t_interval([2.0, 9.0], METRICS["loss"].range).high > 9
     assert t_interval([0.7]) is None
     assert t_interval([0.7, None]) is None
     assert t_interval([]) is None
