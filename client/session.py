@@ -24,7 +24,7 @@ from common.config.study import Private
 from common.errors import ContractError
 from common.heads.read_out import AS_IT_IS, ReadOut
 from common.heads.sums import Sums, map_features
-from common.metrics.metrics import Counts, Floats
+from common.metrics.counts import Counts, Floats
 from common.model.contract import Versions
 from common.protocol.fields import ByPart
 from common.protocol.final import FinalCounts, FinalReply

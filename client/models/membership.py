@@ -19,7 +19,7 @@ from client.privacy.sampling import Patients
 from client.site import Site
 from client.training import trainer
 from common.errors import DataError
-from common.metrics.metrics import Floats, Ints
+from common.metrics.counts import Floats, Ints
 from common.protocol.tensors import Tensors
 
 _FALSE = 0.05

@@ -27,7 +27,8 @@ from common.heads.adapting import FITS, Adapted, OwnImages, adapt_head, solve_lo
 from common.heads.read_out import ReadOut, choose_read_out, list_read_outs
 from common.heads.registry import solve_discriminant
 from common.heads.sums import Sums, map_features
-from common.metrics.metrics import Counts, Floats, value
+from common.metrics.counts import Counts, Floats
+from common.metrics.metrics import value
 from common.metrics.statistics import intervals
 from common.model.network import place_head
 from common.protocol.final import ADAPTED, LOCAL, FinalReply

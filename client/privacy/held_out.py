@@ -19,7 +19,7 @@ from client.privacy.accountant import find_noise_multiplier
 from client.privacy.noise import Entropy
 from client.privacy.noised_sum import NoisedSum
 from client.privacy.parameters import PrivateRelease
-from common.metrics.metrics import Counts
+from common.metrics.counts import Counts
 
 _calibrated = lru_cache(maxsize=128)(find_noise_multiplier)
 

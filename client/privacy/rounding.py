@@ -21,7 +21,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from common.metrics.metrics import Counts
+from common.metrics.counts import Counts
 
 _BITS = 64
 

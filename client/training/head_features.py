@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from client.training.dataset import Examples
-from common.metrics.metrics import Counts, Floats
+from common.metrics.counts import Counts, Floats
 from common.model.backbones import Head
 
 _BATCH = 256

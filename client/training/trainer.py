@@ -12,7 +12,7 @@ from client.features.precision import autocast
 from client.training.dataset import Examples
 from common.config.study import Dtype, Train
 from common.heads.read_out import AS_IT_IS, ReadOut
-from common.metrics.metrics import Counts
+from common.metrics.counts import Counts
 from common.model.split import train_mode
 from common.support.seeds import derive
 

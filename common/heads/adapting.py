@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from common.heads.registry import HEADS, LinearHead, discriminate_all, solve_discriminant
 from common.heads.sums import Sums, balance
-from common.metrics.metrics import Counts, Floats, Ints, class_auroc
+from common.metrics.counts import Counts, Floats, Ints
+from common.metrics.metrics import class_auroc
 
 Mask = NDArray[np.bool_]
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from common.heads.sums import Sums
-from common.metrics.metrics import Floats
+from common.metrics.counts import Floats
 
 _LEAST_SPREAD = 1e-12
 _NEVER = -1e4

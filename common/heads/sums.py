@@ -10,7 +10,7 @@ from typing import Self
 
 import numpy as np
 
-from common.metrics.metrics import Floats, Ints
+from common.metrics.counts import Floats, Ints
 
 _SHORTEST = 1e-12
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from common.heads.registry import LinearHead
-from common.metrics.metrics import Floats
+from common.metrics.counts import Floats
 
 MOMENTS_SHARE = 0.2
 """Of the budget, for the first sum; .1 to .35 do the same within two points."""

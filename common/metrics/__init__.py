@@ -1,4 +1,5 @@
-"""Metrics from counts that add up, and statistics over seeds.
+"""Counts that add over sites, the metrics they give, and how sure these are.
 
-The way in is `metrics.METRICS`. Nothing here needs a score of one image to leave a site.
+The ways in are `counts.Counts` and `metrics.METRICS`. Nothing here
+needs a score of one image to leave a site.
 """

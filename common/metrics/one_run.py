@@ -24,7 +24,7 @@ from scipy.optimize import brentq
 from scipy.special import expit, log_ndtr, ndtr, ndtri
 from scipy.stats import binom
 
-from common.metrics.metrics import Floats
+from common.metrics.counts import Floats
 
 _LEVEL = 0.05
 _SHARES = (1.0, 0.5, 0.25)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from common.config.study import Study
 from common.errors import BackboneError, ContractError
 from common.heads.whitening import WHITENING, Whitening
-from common.metrics.metrics import Floats
+from common.metrics.counts import Floats
 from common.model import backbones
 from common.model.contract import Contract, digest
 from common.model.images import Preprocess

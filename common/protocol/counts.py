@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from flwr.app import RecordDict
 
 from common.errors import ContractError
-from common.metrics.metrics import Counts
+from common.metrics.counts import Counts
 from common.protocol.disclosure import Disclosure
 from common.protocol.fields import get_part
 

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from common.config.yaml import Section
 from common.errors import ContractError
-from common.metrics.metrics import MOST
+from common.metrics.counts import MOST
 
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
 

@@ -11,7 +11,7 @@ from common.errors import ContractError
 from common.flower.messages import record_to_bytes
 from common.heads.read_out import AS_IT_IS, ReadOut
 from common.heads.sums import Sums
-from common.metrics.metrics import Counts, Floats
+from common.metrics.counts import Counts, Floats
 from common.protocol.counts import read_counts
 from common.protocol.fields import (
     ARRAYS,

@@ -8,7 +8,7 @@ from flwr.app import ConfigRecord, RecordDict
 
 from common.errors import ContractError
 from common.heads.whitening import Noised, count_moments, count_prototypes
-from common.metrics.metrics import MOST
+from common.metrics.counts import MOST
 from common.protocol.fields import ARRAYS, CONFIG, TensorsRequest, check_parts, get_part, get_value
 from common.protocol.tensors import FLOAT64, from_arrays, to_arrays
 

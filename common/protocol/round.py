@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from common.errors import ContractError
-from common.metrics.metrics import Counts
+from common.metrics.counts import Counts
 from common.protocol.counts import read_counts
 from common.protocol.fields import (
     ARRAYS,

@@ -11,7 +11,7 @@ from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from common.errors import ContractError
 from common.heads.registry import LinearHead
 from common.heads.sums import Sums
-from common.metrics.metrics import MOST, Counts, Floats
+from common.metrics.counts import MOST, Counts, Floats
 from common.model.weights import LARGEST
 from common.protocol.counts import read_counts
 from common.protocol.fields import (

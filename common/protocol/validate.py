@@ -8,7 +8,7 @@ from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from common.errors import ContractError
 from common.heads.read_out import ReadOut
-from common.metrics.metrics import Counts
+from common.metrics.counts import Counts
 from common.protocol.counts import read_counts
 from common.protocol.fields import (
     ARRAYS,

@@ -9,7 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from common.metrics.metrics import Counts, label_metric
+from common.metrics.counts import Counts
+from common.metrics.metrics import label_metric
 from common.support.plot_style import COLOURS, GREY, INK, write_plot
 
 Row = Mapping[str, Any]

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from rich.table import Table
 
-from common.metrics.metrics import METRICS, Counts, brier_score, value
+from common.metrics.counts import Counts
+from common.metrics.metrics import METRICS, brier_score, value
 from common.support.terminal import console, table
 from server.runs.results import (
     READ_OUTS,

@@ -5,7 +5,8 @@ validation patients cannot tell one late round from another, and the best of man
 """
 
 from common.config.study import Study
-from common.metrics.metrics import METRICS, Counts, value
+from common.metrics.counts import Counts
+from common.metrics.metrics import METRICS, value
 from common.metrics.statistics import intervals
 from server.runs.run_folder import Best, Checkpoint
 

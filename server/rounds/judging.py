@@ -8,7 +8,7 @@ from flwr.app import Message
 
 from common.config.study import Study
 from common.heads.read_out import AS_IT_IS, ReadOut, choose_read_out, list_read_outs
-from common.metrics.metrics import Counts
+from common.metrics.counts import Counts
 from common.protocol.tensors import Tensors, to_arrays
 from common.protocol.validate import VALIDATE, ValidateReply, ValidateRequest
 from server.rounds.federation import Federation

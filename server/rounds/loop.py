@@ -14,7 +14,8 @@ from flwr.serverapp import Grid
 
 from common.errors import RunError
 from common.heads.read_out import ReadOut
-from common.metrics.metrics import METRICS, Counts, value
+from common.metrics.counts import Counts
+from common.metrics.metrics import METRICS, value
 from common.model.contract import Versions
 from common.model.network import assemble
 from common.protocol.final import OWN, FinalCounts, FinalReply, FinalRequest, Solved

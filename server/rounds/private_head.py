@@ -18,7 +18,7 @@ from common.heads.whitening import (
     solve_prototypes,
     whiten,
 )
-from common.metrics.metrics import MOST, Floats
+from common.metrics.counts import MOST, Floats
 from common.model import backbones
 from common.model.network import place_head, place_whitening
 from common.protocol.noised import (

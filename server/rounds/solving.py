@@ -11,7 +11,8 @@ from common.config.study import Study
 from common.errors import ContractError
 from common.heads.registry import HEADS, LinearHead
 from common.heads.sums import Sums, balance
-from common.metrics.metrics import Counts, Floats, value
+from common.metrics.counts import Counts, Floats
+from common.metrics.metrics import value
 from common.model.network import Network, place_head
 from common.protocol.sums import (
     CANDIDATES,

@@ -8,8 +8,9 @@ from typing import Any
 
 from common.config.study import Study
 from common.errors import RunError
-from common.metrics.metrics import METRICS, Counts, brier_score, sensitivity, value
-from common.metrics.statistics import calibration
+from common.metrics.calibration import calibration
+from common.metrics.counts import Counts
+from common.metrics.metrics import METRICS, brier_score, sensitivity, value
 from server.runs.run_folder import RunFolder
 
 FEDERATED = "federated"

@@ -22,7 +22,7 @@ from common.config.study import Study
 from common.errors import RunError
 from common.heads.read_out import ReadOut
 from common.heads.sums import Sums
-from common.metrics.metrics import Floats
+from common.metrics.counts import Floats
 from common.protocol.tensors import Tensors
 from common.support import files
 

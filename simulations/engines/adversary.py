@@ -19,7 +19,7 @@ from client.session import Session
 from client.training import trainer
 from common.config.study import Train
 from common.heads.sums import map_features
-from common.metrics.metrics import Floats
+from common.metrics.counts import Floats
 from common.model.split import train_mode
 from common.protocol.fields import ARRAYS
 from common.protocol.noised import NOISED, NoisedReply

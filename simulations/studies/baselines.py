@@ -23,7 +23,7 @@ from common.errors import RefusedError
 from common.heads.read_out import ReadOut, list_read_outs
 from common.heads.registry import HEADS, LinearHead
 from common.heads.sums import Sums
-from common.metrics.metrics import Counts, Floats
+from common.metrics.counts import Counts, Floats
 from common.model.network import place_head
 from common.protocol.tensors import Tensors
 from common.support.seeds import derive

@@ -15,7 +15,8 @@ from client.privacy.held_out import noise_counts, plan_end
 from client.privacy.parameters import PrivateRelease
 from client.privacy.rounding import Rounding
 from common.errors import RunError
-from common.metrics.metrics import Counts, value
+from common.metrics.counts import Counts
+from common.metrics.metrics import value
 from common.metrics.statistics import Estimate, intervals
 from server.runs.results import FEDERATED, read_results, unite_counts
 from server.runs.run_folder import RunFolder

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from statistics import mean
 from typing import NamedTuple
 
-from common.metrics.metrics import METRICS, Counts, value
+from common.metrics.counts import Counts
+from common.metrics.metrics import METRICS, value
 from common.metrics.statistics import Estimate, difference
 from common.support.terminal import console, table
 from server.reports.tables import format_figure

@@ -12,7 +12,8 @@ from rich.table import Table
 from client.ledger.spending import MEANING
 from common.config.study import Private, Study
 from common.errors import StudyError
-from common.metrics.metrics import METRICS, Counts, class_auroc, value
+from common.metrics.counts import Counts
+from common.metrics.metrics import METRICS, class_auroc, value
 from common.metrics.statistics import Estimate, difference, t_interval
 from common.support import files
 from common.support.terminal import console, table

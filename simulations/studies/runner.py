@@ -9,7 +9,7 @@ from pathlib import Path
 from client.ledger.spending import MEANING
 from common.config.study import Study
 from common.errors import RunError, StudyError
-from common.metrics.metrics import Counts
+from common.metrics.counts import Counts
 from common.support.terminal import console, table
 from server.reports.tables import show_results
 from server.rounds.start import check_start

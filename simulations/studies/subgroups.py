@@ -15,7 +15,7 @@ import torch
 from client.runtime import Runtime
 from common.config.study import Study
 from common.errors import StudyError, did_you_mean
-from common.metrics.metrics import Counts
+from common.metrics.counts import Counts
 from common.model.inference import load_model
 from server.runs.results import FEDERATED, read_results
 from server.runs.run_folder import RunFolder

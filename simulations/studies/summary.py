@@ -6,7 +6,8 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from common.config.study import Study
-from common.metrics.metrics import METRICS, Counts, value
+from common.metrics.counts import Counts
+from common.metrics.metrics import METRICS, value
 from common.metrics.statistics import Estimate, difference, gap_closed, intervals, t_interval
 from common.support import files
 from common.support.terminal import console, table

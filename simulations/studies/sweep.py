@@ -15,7 +15,8 @@ from rich.table import Table
 from common.config.study import Study
 from common.config.yaml import alternatives
 from common.errors import RunError, StudyError
-from common.metrics.metrics import METRICS, Counts, better, value
+from common.metrics.counts import Counts
+from common.metrics.metrics import METRICS, better, value
 from common.metrics.statistics import difference
 from common.support import files
 from common.support.terminal import console, table

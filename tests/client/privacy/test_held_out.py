@@ -8,7 +8,7 @@ import torch
 
 from client.privacy.accountant import compute_epsilon
 from client.privacy.held_out import choose_images, noise_counts, plan_end
-from common.metrics.metrics import Counts
+from common.metrics.counts import Counts
 
 CELLS = np.array([[12, 3, 0], [1, 20, 2], [0, 0, 0]], np.int64)
 

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from client.privacy.rounding import Rounding
-from common.metrics.metrics import BINS, METRICS, Counts, value
+from common.metrics.counts import BINS, Counts
+from common.metrics.metrics import METRICS, value
 
 SECRET = bytes(range(32))
 SECRETS = st.binary(min_size=32, max_size=32)

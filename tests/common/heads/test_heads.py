@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from common.config.study import Model
 from common.heads.registry import HEADS, LinearHead
 from common.heads.sums import Sums, balance, map_features
-from common.metrics.metrics import Floats, Ints
+from common.metrics.counts import Floats, Ints
 
 WIDTH, CLASSES, IMAGES = 24, 4, 300
 

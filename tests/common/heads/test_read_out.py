@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from common.heads.read_out import AS_IT_IS, ReadOut, choose_read_out, list_read_outs
-from common.metrics.metrics import Counts, brier_score, value
+from common.metrics.counts import Counts
+from common.metrics.metrics import brier_score, value
 
 pytestmark = pytest.mark.numbers
 

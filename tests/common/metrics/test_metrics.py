@@ -12,11 +12,9 @@ from torch.nn.functional import cross_entropy, one_hot
 
 from common.config.study import Study
 from common.errors import ContractError
+from common.metrics.counts import BINS, MOST, Counts
 from common.metrics.metrics import (
-    BINS,
     METRICS,
-    MOST,
-    Counts,
     better,
     brier_score,
     class_auroc,

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from client.privacy.rounding import Rounding
 from common.errors import ContractError
 from common.flower.messages import recorddict_from_proto, recorddict_to_proto
-from common.metrics.metrics import Counts
+from common.metrics.counts import Counts
 from common.model.contract import Contract, Versions
 from common.protocol.disclosure import Disclosure
 from common.protocol.fields import ByPart

@@ -11,7 +11,7 @@ from flwr.app import ArrayRecord, RecordDict
 from common.errors import ContractError
 from common.heads.registry import LinearHead
 from common.heads.sums import Sums, map_features
-from common.metrics.metrics import Counts, Floats
+from common.metrics.counts import Counts, Floats
 from common.protocol.sums import (
     CandidatesReply,
     CandidatesRequest,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from common.metrics.metrics import Counts
+from common.metrics.counts import Counts
 from common.support import plot_style
 from server.reports.plots import plot_confusion, plot_curves
 from simulations.studies import plots

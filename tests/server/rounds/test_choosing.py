@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from common.metrics.metrics import Counts, value
+from common.metrics.counts import Counts
+from common.metrics.metrics import value
 from server.rounds.choosing import choose_best, find_noise
 from server.runs.run_folder import Checkpoint
 from tests.builders import make_study

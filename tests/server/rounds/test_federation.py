@@ -20,7 +20,7 @@ from client.privacy.rounding import Rounding
 from common.config.study import Study
 from common.errors import RunError
 from common.flower.messages import make_error_reply
-from common.metrics.metrics import Counts
+from common.metrics.counts import Counts
 from common.model.contract import Contract, Versions
 from common.model.network import assemble
 from common.protocol.disclosure import Disclosure

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from common.heads.read_out import AS_IT_IS, ReadOut
-from common.metrics.metrics import Counts
+from common.metrics.counts import Counts
 from common.model.inference import load_model
 from common.protocol.validate import ValidateReply, ValidateRequest
 from server.rounds.judging import unite_judgements

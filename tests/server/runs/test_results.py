@@ -2,7 +2,7 @@
 
 import torch
 
-from common.metrics.metrics import Counts
+from common.metrics.counts import Counts
 from server.runs.results import describe_gaps, find_left_out, unite_sites
 
 

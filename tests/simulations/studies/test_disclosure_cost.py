@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from common.errors import RunError
-from common.metrics.metrics import Counts
+from common.metrics.counts import Counts
 from server.app import app as server_app
 from simulations.engines.grid import simulate_run
 from simulations.studies.disclosure_cost import measure_costs, read_exact_counts
