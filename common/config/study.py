@@ -288,6 +288,26 @@ class Gaussian(Private):
     """In which features are summed: fewer where patients are few, or ε is small."""
 
 
+def _readable(text: str) -> str:
+    if not text.strip() or not text.replace("\n", "").isprintable():
+        raise ValueError(f"expected printable text, got {text!r}")
+    return text.strip()
+
+
+Prose = Annotated[str, Field(max_length=4000), AfterValidator(_readable)]
+
+
+class Card(Section):
+    """What people should know of the model, and a run cannot: for its card and its report."""
+
+    intended_use: Prose | None = None
+    """What the model is for, by whom, on whom; and what it is not for."""
+    label_source: Prose | None = None
+    """Who or what said which class an image is of, such as biopsies, or a reader's opinion."""
+    contact: Prose | None = None
+    license: Prose | None = None
+
+
 Privacy = Annotated[NoPrivacy | DpSgd | Gaussian, Field(discriminator="mechanism")]
 """Which mechanism protects training patients."""
 
@@ -350,6 +370,7 @@ class Study(YamlFile):
     privacy: Privacy = NoPrivacy()
     adapt: StrictBool = True
     """At the end, each site fits the released model to itself; the result stays there."""
+    card: Card = Card()
     seed: Annotated[StrictInt, Field(ge=0, lt=2**63)] = 0
 
     @model_validator(mode="before")

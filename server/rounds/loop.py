@@ -100,6 +100,7 @@ class Run:
             whole=whole,
         )
         self._reporter.report_join(joined)
+        self._folder.append_journal("joined", sites=[*heads], after=self._last.round)
         self._solve()
         while self._last.round < self._study.train.rounds and not self._stalled():
             self._round(self._last.round + 1)
@@ -191,7 +192,9 @@ class Run:
         state, best = self._aggregator.save_state(), self._choose(counts)
         self._last = Checkpoint(round=number, tensors=merged, state=state, best=best)
         self._folder.save_last(self._last)
-        self._reporter.report_round(lines, seconds=time.monotonic() - began)
+        seconds = time.monotonic() - began
+        self._folder.append_journal("round", round=number, seconds=round(seconds, 3))
+        self._reporter.report_round(lines, seconds=seconds)
 
     def _choose(self, counts: Counts) -> Best | None:
         """The best model by now, once the last one was validated; only after a solved head."""
@@ -247,6 +250,8 @@ class Run:
             missing = sorted((m for m in order[:asked] if m.name not in good), key=lambda m: m.name)
             replies, bad = self._federation.ask(missing, messages(missing), read)
             good |= replies
+            for name, why in bad.items():
+                self._folder.append_journal("left out", of=what, site=name, why=why)
             if len(good) >= enough:
                 break
             asked += len(bad)
@@ -301,6 +306,7 @@ class Run:
             withheld=withheld,
             weights=self._federation.weights,
         )
+        self._folder.append_journal("finished", released=released)
         self._reporter.report_end(outcome, self._network.model)
         return outcome
 

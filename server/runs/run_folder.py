@@ -7,8 +7,9 @@ been renamed into place; whatever a crash left beyond it is dropped on resume.
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
@@ -218,7 +219,28 @@ class RunFolder:
 
     def append_history(self, lines: list[dict[str, Any]]) -> None:
         """Append a finished round's lines to `metrics.jsonl`; raises `RunError` on a full disk."""
-        path = self.path / "metrics.jsonl"
+        self._append("metrics.jsonl", lines)
+
+    def read_history(self) -> list[dict[str, Any]]:
+        """Read every line of `metrics.jsonl`."""
+        return self._read_lines("metrics.jsonl")
+
+    def append_journal(self, what: str, **facts: Any) -> None:
+        """Append to `journal.jsonl` what happened just now, which no result depends on.
+
+        Args:
+          what: `joined`, `left out`, `round` or `finished`.
+          facts: About it, as JSON.
+        """
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        self._append("journal.jsonl", [{"time": now, "what": what, **facts}])
+
+    def read_journal(self) -> list[dict[str, Any]]:
+        """Read every line of `journal.jsonl`, those of rounds that were repeated as well."""
+        return self._read_lines("journal.jsonl")
+
+    def _append(self, name: str, lines: list[dict[str, Any]]) -> None:
+        path = self.path / name
         try:
             with path.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(line) + "\n" for line in lines)
@@ -227,17 +249,15 @@ class RunFolder:
         except OSError as ex:
             raise _unwritable(path, ex) from None
 
-    def read_history(self) -> list[dict[str, Any]]:
-        """Read every line of `metrics.jsonl`."""
-        path = self.path / "metrics.jsonl"
+    def _read_lines(self, name: str) -> list[dict[str, Any]]:
+        path = self.path / name
         if not path.exists():
             return []
         lines: list[dict[str, Any]] = []
         for text in path.read_text(encoding="utf-8").splitlines():
-            try:
+            # A crash leaves half a line: the last of a history, any of a journal.
+            with suppress(ValueError):
                 lines.append(json.loads(text))
-            except ValueError:
-                break  # a crash while the last line was written
         return lines
 
     def forget_rounds_after(self, round_number: int) -> None:

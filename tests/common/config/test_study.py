@@ -354,6 +354,10 @@ OTHER = {
     "aggregate.max_weight": 2.0,
     "aggregate.round_timeout": 60,
     "adapt": False,
+    "card.intended_use": "Second reading.",
+    "card.label_source": "Histology.",
+    "card.contact": "registry@example.org",
+    "card.license": "CC BY 4.0",
     "privacy.mechanism": None,  # another one brings keys of its own
     "model.head": None,  # another one has no rounds
     "seed": 1,
