@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import yaml
 from numpy.typing import NDArray
 from PIL import Image
+from safetensors.torch import save_file
 
 from client.app import make_app
 from client.preparation import Workspace, prepare_site
@@ -21,7 +23,8 @@ from client.site import Site
 from common.config.study import Study
 from common.config.yaml import dump
 from common.errors import StudyError
-from common.model.network import Network, assemble
+from common.model import backbones
+from common.model.network import Network, assemble, build_model
 from server.runs.run_folder import RunFolder
 from simulations.sites import virtual_sites
 from simulations.sites.virtual_sites import VirtualSite
@@ -89,6 +92,22 @@ FULL_BATCH = {
 def read_study(name: str, *changes: str) -> Study:
     """A study of `configs/` that starts from zero and ends with one model for all sites."""
     return Study.read(CONFIGS / f"{name}.yaml", ("model.init=zero", "adapt=false", *changes))
+
+
+def write_model(folder: Path, **changes: Any) -> Path:
+    """A folder as a finished run leaves it, with random weights, the head's among them."""
+    study = make_study(**changes)
+    model = build_model(study, "none")
+    drawn = torch.Generator().manual_seed(study.seed)
+    for name, tensor in model.state_dict().items():
+        if name.startswith(backbones.get(study.model.backbone).head):
+            tensor.copy_(torch.randn(tensor.shape, generator=drawn))
+    folder.mkdir(parents=True)
+    (folder / "study.yaml").write_text(study.yaml())
+    save_file(
+        {n: t.contiguous() for n, t in model.state_dict().items()}, folder / "model.safetensors"
+    )
+    return folder
 
 
 def make_network(**changes: Any) -> Network:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from client.cli import connect, consent, privacy
+from client.cli import connect, consent, models, privacy
 from client.cli.privacy import SiteFile, Yes
 from common.errors import SiteError
 from common.support import terminal
@@ -41,6 +41,10 @@ for command, name, rest in (
     (privacy.ledger_move, "ledger-move", ""),
 ):
     app.command(name, epilog=f"Example: consilium-client {name} site.yaml {rest}".rstrip())(command)
+
+app.command(epilog="Example: consilium-client predict skin-lesions images/ --site site.yaml")(
+    models.predict
+)
 
 
 def main() -> None:

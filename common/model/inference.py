@@ -62,14 +62,22 @@ class ReleasedModel:
         Raises:
           DataError: an image cannot be read; names it.
         """
-        if not images:
+        return self.compute_logits([self.read(Path(path)) for path in images])
+
+    def compute_logits(self, squares: Sequence[Tensor]) -> Tensor:
+        """Logits float32 [len(squares), classes] of what `read` returned."""
+        if not squares:
             return torch.empty(0, len(self.classes))
-        pixels = torch.stack([self._pixels(Path(path)) for path in images])
         with torch.inference_mode():
-            logits: Tensor = self.network(self.preprocess.normalise(pixels))
+            logits: Tensor = self.network(self.preprocess.normalise(torch.stack([*squares])))
         return logits
 
-    def _pixels(self, path: Path) -> Tensor:
+    def read(self, path: Path) -> Tensor:
+        """An image file → uint8 [3, crop, crop].
+
+        Raises:
+          DataError: it cannot be read; names it.
+        """
         try:
             return self.preprocess.read(path.read_bytes(), str(path))
         except OSError as ex:

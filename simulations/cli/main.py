@@ -1,17 +1,13 @@
 """`consilium-simulate`: many virtual hospitals on one machine."""
 
-import csv
-import io
-import os
-from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.progress import track
 
-from common.errors import DataError, RunError
+from common.cli import models
+from common.errors import RunError
 from common.support import files, terminal
 from common.support.terminal import Changes, console, table
 from simulations.cli import series
@@ -27,9 +23,6 @@ from simulations.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from common.model.inference import ReleasedModel
     from simulations.engines.base import Engine
     from simulations.studies.runner import Source
 
@@ -40,8 +33,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-
-_BATCH = 32
 
 
 def main() -> None:
@@ -165,50 +156,9 @@ def feature_mean(
     console.print(f"mean of {count} images → {out}")
 
 
-@app.command(epilog="Example: consilium-simulate predict runs/mine images/ --out predictions.csv")
-def predict(
-    run: Annotated[Path, typer.Argument(help="A finished run folder.")],
-    folder: Annotated[Path, typer.Argument(help="Images; subfolders are searched too.")],
-    out: Annotated[Path, typer.Option(help="The CSV file to write.")] = Path("predictions.csv"),
-) -> None:
-    """Write what the released model calls every image in a folder, and its class probabilities.
-
-    Where classes are unlike in number, what an image is called need not be its likeliest class:
-    decisions treat all classes alike, so that rare ones are found; probabilities do not.
-    """
-    from common.model.image_files import find_images
-    from common.model.inference import load_model
-
-    model = load_model(run)
-    paths = find_images(folder)
-    if out.is_dir() or not os.access(out.parent, os.W_OK):
-        expected, got = "a file in a folder that can be written", "none"
-        remedy = "Choose another place with --out."
-        raise RunError(out, expected=expected, got=got, remedy=remedy)
-    rows = []
-    batches = [paths[i : i + _BATCH] for i in range(0, len(paths), _BATCH)]
-    for batch in track(batches, "images", console=console, disable=not console.is_terminal):
-        for path, logits in _logits(model, batch):
-            shares = [f"{p:.6f}" for p in model.read_out.scores(logits).softmax(0).tolist()]
-            called = model.classes[int(logits.argmax())]
-            rows.append((path.relative_to(folder).as_posix(), called, *shares))
-    text = io.StringIO(newline="")
-    csv.writer(text).writerows([("image", "predicted", *model.classes), *rows])
-    files.write(out, text.getvalue())
-    console.print(f"{len(rows)} images → {out}")
-    console.print("predicted: the decision, which need not be the most probable class", style="dim")
-
-
-def _logits(model: "ReleasedModel", paths: Sequence[Path]) -> Iterator[tuple[Path, "Tensor"]]:
-    """The images with their logits; those that cannot be read are named and left out."""
-    try:
-        yield from zip(paths, model.logits(paths), strict=True)
-    except DataError as ex:
-        if len(paths) == 1:
-            console.print(f"left out: {ex}", style="yellow")
-            return
-        for path in paths:
-            yield from _logits(model, [path])
+app.command(epilog="Example: consilium-simulate predict runs/mine images/ --out predictions.csv")(
+    models.predict
+)
 
 
 @app.command(epilog="Example: consilium-simulate backbones --classes 7")
