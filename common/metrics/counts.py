@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
@@ -71,34 +71,17 @@ class Counts:
         confusion, positive, negative = (np.zeros(s, np.int64) for s in (square, wide, wide))
         return cls(confusion, positive, negative, 0.0, np.zeros(classes, np.int64))
 
-    @classmethod
-    def of(cls, logits: "Tensor", labels: "Tensor", scores: "Tensor | None" = None) -> Self:
+    @staticmethod
+    def of(logits: "Tensor", labels: "Tensor", scores: "Tensor | None" = None) -> "Counts":
         """Count one batch.
 
         Args:
           logits: Float [n, K]; the class with the highest is called.
           labels: Int [n], in 0..K-1.
           scores: Float [n, K], of whose softmax the probabilities are; without them, the logits.
-
-        An image with a logit that is no finite number counts as wrong, for sure: an error would
-        tell the server that there is such an image.
         """
-        truth = labels.detach().cpu().long().numpy()
-        called = _finite(logits.detach().cpu().double().numpy(), truth).argmax(1)
         given = logits if scores is None else scores
-        z = _finite(given.detach().cpu().double().numpy(), truth)
-        classes = z.shape[1]
-        log_p, log_odds = _log_scores(z)
-        bins = np.floor((np.arcsinh(log_odds) + REACH) * (BINS / (2 * REACH)))
-        cell = np.clip(bins, 0, BINS - 1).astype(np.int64) + np.arange(classes) * BINS
-        own = np.arange(classes) == truth[:, None]
-        return cls(
-            _histogram(truth * classes + called, classes, classes),
-            _histogram(cell[own], classes, BINS),
-            _histogram(cell[~own], classes, BINS),
-            float((-log_p[own]).sum()),
-            np.bincount(truth[z.argmax(1) == truth], minlength=classes).astype(np.int64),
-        )
+        return Answers.of(_numbers(logits), _numbers(given), labels.cpu().long().numpy()).count()
 
     def __add__(self, other: Self) -> Self:
         return type(self)(
@@ -164,6 +147,68 @@ class Counts:
         return cls(confusion, positive, negative, loss_sum, right, noise)
 
 
+@dataclass(frozen=True, eq=False)
+class Answers:
+    """What a model said of each of n images: what is counted of them, and stays at the site.
+
+    Attributes:
+      truth: int [n], the classes of the images.
+      called: int [n], the classes that were decided for.
+      likeliest: int [n], the classes of the highest probability.
+      bins: int [n, K], for each class, the bin of the log-odds given to it.
+      losses: float [n], cross-entropy in nats.
+      width: How many bins there are.
+    """
+
+    truth: Ints
+    called: Ints
+    likeliest: Ints
+    bins: Ints
+    losses: Floats
+    width: int = BINS
+
+    @classmethod
+    def of(cls, logits: Floats, scores: Floats, labels: Ints) -> Self:
+        """The answers of logits [n, K] that decide, and scores [n, K] of probabilities.
+
+        An image with a logit that is no finite number counts as wrong, for sure: an error would
+        tell the server that there is such an image.
+        """
+        called = _finite(logits, labels).argmax(1)
+        z = _finite(scores, labels)
+        log_p, log_odds = _log_scores(z)
+        bins = np.floor((np.arcsinh(log_odds) + REACH) * (BINS / (2 * REACH)))
+        bins = np.clip(bins, 0, BINS - 1).astype(np.int64)
+        losses = -log_p[np.arange(len(z)), labels]
+        return cls(labels, called, z.argmax(1), bins, losses)
+
+    def compact(self) -> Self:
+        """The same without empty bins: counts of it have figures sooner, but do not add."""
+        used, bins = np.unique(self.bins, return_inverse=True)
+        return replace(self, bins=bins.reshape(self.bins.shape), width=len(used))
+
+    def count(self, times: Ints | None = None) -> Counts:
+        """The counts of all images, or of each so many times, [n] from 0."""
+        n, classes = self.bins.shape
+        times = np.ones(n, np.int64) if times is None else times
+        wide = np.broadcast_to(times[:, None], (n, classes))
+        cells = self.bins + np.arange(classes) * self.width
+        own = np.arange(classes) == self.truth[:, None]
+        right = self.likeliest == self.truth
+        return Counts(
+            _histogram(self.truth * classes + self.called, times, classes, classes),
+            _histogram(cells[own], wide[own], classes, self.width),
+            _histogram(cells[~own], wide[~own], classes, self.width),
+            float(self.losses @ times),
+            _histogram(self.truth[right], times[right], classes, 1)[:, 0],
+        )
+
+
+def _numbers(tensor: "Tensor") -> Floats:
+    numbers: Floats = tensor.detach().cpu().double().numpy()
+    return numbers
+
+
 def _finite(z: Floats, truth: Ints) -> Floats:
     """Logits [n, K], with those of a row that is not finite as wrong as a histogram can show."""
     good = np.isfinite(z).all(axis=1, keepdims=True)
@@ -188,8 +233,8 @@ def _log_scores(z: Floats) -> tuple[Floats, Floats]:
     return log_p, log_odds
 
 
-def _histogram(cells: Ints, rows: int, columns: int) -> Ints:
-    counts = np.bincount(cells.ravel(), minlength=rows * columns)
+def _histogram(cells: Ints, times: Ints, rows: int, columns: int) -> Ints:
+    counts = np.bincount(cells, times, minlength=rows * columns)
     return counts.reshape(rows, columns).astype(np.int64)
 
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -26,20 +27,69 @@ class Metric:
     range: tuple[float, float] = (0.0, 1.0)
 
 
+class Cells(NamedTuple):
+    """Images of one class, and of the others, by whether they were called that class."""
+
+    tp: int
+    fn: int
+    fp: int
+    tn: int
+
+
+def find_cells(counts: Counts, k: int) -> Cells:
+    """The decisions about class k against the rest."""
+    called, own = counts.confusion[:, k].sum(), counts.confusion[k].sum()
+    tp = int(counts.confusion[k, k])
+    fn, fp = int(own) - tp, int(called) - tp
+    return Cells(tp, fn, fp, counts.n - tp - fn - fp)
+
+
 def sensitivity(counts: Counts, k: int) -> float | None:
     """Share of class k's images that were called k; None without such images."""
-    return _number(_recalls(counts)[k])
+    tp, fn, _, _ = find_cells(counts, k)
+    return _number(_share(tp, tp + fn))
 
 
 def specificity(counts: Counts, k: int) -> float | None:
     """Share of the other classes' images that were not called k; None without such images."""
-    others = np.delete(counts.confusion, k, axis=0)
-    return _number(_share(others.sum() - others[:, k].sum(), others.sum()))
+    _, _, fp, tn = find_cells(counts, k)
+    return _number(_share(tn, fp + tn))
+
+
+def ppv(counts: Counts, k: int) -> float | None:
+    """Positive predictive value: share of class k in the images called k; None if none was."""
+    tp, _, fp, _ = find_cells(counts, k)
+    return _number(_share(tp, tp + fp))
+
+
+def npv(counts: Counts, k: int) -> float | None:
+    """Negative predictive value: share of other classes in the images not called k, or None."""
+    _, fn, _, tn = find_cells(counts, k)
+    return _number(_share(tn, fn + tn))
 
 
 def class_auroc(counts: Counts, k: int) -> float | None:
     """Area under the ROC curve of class k against the rest, ties one half; None if undefined."""
     return _number(_aurocs(counts)[k])
+
+
+def average_precision(counts: Counts, k: int) -> float | None:
+    """Precision of class k, averaged over its images by falling score; None without such images.
+
+    The step-wise area under the precision-recall curve, by the scores' bins. By chance it is the
+    share of the class in the images, not one half.
+    """
+    right = counts.positive[k, ::-1].cumsum()
+    called = right + counts.negative[k, ::-1].cumsum()
+    precision = _ratio(right, called)
+    precision[called == 0] = 0
+    return _number(_ratio(counts.positive[k, ::-1] @ precision, counts.positive[k].sum()))
+
+
+def macro_average_precision(counts: Counts) -> float | None:
+    """Mean of `average_precision` over the classes that have images; None without scores."""
+    found = [average_precision(counts, k) for k in range(counts.classes)]
+    return _macro(np.array(found, np.float64))
 
 
 def _accuracy(counts: Counts) -> float | None:

@@ -1,13 +1,13 @@
 """How sure a figure is: intervals by image, and over seeds. Pure, from counts alone."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from common.metrics.counts import CENTRES, Counts, Ints
-from common.metrics.metrics import better, value
+from common.metrics.metrics import Cells, better, find_cells, value
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,49 @@ def _redraw(counts: Ints, rng: np.random.Generator) -> Ints:
     some = np.maximum(counts, 0)  # noise may have made cells negative: they keep their mean
     totals = some.sum(axis=1)
     return counts - some + rng.multinomial(totals, some / np.maximum(totals, 1)[:, None])
+
+
+# --- shares ---
+
+_Z = 1.959964
+"""The 97.5 % quantile of a normal distribution."""
+
+
+def wilson(successes: int, n: int) -> Estimate | None:
+    """A share of n independent trials, and Wilson's score interval (1927); None of no trials.
+
+    Unlike a bootstrap's, it has a width where nothing, or everything, succeeded.
+    """
+    if not n:
+        return None
+    share, z2 = successes / n, _Z**2
+    middle = (share + z2 / (2 * n)) / (1 + z2 / n)
+    half = _Z / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
+    return Estimate(share, max(0.0, middle - half), min(1.0, middle + half))
+
+
+SHARES: Mapping[str, Callable[[Cells], tuple[int, int]]] = {
+    "sensitivity": lambda cells: (cells.tp, cells.fn),
+    "specificity": lambda cells: (cells.tn, cells.fp),
+    "ppv": lambda cells: (cells.tp, cells.fp),
+    "npv": lambda cells: (cells.tn, cells.fn),
+}
+"""Shares of decisions about one class: the images that were right, and those that were wrong."""
+
+
+def class_shares(counts: Counts) -> dict[str, list[Estimate | None]]:
+    """Each of SHARES for each class, with Wilson's interval by image.
+
+    It does not know that images share a patient: then it is too narrow. None where there are no
+    such images, and everywhere where cells have noise, for then they are no counts of trials.
+    """
+    cells = [find_cells(counts, k) for k in range(counts.classes)]
+    if counts.noise:
+        return {name: [None] * len(cells) for name in SHARES}
+    return {
+        name: [wilson(right, right + wrong) for right, wrong in map(split, cells)]
+        for name, split in SHARES.items()
+    }
 
 
 # --- over seeds ---

@@ -1,0 +1,192 @@
+"""How sure figures are at a site, which knows what images share a patient; pairs of models, too."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+
+from common.metrics.counts import Answers, Floats, Ints
+from common.metrics.metrics import value
+from common.metrics.statistics import Estimate
+
+Figures = Mapping[str, Estimate | None]
+"""An estimate for each metric's name; None where it is undefined."""
+
+
+@dataclass(frozen=True, eq=False)
+class Tested:
+    """The same images, as several ways of training see them.
+
+    Attributes:
+      labels: int [n], in 0..K-1.
+      patients: int [n], a number for each patient.
+      logits: Of each way, float [n, K]; the class with the highest is called.
+      scores: Of each way, float [n, K], of whose softmax the probabilities are.
+    """
+
+    labels: Ints
+    patients: Ints
+    logits: Mapping[str, Floats]
+    scores: Mapping[str, Floats]
+
+
+class Joint(NamedTuple):
+    """Images by which of two ways calls their class; they add over sites (McNemar 1947)."""
+
+    both: int
+    only_first: int
+    only_second: int
+    neither: int
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two ways of training on the same images.
+
+    Attributes:
+      first: The one.
+      second: The other.
+      differences: Of the first's figures less the second's.
+      joint: Images by which of them is right.
+    """
+
+    first: str
+    second: str
+    differences: Figures
+    joint: Joint
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the test images of one site tell of its models.
+
+    Attributes:
+      images: How many there are.
+      patients: How many patients they are of.
+      figures: Of each way.
+      pairs: Ways that were compared.
+    """
+
+    images: int
+    patients: int
+    figures: Mapping[str, Figures]
+    pairs: tuple[Pair, ...]
+
+    def facts(self) -> dict[str, Any]:
+        """For JSON, as `read` reads them."""
+        return asdict(self)
+
+    @classmethod
+    def read(cls, facts: Mapping[str, Any]) -> Self:
+        """The evidence behind `facts`, also of JSON."""
+        pairs = tuple(
+            Pair(
+                pair["first"],
+                pair["second"],
+                _read_figures(pair["differences"]),
+                Joint(*pair["joint"]),
+            )
+            for pair in facts["pairs"]
+        )
+        figures = {way: _read_figures(told) for way, told in facts["figures"].items()}
+        return cls(facts["images"], facts["patients"], figures, pairs)
+
+
+def compare_ways(
+    tested: Tested, select: str, pairs: Sequence[tuple[str, str]], *, seed: int, draws: int = 1000
+) -> Evidence:
+    """Bootstrap by patient: a patient is drawn with all of their images, for all ways at once.
+
+    Args:
+      tested: The images of one site.
+      select: The metric of the study, one of METRICS; AUROC is always told beside it.
+      pairs: Ways to compare, the first less the second.
+      seed: Of the resampling; equal seeds give equal evidence.
+      draws: How often patients are drawn.
+    """
+    names = list(dict.fromkeys((select, "auroc")))
+    answers = {
+        way: Answers.of(logits, tested.scores[way], tested.labels).compact()
+        for way, logits in tested.logits.items()
+    }
+    figures = {way: _compute(each, names) for way, each in answers.items()}
+    times = list(_draw_times(tested, seed, draws))
+    drawn = {
+        way: np.array([_compute(each, names, again) for again in times])
+        for way, each in answers.items()
+    }
+    compared = [
+        Pair(
+            a,
+            b,
+            _estimate(names, figures[a] - figures[b], drawn[a] - drawn[b]),
+            _join(answers[a], answers[b]),
+        )
+        for a, b in pairs
+    ]
+    return Evidence(
+        len(tested.labels),
+        len(np.unique(tested.patients)),
+        {way: _estimate(names, figures[way], drawn[way]) for way in answers},
+        tuple(compared),
+    )
+
+
+def mcnemar(only_first: int, only_second: int) -> float:
+    """Exact p of two ways that are right equally often, from images that one alone calls right.
+
+    Images that share a patient make it too small.
+    """
+    from scipy.stats import binomtest  # slow to import
+
+    both = only_first + only_second
+    return float(binomtest(only_first, both).pvalue) if both else 1.0
+
+
+def _compute(answers: Answers, names: Sequence[str], times: Ints | None = None) -> Floats:
+    """Each metric, NaN where it is undefined."""
+    counts = answers.count(times)
+    return np.array([value(counts, name) for name in names], np.float64)
+
+
+def _draw_times(tested: Tested, seed: int, draws: int) -> Iterator[Ints]:
+    """How often each image is drawn, [n]; of patients of each class as many as there are.
+
+    A patient with images of several classes belongs to the rarest of them.
+    """
+    rng = np.random.default_rng(seed)
+    _, owner = np.unique(tested.patients, return_inverse=True)
+    common = np.bincount(tested.labels)[tested.labels]
+    order = np.lexsort((common, owner))
+    _, first = np.unique(owner[order], return_index=True)
+    classes = tested.labels[order][first]
+    strata = [np.flatnonzero(classes == k) for k in np.unique(classes)]
+    for _ in range(draws):
+        times = np.empty(len(classes), np.int64)
+        for some in strata:
+            times[some] = rng.multinomial(len(some), np.full(len(some), 1 / len(some)))
+        yield times[owner]
+
+
+def _estimate(names: Sequence[str], figures: Floats, drawn: Floats) -> Figures:
+    """Percentiles of draws [draws, names]; those where a figure is undefined are left out."""
+    found: dict[str, Estimate | None] = {}
+    for name, figure, column in zip(names, figures, drawn.T, strict=True):
+        defined = column[~np.isnan(column)]
+        if np.isnan(figure) or not len(defined):
+            found[name] = None
+            continue
+        low, high = np.quantile(defined, (0.025, 0.975))
+        found[name] = Estimate(float(figure), float(low), float(high))
+    return found
+
+
+def _join(a: Answers, b: Answers) -> Joint:
+    first, second = a.called == a.truth, b.called == b.truth
+    cells = (first & second, first & ~second, ~first & second, ~first & ~second)
+    return Joint(*(int(cell.sum()) for cell in cells))
+
+
+def _read_figures(told: Mapping[str, Any]) -> Figures:
+    return {name: Estimate(**each) if each else None for name, each in told.items()}
