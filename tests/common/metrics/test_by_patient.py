@@ -1,6 +1,7 @@
 """Evidence of a site: by patient, paired, and the same after JSON."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -68,9 +69,7 @@ def test_evidence_is_the_same_after_json_and_for_the_same_seed() -> None:
 
 def test_a_patient_with_many_images_widens_an_interval() -> None:
     tested = draw_site(60, seed=3, images=(6, 6))
-    alone = by_patient.Tested(
-        tested.labels, np.arange(len(tested.labels)), tested.logits, tested.scores
-    )
+    alone = replace(tested, patients=np.arange(len(tested.labels)))
     wide, narrow = (
         compare_ways(t, "accuracy", [], seed=0, draws=300).figures["local"]["accuracy"]
         for t in (tested, alone)
