@@ -80,11 +80,9 @@ def apply_threshold(counts: Counts, k: int, threshold: float) -> Cells:
     Exact where the threshold is one of `choose_threshold`; else a bin is called by its middle.
     """
     called = _probability(CENTRES) >= threshold
-    (tp, fp), (fn, tn) = (
-        (int(c[k, some].sum()) for c in (counts.positive, counts.negative))
-        for some in (called, ~called)
-    )
-    return Cells(tp, fn, fp, tn)
+    own, others = counts.positive[k], counts.negative[k]
+    tp, fp = int(own[called].sum()), int(others[called].sum())
+    return Cells(tp, int(own.sum()) - tp, fp, int(others.sum()) - fp)
 
 
 def _probability(log_odds: Floats) -> Floats:

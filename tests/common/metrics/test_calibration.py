@@ -1,14 +1,22 @@
-"""Calibration is the exact one."""
+"""Calibration is the exact one, and tells chance from a model that is too sure."""
 
 import math
 
 import numpy as np
 import pytest
 import torch
+from scipy.special import logit
+from sklearn.linear_model import LogisticRegression
 from torch.nn.functional import one_hot
 
-from common.metrics.calibration import calibration
+from common.metrics.calibration import (
+    brier_interval,
+    calibration,
+    calibration_slope,
+    expected_error_if_perfect,
+)
 from common.metrics.counts import Counts
+from common.metrics.metrics import brier_score
 
 pytestmark = pytest.mark.numbers
 
@@ -77,3 +85,78 @@ def test_calibration_is_of_the_images_with_scores() -> None:
     withheld = other.coarse(other.confusion, 1.0)
     assert calibration(withheld) is None
     assert calibration(one + withheld).error == pytest.approx(calibration(one).error)
+
+
+def perfect(n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits, and classes drawn from just their probabilities."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = 1.5 * torch.randn(n, 3, generator=generator)
+    drawn = torch.multinomial(torch.softmax(logits, 1), 1, generator=generator)
+    return logits, drawn[:, 0]
+
+
+def test_the_error_of_a_perfect_model_is_what_chance_makes_of_it() -> None:
+    shown = [calibration(Counts.of(*perfect(150, seed))) for seed in range(40)]
+    counts = Counts.of(*perfect(150, 99))
+    expected = expected_error_if_perfect(counts, seed=0)
+    assert expected == expected_error_if_perfect(counts, seed=0)
+    assert expected == pytest.approx(np.mean([each.error for each in shown]), rel=0.1)
+    assert expected > 0.03
+    squares = np.mean([each.debiased**2 for each in shown])
+    assert squares < 0.5 * np.mean([each.error for each in shown]) ** 2
+    assert expected_error_if_perfect(Counts.zero(3), seed=0) is None
+
+
+def test_the_debiased_error_does_not_hang_on_the_number_of_images() -> None:
+    logits, labels = perfect(60_000, 0)
+    truth = calibration(Counts.of(2.5 * logits, labels)).debiased
+    parts = zip((2.5 * logits).split(300), labels.split(300), strict=True)
+    few = [calibration(Counts.of(*part)) for part in parts]
+    assert np.mean([c.debiased**2 for c in few]) == pytest.approx(truth**2, rel=0.05)
+
+
+@pytest.mark.parametrize("scale", [0.3, 1.0, 3.0, 30.0])
+def test_the_slope_is_scikit_learns(scale: float) -> None:
+    logits, labels = perfect(800, 1)
+    p = torch.softmax(logits.double(), 1).numpy()
+    for k in range(3):
+        given = scale * logit(p[:, k])
+        two = torch.from_numpy(np.stack([0 * given, given], axis=1))
+        own = labels == k
+        found = calibration_slope(Counts.of(two, own.long()), 1)
+        exact = LogisticRegression(C=np.inf, tol=1e-10, max_iter=1000)
+        exact.fit(given[:, None] / scale, own)
+        slope, intercept = exact.coef_[0, 0] / scale, exact.intercept_[0]
+        assert found == pytest.approx((slope, intercept), rel=0.02, abs=0.01)
+        assert found[0] == pytest.approx(1 / scale, rel=0.2)
+
+
+def test_a_slope_that_has_no_end_is_undefined() -> None:
+    apart = torch.tensor([[3.0, 0.0], [2.0, 0.0], [0.0, 1.0]])
+    labels = torch.tensor([0, 0, 1])
+    for counts in (
+        Counts.of(apart, labels),
+        Counts.of(-apart, labels),
+        Counts.of(apart * 0, labels),
+        Counts.of(apart[:2], labels[:2]),
+        Counts.zero(2),
+    ):
+        assert calibration_slope(counts, 0) is None
+    wild = torch.tensor([[700.0, 0.0], [0.0, 700.0], [0.0, 1e-3], [1e-3, 0.0]])
+    slope, intercept = calibration_slope(Counts.of(wild, torch.tensor([0, 1, 0, 1])), 0)
+    assert 0 < slope < 10
+    assert abs(intercept) < 0.1
+
+
+@pytest.mark.parametrize("classes", [2, 5])
+def test_the_brier_interval_is_that_of_the_images(classes: int) -> None:
+    logits, labels = scores(400, classes, 0)
+    squares = (torch.softmax(logits.double(), 1) - one_hot(labels, classes)).square().sum(1).numpy()
+    counts = Counts.of(logits, labels)
+    found = brier_interval(counts)
+    assert found.value == brier_score(counts)
+    half = 1.96 * squares.std(ddof=1) / math.sqrt(400)
+    assert found.high - found.value == pytest.approx(half, rel=0.05)
+    assert found.value - found.low == pytest.approx(half, rel=0.05)
+    assert brier_interval(Counts.zero(classes)) is None
+    assert brier_interval(Counts.of(logits[:2] * 0, labels[:2])).low >= 0

@@ -15,9 +15,13 @@ from common.errors import ContractError
 from common.metrics.counts import BINS, MOST, Counts
 from common.metrics.metrics import (
     METRICS,
+    average_precision,
     better,
     brier_score,
     class_auroc,
+    macro_average_precision,
+    npv,
+    ppv,
     sensitivity,
     specificity,
     value,
@@ -72,6 +76,27 @@ def test_auroc_is_scikit_learns_whatever_the_scores_look_like(shape: str, classe
 
 
 @pytest.mark.parametrize("classes", [2, 7])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_average_precision_is_scikit_learns(shape: str, classes: int) -> None:
+    logits, labels = scores(1500, classes, 1.0)
+    logits = SHAPES[shape](logits)
+    counts = Counts.of(logits, labels)
+    exact = [sk.average_precision_score(labels == k, log_odds(logits, k)) for k in range(classes)]
+    found = [average_precision(counts, k) for k in range(classes)]
+    assert found == pytest.approx(exact, abs=0.025)
+    assert macro_average_precision(counts) == pytest.approx(np.mean(exact), abs=0.015)
+    assert average_precision(Counts.zero(classes), 0) is None
+    assert macro_average_precision(Counts.zero(classes)) is None
+
+
+def test_nothing_called_has_no_predictive_value() -> None:
+    counts = Counts.of(torch.tensor([[1.0, 0.0]] * 3), torch.tensor([0, 0, 1]))
+    assert ppv(counts, 1) is None
+    assert npv(counts, 0) is None
+    assert ppv(counts, 0) == npv(counts, 1) == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("classes", [2, 7])
 def test_the_other_metrics_are_exact(classes: int) -> None:
     logits, labels = scores(600, classes, 2.0)
     labels[labels == 1] = 0 if classes > 2 else 1
@@ -93,6 +118,8 @@ def test_the_other_metrics_are_exact(classes: int) -> None:
         recall, other = labels == k, labels != k
         assert sensitivity(counts, k) == pytest.approx(sk.recall_score(recall, called == k))
         assert specificity(counts, k) == pytest.approx(sk.recall_score(other, called != k))
+        assert ppv(counts, k) == pytest.approx(sk.precision_score(recall, called == k))
+        assert npv(counts, k) == pytest.approx(sk.precision_score(other, called != k))
         exact = sk.roc_auc_score(labels == k, log_odds(logits, k))
         assert class_auroc(counts, k) == pytest.approx(exact, abs=0.005)
 

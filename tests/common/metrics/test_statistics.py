@@ -7,8 +7,16 @@ from scipy import stats
 from torch.nn.functional import one_hot
 
 from common.metrics.counts import Counts
-from common.metrics.metrics import METRICS, value
-from common.metrics.statistics import _t, difference, gap_closed, intervals, t_interval
+from common.metrics.metrics import METRICS, npv, ppv, sensitivity, specificity, value
+from common.metrics.statistics import (
+    _t,
+    class_shares,
+    difference,
+    gap_closed,
+    intervals,
+    t_interval,
+    wilson,
+)
 
 pytestmark = pytest.mark.numbers
 
@@ -71,6 +79,35 @@ def test_undefined_figures_have_no_interval() -> None:
     assert found["auroc"] is None
     assert found["accuracy"] is not None
     assert intervals(one, [], seed=0, draws=10) == {}
+
+
+@pytest.mark.parametrize(("successes", "n"), [(0, 1), (0, 30), (30, 30), (7, 9), (450, 1000)])
+def test_wilson_is_scipys(successes: int, n: int) -> None:
+    exact = stats.binomtest(successes, n).proportion_ci(method="wilson")
+    found = wilson(successes, n)
+    assert (found.low, found.high) == pytest.approx((exact.low, exact.high), abs=1e-6)
+    assert found.value == successes / n
+    assert 0 <= found.low <= found.value <= found.high <= 1
+
+
+def test_shares_of_a_class_have_a_width_where_nothing_went_wrong() -> None:
+    assert wilson(0, 0) is None
+    counts = Counts.of(torch.eye(3)[[0, 0, 1, 1, 0]], torch.tensor([0, 0, 1, 1, 1]))
+    found = class_shares(counts)
+    assert {name: [e and e.value for e in shares] for name, shares in found.items()} == {
+        name: [of(counts, k) for k in range(3)]
+        for name, of in {
+            "sensitivity": sensitivity,
+            "specificity": specificity,
+            "ppv": ppv,
+            "npv": npv,
+        }.items()
+    }
+    assert found["sensitivity"][0].low == pytest.approx(wilson(2, 2).low)
+    assert found["sensitivity"][0].low < found["sensitivity"][0].high == 1
+    assert found["sensitivity"][2] is None
+    withheld = counts.coarse(counts.confusion, 1.0)
+    assert class_shares(withheld)["ppv"] == [None] * 3
 
 
 @pytest.mark.parametrize("freedom", [*range(1, 41), 100, 1000, 10**6])
