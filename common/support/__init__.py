@@ -1,4 +1,4 @@
-"""Files, keys, seeds, terminals and plot style, of which every role has need.
+"""Files, keys, seeds, names, terminals and plot style, of which every role has need.
 
 Each file is a way in. Nothing here knows a study, a site or a message.
 """
