@@ -9,6 +9,7 @@ from flwr.serverapp import Grid
 from common.config.study import Study
 from common.errors import RunError
 from common.support.terminal import console, table
+from server.evidence.report import REPORT, write_report
 from server.link.grid import open_grid
 from server.reports.progress import Joined, Reporter
 from server.reports.tables import show_results
@@ -81,9 +82,11 @@ class Announcer(Reporter):
 
 
 def show_run(run: RunFolder) -> None:
-    """Print the tables of a finished run."""
+    """Print the tables of a finished run, and write its report."""
     results, facts = read_results(run.path, len(run.study.classes))
     show_results(results, run.study.classes, facts.get("withheld", {}), run.path)
+    write_report(run)
+    console.print(f"report: {run.path / REPORT}")
 
 
 def _await(grid: Grid, quorum: int, limit: float) -> None:

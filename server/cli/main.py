@@ -252,6 +252,7 @@ def _doing(state: "RunState") -> str:
 
 for command, name, rest in (
     (runs.run, "run", "study.yaml"),
+    (runs.report, "report", "runs/skin-20260101-120000"),
     (runs.stop, "stop", "runs/skin-20260101-120000"),
     (runs.logs, "logs", "--lines 20"),
 ):

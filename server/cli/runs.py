@@ -68,6 +68,22 @@ def run(
         raise StoppedError(f"Stopped. Go on with: {again}") from None
 
 
+def report(
+    run: Annotated[Path, typer.Argument(help="A finished run, by folder or name.")],
+    project: Folder = HERE,
+) -> None:
+    """Write a finished run's report again: one page, the model's card, and its facts as JSON.
+
+    report.html is one file that loads nothing: it can be mailed, printed, and kept.
+    """
+    from server.evidence.report import REPORT, write_report
+    from server.runs.run_folder import RunFolder
+
+    folder = RunFolder.resume(_find(run, project))
+    write_report(folder)
+    console.print(f"report: {folder.path / REPORT}")
+
+
 def stop(
     run: Annotated[Path, typer.Argument(help="The run, by folder or name.")],
     project: Folder = HERE,

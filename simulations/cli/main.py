@@ -10,7 +10,7 @@ from common.cli import models
 from common.errors import RunError
 from common.support import files, terminal
 from common.support.terminal import Changes, console, table
-from simulations.cli import series
+from simulations.cli import reports, series
 from simulations.cli.options import (
     CACHE,
     Cache,
@@ -131,6 +131,9 @@ def run(
 
 for _command, _example in series.COMMANDS.items():
     app.command(epilog=f"Example: consilium-simulate {_command.__name__} {_example}")(_command)
+
+
+app.command(epilog="Example: consilium-simulate report runs/mine")(reports.report)
 
 
 @app.command(

@@ -81,6 +81,15 @@ def read_audit(folder: Path) -> dict[str, float]:
         raise RunError(folder, expected="an audit", got="none", remedy=remedy) from None
 
 
+def find_bound(folder: Path, study: Study) -> float:
+    """The largest ε that an audit shows at a study's own ε; raises `RunError` if it has none."""
+    wanted = label_epsilon(study.privacy.epsilon if isinstance(study.privacy, Private) else None)
+    shown = read_audit(folder)
+    if wanted not in shown:
+        raise RunError(folder, expected=f"an audit at {wanted}", got=", ".join(shown))
+    return shown[wanted]
+
+
 def _bound(runs: Sequence[Path], delta: float) -> dict[str, Bound]:
     """The bound that each way to guess shows, of the coins of all runs and sites together."""
     if unfinished := [run for run in runs if not (run / AUDIT).exists()]:

@@ -11,6 +11,7 @@ from common.config.study import Study
 from common.errors import RunError, StudyError
 from common.metrics.counts import Counts
 from common.support.terminal import console, table
+from server.evidence.report import REPORT, write_report
 from server.reports.tables import show_results
 from server.rounds.start import check_start
 from server.runs.results import FEDERATED, Results, read_results, sort_ways, write_results
@@ -244,10 +245,15 @@ def _conclude(run: RunFolder, engine: Engine, *, compare: bool) -> None:
     if compare and "pooled" not in results:
         results = sort_ways(results | _compare(run, site_files, engine))
         write_results(run, results, **facts)
+    if study.private and "spent" not in facts:
+        facts["spent"] = virtual_sites.read_spending(site_files)
+        write_results(run, results, **facts)
     summary.plot_results(study, results, run.path / "comparison.png")
     show_results(results, study.classes, facts.get("withheld", {}), run.path)
+    write_report(run)
+    console.print(f"report: {run.path / REPORT}")
     if study.private:
-        epsilons = list(virtual_sites.read_spending(site_files).items())[:_MOST_SITES_SHOWN]
+        epsilons = list(facts["spent"].items())[:_MOST_SITES_SHOWN]
         told = ", ".join(f"{name} {epsilon:.2f}" for name, epsilon in epsilons)
         console.print(f"\nε spent, by each site's ledger: {told}")
         console.print(MEANING, style="dim")

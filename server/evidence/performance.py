@@ -1,0 +1,131 @@
+"""The figures of a run on test patients: tables with intervals, and pictures."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from common.metrics.by_patient import Evidence
+from common.metrics.calibration import (
+    brier_interval,
+    calibration,
+    calibration_slope,
+    expected_error_if_perfect,
+)
+from common.metrics.counts import Counts
+from common.metrics.metrics import (
+    METRICS,
+    average_precision,
+    brier_score,
+    class_auroc,
+    value,
+)
+from common.metrics.statistics import Estimate, class_shares, intervals
+from common.page.blocks import Table
+from server.evidence.facts import RunFacts
+from server.runs.results import FEDERATED, compute_calibration_error, unite_sites
+
+OVERALL = "overall"
+_DRAWS = 200
+_RANKS = "auroc"
+
+
+def list_estimated(select: str) -> list[str]:
+    """The metrics that are shown with intervals: the study's own, and the one of ranking."""
+    return list(dict.fromkeys((select, _RANKS)))
+
+
+def tabulate_sites(facts: RunFacts) -> Table:
+    """Every way of training at every site, with intervals by patient where a site tells them."""
+    names = list_estimated(facts.study.select)
+    columns = [METRICS[name].label for name in names]
+    rows = [
+        [
+            "" if i else site,
+            way,
+            str(counts.n) if not counts.noise else f"about {max(counts.n, 0)}",
+            *map(_show, estimates),
+            *map(_figure, (value(counts, "accuracy"), brier_score(counts))),
+            _figure(compute_calibration_error(counts)),
+        ]
+        for site, ways in _by_site(facts).items()
+        for i, (way, counts) in enumerate(ways.items())
+        for estimates in [_estimate(facts, site, way, counts, names)]
+    ]
+    heads = ("site", "trained", "test images", *columns, "accuracy", "Brier score", "ECE")
+    caption = "Test patients; 95 % intervals, by patient where the site tells them, else by image"
+    return Table(heads, rows, left=2, caption=caption)
+
+
+def tabulate_classes(facts: RunFacts) -> Iterator[Table]:
+    """How the released model calls each class, over all sites."""
+    counts = unite_sites(facts.results, len(facts.study.classes))[FEDERATED]
+    if counts.n <= 0:
+        return
+    shares = class_shares(counts)
+    rows = [
+        [
+            name,
+            str(counts.confusion[k].sum()),
+            *(_show(found[k]) for found in shares.values()),
+            _figure(class_auroc(counts, k)),
+            _figure(average_precision(counts, k)),
+        ]
+        for k, name in enumerate(facts.study.classes)
+    ]
+    heads = [name.upper() if name.endswith("pv") else name for name in shares]
+    caption = "The released model on test images of all sites; 95 % Wilson intervals, by image"
+    yield Table(("class", "images", *heads, "AUROC", "AP"), rows, caption=caption)
+    yield from _tabulate_calibration(facts, counts)
+
+
+def _tabulate_calibration(facts: RunFacts, counts: Counts) -> Iterator[Table]:
+    """How true the released model's probabilities are, where scores are told."""
+    found = calibration(counts)
+    if found is None:
+        return
+    perfect = expected_error_if_perfect(counts, seed=facts.study.seed)
+    rows = [
+        ["Brier score (0 is perfect)", _show(brier_interval(counts))],
+        ["calibration error (ECE, by class)", _figure(found.error)],
+        ["that of a perfect model on so few images", _figure(perfect)],
+        ["root mean square error, without chance", _figure(found.debiased)],
+    ]
+    for k, name in enumerate(facts.study.classes):
+        slope, at = calibration_slope(counts, k) or (None, None)
+        rows.append([f"{name}: slope and intercept (1 and 0)", f"{_figure(slope)}, {_figure(at)}"])
+    yield Table(("probabilities", "of the released model"), rows, caption="Calibration")
+
+
+def estimate_sites(facts: RunFacts, metric: str) -> dict[str, dict[str | None, Estimate | None]]:
+    """A metric with its interval by way of training and site; None is all sites together."""
+    found: dict[str, dict[str | None, Estimate | None]] = {way: {} for way in facts.results}
+    for site, ways in _by_site(facts).items():
+        for way, counts in ways.items():
+            (found[way][None if site == OVERALL else site],) = _estimate(
+                facts, site, way, counts, [metric]
+            )
+    return found
+
+
+def _by_site(facts: RunFacts) -> Mapping[str, Mapping[str, Counts]]:
+    sites = sorted({name for way in facts.results.values() for name in way})
+    found = {s: {w: r[s] for w, r in facts.results.items() if s in r} for s in sites}
+    return {**found, OVERALL: unite_sites(facts.results, len(facts.study.classes))}
+
+
+def _estimate(
+    facts: RunFacts, site: str, way: str, counts: Counts, names: Sequence[str]
+) -> list[Estimate | None]:
+    evidence: Evidence | None = facts.evidence.get(site)
+    if evidence and way in evidence.figures:
+        return [evidence.figures[way].get(name) for name in names]
+    found = intervals(counts, names, seed=facts.study.seed, draws=_DRAWS)
+    return [found[name] for name in names]
+
+
+def _show(estimate: Estimate | None) -> str:
+    if estimate is None:
+        return "not told"
+    return f"{estimate.value:.3f} ({estimate.low:.3f} to {estimate.high:.3f})"
+
+
+def _figure(number: float | None) -> str:
+    return "not told" if number is None else f"{number:.3f}"

@@ -1,0 +1,58 @@
+"""The report of a run: one page, the model's card, and the same facts as JSON."""
+
+from common.page.blocks import Page, Section, Text
+from common.page.render import render_page
+from server.evidence.card import collect_card_facts, describe_use, write_card
+from server.evidence.course import describe_course, describe_making
+from server.evidence.facts import RunFacts, read_facts
+from server.evidence.limits import list_limits
+from server.evidence.performance import tabulate_classes, tabulate_sites
+from server.evidence.privacy import describe_privacy
+from server.evidence.verdicts import judge_sites
+from server.runs.run_folder import RunFolder
+
+REPORT, CARD, FACTS = "report.html", "card.md", "facts.json"
+
+
+def write_report(folder: RunFolder, audit: float | None = None) -> None:
+    """Write the report of a finished run, its model's card, and the card's facts.
+
+    Args:
+      folder: Of the run.
+      audit: The largest ε that attacks on the same study show, if there was an audit.
+
+    Raises:
+      RunError: the run is not finished, or its folder cannot be written.
+    """
+    facts = read_facts(folder, audit)
+    sections = compose_sections(facts)
+    folder.write(REPORT, render_page(_make_page(facts, sections)))
+    folder.write(CARD, write_card(facts, sections))
+    folder.write(FACTS, collect_card_facts(facts))
+
+
+def compose_sections(facts: RunFacts) -> list[Section]:
+    """Everything that is said in words and tables, in the order in which it is read."""
+    return [
+        Section("Did federating help?", list(judge_sites(facts))),
+        Section("Figures on test patients", [tabulate_sites(facts)]),
+        Section("By class", list(tabulate_classes(facts))),
+        Section("What the model is for", [describe_use(facts)]),
+        Section("Limits of this evidence", [Text(line) for line in list_limits(facts)]),
+        Section("Privacy", list(describe_privacy(facts))),
+        Section("Who took part, and what it cost", list(describe_course(facts))),
+        Section("What the model was made of", list(describe_making(facts)), folded=True),
+    ]
+
+
+def _make_page(facts: RunFacts, sections: list[Section]) -> Page:
+    ended = facts.happened.ended
+    when = f"{ended:%Y-%m-%d} · " if ended else ""
+    sites = f"{len(facts.sites)} sites"
+    return Page(
+        title=f"{facts.study.name}: what federating gave, and cost",
+        subtitle=f"{when}{sites} · released: {facts.released} · run {facts.folder.name}",
+        sections=sections,
+        footer="Made by Consilium from what sites told, and from nothing else. Without patients' "
+        "images, names or scores of single patients.",
+    )
