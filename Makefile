@@ -30,6 +30,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 lock: ## Pin versions and hashes anew; UPGRADE=--upgrade takes the newest that pyproject.toml allows
 	@$(LOCK) --extra dev -o constraints.txt
 	@$(LOCK) --extra dev --extra ray -c constraints.txt -o constraints-ray.txt
+	@$(LOCK) --extra dev --extra export -c constraints.txt -o constraints-export.txt
 
 sbom: $(INSTALLED) ## Write the software bill of materials of .venv, sbom.json (CycloneDX)
 	@$(BIN)/python -m tools.sbom > sbom.json

@@ -45,6 +45,9 @@ for command, name, rest in (
 app.command(epilog="Example: consilium-client predict skin-lesions images/ --site site.yaml")(
     models.predict
 )
+app.command(epilog="Example: consilium-client export skin-lesions exported/ --site site.yaml")(
+    models.export
+)
 
 
 def main() -> None:

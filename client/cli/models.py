@@ -5,7 +5,15 @@ from typing import Annotated
 
 import typer
 
-from common.cli.models import OUT, Images, Out, ThresholdOption, predict_files
+from common.cli.models import (
+    OUT,
+    Folder,
+    Images,
+    Out,
+    ThresholdOption,
+    export_files,
+    predict_files,
+)
 
 Model = Annotated[
     str,
@@ -35,6 +43,15 @@ def predict(
     probability.
     """
     predict_files(_find(model, site_file), images, out, threshold or ())
+
+
+def export(model: Model, folder: Folder, site_file: SiteOption = SITE) -> None:
+    """Write a model as other software at the hospital reads it: its tensors, and one ONNX file.
+
+    The model that was fitted to this site is made of its patients without any privacy: wherever it
+    goes, it must stay at the hospital. model.onnx is written where the extra export is installed.
+    """
+    export_files(_find(model, site_file), folder)
 
 
 def _find(model: str, site_file: Path) -> Path:

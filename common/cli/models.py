@@ -1,4 +1,4 @@
-"""What a person does with a model that was released: predict."""
+"""What a person does with a model that was released: predict, export."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,9 +8,14 @@ import typer
 
 from common.support.terminal import console
 
+INSTALL = (
+    "pip install 'consilium[export]', "
+    "in a checkout pip install --require-hashes -r constraints-export.txt"
+)
 Images = Annotated[Path, typer.Argument(help="Images; subfolders are searched too.")]
 Out = Annotated[Path, typer.Option(help="The CSV file to write.")]
 OUT = Path("predictions.csv")
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A new or empty folder.")]
 ThresholdOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -45,3 +50,29 @@ def predict_files(folder: Path, images: Path, out: Path, thresholds: Sequence[st
     model = load_model(folder)
     predict_folder(model, images, out, parse_thresholds(thresholds, model.classes))
     console.print("predicted: the decision, which need not be the most probable class", style="dim")
+
+
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run folder.")],
+    folder: Folder,
+) -> None:
+    """Take a released model home: its tensors, all that they need, and one ONNX file.
+
+    model.safetensors and model.json are read by predict, and by other software that knows the
+    backbone. model.onnx needs nothing else: pixels in, probabilities and decisions out; it is
+    written where the extra export is installed, and checked against PyTorch.
+    """
+    export_files(run, folder)
+
+
+def export_files(model: Path, folder: Path) -> None:
+    """The command for a model in this folder."""
+    from common.model.exporting import export_model
+    from common.model.onnx_file import list_missing
+
+    privacy = export_model(model, folder)["privacy"]
+    console.print(f"{', '.join(sorted(path.name for path in folder.iterdir()))} → {folder}")
+    if not privacy["private"]:
+        console.print(f"NOT PRIVATE: {privacy['note']}", style="bold red")
+    if missing := list_missing():
+        console.print(f"no model.onnx without {', '.join(missing)}: {INSTALL}")

@@ -6,22 +6,21 @@ model.probabilities(["a.png", "b.jpg"])  # float32 [2, classes], columns as in m
 model.decisions(["a.png", "b.jpg"])  # int64 [2], positions in model.classes
 """
 
-import json
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor, nn
 
-from common.config.study import Study
 from common.errors import DataError, RunError
-from common.heads.read_out import AS_IT_IS, ReadOut
+from common.heads.read_out import ReadOut
 from common.model import backbones
+from common.model.description import WEIGHTS, Description, read_description
 from common.model.images import Preprocess
-from common.model.network import build_model
 
 
 @dataclass(frozen=True)
@@ -29,16 +28,27 @@ class ReleasedModel:
     """A trained classifier for image files.
 
     Attributes:
-      classes: Names of the columns of `probabilities`.
+      about: All of it but the weights.
       network: Normalised float32 [n, 3, crop, crop] → logits [n, classes]; in eval mode.
-      preprocess: From an image file to the network's input.
-      read_out: From logits to probabilities, which know how common each class is; decisions do not.
     """
 
-    classes: tuple[str, ...]
+    about: Description
     network: nn.Module
-    preprocess: Preprocess
-    read_out: ReadOut = AS_IT_IS
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the columns of `probabilities`."""
+        return self.about.classes
+
+    @property
+    def preprocess(self) -> Preprocess:
+        """From an image file to the network's input."""
+        return self.about.preprocess
+
+    @property
+    def read_out(self) -> ReadOut:
+        """From logits to probabilities, which know how common each class is; decisions do not."""
+        return self.about.read_out
 
     def probabilities(self, images: Sequence[str | Path]) -> Tensor:
         """Class probabilities float32 [len(images), classes] of image files.
@@ -85,51 +95,35 @@ class ReleasedModel:
 
 
 def load_model(run: str | Path) -> ReleasedModel:
-    """The model that the run folder `run` released, or that a site keeps in state/adapted/<id>.
+    """The model that a run released into its folder, that a site keeps, or that was exported.
 
     Raises:
       RunError: there is no such folder, it holds none or several, the run is not finished, or its
         model file is damaged.
     """
     folder = Path(run)
-    study_file, file = folder / "study.yaml", folder / "model.safetensors"
-    if not (study_file.is_file() and file.is_file()):
-        got, remedy = _explain_absence(folder)
-        raise RunError(folder, expected="the folder of a finished run", got=got, remedy=remedy)
-    study = Study.read(study_file)
-    backbone = backbones.get(study.model.backbone)
-    network = build_model(study, "none")
+    about = read_description(folder)
+    network = build_network(about)
     try:
-        network.load_state_dict(load_file(file))
+        content = (folder / WEIGHTS).read_bytes()
+        if about.sha256 not in (None, hashlib.sha256(content).hexdigest()):
+            raise OSError("another file")
+        network.load_state_dict(load(content))
     except (SafetensorError, RuntimeError, OSError):
-        got = "a damaged one"
-        raise RunError(file, expected="the released model", got=got) from None
-    preprocess = backbone.preprocess(study.model.weights).with_size(study.images.size)
-    return ReleasedModel(study.classes, network, preprocess, _read_out(folder))
+        expected, got = "the released model", "a damaged one"
+        raise RunError(folder / WEIGHTS, expected=expected, got=got) from None
+    return ReleasedModel(about, network)
 
 
-def _explain_absence(folder: Path) -> tuple[str, str]:
-    """What a folder is that holds no released model, and what to do."""
-    name = "Name a run folder, or one in a site's state/adapted."
-    if not folder.is_dir():
-        return "a file" if folder.exists() else "no such folder", name
-    if (folder / "study.yaml").is_file():
-        resume = f"run --resume {folder}"
-        remedy = f"Finish it with consilium-simulate {resume}, in a deployment consilium-server's."
-        return "a run that is not finished", remedy
-    # Of several seeds, of a sweep's settings and seeds, of a site's state.
-    found = sorted([*folder.glob("*/model.safetensors"), *folder.glob("*/*/model.safetensors")])
-    if found:
-        return f"a folder that holds {len(found)}", f"Name one itself, such as {found[0].parent}."
-    return "a folder without one", name
-
-
-def _read_out(folder: Path) -> ReadOut:
-    path = folder / "read_out.json"
-    try:
-        told = json.loads(path.read_text("utf-8"))
-        return ReadOut(float(told["temperature"]), tuple(map(float, told["log_prior"])))
-    except FileNotFoundError:
-        return AS_IT_IS
-    except (OSError, ValueError, KeyError, TypeError):
-        raise RunError(path, expected="the model's read-out", got="a damaged one") from None
+def build_network(about: Description) -> nn.Module:
+    """The network in eval mode, its weights still random."""
+    backbone, head = backbones.get(about.backbone), about.head
+    return backbone.build(
+        classes=len(about.classes),
+        dropout=0.0,
+        weights="none",
+        seed=0,
+        mean=(0.0,) * backbone.width if head.centre else None,
+        unit=head.unit,
+        directions=head.directions,
+    )

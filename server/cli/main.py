@@ -255,5 +255,6 @@ for command, name, rest in (
     (runs.report, "report", "runs/skin-20260101-120000"),
     (runs.stop, "stop", "runs/skin-20260101-120000"),
     (runs.logs, "logs", "--lines 20"),
+    (runs.export, "export", "skin-20260101-120000 exported/"),
 ):
     app.command(name, epilog=f"Example: consilium-server {name} {rest}")(command)

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from common.cli import models
 from common.errors import RunError
 from common.support.terminal import Changes, StoppedError, console, log_to
 
@@ -118,6 +119,19 @@ def logs(
         raise RunError(path, expected="a log", got="no such file")
     for line in path.read_text(encoding="utf-8").splitlines()[-lines:]:
         console.print(line)
+
+
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run, by folder or name.")],
+    folder: models.Folder,
+    project: Folder = HERE,
+) -> None:
+    """Take a released model home: its tensors, all that they need, and one ONNX file.
+
+    model.onnx needs nothing else: pixels in, probabilities and decisions out. It is written where
+    the extra export is installed, and checked against PyTorch.
+    """
+    models.export_files(_find(run, project), folder)
 
 
 def _find(run: Path, project: Path) -> Path:

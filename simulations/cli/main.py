@@ -162,6 +162,7 @@ def feature_mean(
 app.command(epilog="Example: consilium-simulate predict runs/mine images/ --out predictions.csv")(
     models.predict
 )
+app.command(epilog="Example: consilium-simulate export runs/mine exported/")(models.export)
 
 
 @app.command(epilog="Example: consilium-simulate backbones --classes 7")
