@@ -7,15 +7,20 @@ from io import StringIO
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.figure import Figure as Canvas
 
+from common.metrics.counts import Ints
 from common.page.blocks import Figure
 from common.page.svg import tidy_svg
 from common.support.plot_style import STYLE
 
 WIDTH = 3.6
 """Inches of a plot that a phone shows without scrolling."""
+
+_POINTS = 300
+"""The most points of a line: more cannot be told apart."""
 
 _SMALL: Any = {
     "font.size": 8.5,
@@ -53,12 +58,17 @@ def draw_figure(draw: Callable[[Canvas], None], title: str, caption: str = "") -
     return Figure(title, tidy_svg(text.getvalue(), (width, height), title, salt), caption)
 
 
-def add_legend(canvas: Canvas, handles: Mapping[str, Artist]) -> None:
+def add_legend(canvas: Canvas, handles: Mapping[str, Artist], title: str | None = None) -> None:
     """Explain marks and lines above the plots, in as many columns as their names leave room for."""
-    columns = 3 if max(map(len, handles)) <= 11 else 2
     canvas.legend(
         list(handles.values()),
         list(handles),
+        title=title,
         loc="outside upper center",
-        ncols=min(columns, len(handles)),
+        ncols=min(3 if max(map(len, handles)) <= 11 else 2, len(handles)),
     )
+
+
+def thin_out(points: int) -> Ints:
+    """Choose which points of a line to draw, the first and the last among them."""
+    return np.unique(np.linspace(0, points - 1, min(points, _POINTS)).round().astype(np.int64))

@@ -10,14 +10,11 @@ from matplotlib.ticker import MaxNLocator
 
 from common.metrics.metrics import label_metric
 from common.page.blocks import Figure
-from common.page.plots import WIDTH, add_legend, draw_figure
+from common.page.plots import WIDTH, add_legend, draw_figure, thin_out
 from common.support.names import shorten_names
 from common.support.plot_style import COLOURS, GREY, INK
 
 Row = Mapping[str, Any]
-
-_POINTS = 300
-"""The most points of a line: more cannot be told apart."""
 
 
 def plot_learning(rows: Sequence[Row], metric: str, of: str) -> Figure | None:
@@ -77,7 +74,7 @@ def _draw_line(axes: Axes, rows: Sequence[Row], key: str, **style: Any) -> None:
     values = np.array([np.nan if row.get(key) is None else row[key] for row in mine])
     if np.isnan(values).all():
         return
-    shown = np.unique(np.linspace(0, len(mine) - 1, _POINTS).round().astype(int))
+    shown = thin_out(len(mine))
     marker = "o" if len(mine) <= 10 else ""  # a line cannot show a round that stands alone
     rounds = np.array([row[when] for row in mine])
     axes.plot(rounds[shown], values[shown], marker=marker, ms=3 * style["lw"], **style)

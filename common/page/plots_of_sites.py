@@ -238,7 +238,7 @@ def _draw_table(axes: Axes, table: Floats, shades: tuple[float, float]) -> None:
             axes.add_patch(cell)
         text = "–" if np.isnan(value) else f"{value:.2f}".removeprefix("0")
         ink = "white" if value > low + 0.6 * span else INK
-        axes.text(x, y, text, ha="center", va="center", color=ink, fontsize=7)
+        axes.text(x, y, text, ha="center", va="center", color=ink, fontsize=7, in_layout=False)
 
 
 def _name_rows(axes: Axes, names: Sequence[str]) -> None:

@@ -3,8 +3,18 @@
 import re
 from collections.abc import Sequence
 
+import torch
+
+from common.metrics.counts import Counts
+from common.metrics.metrics import class_auroc
 from common.metrics.statistics import Estimate
 from common.page.blocks import Figure
+from common.page.plots_of_counts import (
+    plot_confusion,
+    plot_decision_curve,
+    plot_reliability,
+    plot_roc,
+)
 from common.page.plots_of_rounds import Row, plot_learning
 from common.page.plots_of_sites import (
     plot_cross_sites,
@@ -25,8 +35,33 @@ def list_rounds(sites: Sequence[str], rounds: int) -> list[Row]:
     ]
 
 
+def count_images(classes: int, images: int = 200) -> Counts:
+    dice = torch.Generator().manual_seed(0)
+    labels = torch.arange(images) % classes
+    logits = torch.randn(images, classes, generator=dice)
+    logits[range(images), labels] += 1
+    return Counts.of(logits, labels)
+
+
+def draw_counts(classes: Sequence[str]) -> list[Figure]:
+    counts = count_images(len(classes))
+    figures = [
+        plot_roc(counts, classes, "all"),
+        plot_reliability(counts, classes, "all", seed=0),
+        plot_confusion(counts, classes, "all"),
+        plot_decision_curve(counts, 1, classes[1], "all"),
+    ]
+    return [figure for figure in figures if figure]
+
+
+def draw_all(names: Sequence[str], rounds: int = 3) -> list[Figure]:
+    """A picture of each kind, of sites and classes with any names."""
+    figures = draw_sites(names, rounds) + draw_counts(names)
+    assert len(figures) == 9
+    return figures
+
+
 def draw_sites(sites: Sequence[str], rounds: int = 3) -> list[Figure]:
-    """A picture of each kind, of sites with any names."""
     estimates = {site: Estimate(0.6 + i / 100, 0.5, 0.8) for i, site in enumerate(sites)}
     ways = ("local", "fedavg", "solved", "federated", "adapted", "pooled")
     figures = [
@@ -38,21 +73,22 @@ def draw_sites(sites: Sequence[str], rounds: int = 3) -> list[Figure]:
         plot_cross_sites({a: {b: 0.123 for b in sites if a != b} for a in sites}, METRIC, "all"),
         plot_learning(list_rounds(sites, rounds), METRIC, "all"),
     ]
-    assert None not in figures
     return [figure for figure in figures if figure]
 
 
-def test_names_of_sites_stay_text_whatever_they_are() -> None:
-    for figure in draw_sites(HOSTILE):
-        assert "<script" not in figure.svg
+def test_names_stay_text_whatever_they_are() -> None:
+    shown = ["$\\frac{1}{", "_hidden", "--&gt; url(#a", "a\N{REPLACEMENT CHARACTER}b"]
+    *pictures, benefit = draw_all(HOSTILE)
+    for figure in pictures:
         tags = re.findall(r"<[^>]*>", figure.svg)
-        assert not any("alert" in tag for tag in tags)
-        for shown in ("$\\frac{1}{", "_hidden", "--&gt; url(#a", "a\N{REPLACEMENT CHARACTER}b"):
-            assert f">{shown}<" in figure.svg, (figure.title, shown)
+        assert not any("script" in tag or "alert" in tag for tag in tags)
+        for name in shown:
+            assert f">{name}" in figure.svg, (figure.title, name)
+    assert "_hidden" in benefit.title
 
 
 def test_names_inside_pictures_differ_and_are_found() -> None:
-    figures = draw_sites(["north", "south"])
+    figures = draw_all(["north", "south"])
     names = [re.findall(r'\bid="([^"]*)"', figure.svg) for figure in figures]
     assert len({name for own in names for name in own}) == sum(map(len, names)) > 0
     for figure, own in zip(figures, names, strict=True):
@@ -61,11 +97,11 @@ def test_names_inside_pictures_differ_and_are_found() -> None:
 
 
 def test_the_same_figures_give_the_same_bytes() -> None:
-    assert draw_sites(["north", "south"]) == draw_sites(["north", "south"])
+    assert draw_all(["north", "south"]) == draw_all(["north", "south"])
 
 
 def test_a_picture_loads_nothing_and_sets_no_style_for_others() -> None:
-    for figure in draw_sites(["north", "south"]):
+    for figure in draw_all(["north", "south"]):
         assert "http" not in figure.svg
         assert "<style" not in figure.svg
         assert "<image" not in figure.svg
@@ -73,6 +109,7 @@ def test_a_picture_loads_nothing_and_sets_no_style_for_others() -> None:
 
 def test_pictures_of_twenty_sites_and_a_hundred_rounds_are_small() -> None:
     figures = draw_sites([f"university_hospital_{number}" for number in range(20)], rounds=100)
+    figures += draw_counts(["akiec", "bcc", "bkl", "df", "mel", "nv", "vasc"])
     assert sum(len(figure.svg) for figure in figures) < 500_000
 
 
@@ -90,6 +127,38 @@ def test_nothing_to_show_is_no_picture() -> None:
     assert plot_seeds({"local": {"north": [None]}}, METRIC, "all") is None
     assert plot_cross_sites({"north": {"north": None}}, METRIC, "all") is None
     assert plot_learning([row], METRIC, "all") is None
+    assert plot_confusion(Counts.zero(3), "abc", "all") is None
+
+
+def test_without_scores_there_are_no_pictures_of_them() -> None:
+    exact = count_images(3)
+    counts = exact.coarse(exact.confusion, 5.0)
+    assert plot_roc(counts, "abc", "all") is None
+    assert plot_reliability(counts, "abc", "all", seed=0) is None
+    assert plot_decision_curve(counts, 0, "a", "all") is None
+    confusion = plot_confusion(counts, "abc", "all")
+    assert confusion
+    assert "right within about 5" in confusion.caption
+
+
+def test_a_class_without_images_is_left_out_of_the_curves() -> None:
+    counts = Counts.of(torch.eye(3)[[0, 1, 0, 1]], torch.tensor([0, 1, 1, 0]))
+    roc = plot_roc(counts, ["north", "south", "nobody"], "all")
+    assert roc
+    assert "north" in roc.svg
+    assert "nobody" not in roc.svg
+    assert plot_decision_curve(counts, 2, "nobody", "all") is None
+
+
+def test_titles_and_legends_tell_images_and_areas() -> None:
+    counts = count_images(2)
+    roc = plot_roc(counts, ["no", "yes"], "federated model")
+    assert roc
+    assert roc.title == "ROC curves: federated model, 200 images"
+    area = class_auroc(counts, 1)
+    assert area
+    assert f">yes {area:.2f}".replace("0.", ".") + " (100)<" in roc.svg
+    assert ">no " not in roc.svg  # two classes share one curve
 
 
 def test_a_withheld_figure_is_a_dash_that_the_caption_explains() -> None:
