@@ -48,6 +48,7 @@ app.command(epilog="Example: consilium-client predict skin-lesions images/ --sit
 app.command(epilog="Example: consilium-client export skin-lesions exported/ --site site.yaml")(
     models.export
 )
+app.command(epilog="Example: consilium-client evaluate runs/skin --site site.yaml")(models.evaluate)
 
 
 def main() -> None:

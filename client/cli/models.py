@@ -1,7 +1,7 @@
 """The commands of `consilium-client` that use a model, on images of the hospital."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,6 +14,11 @@ from common.cli.models import (
     export_files,
     predict_files,
 )
+from common.support.terminal import console, table
+
+if TYPE_CHECKING:
+    from client.models.evaluating import Evaluated
+    from common.model.inference import ReleasedModel
 
 Model = Annotated[
     str,
@@ -52,6 +57,43 @@ def export(model: Model, folder: Folder, site_file: SiteOption = SITE) -> None:
     goes, it must stay at the hospital. model.onnx is written where the extra export is installed.
     """
     export_files(_find(model, site_file), folder)
+
+
+def evaluate(model: Model, site_file: SiteOption = SITE) -> None:
+    """Show how a model does on this site's own labelled images; the figures stay here.
+
+    All labelled images count. If this site joined the model's study, only its test patients do:
+    others trained the model, or chose it.
+    """
+    from client.models.evaluating import evaluate_model, list_unseen
+    from client.site import Site
+    from common.model.inference import load_model
+
+    released, site = load_model(_find(model, site_file)), Site.read(site_file)
+    records = list_unseen(site, released)
+    found = evaluate_model(released, records, cache=site.cache_folder, device=site.device)
+    _show_figures(released, found)
+
+
+def _show_figures(model: "ReleasedModel", found: "Evaluated") -> None:
+    from common.metrics.metrics import METRICS, sensitivity, specificity, value
+
+    counts = found.count(model.read_out)
+    console.print(f"{len(found.records)} images of {found.patients} patients")
+    for name, metric in METRICS.items():
+        console.print(f"{metric.label:18} {_format(value(counts, name))}")
+    shown = table("class", "images", "sensitivity", "specificity", left=("class",))
+    for k, name in enumerate(model.classes):
+        images = str(counts.confusion[k].sum())
+        shown.add_row(
+            name, images, _format(sensitivity(counts, k)), _format(specificity(counts, k))
+        )
+    console.print(shown)
+    console.print("Nothing was fitted to these images, and nothing left this site.", style="dim")
+
+
+def _format(figure: float | None) -> str:
+    return "–" if figure is None else f"{figure:.3f}"
 
 
 def _find(model: str, site_file: Path) -> Path:

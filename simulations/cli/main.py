@@ -10,7 +10,7 @@ from common.cli import models
 from common.errors import RunError
 from common.support import files, terminal
 from common.support.terminal import Changes, console, table
-from simulations.cli import reports, series
+from simulations.cli import external, reports, series
 from simulations.cli.options import (
     CACHE,
     Cache,
@@ -163,6 +163,9 @@ app.command(epilog="Example: consilium-simulate predict runs/mine images/ --out 
     models.predict
 )
 app.command(epilog="Example: consilium-simulate export runs/mine exported/")(models.export)
+app.command(epilog="Example: consilium-simulate evaluate runs/skin --site SKIN/vienna_dias")(
+    external.evaluate
+)
 
 
 @app.command(epilog="Example: consilium-simulate backbones --classes 7")

@@ -138,15 +138,20 @@ def plan_sites(hospitals: Sequence[VirtualSite], study: Study) -> list[PlannedSi
       SiteError: two hospitals of one name, or that are to compute in different ways.
       DataError: the data of a hospital cannot be used.
     """
+    check_names(hospitals)
     _check_alike(hospitals)
     return [_plan(hospital, study) for hospital in sorted(hospitals, key=lambda each: each.name)]
 
 
-def _check_alike(hospitals: Sequence[VirtualSite]) -> None:
+def check_names(hospitals: Sequence[VirtualSite]) -> None:
+    """Return if no two hospitals have one name; raises `SiteError` otherwise."""
     for name, times in Counter(hospital.name for hospital in hospitals).items():
         if times > 1:
             remedy = "Rename one of the folders."
             raise SiteError("--site", expected="distinct names", got=name, remedy=remedy)
+
+
+def _check_alike(hospitals: Sequence[VirtualSite]) -> None:
     ways = {(h.site.keep, h.site.threads) if h.site else ("auto", 1) for h in hospitals}
     if len(ways) > 1:  # local and pooled training put their prepared images together
         expected = "the same keep and threads in every site.yaml, as one machine runs them all"
