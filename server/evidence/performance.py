@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from common.metrics.by_patient import Evidence
 from common.metrics.calibration import (
     brier_interval,
     calibration,
@@ -27,29 +26,39 @@ _DRAWS = 200
 _RANKS = "auroc"
 
 
-def list_estimated(select: str) -> list[str]:
-    """The metrics that are shown with intervals: the study's own, and the one of ranking."""
-    return list(dict.fromkeys((select, _RANKS)))
+Estimates = Mapping[str, Mapping[str, Mapping[str, Estimate | None]]]
+"""Site, or `overall` → way of training → metric → its figure with an interval."""
 
 
-def tabulate_sites(facts: RunFacts) -> Table:
-    """Every way of training at every site, with intervals by patient where a site tells them."""
-    names = list_estimated(facts.study.select)
-    columns = [METRICS[name].label for name in names]
+def estimate_figures(facts: RunFacts) -> Estimates:
+    """Estimate the study's metric, and AUROC beside it, of every way of training at every site.
+
+    By patient where a site tells that; else by image.
+    """
+    names = list(dict.fromkeys((facts.study.select, _RANKS)))
+    return {
+        site: {way: _estimate(facts, site, way, counts, names) for way, counts in ways.items()}
+        for site, ways in _by_site(facts).items()
+    }
+
+
+def tabulate_sites(facts: RunFacts, estimates: Estimates) -> Table:
+    """Every way of training at every site, with intervals."""
+    names = list(dict.fromkeys((facts.study.select, _RANKS)))
     rows = [
         [
             "" if i else site,
             way,
-            str(counts.n) if not counts.noise else f"about {max(counts.n, 0)}",
-            *map(_show, estimates),
+            f"about {max(counts.n, 0)}" if counts.noise else str(counts.n),
+            *(_show(estimates[site][way][name]) for name in names),
             *map(_figure, (value(counts, "accuracy"), brier_score(counts))),
             _figure(compute_calibration_error(counts)),
         ]
         for site, ways in _by_site(facts).items()
         for i, (way, counts) in enumerate(ways.items())
-        for estimates in [_estimate(facts, site, way, counts, names)]
     ]
-    heads = ("site", "trained", "test images", *columns, "accuracy", "Brier score", "ECE")
+    labels = [METRICS[name].label for name in names]
+    heads = ("site", "trained", "test images", *labels, "accuracy", "Brier score", "ECE")
     caption = "Test patients; 95 % intervals, by patient where the site tells them, else by image"
     return Table(heads, rows, left=2, caption=caption)
 
@@ -94,17 +103,6 @@ def _tabulate_calibration(facts: RunFacts, counts: Counts) -> Iterator[Table]:
     yield Table(("probabilities", "of the released model"), rows, caption="Calibration")
 
 
-def estimate_sites(facts: RunFacts, metric: str) -> dict[str, dict[str | None, Estimate | None]]:
-    """A metric with its interval by way of training and site; None is all sites together."""
-    found: dict[str, dict[str | None, Estimate | None]] = {way: {} for way in facts.results}
-    for site, ways in _by_site(facts).items():
-        for way, counts in ways.items():
-            (found[way][None if site == OVERALL else site],) = _estimate(
-                facts, site, way, counts, [metric]
-            )
-    return found
-
-
 def _by_site(facts: RunFacts) -> Mapping[str, Mapping[str, Counts]]:
     sites = sorted({name for way in facts.results.values() for name in way})
     found = {s: {w: r[s] for w, r in facts.results.items() if s in r} for s in sites}
@@ -113,12 +111,11 @@ def _by_site(facts: RunFacts) -> Mapping[str, Mapping[str, Counts]]:
 
 def _estimate(
     facts: RunFacts, site: str, way: str, counts: Counts, names: Sequence[str]
-) -> list[Estimate | None]:
-    evidence: Evidence | None = facts.evidence.get(site)
+) -> Mapping[str, Estimate | None]:
+    evidence = facts.evidence.get(site)
     if evidence and way in evidence.figures:
-        return [evidence.figures[way].get(name) for name in names]
-    found = intervals(counts, names, seed=facts.study.seed, draws=_DRAWS)
-    return [found[name] for name in names]
+        return evidence.figures[way]
+    return intervals(counts, names, seed=facts.study.seed, draws=_DRAWS)
 
 
 def _show(estimate: Estimate | None) -> str:

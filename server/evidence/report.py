@@ -1,12 +1,21 @@
 """The report of a run: one page, the model's card, and the same facts as JSON."""
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 from common.page.blocks import Page, Section, Text
 from common.page.render import render_page
 from server.evidence.card import collect_card_facts, describe_use, write_card
 from server.evidence.course import describe_course, describe_making
 from server.evidence.facts import RunFacts, read_facts
 from server.evidence.limits import list_limits
-from server.evidence.performance import tabulate_classes, tabulate_sites
+from server.evidence.performance import (
+    Estimates,
+    estimate_figures,
+    tabulate_classes,
+    tabulate_sites,
+)
+from server.evidence.pictures import draw_gains, draw_rounds
 from server.evidence.privacy import describe_privacy
 from server.evidence.verdicts import judge_sites
 from server.runs.run_folder import RunFolder
@@ -25,23 +34,38 @@ def write_report(folder: RunFolder, audit: float | None = None) -> None:
       RunError: the run is not finished, or its folder cannot be written.
     """
     facts = read_facts(folder, audit)
-    sections = compose_sections(facts)
-    folder.write(REPORT, render_page(_make_page(facts, sections)))
+    estimates = estimate_figures(facts)
+    sections = compose_sections(facts, estimates)
+    folder.write(REPORT, render_page(_make_page(facts, _add_pictures(facts, estimates, sections))))
     folder.write(CARD, write_card(facts, sections))
     folder.write(FACTS, collect_card_facts(facts))
 
 
-def compose_sections(facts: RunFacts) -> list[Section]:
+def compose_sections(facts: RunFacts, estimates: Estimates) -> list[Section]:
     """Everything that is said in words and tables, in the order in which it is read."""
     return [
         Section("Did federating help?", list(judge_sites(facts))),
-        Section("Figures on test patients", [tabulate_sites(facts)]),
+        Section("Figures on test patients", [tabulate_sites(facts, estimates)]),
         Section("By class", list(tabulate_classes(facts))),
         Section("What the model is for", [describe_use(facts)]),
         Section("Limits of this evidence", [Text(line) for line in list_limits(facts)]),
         Section("Privacy", list(describe_privacy(facts))),
         Section("Who took part, and what it cost", list(describe_course(facts))),
         Section("What the model was made of", list(describe_making(facts)), folded=True),
+    ]
+
+
+def _add_pictures(
+    facts: RunFacts, estimates: Estimates, sections: Sequence[Section]
+) -> list[Section]:
+    """The sections of the page, with pictures where the tables say the same."""
+    verdict, figures, classes, *rest = sections
+    return [
+        replace(verdict, blocks=[*verdict.blocks, *draw_gains(facts, estimates)]),
+        figures,
+        classes,
+        Section("How the model was found", list(draw_rounds(facts))),
+        *rest,
     ]
 
 

@@ -1,0 +1,38 @@
+"""The pictures of a report: whom federating helped, and how the released model was found."""
+
+from collections.abc import Iterator
+
+from common.page.blocks import Figure
+from common.page.plots_of_rounds import plot_learning
+from common.page.plots_of_sites import plot_differences, plot_estimates
+from server.evidence.facts import RunFacts
+from server.evidence.performance import OVERALL, Estimates
+from server.evidence.verdicts import find_gain
+
+
+def draw_gains(facts: RunFacts, estimates: Estimates) -> Iterator[Figure]:
+    """Draw whom federating helped, and how each way of training does at each site."""
+    select = facts.study.select
+    gains = [(name, find_gain(facts, found)) for name, found in facts.evidence.items()]
+    by_way = {
+        way: {
+            None if site == OVERALL else site: found[way][select]
+            for site, found in estimates.items()
+            if way in found
+        }
+        for way in facts.results
+    }
+    yield from _there(
+        plot_differences(gains, select, (facts.own_way, "local"), "test patients"),
+        plot_estimates(by_way, select, "test patients"),
+    )
+
+
+def draw_rounds(facts: RunFacts) -> Iterator[Figure]:
+    """Draw how the released model was found."""
+    rows = [{**line, "loss": line["train_loss"]} for line in facts.history]
+    yield from _there(plot_learning(rows, facts.study.select, facts.study.name))
+
+
+def _there(*figures: Figure | None) -> Iterator[Figure]:
+    yield from (figure for figure in figures if figure is not None)
