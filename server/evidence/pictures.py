@@ -1,13 +1,20 @@
-"""The pictures of a report: whom federating helped, and how the released model was found."""
+"""The pictures of a report: whom federating helped, and how the released model does."""
 
 from collections.abc import Iterator
 
 from common.page.blocks import Figure
+from common.page.plots_of_counts import (
+    plot_confusion,
+    plot_decision_curve,
+    plot_reliability,
+    plot_roc,
+)
 from common.page.plots_of_rounds import plot_learning
 from common.page.plots_of_sites import plot_differences, plot_estimates
 from server.evidence.facts import RunFacts
 from server.evidence.performance import OVERALL, Estimates
 from server.evidence.verdicts import find_gain
+from server.runs.results import FEDERATED, unite_sites
 
 
 def draw_gains(facts: RunFacts, estimates: Estimates) -> Iterator[Figure]:
@@ -25,6 +32,19 @@ def draw_gains(facts: RunFacts, estimates: Estimates) -> Iterator[Figure]:
     yield from _there(
         plot_differences(gains, select, (facts.own_way, "local"), "test patients"),
         plot_estimates(by_way, select, "test patients"),
+    )
+
+
+def draw_released(facts: RunFacts) -> Iterator[Figure]:
+    """Draw how the released model does on the test images of all sites."""
+    study, of = facts.study, "the released model on test images"
+    counts = unite_sites(facts.results, len(study.classes))[FEDERATED]
+    sides = range(1 if len(study.classes) == 2 else 0, len(study.classes))
+    yield from _there(
+        plot_confusion(counts, study.classes, of),
+        plot_roc(counts, study.classes, of),
+        plot_reliability(counts, study.classes, of, seed=study.seed),
+        *(plot_decision_curve(counts, k, study.classes[k], of) for k in sides),
     )
 
 

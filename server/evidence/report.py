@@ -15,7 +15,7 @@ from server.evidence.performance import (
     tabulate_classes,
     tabulate_sites,
 )
-from server.evidence.pictures import draw_gains, draw_rounds
+from server.evidence.pictures import draw_gains, draw_released, draw_rounds
 from server.evidence.privacy import describe_privacy
 from server.evidence.verdicts import judge_sites
 from server.runs.run_folder import RunFolder
@@ -63,7 +63,7 @@ def _add_pictures(
     return [
         replace(verdict, blocks=[*verdict.blocks, *draw_gains(facts, estimates)]),
         figures,
-        classes,
+        replace(classes, blocks=[*classes.blocks, *draw_released(facts)]),
         Section("How the model was found", list(draw_rounds(facts))),
         *rest,
     ]
