@@ -1,20 +1,22 @@
 """What every command line shares: one console, text that cannot steer it, and where errors end."""
 
 import logging
+import os
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
+from statistics import median
 from typing import Annotated, Any, NoReturn
 
 import click
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.table import Table
 from rich.text import Text
 
 from common.errors import ConsiliumError
+from common.support.tables import FittedTable
 
 INTERRUPTED = 130
 
@@ -47,8 +49,8 @@ class PlainConsole(Console):
         return super().render_str(escape(text, keep="\n"), **options)
 
 
-# A file or a pipe has no width of its own; tables must not be cut to 80 columns there.
-_WIDTH = None if sys.stdout.isatty() else 140
+# A file or a pipe has no width of its own, unless the environment names one.
+_WIDTH = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 140
 console = PlainConsole(highlight=False, markup=False, emoji=False, width=_WIDTH)
 
 
@@ -60,12 +62,26 @@ def size(number: float) -> str:
     return f"{number / 1e9:.1f} GB"
 
 
-def table(*columns: str, left: Collection[str] | None = None) -> Table:
-    """A table without frame: columns in `left`, or all of them, flush left, the others right."""
-    made = Table(box=None, pad_edge=False, header_style="bold")
-    for name in columns:
-        made.add_column(name, justify="left" if left is None or name in left else "right")
-    return made
+def describe_left(steps: int, seconds: Sequence[float]) -> str:
+    """How long is left at most, in words, as steps of before took so many seconds each.
+
+    Some work ends before its last step.
+    """
+    left = steps * median(seconds)
+    for unit, many in (("s", 1.0), ("min", 60.0)):
+        if left < 100 * many:
+            return f"≤ {left / many:.0f} {unit} left"
+    return f"≤ {left / 3600:.1f} h left"
+
+
+def table(
+    *columns: str, left: Collection[str] | None = None, signs: Mapping[str, str] | None = None
+) -> FittedTable:
+    """A table without frame: columns in `left`, or all of them, flush left, the others right.
+
+    Below it stands the reason of each of `signs` that a cell shows instead of a figure.
+    """
+    return FittedTable(columns, left, signs or {})
 
 
 class StoppedError(Exception):

@@ -8,17 +8,18 @@ from rich.text import Text
 from safetensors.torch import save
 from torch import nn
 
-from common.config.study import Study
 from common.heads.read_out import AS_IT_IS, ReadOut
 from common.metrics.metrics import METRICS
 from common.protocol.join import JoinReply
-from common.support.terminal import console, size
+from common.support.names import shorten_names
+from common.support.terminal import console, describe_left, size
 from server.reports import plots
-from server.reports.tables import format_figure
 from server.runs.results import FEDERATED, Outcome, Weight, unite_counts, write_results
 from server.runs.run_folder import Checkpoint, RunFolder
 
 _FEW = 6
+_SHORTEST = 8
+_RULE = "  │ "
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +48,7 @@ class Reporter:
 
     def __init__(self, folder: RunFolder) -> None:
         self._folder, self._study = folder, folder.study
+        self._seconds: list[float] = []
 
     def report_join(self, joined: Joined) -> None:
         """Print the sites that take part, and those that do not."""
@@ -99,19 +101,26 @@ class Reporter:
     def report_round(self, lines: Sequence[Mapping[str, Any]], seconds: float) -> None:
         """Print one line of progress; `lines` has the sites first and the overall line last."""
         self._events.add(lines)
+        self._seconds.append(seconds)
         *sites, overall = lines
-        label = METRICS[self._study.select].label
-        text = [f"round {overall['round']:>3}/{self._study.train.rounds}"]
-        text.append(
-            f"loss {format_figure(overall['train_loss'])}  {label} {_score(self._study, overall)}"
-        )
-        shown = sites if len(sites) <= _FEW else ()
-        text += [
-            f"{x['site']} {format_figure(x['train_loss'])} {_score(self._study, x)}" for x in shown
-        ]
-        cost = f"{size(overall['bytes'] / max(len(sites), 1))} per site, {seconds:.1f} s"
-        line = Text("  │ ").join([*map(Text, text), Text(cost, style="dim")])
+        number, rounds = overall["round"], self._study.train.rounds
+        left = f", {describe_left(rounds - number, self._seconds)}" if number < rounds else ""
+        parts = [f"round {number:>3}/{rounds}", self._describe(overall)]
+        cost = f"{seconds:.1f} s{left}"
+        scores = {x["site"]: s for x in sites if (s := x[self._study.select]) is not None}
+        room = console.width - len(_RULE.join([*parts, cost]))
+        if told := fit_scores(scores if len(sites) <= _FEW else {}, room - len(_RULE)):
+            parts.append(told)
+        line = Text(_RULE).join([*map(Text, parts), Text(cost, style="dim")])
         console.print(line, soft_wrap=True)
+
+    def _describe(self, overall: Mapping[str, Any]) -> str:
+        loss, score = overall["train_loss"], overall[self._study.select]
+        if loss is None and score is None:
+            return "figures of rounds are withheld"
+        label = METRICS[self._study.select].label
+        validation = "no validation image" if score is None else f"{label} {score:.3f}"
+        return validation if loss is None else f"loss {loss:.3f}  {validation}"
 
     def report_end(self, outcome: Outcome, model: nn.Module) -> None:
         """Write the released model, the report and the plots."""
@@ -142,5 +151,15 @@ class Reporter:
         plots.plot_confusion(total, self._study.classes, self._folder.path / "confusion.png")
 
 
-def _score(study: Study, line: Mapping[str, Any]) -> str:
-    return format_figure(line[study.select])
+def fit_scores(scores: Mapping[str, float], room: int) -> str:
+    """The score of each site in so many characters, by its name or what tells it from the others.
+
+    Nothing where there is no room for that.
+    """
+    longest = max(map(len, scores), default=0)
+    for width in range(max(longest, _SHORTEST), _SHORTEST - 1, -1):
+        names = shorten_names(scores, width)
+        told = "  ".join(f"{names[site]} {score:.3f}" for site, score in scores.items())
+        if len(told) <= room:
+            return told
+    return ""

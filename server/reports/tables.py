@@ -1,14 +1,15 @@
 """The tables of a finished run: figures on test patients, by site and way of training."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from rich.table import Table
-
 from common.metrics.counts import Counts
-from common.metrics.metrics import METRICS, brier_score, value
+from common.metrics.metrics import METRICS, brier_score, find_cells, macro_average_precision
+from common.metrics.statistics import SHARES
+from common.support.tables import FittedTable
 from common.support.terminal import console, table
 from server.runs.results import (
+    FEDERATED,
     READ_OUTS,
     Results,
     compute_calibration_error,
@@ -18,20 +19,43 @@ from server.runs.results import (
     unite_sites,
 )
 
+UNDEFINED, WITHHELD = "–", "×"
+SIGNS = {
+    UNDEFINED: "no test images of the class, or none called so",
+    WITHHELD: "withheld by the site",
+}
+"""What stands in a table instead of a figure, and why."""
+
 _FEW = 5
-_COLUMNS = ("accuracy", "balanced_accuracy", "f1", "auroc")
+_MOST_SITES = 8
+_OVERALL = "overall"
+_DECISIONS = ("balanced_accuracy", "f1")
+_SHARES = {"sensitivity": "sensitivity", "specificity": "specificity", "ppv": "PPV", "npv": "NPV"}
+
+_SCORES: Mapping[str, Callable[[Counts], float | None]] = {
+    "AUROC": METRICS["auroc"].of,
+    "average precision": macro_average_precision,
+    "Brier score": brier_score,
+    "calibration error": compute_calibration_error,
+}
+"""Figures of probabilities, which a site may withhold."""
 
 
 def show_results(
     results: Results, classes: Sequence[str], withheld: Mapping[str, str], where: Path
 ) -> None:
     """Print the tables of a finished run."""
-    tables = _results_tables(results, classes, withheld)
-    for title, shown in zip(("test images", "sensitivity per class"), tables, strict=True):
+    way = FEDERATED if FEDERATED in results else next(iter(results))
+    tables = {
+        "test images": _tabulate_figures(results, withheld, len(classes)),
+        "sensitivity per class": _tabulate_sensitivities(results, withheld, classes),
+        f"decisions per class, {way}": _tabulate_classes(results, way, classes),
+    }
+    for title, shown in tables.items():
         console.print(f"\n{title}", style="bold")
         console.print(shown)
-        if below := describe_gaps(results, withheld):
-            console.print(below, style="dim")
+    if below := describe_gaps(results, withheld):
+        console.print(below, style="dim")
     console.print(READ_OUTS, style="dim")
     if few := describe_few(results, classes):
         console.print(few, style="dim")
@@ -44,7 +68,7 @@ def describe_few(results: Results, classes: Sequence[str]) -> str:
     Empty where there are none, or where numbers are not told exactly.
     """
     (way, *_) = results
-    told = {**results[way], "overall": unite_sites(results, len(classes))[way]}
+    told = {**results[way], _OVERALL: unite_sites(results, len(classes))[way]}
     lines = []
     for site, counts in told.items():
         images = counts.confusion.sum(axis=1) if not counts.noise else ()
@@ -56,45 +80,97 @@ def describe_few(results: Results, classes: Sequence[str]) -> str:
     return f"{said}: {'; '.join(lines)}"
 
 
-def _results_tables(
-    results: Results, classes: Sequence[str], withheld: Mapping[str, str]
-) -> tuple[Table, Table]:
-    """Per site and overall, one row for each way of training: metrics, and sensitivities.
+def _tabulate_figures(results: Results, withheld: Mapping[str, str], classes: int) -> FittedTable:
+    decisions = [METRICS[name] for name in _DECISIONS]
+    columns = ("accuracy", *(metric.label for metric in decisions), *_SCORES)
+    shown = table("", *columns, left=("",), signs=SIGNS)
 
-    A site that withheld everything has a row of dashes.
-    """
-    metrics = [*(METRICS[name].label for name in _COLUMNS), "Brier score", "calibration error"]
+    def figures_of(counts: Counts) -> Iterator[str]:
+        for metric in (METRICS["accuracy"], *decisions):
+            yield format_figure(metric.of(counts))
+        for figure in _SCORES.values():
+            yield format_figure(figure(counts), told=not counts.noise)
 
-    def figures_of(counts: Counts) -> list[float | None]:
-        figures = [value(counts, name) for name in _COLUMNS]
-        return [*figures, brier_score(counts), compute_calibration_error(counts)]
-
-    return (
-        _table(results, withheld, len(classes), metrics, figures_of),
-        _table(results, withheld, len(classes), classes, compute_sensitivities),
-    )
-
-
-def _table(
-    results: Results,
-    withheld: Iterable[str],
-    classes: int,
-    columns: Sequence[str],
-    figures_of: Callable[[Counts], list[float | None]],
-) -> Table:
-    shown = table("site", "images", "trained", *columns, left=("site", "trained"))
-    sites = sorted(list_sites(results) | set(withheld))
-    rows = [(site, {w: s[site] for w, s in results.items() if site in s}, "") for site in sites]
-    rows.append(("overall", unite_sites(results, classes), "bold"))
-    for site, ways, style in rows:
-        if not ways:
-            shown.add_row(site, *[format_figure(None)] * (len(columns) + 2), style=style)
-        for i, (way, counts) in enumerate(ways.items()):
-            first = ("", "") if i else (site, str(counts.n))
-            shown.add_row(*first, way, *map(format_figure, figures_of(counts)), style=style)
+    _fill(shown, results, withheld, classes, figures_of)
     return shown
 
 
-def format_figure(number: float | None) -> str:
-    """A figure to three places; a dash where there is none."""
-    return "–" if number is None else f"{number:.3f}"
+def _tabulate_sensitivities(
+    results: Results, withheld: Mapping[str, str], classes: Sequence[str]
+) -> FittedTable:
+    shown = table("", *classes, left=("",), signs=SIGNS)
+
+    def figures_of(counts: Counts) -> Iterator[str]:
+        return map(format_figure, compute_sensitivities(counts))
+
+    _fill(shown, results, withheld, len(classes), figures_of)
+    return shown
+
+
+def _fill(
+    shown: FittedTable,
+    results: Results,
+    withheld: Mapping[str, str],
+    classes: int,
+    figures_of: Callable[[Counts], Iterator[str]],
+) -> None:
+    """Each site, then all of them, with one row for each way of training."""
+    for site in sorted(list_sites(results) | set(withheld)):
+        ways = {way: sites[site] for way, sites in results.items() if site in sites}
+        _fill_site(shown, site, ways, "", figures_of)
+    _fill_site(shown, _OVERALL, unite_sites(results, classes), "bold", figures_of)
+
+
+def _fill_site(
+    shown: FittedTable,
+    site: str,
+    ways: Mapping[str, Counts],
+    style: str,
+    figures_of: Callable[[Counts], Iterator[str]],
+) -> None:
+    shown.add_heading(f"{site}: {_count_images(ways)}", style=style)
+    for way, counts in ways.items():
+        shown.add_row(f"  {way}", *figures_of(counts), style=style)
+
+
+def _count_images(ways: Mapping[str, Counts]) -> str:
+    for counts in ways.values():
+        return f"{'about ' if counts.noise else ''}{counts.n} test images"
+    return "all figures withheld by the site"
+
+
+def _tabulate_classes(results: Results, way: str, classes: Sequence[str]) -> FittedTable:
+    """How one way of training decides about each class, at each site and overall."""
+    sites, together = results[way], unite_sites(results, len(classes))[way]
+    shown = table("", *_SHARES.values(), left=("",), signs=SIGNS)
+    apart = sites if 1 < len(sites) <= _MOST_SITES else {}
+    for site, counts in {**dict(sorted(apart.items())), _OVERALL: together}.items():
+        style = "bold" if site == _OVERALL else ""
+        shown.add_heading(f"{site}: {_count_images({'': counts})}", style=style)
+        for k, name in enumerate(classes):
+            shown.add_row(f"  {name}", *_format_shares(counts, k), style=style)
+    return shown
+
+
+def _format_shares(counts: Counts, k: int) -> Iterator[str]:
+    """Each share with its images; where these have noise, the share alone."""
+    cells = find_cells(counts, k)
+    for name in _SHARES:
+        right, wrong = SHARES[name](cells)
+        if right + wrong <= 0:
+            yield UNDEFINED
+            continue
+        share = format_figure(min(max(right / (right + wrong), 0.0), 1.0))
+        yield share if counts.noise else f"{share} {right}/{right + wrong}"
+
+
+def format_figure(number: float | None, *, told: bool = True) -> str:
+    """A figure to three places; a sign where there is none, of two kinds: see SIGNS.
+
+    Args:
+      number: The figure.
+      told: Whether it would be told, if there were one.
+    """
+    if number is None:
+        return UNDEFINED if told else WITHHELD
+    return f"{number:.3f}"

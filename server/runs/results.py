@@ -10,7 +10,16 @@ from common.config.study import Study
 from common.errors import RunError
 from common.metrics.calibration import calibration
 from common.metrics.counts import Counts
-from common.metrics.metrics import METRICS, brier_score, sensitivity, value
+from common.metrics.metrics import (
+    METRICS,
+    brier_score,
+    macro_average_precision,
+    npv,
+    ppv,
+    sensitivity,
+    specificity,
+    value,
+)
 from server.runs.run_folder import RunFolder
 
 FEDERATED = "federated"
@@ -18,8 +27,9 @@ WAYS = ("local", "fedavg", "solved", FEDERATED, "adapted", "pooled")
 """Ways of training, in the order in which they are shown."""
 
 READ_OUTS = (
-    "two read-outs: of decisions are balanced accuracy, macro F1 and sensitivity; of probabilities "
-    "are AUROC, Brier score, calibration and, where scores are told, accuracy"
+    "two read-outs: of decisions are balanced accuracy, macro F1, sensitivity, specificity, PPV "
+    "and NPV; of probabilities are AUROC, average precision, Brier score, calibration and, where "
+    "scores are told, accuracy"
 )
 """Below tables of several figures: a decision need not be the most probable class."""
 
@@ -152,9 +162,14 @@ def _metrics(counts: Counts) -> dict[str, Any]:
     return {
         "images": counts.n,
         **{name: value(counts, name) for name in METRICS},
+        "average_precision": macro_average_precision(counts),
         "brier": brier_score(counts),
         "calibration_error": compute_calibration_error(counts),
         "sensitivity": compute_sensitivities(counts),
+        **{
+            share.__name__: [share(counts, k) for k in range(counts.classes)]
+            for share in (specificity, ppv, npv)
+        },
     }
 
 

@@ -6,6 +6,7 @@ What a site does not tell a federation is not told here either, so that all ways
 """
 
 import logging
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -27,6 +28,7 @@ from common.metrics.counts import Counts, Floats
 from common.model.network import place_head
 from common.protocol.tensors import Tensors
 from common.support.seeds import derive
+from common.support.terminal import describe_left
 from server.rounds.choosing import choose_best, is_stalled
 from server.rounds.judging import Judged, add_images, unite_judgements
 from server.rounds.solving import solve_head
@@ -35,6 +37,9 @@ from server.runs.results import Results
 from server.runs.run_folder import Best, Checkpoint, RunFolder
 
 log = logging.getLogger(__name__)
+
+_QUIET = 5.0
+"""Seconds from one line of progress to the next."""
 
 
 def train_baselines(study: Study, site_files: Sequence[Path], runtime: Runtime) -> Results:
@@ -45,8 +50,8 @@ def train_baselines(study: Study, site_files: Sequence[Path], runtime: Runtime) 
     sessions = _open_sessions(study, site_files, runtime)
     training = [session for session in sessions if session.prepared.site.role == "train"]
     local: dict[str, Counts] = {}
-    for session in training:
-        log.info("local: %s", session.prepared.site.name)
+    for i, session in enumerate(training, 1):
+        log.info("local: %s, site %d of %d", session.prepared.site.name, i, len(training))
         model = _alone(study, [session], session.prepared.site.name)
         local |= _tested([session], *model)
     log.info("pooled: %d sites", len(training))
@@ -96,11 +101,12 @@ def _alone(study: Study, sessions: Sequence[Session], name: str) -> tuple[Tensor
     if study.model.solved_head is not None:
         # Of these sites' sums alone, its strength chosen by their own validation patients.
         first |= solve_head(study, sites.images, sites)[1]
-    last = Checkpoint(round=0, tensors=first, state={})
+    last, progress = Checkpoint(round=0, tensors=first, state={}), _Progress(study.train.rounds)
     while last.round < study.train.rounds and not is_stalled(study, last):
         best = _choose(study, last, sites)
         trained = _train(study, sessions, name, last.round + 1, last.tensors)
         last = Checkpoint(round=last.round + 1, tensors=trained, state={}, best=best)
+        progress.report_round(last.round)
     _, released = replace(last, best=_choose(study, last, sites)).released
     return released, sites.judge(released).read_out
 
@@ -131,6 +137,23 @@ def _train(
             dtype=study.model.precision,
         )
     return {name: tensor.clone() for name, tensor in network.tensors.items()}
+
+
+class _Progress:
+    """Tells now and then how far rounds are, and how long they take yet."""
+
+    def __init__(self, rounds: int) -> None:
+        self._rounds, self._seconds = rounds, list[float]()
+        self._told = self._last = time.monotonic()
+
+    def report_round(self, number: int) -> None:
+        now = time.monotonic()
+        self._seconds.append(now - self._last)
+        self._last = now
+        if number < self._rounds and now - self._told > _QUIET:
+            self._told = now
+            left = describe_left(self._rounds - number, self._seconds)
+            log.info("  round %d of %d, %s", number, self._rounds, left)
 
 
 @dataclass(frozen=True)
