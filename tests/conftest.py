@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from common.support.terminal import console
 from simulations.sites import phantom
 from tests.builders import RUNTIME
 
@@ -19,6 +20,9 @@ def pytest_configure() -> None:
     torch.set_num_threads(1)
     # Behind `nohup` or in a job of a script SIGINT is ignored, also by every process started here.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    # Workers of a parallel run have 80 columns by their environment; alone there are more.
+    os.environ.pop("COLUMNS", None)
+    console.width = 140
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
