@@ -3,11 +3,12 @@
 import logging
 import os
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NamedTuple, NoReturn
 
 import click
 import typer
@@ -41,8 +42,33 @@ def escape(text: str, *, keep: str = "") -> str:
     )
 
 
+class Shown(NamedTuple):
+    """Something that was printed, and in which style."""
+
+    what: Any
+    style: str
+
+
 class PlainConsole(Console):
     """Prints every text, in tables too, as it is: nothing in it is markup or steers a terminal."""
+
+    _shown: list[Shown] | None = None
+
+    def print(self, *objects: Any, style: Any = None, **options: Any) -> None:
+        """Print, and keep for `keep` what was printed."""
+        if self._shown is not None:
+            self._shown += [Shown(each, str(style or "")) for each in objects]
+        super().print(*objects, style=style, **options)
+
+    @contextmanager
+    def keep(self) -> Iterator[list[Shown]]:
+        """Keep what is printed meanwhile, as it was given, so that a page can show the same."""
+        kept: list[Shown] = []
+        self._shown = kept
+        try:
+            yield kept
+        finally:
+            self._shown = None
 
     def render_str(self, text: str, **options: Any) -> Text:
         """Where rich turns a str into something to print."""

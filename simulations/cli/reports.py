@@ -21,8 +21,12 @@ def report(
     """
     from server.evidence.report import REPORT, write_report
     from server.runs.run_folder import RunFolder
+    from simulations.studies import summary
     from simulations.studies.audit import find_bound
 
+    if (run / summary.SUMMARY).exists():
+        summary.summarise_seeds(run, summary.read_seeds(run))
+        return
     folder = RunFolder.resume(run)
     write_report(folder, find_bound(audit, folder.study) if audit else None)
     console.print(f"report: {folder.path / REPORT}")

@@ -15,6 +15,7 @@ from common.support.terminal import console, table
 from simulations.engines.audited import AUDIT, Audited, explain_interrupted
 from simulations.studies import plots
 from simulations.studies.epsilons import label_epsilon, run_epsilons
+from simulations.studies.pages import write_page
 from simulations.studies.runner import Source
 
 _WAYS = {"model": "the released model", "sums": "all sums"}
@@ -62,9 +63,13 @@ def audit_study(
         results=False,
         prefix=f"{canaries}-canaries-",
     )
-    found = {epsilon: _bound(paths, delta) for epsilon, paths in runs.items()}
     console.print()
-    _report(found, delta, folder)
+    with console.keep() as shown:
+        found = {epsilon: _bound(paths, delta) for epsilon, paths in runs.items()}
+        _report(found, delta, folder)
+    title = f"{study.name}: can anybody tell who took part?"
+    write_page(folder, title, shown, [("ε promised, and what attacks show", "audit.png")])
+    console.print(f"run folder: {folder}, with audit.json and audit.png")
 
 
 def read_audit(folder: Path) -> dict[str, float]:
@@ -133,7 +138,6 @@ def _report(found: Mapping[float | None, Mapping[str, Bound]], delta: float, fol
         {e: {_WAYS[way]: b.gaussian for way, b in by.items()} for e, by in found.items()},
         folder / "audit.png",
     )
-    console.print(f"\nrun folder: {folder}, with audit.json and audit.png")
 
 
 def _say(found: Mapping[float | None, Mapping[str, Bound]], delta: float) -> str:

@@ -30,6 +30,7 @@ from simulations.sites import virtual_sites
 from simulations.studies import plots, subgroups, summary
 from simulations.studies.audit import read_audit
 from simulations.studies.epsilons import label_epsilon, run_epsilons
+from simulations.studies.pages import write_page
 from simulations.studies.runner import Source
 from simulations.studies.subgroups import Subgroup
 
@@ -96,7 +97,11 @@ def compare_epsilons(
         for column in groups
     }
     console.print()
-    _report(study, runs, grouped, wanted, shown, folder)
+    with console.keep() as told:
+        _report(study, runs, grouped, wanted, shown, folder)
+    title = f"{study.name}: what privacy costs"
+    write_page(folder, title, told, [("Figures by ε", "utility.png")])
+    console.print(f"run folder: {folder}, with utility.json and utility.png")
 
 
 def _figures(study: Study, of: str | None) -> dict[str, Figure]:
@@ -177,7 +182,6 @@ def _report(
     files.write(folder / "utility.json", json.dumps(content, indent=1))
     bounds = {epsilon: shown.get(label_epsilon(epsilon)) for epsilon in runs}
     plots.plot_privacy_utility(estimates, bounds, folder / "utility.png")
-    console.print(f"\nrun folder: {folder}, with utility.json and utility.png")
 
 
 def _estimate(values: Sequence[float | None]) -> Estimate | None:

@@ -16,6 +16,7 @@ from server.rounds.strategies import REGISTRY
 from server.runs.results import FEDERATED, read_results, unite_counts
 from simulations.engines.attacks import ATTACKS, Attacked, Attacks
 from simulations.studies import plots, runner, summary
+from simulations.studies.pages import write_page
 from simulations.studies.runner import Source
 
 HONEST = "no lies"
@@ -68,7 +69,11 @@ def compare_strategies(
                 seeded, source, place, cache, Attacked(told), title=title, results=False
             )
             found.setdefault(name, {})[way] = [_worth(run, study, attacks) for run in runs]
-    _report(study, found, folder)
+    with console.keep() as shown:
+        _report(study, found, folder)
+    title = f"{study.name}: hospitals that lie, and strategies against them"
+    write_page(folder, title, shown, [("What lies cost, by strategy", "poison.png")])
+    console.print(f"run folder: {folder}, with poison.json and poison.png")
 
 
 def _by(study: Study, strategy: str, attackers: int) -> Study:
@@ -155,7 +160,6 @@ def _report(study: Study, found: Found, folder: Path) -> None:
     files.write(folder / "poison.json", json.dumps({"metric": study.select, "found": found}))
     title, spread = f"{label} at honest hospitals", "lowest and highest seed"
     plots.plot_comparison(drawn, title, folder / "poison.png", spread=spread)
-    console.print(f"\nrun folder: {folder}, with poison.json and poison.png")
 
 
 def _drawn(values: Sequence[float | None]) -> Estimate | None:

@@ -22,7 +22,9 @@ from server.runs.results import (
 from server.runs.run_folder import RunFolder
 from simulations.studies import plots
 from simulations.studies.gains import collect_figures, find_gains, show_gains
+from simulations.studies.pages import write_page
 
+SUMMARY = "summary.json"
 _MOST_SITES_DRAWN = 20
 
 
@@ -41,9 +43,23 @@ def plot_results(study: Study, results: Results, path: Path) -> None:
     plots.plot_comparison(estimates, name, path)
 
 
+def read_seeds(folder: Path) -> list[int]:
+    """The seeds of runs that were summarised in a folder."""
+    seeds: list[int] = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))["seeds"]
+    return seeds
+
+
 def summarise_seeds(folder: Path, seeds: Sequence[int]) -> None:
     """Print mean ± sd over seeds of the overall figures, and the gain of federating, by seed."""
     study = RunFolder(folder / f"seed-{seeds[0]}").study
+    with console.keep() as shown:
+        _summarise(study, folder, seeds)
+    title = f"{study.name}: what federating gave, over {len(seeds)} seeds"
+    write_page(folder, title, shown, [("Ways of training, by site", "comparison.png")])
+    console.print(f"run folder: {folder}")
+
+
+def _summarise(study: Study, folder: Path, seeds: Sequence[int]) -> None:
     classes = len(study.classes)
     loaded = [read_results(folder / f"seed-{seed}", classes) for seed in seeds]
     runs = [results for results, _ in loaded]
@@ -69,9 +85,8 @@ def summarise_seeds(folder: Path, seeds: Sequence[int]) -> None:
     show_gains(figures, gains)
     told["sites"] = figures
     told["differences"] = [{**gain._asdict(), "estimate": vars(gain.estimate)} for gain in gains]
-    files.write(folder / "summary.json", json.dumps(told, indent=1))
+    files.write(folder / SUMMARY, json.dumps(told, indent=1))
     _plot_seeds(study, runs, folder / "comparison.png")
-    console.print(f"\nrun folder: {folder}")
 
 
 def _gains(name: str, figures_of: dict[str, list[float | None]]) -> dict[str, object]:

@@ -26,6 +26,7 @@ from server.runs.run_folder import RunFolder
 from simulations.engines.base import Engine
 from simulations.sites import virtual_sites
 from simulations.studies import plots, runner, summary
+from simulations.studies.pages import write_page
 from simulations.studies.runner import Source
 
 # With another value the validation patients, or the figure that compares, would be others.
@@ -108,7 +109,12 @@ def run_sweep(
             remedy = "Leave the setting out, or those sites."
             raise RunError(title, expected=expected, got=got, remedy=remedy)
         tried[setting] = _tried(setting.studies[0], runs)
-    _report(tried, seeds, folder)
+    with console.keep() as shown:
+        _report(tried, seeds, folder)
+    name = next(iter(tried)).studies[0].name
+    title = f"{name}: settings compared by validation patients"
+    write_page(folder, title, shown, [("Validation by setting", "sweep.png")])
+    console.print(f"run folder: {folder}, with sweep.json and sweep.png")
 
 
 def plan_settings(
@@ -234,7 +240,6 @@ def _report(tried: dict[Setting, Tried], seeds: Sequence[int], folder: Path) -> 
         chosen=chosen.label if chosen else None,
     )
     _show_test(chosen, tried)
-    console.print(f"\nrun folder: {folder}, with sweep.json and sweep.png")
 
 
 def _scores(tried: dict[Setting, Tried], chosen: Setting | None, select: str) -> Table:
