@@ -7,6 +7,7 @@ import typer
 
 from common.cli.models import (
     OUT,
+    Explain,
     Folder,
     Images,
     Out,
@@ -37,6 +38,7 @@ def predict(
     images: Images,
     out: Out = OUT,
     threshold: ThresholdOption = None,
+    explain: Explain = None,
     site_file: SiteOption = SITE,
 ) -> None:
     """Write what a model calls every image in a folder, and its class probabilities.
@@ -47,7 +49,7 @@ def predict(
     classes alike, so that rare ones are found; probabilities do not. A threshold decides by
     probability.
     """
-    predict_files(_find(model, site_file), images, out, threshold or ())
+    predict_files(_find(model, site_file), images, out, threshold or (), explain)
 
 
 def export(model: Model, folder: Folder, site_file: SiteOption = SITE) -> None:
@@ -59,7 +61,18 @@ def export(model: Model, folder: Folder, site_file: SiteOption = SITE) -> None:
     export_files(_find(model, site_file), folder)
 
 
-def evaluate(model: Model, site_file: SiteOption = SITE) -> None:
+def evaluate(
+    model: Model,
+    explain: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Also draw the mistakes that the model is surest of, and where its features "
+            "react (Grad-CAM).",
+        ),
+    ] = None,
+    site_file: SiteOption = SITE,
+) -> None:
     """Show how a model does on this site's own labelled images; the figures stay here.
 
     All labelled images count. If this site joined the model's study, only its test patients do:
@@ -73,6 +86,22 @@ def evaluate(model: Model, site_file: SiteOption = SITE) -> None:
     records = list_unseen(site, released)
     found = evaluate_model(released, records, cache=site.cache_folder, device=site.device)
     _show_figures(released, found)
+    if explain:
+        _explain_mistakes(released, found, explain)
+
+
+def _explain_mistakes(model: "ReleasedModel", found: "Evaluated", folder: Path) -> None:
+    from client.models.mistakes import draw_mistakes, list_mistakes
+    from common.model.explaining import CAVEAT
+
+    mistakes = list_mistakes(model, found)
+    if not mistakes:
+        console.print("No mistakes to draw.")
+        return
+    path = draw_mistakes(model, mistakes, folder)
+    shown = f"the {len(mistakes)} mistakes that the model is surest of"
+    console.print(f"{shown} → {path}. {CAVEAT}")
+    console.print("They are images of patients: they must stay here.", style="bold")
 
 
 def _show_figures(model: "ReleasedModel", found: "Evaluated") -> None:

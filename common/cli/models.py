@@ -15,6 +15,13 @@ INSTALL = (
 Images = Annotated[Path, typer.Argument(help="Images; subfolders are searched too.")]
 Out = Annotated[Path, typer.Option(help="The CSV file to write.")]
 OUT = Path("predictions.csv")
+Explain = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="Also draw where in each image the features react for what it is called (Grad-CAM).",
+    ),
+]
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A new or empty folder.")]
 ThresholdOption = Annotated[
     list[str] | None,
@@ -32,6 +39,7 @@ def predict(
     images: Images,
     out: Out = OUT,
     threshold: ThresholdOption = None,
+    explain: Explain = None,
 ) -> None:
     """Write what a model calls every image in a folder, and its class probabilities.
 
@@ -39,16 +47,22 @@ def predict(
     number, what an image is called need not be its likeliest class: decisions treat all classes
     alike, so that rare ones are found; probabilities do not. A threshold decides by probability.
     """
-    predict_files(model, images, out, threshold or ())
+    predict_files(model, images, out, threshold or (), explain)
 
 
-def predict_files(folder: Path, images: Path, out: Path, thresholds: Sequence[str]) -> None:
+def predict_files(
+    folder: Path, images: Path, out: Path, thresholds: Sequence[str], explain: Path | None
+) -> None:
     """The command for a model in this folder."""
+    from common.model.explaining import CAVEAT, Explainer
     from common.model.inference import load_model
     from common.model.predicting import parse_thresholds, predict_folder
 
     model = load_model(folder)
-    predict_folder(model, images, out, parse_thresholds(thresholds, model.classes))
+    explainer = Explainer(model, images, explain) if explain else None
+    predict_folder(model, images, out, parse_thresholds(thresholds, model.classes), explainer)
+    if explain:
+        console.print(f"pictures → {explain}; they are images of patients. {CAVEAT}")
     console.print("predicted: the decision, which need not be the most probable class", style="dim")
 
 

@@ -3,11 +3,12 @@
 Adding a backbone is one line in `_BACKBONES`.
 """
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -107,6 +108,22 @@ class Block:
 
 
 @dataclass(frozen=True)
+class FeatureMap:
+    """The output of a module whose features still have places in the image."""
+
+    module: str
+    layout: Literal["channels first", "channels last", "class token first"] = "channels first"
+    """[n, C, h, w], [n, h, w, C], or tokens [n, 1 + h·w, C] of a square."""
+
+    def to_channels_first(self, features: torch.Tensor) -> torch.Tensor:
+        """Whatever its layout → [n, C, h, w]."""
+        if self.layout == "class token first":
+            side = math.isqrt(features.shape[1] - 1)
+            features = features[:, 1:].unflatten(1, (side, side))
+        return features if self.layout == "channels first" else features.permute(0, 3, 1, 2)
+
+
+@dataclass(frozen=True)
 class Backbone:
     """A pretrained image classifier whose own head is replaced by ours."""
 
@@ -121,6 +138,8 @@ class Backbone:
     """From input to output; with the head they hold every parameter once."""
     dropped: tuple[str, ...] = ()
     """Prefixes of checkpoint keys that are not used, beside the head's own."""
+    map: FeatureMap | None = None
+    """The last features that have places; by default the last block's, channels first."""
 
     def build(
         self,
@@ -218,6 +237,11 @@ class Backbone:
         if not fit.exact or (other := sorted(outline.keys() - good)):
             expected, got = f"the tensors of {self.name}", f"{fit}" or f"another {other[0]}"
             raise BackboneError(path, expected=expected, got=got)
+
+    @property
+    def last_map(self) -> FeatureMap:
+        """The last features that have places in the image."""
+        return self.map or FeatureMap(self.blocks[-1].modules[-1])
 
     @property
     def largest_sent(self) -> int:
@@ -392,12 +416,21 @@ _VIT = _blocks(
     *(f"encoder_layer_{n}: encoder.layers.encoder_layer_{n}" for n in range(11)),
     "encoder_layer_11: encoder.layers.encoder_layer_11 encoder.ln",
 )
+# The class token alone is read, so that the other tokens must still be before attention.
+_VIT_MAP = FeatureMap("encoder.layers.encoder_layer_11.ln_1", "class token first")
 _SQUEEZENET1_0 = _fires(3, 4, 5, 7, 8, 9, 10, 12)
 _SQUEEZENET1_1 = _fires(3, 4, 6, 7, 9, 10, 11, 12)
 
 # name, torchvision's model, place of the head, pooled features, blocks
 _BACKBONES = (
-    Backbone("convnext_tiny", models.convnext_tiny, "classifier.2", 768, _stages("classifier.0")),
+    Backbone(
+        "convnext_tiny",
+        models.convnext_tiny,
+        "classifier.2",
+        768,
+        _stages("classifier.0"),
+        map=FeatureMap("features.7"),
+    ),
     Backbone("densenet121", models.densenet121, "classifier", 1024, _DENSENET),
     Backbone("efficientnet_b0", models.efficientnet_b0, "classifier", 1280, _features(9)),
     Backbone("inception_v3", _inception_v3, "fc", 2048, _INCEPTION, dropped=("AuxLogits.",)),
@@ -408,9 +441,16 @@ _BACKBONES = (
     Backbone("shufflenet_v2_x0_5", models.shufflenet_v2_x0_5, "fc", 1024, _SHUFFLENET),
     Backbone("squeezenet1_0", _squeezenet1_0, "classifier", 512, _SQUEEZENET1_0),
     Backbone("squeezenet1_1", _squeezenet1_1, "classifier", 512, _SQUEEZENET1_1),
-    Backbone("swin_t", models.swin_t, "head", 768, _stages("norm")),
-    Backbone("vgg16", _vgg16, "classifier", 512, _VGG16),
-    Backbone("vit_b_16", models.vit_b_16, "heads", 768, _VIT),
+    Backbone(
+        "swin_t",
+        models.swin_t,
+        "head",
+        768,
+        _stages("norm"),
+        map=FeatureMap("norm", "channels last"),
+    ),
+    Backbone("vgg16", _vgg16, "classifier", 512, _VGG16, map=FeatureMap("features.29")),
+    Backbone("vit_b_16", models.vit_b_16, "heads", 768, _VIT, map=_VIT_MAP),
 )
 
 REGISTRY = {backbone.name: backbone for backbone in _BACKBONES}
