@@ -18,6 +18,7 @@ from client.ledger.budget import check_noise_once, check_studies
 from client.ledger.entries import Release
 from client.ledger.release import Reply, record_errors, release
 from client.models.own import finish
+from client.models.released import KeptModel
 from client.privacy.parameters import TrainingRelease
 from client.runtime import Runtime, SiteRuntime
 from client.session import Session
@@ -314,7 +315,7 @@ class Handlers:
                 message,
                 opened,
                 what,
-                lambda: finish(session, released, request.read_out, solved),
+                lambda: finish(session, KeptModel(released, request.read_out), solved),
                 allow=lambda: check_noise_once(opened.ledger.sealed_ends(study.id), study),
             )
 

@@ -72,6 +72,7 @@ class PreparedSite:
       examples: Prepared images with their labels, by part.
       readable: Which of the records that take part they are of, by position, by part.
       owners: Which training images are whose.
+      tested: Which test images are whose.
       drawn: Of validation and test patients, the one image each that counts where noise is added.
       agreed: What the site agreed to when it joined before; None if it has not joined.
       offer: What the site would agree to as it is now, if nobody new is let in.
@@ -84,6 +85,7 @@ class PreparedSite:
     examples: Mapping[str, Examples]
     readable: Mapping[str, Sequence[int]]
     owners: Patients
+    tested: Patients
     drawn: Mapping[str, Tensor]
     agreed: Agreement | None
     offer: Agreement
@@ -147,6 +149,7 @@ def prepare_site(site: Site, study: Study, workspace: Workspace) -> PreparedSite
         examples=examples,
         readable={part: at for part, (_, at) in prepared.items()},
         owners=Patients.of([record.patient for record in kept["train"]]),
+        tested=Patients.of([record.patient for record in kept["test"]]),
         drawn={
             part: choose_images([record.patient for record in kept[part]], site.secret())
             for part in ("validation", "test")

@@ -199,11 +199,7 @@ class Session:
 
     def judge(self, model: Tensors, read_outs: Sequence[ReadOut]) -> ValidateReply:
         """The same, for this machine alone."""
-        prepared, classes = self.prepared, len(self.prepared.study.classes)
-        prepared.network.load(model)
-        with fix_numerics(prepared.site.threads):
-            suffix, examples = prepared.network.split.suffix, prepared.examples["validation"]
-            logits, labels = trainer.compute_logits(suffix, examples, classes)
+        logits, labels = self.compute_logits(model, "validation")
         losses = [Counts.of(logits, labels, each.scores(logits)).loss_sum for each in read_outs]
         return ValidateReply(counts=Counts.of(logits, labels), losses=losses)
 
@@ -322,6 +318,14 @@ class Session:
                 lr=trainer.learning_rate(plan, round_number),
                 proximal_mu=proximal_mu,
             )
+
+    def compute_logits(self, tensors: Tensors, part: str) -> tuple[Tensor, Tensor]:
+        """Logits of the received tensors on a part, float32 [n, K] on the CPU, and labels [n]."""
+        prepared, classes = self.prepared, len(self.prepared.study.classes)
+        prepared.network.load(tensors)
+        with fix_numerics(prepared.site.threads):
+            suffix = prepared.network.split.suffix
+            return trainer.compute_logits(suffix, prepared.examples[part], classes)
 
     def evaluate(
         self,

@@ -9,6 +9,11 @@ from common.config.study import Study
 from common.errors import ConsiliumError, SiteError
 
 
+def name_folder(site: Site, study: Study) -> Path:
+    """The folder in which a site keeps the model of a study that was fitted to it."""
+    return site.state / "adapted" / study.id
+
+
 def find_adapted(site: Site, name: str) -> Path:
     """The folder of the newest model of a study, by its name or id, that is fitted to a site.
 

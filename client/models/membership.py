@@ -61,7 +61,9 @@ def attack_membership(site: Site, name: str) -> Membership:
     session, released = open_released(site, name)
     prepared = session.prepared
     looked_at = {"train": list_first_images(prepared.owners), **prepared.drawn}
-    told = [compute_losses(prepared, released, part, some) for part, some in looked_at.items()]
+    told = [
+        compute_losses(prepared, released.tensors, part, some) for part, some in looked_at.items()
+    ]
     trained, held_out = len(told[0][0]), sum(len(losses) for losses, _ in told[1:])
     if not trained or not held_out:
         got = f"{trained} and {held_out}"

@@ -13,7 +13,7 @@ from torch import Tensor
 from common.config.yaml import Section
 from common.model.images import Preprocess
 
-PROTOCOL = "6"
+PROTOCOL = "7"
 """Raised whenever a message between server and site changes."""
 
 Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{1,64}$")]

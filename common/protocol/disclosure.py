@@ -37,8 +37,9 @@ class Disclosure(Section):
 
     adapted: bool = False
     """At the end of a study without privacy, counts of the site's own models on its test patients:
-    the released one fitted to it, and one of its patients alone; never the models. Where `epsilon`
-    or `metrics: none` says so, none."""
+    the released one fitted to it, and one of its patients alone; never the models. Where all counts
+    are exact, also how they compare, by patient: intervals, and on how many images one of two is
+    right, both, or neither. Where `epsilon` or `metrics: none` says so, none."""
 
     @property
     def base(self) -> int:

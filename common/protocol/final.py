@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
@@ -11,8 +11,17 @@ from common.errors import ContractError
 from common.flower.messages import record_to_bytes
 from common.heads.read_out import AS_IT_IS, ReadOut
 from common.heads.sums import Sums
+from common.metrics.by_patient import Evidence
 from common.metrics.counts import Counts, Floats
 from common.protocol.counts import read_counts
+from common.protocol.evidence import (
+    EVIDENCE,
+    FEDERATED,
+    OWN,
+    read_evidence,
+    tells_evidence,
+    write_evidence,
+)
 from common.protocol.fields import (
     ARRAYS,
     CONFIG,
@@ -26,9 +35,6 @@ from common.protocol.fields import (
 from common.protocol.join import JoinReply
 from common.protocol.sums import WEIGHTS, read_sums, read_weights, write_sums
 from common.protocol.validate import read_read_outs, write_read_outs
-
-ADAPTED, LOCAL = OWN = ("adapted", "local")
-"""A site's own models: the released one fitted to it, and one of its patients alone."""
 
 SUMS, SHRINKAGE = "sums", "shrinkage"
 
@@ -121,11 +127,18 @@ class FinalCounts:
       validation: Of the released model.
       test: Of the released model.
       own: On test patients, of the site's own models: `adapted` and `local`; empty if untold.
+      evidence: How these and the released one compare, by patient; None if untold.
     """
 
     validation: Counts
     test: Counts
     own: Mapping[str, Counts] = field(default_factory=dict)
+    evidence: Evidence | None = None
+
+    @property
+    def tested(self) -> dict[str, Counts]:
+        """Counts on test patients, by way of training."""
+        return {FEDERATED: self.test, **self.own}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,18 +154,34 @@ class FinalReply:
             return RecordDict()
         counts = self.counts
         parts = {VALIDATION: counts.validation, TEST: counts.test, **counts.own}
-        return RecordDict({part: MetricRecord(told.sparse()) for part, told in parts.items()})
+        record = RecordDict({part: MetricRecord(told.sparse()) for part, told in parts.items()})
+        if counts.evidence is not None:
+            record[EVIDENCE] = write_evidence(counts.evidence, counts.tested)
+        return record
 
     @classmethod
-    def read(cls, record: RecordDict, classes: int, joined: JoinReply) -> "FinalReply":
-        """Back from Flower; raises `ContractError` unless it is exactly as told at join."""
+    def read(cls, record: RecordDict, classes: int, select: str, joined: JoinReply) -> "FinalReply":
+        """Back from Flower; raises `ContractError` unless it is exactly as told at join.
+
+        Args:
+          record: The message.
+          classes: How many the study has.
+          select: The study's metric.
+          joined: The site's reply to the question to join.
+        """
         if joined.disclosure.metrics == "none":
             check_parts(record)
             return cls(counts=None)
         told, disclosure = joined.images, joined.disclosure
         own = OWN if disclosure.adapted else ()
-        check_parts(record, VALIDATION, TEST, *own)
+        compared = bool(own) and tells_evidence(disclosure, joined.patients.test)
+        check_parts(record, VALIDATION, TEST, *own, *([EVIDENCE] if compared else []))
         validation = read_counts(record, VALIDATION, told.validation, classes, disclosure)
         test = read_counts(record, TEST, told.test, classes, disclosure)
         of_own = {way: read_counts(record, way, told.test, classes, disclosure) for way in own}
-        return cls(counts=FinalCounts(validation=validation, test=test, own=of_own))
+        counts = FinalCounts(validation=validation, test=test, own=of_own)
+        if compared:
+            patients = joined.patients.test or 0
+            evidence = read_evidence(record, counts.tested, select, patients)
+            counts = replace(counts, evidence=evidence)
+        return cls(counts=counts)

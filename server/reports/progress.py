@@ -14,7 +14,14 @@ from common.protocol.join import JoinReply
 from common.support.names import shorten_names
 from common.support.terminal import console, describe_left, size
 from server.reports import plots
-from server.runs.results import FEDERATED, Outcome, Weight, unite_counts, write_results
+from server.runs.results import (
+    FEDERATED,
+    Outcome,
+    Weight,
+    make_facts,
+    unite_counts,
+    write_results,
+)
 from server.runs.run_folder import Checkpoint, RunFolder
 
 _FEW = 6
@@ -135,6 +142,7 @@ class Reporter:
             "released_round": outcome.round,
             "withheld": outcome.withheld,
             "site_weights": weights,
+            **make_facts(outcome.evidence, {}),
         }
         write_results(self._folder, {**outcome.own, FEDERATED: outcome.test}, **facts)
 

@@ -18,7 +18,8 @@ from common.metrics.counts import Counts
 from common.metrics.metrics import METRICS, value
 from common.model.contract import Versions
 from common.model.network import assemble
-from common.protocol.final import OWN, FinalCounts, FinalReply, FinalRequest, Solved
+from common.protocol.evidence import OWN
+from common.protocol.final import FinalCounts, FinalReply, FinalRequest, Solved
 from common.protocol.round import RoundReply, make_round_config
 from common.protocol.sums import size_sums
 from common.protocol.tensors import count_bytes, to_arrays
@@ -283,7 +284,7 @@ class Run:
             return [Message(r.record(), m.node, MessageType.EVALUATE) for r, m in asked]
 
         def read(member: Member, record: RecordDict) -> FinalReply:
-            return FinalReply.read(record, classes, member.reply)
+            return FinalReply.read(record, classes, self._study.select, member.reply)
 
         history = self._folder.read_history()
         trained = {line["site"] for line in history if line["round"] <= self._last.round}
@@ -303,6 +304,7 @@ class Run:
             round=released,
             test=test,
             own={way: counts for way, counts in own.items() if counts},
+            evidence={n: c.evidence for n, c in told.items() if c.evidence},
             withheld=withheld,
             weights=self._federation.weights,
         )

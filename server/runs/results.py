@@ -8,6 +8,7 @@ from typing import Any
 
 from common.config.study import Study
 from common.errors import RunError
+from common.metrics.by_patient import Evidence
 from common.metrics.calibration import calibration
 from common.metrics.counts import Counts
 from common.metrics.metrics import (
@@ -72,6 +73,8 @@ class Outcome:
     test: dict[str, Counts]
     own: Results
     """The same of each site's own models, where they are told."""
+    evidence: dict[str, Evidence]
+    """How these compare, by patient, where sites tell it."""
     withheld: dict[str, str]
     """The figures that a site does not tell, in words; only sites that withhold something."""
     weights: dict[str, Weight]
@@ -145,17 +148,42 @@ def read_results(path: Path, classes: int) -> tuple[Results, dict[str, Any]]:
         raise RunError(path, expected=expected, got=got, remedy=remedy) from None
     told = report.pop("results")
     results = {
-        way: {
-            name: Counts.from_sparse(
-                site["counts"],
-                classes,
-                scored=not site["counts"]["noise"],
-            )
-            for name, site in result["sites"].items()
-        }
+        way: {name: _read_counts(site["counts"], classes) for name, site in result["sites"].items()}
         for way, result in told.items()
     }
     return results, report
+
+
+def make_facts(evidence: Mapping[str, Evidence], cross: Results) -> dict[str, Any]:
+    """Make facts of `report.json` of how ways compare at sites, and of models tested elsewhere.
+
+    Args:
+      evidence: By site.
+      cross: Counts by the site that trained a model, and the site that tested it.
+    """
+    told = {site: found.facts() for site, found in sorted(evidence.items())}
+    tested = {
+        site: {at: counts.sparse() for at, counts in sorted(sites.items())}
+        for site, sites in sorted(cross.items())
+    }
+    return ({"evidence": told} if told else {}) | ({"cross": tested} if tested else {})
+
+
+def read_evidence(facts: Mapping[str, Any]) -> dict[str, Evidence]:
+    """Read from the facts of a report how ways compare, by site; empty if it is not told."""
+    return {site: Evidence.read(told) for site, told in facts.get("evidence", {}).items()}
+
+
+def read_cross(facts: Mapping[str, Any], classes: int) -> Results:
+    """Read from them how the model of each site's patients did at each site; empty if untold."""
+    return {
+        site: {at: _read_counts(told, classes) for at, told in sites.items()}
+        for site, sites in facts.get("cross", {}).items()
+    }
+
+
+def _read_counts(told: Mapping[str, Any], classes: int) -> Counts:
+    return Counts.from_sparse(told, classes, scored=not told["noise"])
 
 
 def _metrics(counts: Counts) -> dict[str, Any]:

@@ -401,7 +401,7 @@ def test_an_end_with_an_epsilon_tells_noise(tmp_path):
     server = Server(hospital(tmp_path / "ward", policy=NOISED), study())
     server.join(), server.round()
     told = server.final().content
-    reply = FinalReply.read(told, 2, JoinReply.read(server.join().content))
+    reply = FinalReply.read(told, 2, "auroc", JoinReply.read(server.join().content))
     assert reply.counts.test.noise == pytest.approx(plan_end(1.0, 1e-5).noise_multiplier)
     cells = [*reply.counts.test.confusion.ravel(), *reply.counts.validation.confusion.ravel()]
     assert max(abs(n) for n in cells) < 40

@@ -147,7 +147,7 @@ def read_final_request(record: RecordDict) -> Tensors:
 
 
 def read_final_reply(record: RecordDict) -> FinalReply:
-    return FinalReply.read(record, CLASSES, JOINED)
+    return FinalReply.read(record, CLASSES, "auroc", JOINED)
 
 
 # Every message: how a good one is made, and how the other side reads it.
@@ -240,7 +240,7 @@ def test_a_question_about_the_ledger_and_its_answers_arrive() -> None:
 
 def test_what_is_told_coarsely_arrives() -> None:
     once, twice = rounded(COUNTS, "validation"), rounded(COUNTS + COUNTS, "test")
-    counts = FinalReply.read(sent(final(once, twice)), CLASSES, ROUNDED).counts
+    counts = FinalReply.read(sent(final(once, twice)), CLASSES, "auroc", ROUNDED).counts
     assert counts is not None
     assert same(counts.validation, once)
     assert same(counts.test, twice)
@@ -248,15 +248,15 @@ def test_what_is_told_coarsely_arrives() -> None:
 
 def test_what_is_told_with_noise_arrives() -> None:
     noisy = COUNTS.coarse(COUNTS.confusion - 3, 2.5)
-    counts = FinalReply.read(sent(final(noisy, noisy)), CLASSES, NOISED).counts
+    counts = FinalReply.read(sent(final(noisy, noisy)), CLASSES, "auroc", NOISED).counts
     assert counts is not None
     assert same(counts.test, noisy)
     assert counts.test.noise == 2.5
     for plain in (COUNTS, COUNTS.coarse(COUNTS.confusion, 0.0)):
         with pytest.raises(ContractError):
-            FinalReply.read(sent(final(plain, plain)), CLASSES, NOISED)
+            FinalReply.read(sent(final(plain, plain)), CLASSES, "auroc", NOISED)
     with pytest.raises(ContractError):
-        FinalReply.read(sent(final(noisy, noisy)), CLASSES, FINAL)
+        FinalReply.read(sent(final(noisy, noisy)), CLASSES, "auroc", FINAL)
 
 
 def test_who_withholds_figures_still_answers() -> None:
@@ -264,9 +264,9 @@ def test_who_withholds_figures_still_answers() -> None:
         reply = RoundReply.read(sent(round_reply(counts=None)), SHAPES, told)
         assert reply.figures is None
         assert equal(from_arrays(reply.arrays, SHAPES), TENSORS)
-    assert FinalReply.read(sent(final_reply()), CLASSES, FINAL).counts is not None
+    assert FinalReply.read(sent(final_reply()), CLASSES, "auroc", FINAL).counts is not None
     nothing = FinalReply(counts=None).record()
-    assert FinalReply.read(sent(nothing), CLASSES, SILENT).counts is None
+    assert FinalReply.read(sent(nothing), CLASSES, "auroc", SILENT).counts is None
 
 
 @pytest.mark.parametrize("told", [FINAL, SILENT])
@@ -280,7 +280,7 @@ def test_a_round_that_tells_more_than_was_said_is_refused(told: JoinReply) -> No
 
 def test_an_end_that_tells_more_than_was_said_is_refused() -> None:
     with pytest.raises(ContractError, match="other parts than agreed"):
-        FinalReply.read(sent(final_reply()), CLASSES, SILENT)
+        FinalReply.read(sent(final_reply()), CLASSES, "auroc", SILENT)
 
 
 @pytest.mark.parametrize("told", [JOINED])
@@ -288,7 +288,7 @@ def test_who_said_it_tells_and_does_not_is_refused(told: JoinReply) -> None:
     with pytest.raises(ContractError, match="other parts than agreed"):
         RoundReply.read(sent(round_reply(counts=None)), SHAPES, told)
     with pytest.raises(ContractError, match="other parts than agreed"):
-        FinalReply.read(sent(FinalReply(counts=None).record()), CLASSES, told)
+        FinalReply.read(sent(FinalReply(counts=None).record()), CLASSES, "auroc", told)
 
 
 def test_a_loss_said_to_be_told_is_not_left_out() -> None:
@@ -314,11 +314,11 @@ def test_an_end_that_tells_finer_than_was_said_is_refused() -> None:
     row[row.argmin()] += 1  # the row's sum stays
     finer = coarse.coarse(cells, coarse.noise)
     with pytest.raises(ContractError, match="counts finer than it disclosed"):
-        FinalReply.read(sent(final(finer, good)), CLASSES, ROUNDED)
+        FinalReply.read(sent(final(finer, good)), CLASSES, "auroc", ROUNDED)
     for counts in (COUNTS, unrounded, scored, with_loss, more, finer):
         with pytest.raises(ContractError):
-            FinalReply.read(sent(final(counts, good)), CLASSES, ROUNDED)
-    FinalReply.read(sent(final(coarse, good)), CLASSES, ROUNDED)
+            FinalReply.read(sent(final(counts, good)), CLASSES, "auroc", ROUNDED)
+    FinalReply.read(sent(final(coarse, good)), CLASSES, "auroc", ROUNDED)
     with pytest.raises(ContractError, match="other parts than agreed"):
         RoundReply.read(sent(round_reply(0.5, coarse)), SHAPES, ROUNDED)
 

@@ -17,9 +17,10 @@ from client.ledger.ledger import read_ledger
 from client.site import Site
 from common.errors import RunError
 from common.flower.messages import record_to_bytes
+from common.metrics.metrics import value
 from common.model.inference import load_model
 from server.app import app as server_app
-from server.runs.results import read_results
+from server.runs.results import read_evidence, read_results
 from simulations.engines.grid import simulate_run
 from tests.builders import (
     PHANTOM_CLASSES,
@@ -110,6 +111,44 @@ def test_the_ledger_names_what_is_told_of_it(tmp_path, phantoms):
     _, site_files = run(tmp_path / "run", phantoms, study(), policy=policies(TELLS))
     told = [finals(path)[0] for path in site_files]
     assert any({"adapted.confusion", "local.confusion"} <= set(names) for names in told)
+
+
+def test_evidence_comes_from_sites_that_tell_exact_counts_alone(tmp_path, phantoms):
+    """One that rounds tells none, nor one with two test patients; who lies is left out."""
+    told, asked = {}, study(holdout={"validation": 0.1, "test": 0.5})
+
+    def app(message, context):
+        reply = client_app(message, context)
+        name = Path(context.node_config["site"]).parent.name
+        if message.metadata.message_type == "evaluate" and "evidence" in reply.content:
+            told[name] = reply.content
+            if name == "north":
+                both, *rest = reply.content["evidence"]["adapted-local joint"]
+                reply.content["evidence"]["adapted-local joint"] = [both + 1, *rest]
+        return reply
+
+    rounds = {"disclose": TELLS | {"counts": "rounded", "metrics": "final"}}
+    policy = policies(TELLS) | {"south": rounds}
+    folder, site_files = run(tmp_path / "run", phantoms, asked, app, policy)
+    results, facts = read_results(folder.path, 4)
+    assert set(told) == {"east", "north"}
+    assert set(results["adapted"]) == {"east", "south", "west"}
+    found = read_evidence(facts)
+    assert set(found) == {"east"}
+    tested = cut_records(Site.read(site_files[0]), asked).test
+    assert found["east"].patients == len({record.patient for record in tested})
+    for pair in found["east"].pairs:
+        first, second = results[pair.first]["east"], results[pair.second]["east"]
+        assert pair.joint.both + pair.joint.only_first == np.trace(first.confusion)
+        assert sum(pair.joint) == first.n
+        difference = pair.differences["balanced_accuracy"]
+        gain = value(first, "balanced_accuracy") - value(second, "balanced_accuracy")
+        assert difference.value == pytest.approx(gain)
+        assert difference.low <= gain <= difference.high
+    assert "evidence.adapted-local joint" in finals(site_files[0])[0]
+    for silent in site_files[2:]:
+        assert any(name.startswith("adapted") for name in finals(silent)[0])
+        assert not any(name.startswith("evidence") for name in finals(silent)[0])
 
 
 def test_a_study_that_adapts_nothing_keeps_nothing(tmp_path, phantoms):
