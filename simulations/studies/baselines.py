@@ -2,7 +2,6 @@
 
 Both baselines use the study's own trainer and rounds, without a federation, and release as there.
 `local` trains at each site on that site's patients alone, `pooled` on those of all sites together.
-What a site does not tell a federation is not told here either, so that all ways know the same.
 """
 
 import logging
@@ -15,13 +14,14 @@ from pathlib import Path
 import torch
 
 from client.features.precision import fix_numerics
+from client.models.released import KeptModel
 from client.runtime import Runtime
 from client.session import Session
 from client.training import trainer
 from client.training.dataset import Examples
 from common.config.study import Study
 from common.errors import RefusedError
-from common.heads.read_out import ReadOut, list_read_outs
+from common.heads.read_out import list_read_outs
 from common.heads.registry import HEADS, LinearHead
 from common.heads.sums import Sums
 from common.metrics.counts import Counts, Floats
@@ -33,8 +33,8 @@ from server.rounds.choosing import choose_best, is_stalled
 from server.rounds.judging import Judged, add_images, unite_judgements
 from server.rounds.solving import solve_head
 from server.rounds.start import load_first_tensors
-from server.runs.results import Results
 from server.runs.run_folder import Best, Checkpoint, RunFolder
+from simulations.studies.comparison import Comparison
 
 log = logging.getLogger(__name__)
 
@@ -42,40 +42,38 @@ _QUIET = 5.0
 """Seconds from one line of progress to the next."""
 
 
-def train_baselines(study: Study, site_files: Sequence[Path], runtime: Runtime) -> Results:
-    """Test counts per site of local and pooled training, on the federation's own test patients.
-
-    As coarse as the site discloses them; sites that disclose none are left out.
-    """
-    sessions = _open_sessions(study, site_files, runtime)
+def train_baselines(study: Study, site_files: Sequence[Path], runtime: Runtime) -> Comparison:
+    """Local and pooled training, on the federation's own test patients."""
+    sessions = open_sessions(study, site_files, runtime)
     training = [session for session in sessions if session.prepared.site.role == "train"]
-    local: dict[str, Counts] = {}
+    comparison = Comparison(sessions)
     for i, session in enumerate(training, 1):
-        log.info("local: %s, site %d of %d", session.prepared.site.name, i, len(training))
-        model = _alone(study, [session], session.prepared.site.name)
-        local |= _tested([session], *model)
+        name = session.prepared.site.name
+        log.info("local: %s, site %d of %d", name, i, len(training))
+        model = _alone(study, [session], name)
+        comparison.test("local", model, [name])
+        comparison.test_elsewhere(name, model)
     log.info("pooled: %d sites", len(training))
-    model = _alone(study, training, "pooled")
-    return {"local": local, "pooled": _tested(sessions, *model)}
+    comparison.test("pooled", _alone(study, training, "pooled"))
+    return comparison
 
 
-def test_solved(
-    study: Study, run: RunFolder, site_files: Sequence[Path], runtime: Runtime
-) -> dict[str, Counts]:
-    """Test counts per site of the head that a finished run began with, before any round."""
-    solved, last = run.read_solved(), run.read_last()
+def find_solved(run: RunFolder, site_files: Sequence[Path], runtime: Runtime) -> KeptModel | None:
+    """The head that a finished run began with, before any round; None where none was solved."""
+    study, solved, last = run.study, run.read_solved(), run.read_last()
     if not solved or last is None:
-        return {}
-    sessions = _open_sessions(study, site_files, runtime)
+        return None
+    sessions = open_sessions(study, site_files, runtime)
     network = sessions[0].prepared.network
     head = HEADS[solved["head"]].solve(run.read_sums(), solved["strength"])
     found = network.find_centre(last.tensors) if study.finds_centre else None
     model = dict(network.initial) | place_head(study, head.weight, head.bias, found)
     training = [session for session in sessions if session.prepared.site.role == "train"]
-    return _tested(sessions, model, _OpenSites(training).judge(model).read_out)
+    return KeptModel(model, _OpenSites(training).judge(model).read_out)
 
 
-def _open_sessions(study: Study, site_files: Sequence[Path], runtime: Runtime) -> list[Session]:
+def open_sessions(study: Study, site_files: Sequence[Path], runtime: Runtime) -> list[Session]:
+    """The sessions of the sites that took part."""
     sessions = []
     for path in site_files:
         with suppress(RefusedError):  # it took no part in the federation either
@@ -83,16 +81,8 @@ def _open_sessions(study: Study, site_files: Sequence[Path], runtime: Runtime) -
     return sessions
 
 
-def _tested(sessions: Sequence[Session], model: Tensors, read_out: ReadOut) -> dict[str, Counts]:
-    return {
-        session.prepared.site.name: session.tell(model, "test", read_out=read_out)[0]
-        for session in sessions
-        if session.prepared.offer.disclosure.metrics != "none"
-    }
-
-
-def _alone(study: Study, sessions: Sequence[Session], name: str) -> tuple[Tensors, ReadOut]:
-    """Train on the patients of `sessions` as one site would alone; a model, and its read-out.
+def _alone(study: Study, sessions: Sequence[Session], name: str) -> KeptModel:
+    """Train on the patients of `sessions` as one site would alone.
 
     By the rules of the federation: it stops early, and releases, by these sites' own validation.
     """
@@ -108,7 +98,7 @@ def _alone(study: Study, sessions: Sequence[Session], name: str) -> tuple[Tensor
         last = Checkpoint(round=last.round + 1, tensors=trained, state={}, best=best)
         progress.report_round(last.round)
     _, released = replace(last, best=_choose(study, last, sites)).released
-    return released, sites.judge(released).read_out
+    return KeptModel(released, sites.judge(released).read_out)
 
 
 def _choose(study: Study, last: Checkpoint, sites: "_OpenSites") -> Best | None:

@@ -8,9 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from statistics import mean
 from typing import NamedTuple
 
+from common.metrics.by_patient import Evidence
 from common.metrics.counts import Counts
 from common.metrics.metrics import METRICS, value
 from common.metrics.statistics import Estimate, difference
+from common.metrics.verdicts import judge_difference, judge_own
 from common.support.terminal import console, table
 from server.reports.tables import format_figure
 from server.runs.results import FEDERATED, Results, list_sites, sort_ways, unite_sites
@@ -124,12 +126,18 @@ def judge_gains(gains: Sequence[Gain]) -> list[str]:
     return lines
 
 
+def show_verdicts(evidence: Mapping[str, Evidence], select: str) -> None:
+    """Print a sentence for each site: whether its model beats its own alone, on these patients."""
+    told = {site: judge_own(found, select) for site, found in sorted(evidence.items())}
+    for site, verdict in list(told.items())[:_MOST_SITES]:
+        if verdict:
+            console.print(f"{site}: {verdict[1]}")
+
+
 def _say(gain: Gain) -> str:
-    label, found = METRICS[gain.metric].label, gain.estimate
-    sign = 1 if METRICS[gain.metric].higher else -1
-    low, high = sorted((sign * found.low, sign * found.high))
-    verdict = "better" if low > 0 else "worse" if high < 0 else "these holdouts cannot tell"
-    return f"{label}: {verdict}, {_signed(found)}"
+    verdict = judge_difference(gain.estimate, gain.metric)
+    told = "these holdouts cannot tell" if verdict == "unsure" else verdict
+    return f"{METRICS[gain.metric].label}: {told}, {_signed(gain.estimate)}"
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

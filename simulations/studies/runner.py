@@ -7,20 +7,30 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from client.ledger.spending import MEANING
+from client.models.kept import name_folder
 from common.config.study import Study
 from common.errors import RunError, StudyError
-from common.metrics.counts import Counts
+from common.metrics.by_patient import Evidence
 from common.support.terminal import console, table
 from server.evidence.report import REPORT, write_report
 from server.reports.tables import show_results
 from server.rounds.start import check_start
-from server.runs.results import FEDERATED, Results, read_results, sort_ways, write_results
+from server.runs.results import (
+    FEDERATED,
+    Results,
+    read_evidence,
+    read_results,
+    sort_ways,
+    write_results,
+)
 from server.runs.run_folder import RunFolder
 from simulations.engines.attacks import ATTACKS
 from simulations.engines.base import Engine
 from simulations.sites import virtual_sites
 from simulations.sites.virtual_sites import PlannedSite, VirtualSite
 from simulations.studies import baselines, summary
+from simulations.studies.comparison import Comparison
+from simulations.studies.gains import PAIRS, show_verdicts
 
 _MOST_SITES_SHOWN = 40
 _ROSTER = "sites/hospitals.json"
@@ -73,7 +83,7 @@ def run_study(
         _comparable(Study.read(study_file, changes))
     if not seeds:
         run = _new(Study.read(study_file, changes), source, folder, cache, engine)
-        _conclude(run, engine, compare=compare)
+        show_verdicts(_conclude(run, engine, compare=compare), run.study.select)
         return
     studies = [Study.read(study_file, (*changes, f"seed={seed}")) for seed in seeds]
     run_series(studies, source, folder, cache, engine, compare=compare)
@@ -193,7 +203,7 @@ def resume_run(folder: Path, study: Study | None, engine: Engine, *, compare: bo
     if compare:
         _comparable(run.study)
     _go_on(run, engine)
-    _conclude(run, engine, compare=compare)
+    show_verdicts(_conclude(run, engine, compare=compare), run.study.select)
 
 
 def _go_on(run: RunFolder, engine: Engine) -> None:
@@ -238,12 +248,14 @@ def _show_census(study: Study, planned: Sequence[PlannedSite]) -> None:
         console.print(f"and {more} more", style="dim")
 
 
-def _conclude(run: RunFolder, engine: Engine, *, compare: bool) -> None:
-    """Show, and where asked complete, the results of a finished run."""
+def _conclude(run: RunFolder, engine: Engine, *, compare: bool) -> dict[str, Evidence]:
+    """Show, and where asked complete, the results of a finished run; how ways compare by site."""
     study, site_files = run.study, virtual_sites.find_site_files(run.path)
     results, facts = read_results(run.path, len(study.classes))
     if compare and "pooled" not in results:
-        results = sort_ways(results | _compare(run, site_files, engine))
+        comparison = _compare(run, results, site_files, engine)
+        results = sort_ways(results | comparison.results)
+        facts |= comparison.facts(PAIRS)
         write_results(run, results, **facts)
     if study.private and "spent" not in facts:
         facts["spent"] = virtual_sites.read_spending(site_files)
@@ -257,21 +269,30 @@ def _conclude(run: RunFolder, engine: Engine, *, compare: bool) -> None:
         told = ", ".join(f"{name} {epsilon:.2f}" for name, epsilon in epsilons)
         console.print(f"\nε spent, by each site's ledger: {told}")
         console.print(MEANING, style="dim")
+    return read_evidence(facts)
 
 
-def _compare(run: RunFolder, site_files: Sequence[Path], engine: Engine) -> Results:
+def _compare(
+    run: RunFolder, told: Results, site_files: Sequence[Path], engine: Engine
+) -> Comparison:
     """What the study is compared with: local and pooled training, and parts of what it does."""
-    study = run.study
-    results = baselines.train_baselines(study, site_files, engine.runtime)
+    study, runtime = run.study, engine.runtime
+    comparison = baselines.train_baselines(study, site_files, runtime)
+    if solved := baselines.find_solved(run, site_files, runtime):
+        comparison.test("solved", solved)
+    sessions = baselines.open_sessions(study, site_files, runtime)
+    comparison.add_told(FEDERATED, told[FEDERATED], dict.fromkeys(sessions, run.path))
+    own = {s: name_folder(s.prepared.site, study) for s in sessions}
+    comparison.add_told("adapted", told.get("adapted", {}), own)
     if study.model.init == "solved":
-        results["solved"] = baselines.test_solved(study, run, site_files, engine.runtime)
-        results["fedavg"] = _average_from_zero(run, site_files, engine)
-    return {way: sites for way, sites in results.items() if sites}
+        plain = _average_from_zero(run, site_files, engine)
+        sessions = baselines.open_sessions(plain.study, site_files, runtime)
+        averaged = read_results(plain.path, len(study.classes))[0][FEDERATED]
+        comparison.add_told("fedavg", averaged, dict.fromkeys(sessions, plain.path))
+    return comparison
 
 
-def _average_from_zero(
-    run: RunFolder, site_files: Sequence[Path], engine: Engine
-) -> dict[str, Counts]:
+def _average_from_zero(run: RunFolder, site_files: Sequence[Path], engine: Engine) -> RunFolder:
     """The same study without a solved head, all its rounds from zero, in a folder of its own."""
     study = run.study
     features = {"unit_features": False, "feature_mean": None}  # as they are: what FedAvg is used to
@@ -287,4 +308,4 @@ def _average_from_zero(
         folder.write_study(plain)
     if not (path / "report.json").exists():
         engine.run(site_files, path)
-    return read_results(path, len(study.classes))[0][FEDERATED]
+    return folder

@@ -88,8 +88,9 @@ def main(folder, places, backbone, unfreeze, how, same):
     if how["workers"]:
         engine.close()
     told = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in same}
-    results = baselines.train_baselines(study, site_files, engine.runtime)
-    for way, sites in results.items():
+    comparison = baselines.train_baselines(study, site_files, engine.runtime)
+    told["compared"] = json.dumps(comparison.facts([("pooled", "local")]))
+    for way, sites in comparison.results.items():
         told |= {f"{way} {site}": str(counts.sparse()) for site, counts in sites.items()}
     print(json.dumps(told))
 
