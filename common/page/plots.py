@@ -1,26 +1,30 @@
 """Plots for a page, as SVG: text stays text, and the same figures give the same bytes."""
 
-import hashlib
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from io import StringIO
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.artist import Artist
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
+from matplotlib.patches import Rectangle
 
-from common.metrics.counts import Ints
+from common.metrics.counts import Floats, Ints
 from common.page.blocks import Figure
 from common.page.svg import tidy_svg
-from common.support.plot_style import STYLE
+from common.support.plot_style import PALE, STYLE
 
 WIDTH = 3.6
 """Inches of a plot that a phone shows without scrolling."""
 
 _POINTS = 300
 """The most points of a line: more cannot be told apart."""
+
+_DARK = 0.715
+"""The shade from which on white text can be read better than black."""
 
 _SMALL: Any = {
     "font.size": 8.5,
@@ -45,8 +49,7 @@ def draw_figure(draw: Callable[[Canvas], None], title: str, caption: str = "") -
       caption: What the reader should know.
     """
     # The salt keeps names in the SVG apart from those of other figures on the page.
-    salt = hashlib.sha256(title.encode()).hexdigest()[:8]
-    style = {**STYLE, **_SMALL, "svg.fonttype": "none", "svg.hashsalt": salt}
+    style = {**STYLE, **_SMALL, "svg.fonttype": "none", "svg.hashsalt": title}
     text = StringIO()
     with mpl.rc_context(style), warnings.catch_warnings():
         # A browser has the letters that the font measured with lacks.
@@ -55,7 +58,7 @@ def draw_figure(draw: Callable[[Canvas], None], title: str, caption: str = "") -
         draw(canvas)
         canvas.savefig(text, format="svg")
         width, height = canvas.get_size_inches()
-    return Figure(title, tidy_svg(text.getvalue(), (width, height), title, salt), caption)
+    return Figure(title, tidy_svg(text.getvalue(), (width, height), title), caption)
 
 
 def add_legend(canvas: Canvas, handles: Mapping[str, Artist], title: str | None = None) -> None:
@@ -72,3 +75,26 @@ def add_legend(canvas: Canvas, handles: Mapping[str, Artist], title: str | None 
 def thin_out(points: int) -> Ints:
     """Choose which points of a line to draw, the first and the last among them."""
     return np.unique(np.linspace(0, points - 1, min(points, _POINTS)).round().astype(np.int64))
+
+
+def draw_cells(axes: Axes, shades: Floats, texts: Sequence[Sequence[str]], size: float) -> None:
+    """Draw a table of shaded cells, its first row on top.
+
+    Args:
+      axes: to draw on.
+      shades: float [rows, columns], 0 light to 1 dark; a cell of NaN is hatched.
+      texts: of each cell.
+      size: of the text, in points.
+    """
+    rows, columns = (np.arange(length + 1) - 0.5 for length in shades.shape)
+    known = np.ma.masked_invalid(shades)
+    axes.pcolormesh(columns, rows, known, cmap="Blues", vmin=0, vmax=1, clip_on=False)
+    axes.invert_yaxis()
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    for (y, x), shade in np.ndenumerate(shades):
+        if np.isnan(shade):
+            hatched: Any = {"fill": False, "ec": PALE, "lw": 0, "hatch": "////"}
+            axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, **hatched))
+        style: Any = {"ha": "center", "va": "center", "fontsize": size, "in_layout": False}
+        axes.text(x, y, texts[y][x], color="white" if shade > _DARK else "black", **style)

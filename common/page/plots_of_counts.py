@@ -18,7 +18,7 @@ from common.metrics.curves import net_benefit, roc_curve
 from common.metrics.metrics import class_auroc
 from common.metrics.statistics import wilson
 from common.page.blocks import Figure
-from common.page.plots import WIDTH, add_legend, draw_figure, thin_out
+from common.page.plots import WIDTH, add_legend, draw_cells, draw_figure, thin_out
 from common.support.names import clean_name, shorten_names
 from common.support.plot_style import COLOURS, GREY, INK, MARKERS, PALE
 
@@ -154,24 +154,18 @@ def draw_confusion(canvas: Canvas, counts: Counts, classes: Sequence[str]) -> No
     shares = counts.confusion / np.maximum(totals, 1)[:, None]
     side = 0.36 * len(classes)
     canvas.set_size_inches(max(WIDTH, 1.6 + side), 1.1 + side)
-    axes, edges = canvas.subplots(), np.arange(len(classes) + 1) - 0.5
-    axes.pcolormesh(edges, edges, shares, cmap="Blues", vmin=0, vmax=1, clip_on=False)
+    axes = canvas.subplots()
+    texts = [
+        [f"{images}\n{share:.0%}" if images else "0" for images, share in zip(*row, strict=True)]
+        for row in zip(counts.confusion, shares, strict=True)
+    ]
+    draw_cells(axes, shares, texts, size=6.5)
     axes.set_aspect("equal")
-    axes.invert_yaxis()
     axes.set_xticks(range(len(classes)), [names[name] for name in classes], rotation=90)
     rows = [f"{names[name]} ({total})" for name, total in zip(classes, totals, strict=True)]
     axes.set_yticks(range(len(classes)), rows)
     axes.set_xlabel("called")
     axes.set_ylabel("true (images)")
-    axes.spines[:].set_visible(False)
-    axes.tick_params(length=0)
-    for (row, column), images in np.ndenumerate(counts.confusion):
-        share = shares[row, column]
-        ink = "white" if share > 0.6 else INK if images else GREY
-        text = f"{images}\n{share:.0%}" if images else "0"
-        axes.text(
-            column, row, text, ha="center", va="center", color=ink, fontsize=6.5, in_layout=False
-        )
 
 
 def plot_decision_curve(counts: Counts, k: int, name: str, of: str) -> Figure | None:

@@ -10,15 +10,13 @@ from typing import Any, TypeVar
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
-from matplotlib.patches import Rectangle
 
-from common.metrics.counts import Floats
 from common.metrics.metrics import METRICS, label_metric
 from common.metrics.statistics import Estimate
 from common.page.blocks import Figure
-from common.page.plots import WIDTH, add_legend, draw_figure
+from common.page.plots import WIDTH, add_legend, draw_cells, draw_figure
 from common.support.names import shorten_names
-from common.support.plot_style import COLOURS, GREY, INK, MARKERS, PALEST
+from common.support.plot_style import COLOURS, INK, MARKERS, PALEST
 
 Site = str | None
 """A site's name; None for all sites together."""
@@ -205,14 +203,15 @@ def plot_cross_sites(
     # Shades end at whole tenths, so that a difference of nothing does not look like much.
     low, high = np.floor(np.nanmin(table) * 10) / 10, np.ceil(np.nanmax(table) * 10) / 10
 
+    shades = (table - low) / max(high - low, 0.1)
+    texts = [["–" if np.isnan(v) else f"{v:.2f}".removeprefix("0") for v in row] for row in table]
+    names = shorten_names({*values, *tested}, _LONGEST)
+
     def draw(canvas: Canvas) -> None:
         side = 0.36 if len(tested) <= 8 else 0.3
-        canvas.set_size_inches(
-            max(WIDTH, 1.5 + side * len(tested)), 1.4 + min(side, 0.3) * len(values)
-        )
-        _draw_table(canvas.subplots(), table, (low, high))
-        axes = canvas.axes[0]
-        names = shorten_names({*values, *tested}, _LONGEST)
+        canvas.set_size_inches(max(WIDTH, 1.5 + side * len(tested)), 1.4 + 0.3 * len(values))
+        axes = canvas.subplots()
+        draw_cells(axes, shades, texts, size=7)
         axes.set_xticks(range(len(tested)), [names[site] for site in tested], rotation=90)
         axes.set_yticks(range(len(values)), [names[site] for site in values])
         axes.set_xlabel("tested at")
@@ -222,23 +221,6 @@ def plot_cross_sites(
     if np.isnan(table).any():
         caption += " Hatched, –: withheld."
     return draw_figure(draw, f"{_name(metric)} of models across sites: {of}", caption)
-
-
-def _draw_table(axes: Axes, table: Floats, shades: tuple[float, float]) -> None:
-    low, high = shades
-    columns, rows = np.arange(table.shape[1] + 1) - 0.5, np.arange(table.shape[0] + 1) - 0.5
-    known, span = np.ma.masked_invalid(table), max(high - low, 0.1)
-    axes.pcolormesh(columns, rows, known, cmap="Blues", vmin=low, vmax=low + span, clip_on=False)
-    axes.invert_yaxis()
-    axes.spines[:].set_visible(False)
-    axes.tick_params(length=0)
-    for (y, x), value in np.ndenumerate(table):
-        if np.isnan(value):
-            cell = Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, ec=GREY, lw=0, hatch="////")
-            axes.add_patch(cell)
-        text = "–" if np.isnan(value) else f"{value:.2f}".removeprefix("0")
-        ink = "white" if value > low + 0.6 * span else INK
-        axes.text(x, y, text, ha="center", va="center", color=ink, fontsize=7, in_layout=False)
 
 
 def _name_rows(axes: Axes, names: Sequence[str]) -> None:

@@ -1,7 +1,6 @@
-"""What Matplotlib draws, made fit for a page that holds many pictures: small, and apart."""
+"""What Matplotlib draws, made small and fit to stand in a page."""
 
 import re
-from collections.abc import Callable
 
 from markupsafe import escape
 
@@ -11,22 +10,20 @@ _UNUSED = re.compile(
     r"""(?<=<g)\ id="[^"]*" | \ transform="rotate\(-0\ [^"]*\)" | \ font-family:[^;"]*;""",
     re.VERBOSE,
 )
-_LINK = re.compile(r'(?<=\bid=")|(?<=url\(#)|(?<=href="#)')
 _LONG = re.compile(r"\d+\.\d{3,}")
 _PIXELS = 96  # of CSS, in an inch
 
-SMALLEST, LARGEST = 0.85, 1.4
+SMALLEST, LARGEST = 0.85, 1.25
 """How far a page scales a picture; where it has less room, the picture scrolls in its frame."""
 
 
-def tidy_svg(drawn: str, size: tuple[float, float], label: str, salt: str) -> str:
+def tidy_svg(drawn: str, size: tuple[float, float], label: str) -> str:
     """Turn an SVG file of Matplotlib into a part of a page.
 
     Args:
       drawn: The file. Names of its groups go, as nothing refers to them, and so do its fonts.
       size: Width and height in inches.
       label: What it shows, for those who cannot see it.
-      salt: Put before every name in it, so that names differ from those of other pictures.
     """
     width, height = size
     scaled = f"min-width: {width * _PIXELS * SMALLEST:.0f}px"
@@ -34,13 +31,8 @@ def tidy_svg(drawn: str, size: tuple[float, float], label: str, salt: str) -> st
     head = f'<svg role="img" aria-label="{escape(label)}" style="{scaled}"'
     head = f'{head} viewBox="0 0 {width * 72:.1f} {height * 72:.1f}">'
     body = drawn[drawn.index("</defs>") + len("</defs>") :]  # the first holds a style for all
-    return head + re.sub(r"\s*\n\s*", "\n", _TAG.sub(_tidy_with(salt), body)).rstrip()
+    return head + re.sub(r"\s*\n\s*", "\n", _TAG.sub(_shorten_tag, body)).rstrip()
 
 
-def _tidy_with(salt: str) -> Callable[[re.Match[str]], str]:
-    def tidy(tag: re.Match[str]) -> str:
-        short = _UNUSED.sub("", tag[0])
-        short = _LONG.sub(lambda number: f"{float(number[0]):.2f}", short)
-        return _LINK.sub(f"{salt}-", short)
-
-    return tidy
+def _shorten_tag(tag: re.Match[str]) -> str:
+    return _LONG.sub(lambda number: f"{float(number[0]):.2f}", _UNUSED.sub("", tag[0]))
