@@ -19,12 +19,14 @@ class Metric:
       of: Computes it; None where the counts leave it undefined.
       higher: Whether a larger figure is better.
       range: The least and the largest figure there can be.
+      macro: Whether it is a mean over classes, in which a rare one weighs as much as any.
     """
 
     label: str
     of: Callable[[Counts], float | None]
     higher: bool = True
     range: tuple[float, float] = (0.0, 1.0)
+    macro: bool = True
 
 
 class Cells(NamedTuple):
@@ -121,11 +123,11 @@ def _loss(counts: Counts) -> float | None:
 
 
 METRICS: Mapping[str, Metric] = {
-    "accuracy": Metric("accuracy", _accuracy),
+    "accuracy": Metric("accuracy", _accuracy, macro=False),
     "balanced_accuracy": Metric("balanced accuracy", _balanced_accuracy),
     "f1": Metric("macro F1", _f1),
     "auroc": Metric("AUROC", _auroc),
-    "loss": Metric("loss", _loss, higher=False, range=(0.0, math.inf)),
+    "loss": Metric("loss", _loss, higher=False, range=(0.0, math.inf), macro=False),
 }
 """What a study can select and report. A class without images is left out of every mean."""
 
