@@ -99,7 +99,7 @@ def compare_ways(
     """Bootstrap by patient: a patient is drawn with all of their images, for all ways at once.
 
     Each class keeps its number of patients. Intervals are those of `form_estimate`; nominal 95 %
-    cover 93 % or more from 30 patients on, where those of resampled images cover 60 to 80 %.
+    cover 93 % or more from 30 patients on; of resampled images they cover 70 to 92 %.
 
     Args:
       tested: The images of one site.
