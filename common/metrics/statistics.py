@@ -95,7 +95,7 @@ def form_estimate(
     without errors. So the variance of the draws says how many independent trials the figure is
     worth, and the interval is Wilson's of so many, with Student's t in place of a normal quantile
     (as surveys do it: Franco, Little, Louis and Slud 2019). A difference has a t interval; a loss
-    has one of its logarithm.
+    has one of its logarithm, which a few sure mistakes can still escape.
 
     Args:
       name: of METRICS.
