@@ -31,6 +31,7 @@ lock: ## Pin versions and hashes anew; UPGRADE=--upgrade takes the newest that p
 	@$(LOCK) --extra dev -o constraints.txt
 	@$(LOCK) --extra dev --extra ray -c constraints.txt -o constraints-ray.txt
 	@$(LOCK) --extra dev --extra export -c constraints.txt -o constraints-export.txt
+	@$(LOCK) --extra dev --extra mlflow -c constraints.txt -o constraints-mlflow.txt
 
 sbom: $(INSTALLED) ## Write the software bill of materials of .venv, sbom.json (CycloneDX)
 	@$(BIN)/python -m tools.sbom > sbom.json

@@ -35,7 +35,9 @@ def create_run(study: Study, folder: Path) -> RunFolder:
     return run
 
 
-def run_study(run: RunFolder, database: Path, ledgers: Path, *, wait: float) -> None:
+def run_study(
+    run: RunFolder, database: Path, ledgers: Path, *, wait: float, mlflow: str | None = None
+) -> None:
     """Run a study, or go on with it, on the sites that are connected.
 
     Args:
@@ -44,6 +46,7 @@ def run_study(run: RunFolder, database: Path, ledgers: Path, *, wait: float) -> 
       ledgers: The file of how far each site's ledger went, in whatever run.
       wait: The seconds within which as many sites as the quorum must connect, and persons at
         hospitals may approve the study.
+      mlflow: The address of an MLflow server that is given the figures, too.
 
     Raises:
       RunError: too few sites, or too few that can take part; the run can be resumed.
@@ -53,7 +56,7 @@ def run_study(run: RunFolder, database: Path, ledgers: Path, *, wait: float) -> 
         try:
             limit = time.monotonic() + wait
             _await(grid, run.study.aggregate.quorum, limit)
-            Run(grid, run, Announcer(run), ledgers).run(limit - time.monotonic())
+            Run(grid, run, Announcer(run, mlflow), ledgers).run(limit - time.monotonic())
         finally:
             (run.path / "process").unlink(missing_ok=True)
 

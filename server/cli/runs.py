@@ -45,9 +45,12 @@ def run(
     from common.config.study import Study
     from server import coordinator
     from server.project.project import Project
+    from server.reports.mlflow import check_mlflow
     from server.runs.run_folder import RunFolder
 
     place = Project.open(project)
+    if place.settings.mlflow:
+        check_mlflow()
     if (study is None) == (resume is None):
         raise typer.BadParameter("name a study file, or a run with --resume")
     if resume is not None:
@@ -63,7 +66,8 @@ def run(
     again = f"consilium-server run --resume {folder.path}"
     try:
         if not (folder.path / "report.json").exists():
-            coordinator.run_study(folder, place.database, place.ledgers, wait=wait)
+            mlflow = place.settings.mlflow
+            coordinator.run_study(folder, place.database, place.ledgers, wait=wait, mlflow=mlflow)
         coordinator.show_run(folder)
     except KeyboardInterrupt:
         raise StoppedError(f"Stopped. Go on with: {again}") from None

@@ -62,6 +62,13 @@ def _host(text: str) -> str:
     raise ValueError(f"expected a name or an IPv4 address, got {text!r}")
 
 
+def _store(address: str) -> str:
+    """Where MLflow keeps figures; it has given up folders."""
+    if re.fullmatch(r"(https?://|sqlite:///)\S+", address):
+        return address
+    raise ValueError(f"expected http://…, https://… or sqlite:///FILE, got {address!r}")
+
+
 Host = Annotated[str, AfterValidator(_host)]
 Port = Annotated[StrictInt, Field(ge=1, le=65535)]
 
@@ -74,6 +81,8 @@ class Settings(YamlFile):
     port: Port = HTTPS
     quota_gb: Annotated[float, Field(strict=True, gt=0)] = 20.0
     """Most that `link.db` may hold, in 10⁹ bytes; beyond it, no reply is taken."""
+    mlflow: Annotated[str, AfterValidator(_store)] | None = None
+    """The address of an MLflow server, or of a database, that is given the figures of each run."""
 
     @property
     def quota(self) -> int:

@@ -51,15 +51,22 @@ class Joined:
 
 
 class Reporter:
-    """Shows one run and writes its files."""
+    """Shows one run and writes its files.
 
-    def __init__(self, folder: RunFolder) -> None:
+    Args:
+      folder: Of the run.
+      mlflow: The address of an MLflow server that is given the figures, too; None is none.
+    """
+
+    def __init__(self, folder: RunFolder, mlflow: str | None = None) -> None:
         self._folder, self._study = folder, folder.study
         self._seconds: list[float] = []
+        self._mlflow_uri = mlflow
 
     def report_join(self, joined: Joined) -> None:
         """Print the sites that take part, and those that do not."""
-        from server.reports.tensorboard import Events  # what it needs is slow to import
+        from server.reports.mlflow import MlflowRun  # what they need is slow to import
+        from server.reports.tensorboard import Events
 
         names = ", ".join(reply.name for reply in joined.replies)
         start = f", going on after round {joined.resumed}" if joined.resumed else ""
@@ -75,7 +82,10 @@ class Reporter:
             console.print(f"  weights in the average: {told}", style=style)
         for name, why in joined.refusals.items():
             console.print(f"  {name} does not take part: {why}", style="yellow")
-        self._events = Events(self._folder, by_site=len(joined.replies) <= _FEW)
+        by_site = len(joined.replies) <= _FEW
+        self._events = Events(self._folder, by_site=by_site)
+        uri = self._mlflow_uri
+        self._mlflow = MlflowRun(self._folder, uri, by_site=by_site) if uri else None
 
     def report_solved(self, head: str, strength: float, sites: int, sent: int) -> None:
         """Print that a head was solved."""
@@ -107,8 +117,8 @@ class Reporter:
 
     def report_round(self, lines: Sequence[Mapping[str, Any]], seconds: float) -> None:
         """Print one line of progress; `lines` has the sites first and the overall line last."""
-        self._events.add(lines)
         self._seconds.append(seconds)
+        self._show_figures(lines)
         *sites, overall = lines
         number, rounds = overall["round"], self._study.train.rounds
         left = f", {describe_left(rounds - number, self._seconds)}" if number < rounds else ""
@@ -134,8 +144,11 @@ class Reporter:
         tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
         self._folder.write("model.safetensors", save(tensors))
         history = self._folder.read_history()
-        self._events.add(x for x in history if x["round"] == history[-1]["round"])
+        self._show_figures([x for x in history if x["round"] == history[-1]["round"]])
         self._write_plots(outcome, history)
+        results = {**outcome.own, FEDERATED: outcome.test}
+        if self._mlflow:
+            self._mlflow.finish(outcome.round, results)
         # The report comes last: with it the run counts as finished.
         weights = {n: {**asdict(w), "capped": w.capped} for n, w in outcome.weights.items()}
         facts = {
@@ -144,7 +157,13 @@ class Reporter:
             "site_weights": weights,
             **make_facts(outcome.evidence, {}),
         }
-        write_results(self._folder, {**outcome.own, FEDERATED: outcome.test}, **facts)
+        write_results(self._folder, results, **facts)
+
+    def _show_figures(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Show figures of finished rounds to whoever draws them."""
+        self._events.add(lines)
+        if self._mlflow:
+            self._mlflow.add(lines)
 
     def _write_plots(self, outcome: Outcome, history: Sequence[Mapping[str, Any]]) -> None:
         keys = dict.fromkeys((self._study.select, "auroc"))

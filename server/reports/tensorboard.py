@@ -7,7 +7,7 @@ said: a killed process leaves no gap, and nothing twice.
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
@@ -15,7 +15,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import RecordWriter
 
 from common.errors import RunError
-from common.metrics.metrics import METRICS
+from server.reports.points import list_points
 from server.runs.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
@@ -34,27 +34,20 @@ class Events:
         # TensorBoard wants "tfevents" in the name, and reads files in the order of names.
         self._path = folder.path / "tensorboard" / f"events.out.tfevents.{time.time_ns()}"
         self._by_site, self._writable = by_site, True
-        self._figures = dict.fromkeys((folder.study.select, "auroc"))
+        self._select = folder.study.select
         forget = SessionLog(status=SessionLog.START)
         self._append([Event(file_version="brain.Event:2"), Event(session_log=forget)])
         self.add(folder.read_history())
 
     def add(self, lines: Iterable[Mapping[str, Any]]) -> None:
         """Write lines of `metrics.jsonl`, whose rounds are finished."""
-        told = (line for line in lines if self._by_site or line["site"] is None)
-        self._append([event for line in told for event in self._of(line)])
+        points = list_points(lines, self._select, by_site=self._by_site)
+        self._append(
+            Event(step=step, summary=Summary(value=[Summary.Value(tag=tag, simple_value=value)]))
+            for tag, step, value in points
+        )
 
-    def _of(self, line: Mapping[str, Any]) -> Iterator[Event]:
-        of = f"/{line['site']}" if line["site"] else ""  # a site may itself be called overall
-        loss = {f"training loss{of}": line["train_loss"]}
-        figures = {f"validation {METRICS[name].label}{of}": line[name] for name in self._figures}
-        for step, named in ((line["round"], loss), (line["model_round"], figures)):
-            known = {tag: figure for tag, figure in named.items() if figure is not None}
-            values = [Summary.Value(tag=tag, simple_value=x) for tag, x in known.items()]
-            if values:
-                yield Event(step=step, summary=Summary(value=values))
-
-    def _append(self, events: Sequence[Event]) -> None:
+    def _append(self, events: Iterable[Event]) -> None:
         if not self._writable:
             return
         try:

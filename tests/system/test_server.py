@@ -151,6 +151,7 @@ def test_a_project_from_init_to_the_first_admitted_site(tmp_path: Path, said: Co
         "hosts": ["localhost", "127.0.0.1"],
         "port": 8443,
         "quota_gb": 20.0,
+        "mlflow": None,
     }
     code, out = said(folder, "init", folder, "--host", "localhost")
     assert (code, out.count("\n")) == (1, 1)
