@@ -9,6 +9,8 @@ from server.evidence.facts import RunFacts
 
 def describe_course(facts: RunFacts) -> Iterator[Block]:
     """Say who took part and when, and what failed."""
+    if not facts.sites:
+        return
     happened, study = facts.happened, facts.study
     rounds = max((line["round"] for line in facts.history if line["bytes"]), default=0)
     yield Facts(
@@ -34,6 +36,8 @@ def describe_course(facts: RunFacts) -> Iterator[Block]:
 
 def describe_making(facts: RunFacts) -> Iterator[Block]:
     """Say what the model was made of and with which software, so that it can be made again."""
+    if not facts.sites:
+        return
     study, said = facts.study, facts.facts
     weights = said.get("weights", {})
     versions = said.get("versions", {})

@@ -79,6 +79,11 @@ class RunFacts:
         return words
 
     @property
+    def external(self) -> bool:
+        """Whether the figures are of hospitals that took no part in the run."""
+        return "external" in self.told
+
+    @property
     def released(self) -> str:
         """Which model was released, in words."""
         number = self.told.get("released_round", 0)

@@ -16,10 +16,13 @@ def list_limits(facts: RunFacts) -> list[str]:
 
 
 def _of_scope(facts: RunFacts) -> Iterator[str]:
-    yield (
-        "No external validation: all figures are of patients of the sites that trained, kept "
-        "apart from training. Another hospital, camera or population may fare worse."
-    )
+    if facts.external:
+        yield "External validation: nothing was fitted to these hospitals, which took no part."
+    else:
+        yield (
+            "No external validation: all figures are of patients of the sites that trained, kept "
+            "apart from training. Another hospital, camera or population may fare worse."
+        )
     yield "Decisions are of single images; the model was not tried in clinical use."
     yield "One training seed: training again, with another holdout, would give other figures."
     if not facts.study.card.label_source:
@@ -49,7 +52,7 @@ def _of_sites(facts: RunFacts) -> Iterator[str]:
         yield f"Overall figures leave out {', '.join(out)}: not every way was tested there."
     for name, words in sorted(facts.told.get("withheld", {}).items()):
         yield f"{name} withholds {words}."
-    if "local" not in facts.results:
+    if "local" not in facts.results and not facts.external:
         yield "No site's own model alone was tested, so nothing here shows that federating helped."
 
 

@@ -37,6 +37,8 @@ def describe_privacy(facts: RunFacts) -> Iterator[Block]:
             yield Text(_SUMS)
     else:
         yield from _describe_promise(facts, privacy)
+    if not facts.sites:
+        return
     yield Table(
         ("site", "training patients", "validation and test patients", "withheld"),
         [_row(facts, name) for name in facts.sites],

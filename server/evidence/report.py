@@ -18,35 +18,43 @@ from server.evidence.performance import (
 from server.evidence.pictures import draw_gains, draw_released, draw_rounds
 from server.evidence.privacy import describe_privacy
 from server.evidence.verdicts import judge_sites
+from server.runs.results import list_sites
 from server.runs.run_folder import RunFolder
 
 REPORT, CARD, FACTS = "report.html", "card.md", "facts.json"
 
 
-def write_report(folder: RunFolder, audit: float | None = None) -> None:
+def write_report(
+    folder: RunFolder, audit: float | None = None, groups: Sequence[Section] = ()
+) -> None:
     """Write the report of a finished run, its model's card, and the card's facts.
 
     Args:
       folder: Of the run.
       audit: The largest ε that attacks on the same study show, if there was an audit.
+      groups: How the model does for groups of patients, where somebody can tell.
 
     Raises:
       RunError: the run is not finished, or its folder cannot be written.
     """
     facts = read_facts(folder, audit)
     estimates = estimate_figures(facts)
-    sections = compose_sections(facts, estimates)
+    sections = compose_sections(facts, estimates, groups)
     folder.write(REPORT, render_page(_make_page(facts, _add_pictures(facts, estimates, sections))))
     folder.write(CARD, write_card(facts, sections))
     folder.write(FACTS, collect_card_facts(facts))
 
 
-def compose_sections(facts: RunFacts, estimates: Estimates) -> list[Section]:
+def compose_sections(
+    facts: RunFacts, estimates: Estimates, groups: Sequence[Section] = ()
+) -> list[Section]:
     """Everything that is said in words and tables, in the order in which it is read."""
+    question = "How does it do elsewhere?" if facts.external else "Did federating help?"
     return [
-        Section("Did federating help?", list(judge_sites(facts))),
+        Section(question, list(judge_sites(facts))),
         Section("Figures on test patients", [tabulate_sites(facts, estimates)]),
         Section("By class", list(tabulate_classes(facts))),
+        *groups,
         Section("What the model is for", [describe_use(facts)]),
         Section("Limits of this evidence", [Text(line) for line in list_limits(facts)]),
         Section("Privacy", list(describe_privacy(facts))),
@@ -69,12 +77,18 @@ def _add_pictures(
     ]
 
 
+def _name_subject(facts: RunFacts) -> str:
+    if facts.external:
+        return "the released model at hospitals that took no part"
+    return "what federating gave, and cost"
+
+
 def _make_page(facts: RunFacts, sections: list[Section]) -> Page:
     ended = facts.happened.ended
     when = f"{ended:%Y-%m-%d} · " if ended else ""
-    sites = f"{len(facts.sites)} sites"
+    sites = f"{len(list_sites(facts.results))} sites with figures"
     return Page(
-        title=f"{facts.study.name}: what federating gave, and cost",
+        title=f"{facts.study.name}: {_name_subject(facts)}",
         subtitle=f"{when}{sites} · released: {facts.released} · run {facts.folder.name}",
         sections=sections,
         footer="Made by Consilium from what sites told, and from nothing else. Without patients' "

@@ -24,11 +24,12 @@ def judge_sites(facts: RunFacts) -> Iterator[Text]:
     for name in names:
         evidence = facts.evidence.get(name)
         yield _judge(facts, name, evidence) if evidence else _tell(facts, name)
-    yield Text(
-        f"{len(names)} sites are compared one by one: of twenty comparisons without any difference "
-        "between two models, about one would still look like one.",
-        "note",
-    )
+    if facts.evidence:
+        yield Text(
+            f"{len(names)} sites are compared one by one: of twenty pairs of equal models, about "
+            "one would still look different.",
+            "note",
+        )
 
 
 def find_gain(facts: RunFacts, evidence: Evidence) -> Estimate | None:
@@ -48,7 +49,8 @@ def _tell_all(facts: RunFacts) -> Text:
     """How each way of training does on the test patients of all sites together."""
     select = facts.study.select
     whole = unite_sites(facts.results, len(facts.study.classes))
-    told = [f"{way} {found:.3f}" for way, c in whole.items() if (found := value(c, select))]
+    figures = {way: value(counts, select) for way, counts in whole.items()}
+    told = [f"{way} {found:.3f}" for way, found in figures.items() if found is not None]
     if not told:
         return Text("No site tells figures of its test patients.", "unsure")
     images = _count(whole[facts.own_way])
@@ -81,7 +83,7 @@ def _tell(facts: RunFacts, name: str) -> Text:
         f"{metric.label} {figure:.3f} of the {facts.own_way} model on {_count(counts)} test images"
     )
     if alone is None:
-        return Text(f"{name}: not compared with its own model alone; {told}.", "unsure")
+        return Text(f"{name}: {told}.", "plain" if facts.external else "unsure")
     why = f"{alone:.3f} of its own alone; how sure that is, the site does not tell"
     return Text(f"{name}: {told}, {why}.", "unsure")
 

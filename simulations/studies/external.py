@@ -18,6 +18,7 @@ from common.errors import ConsiliumError, DataError, RunError, SiteError
 from common.model.inference import ReleasedModel, load_model
 from common.support import files
 from common.support.terminal import console
+from server.evidence.report import REPORT, write_report
 from server.reports.tables import show_results
 from server.runs.results import FEDERATED, read_results, write_results
 from server.runs.run_folder import RunFolder
@@ -82,6 +83,8 @@ def validate_model(
     write_results(report, results, released_round=facts["released_round"], external=external)
     show_results(results, study.classes, {}, folder)
     console.print(NOT_FITTED, style="dim")
+    write_report(report)
+    console.print(f"report: {folder / REPORT}")
 
 
 def _evaluate(

@@ -6,17 +6,22 @@ The simulation reads the hospitals' own data for it: no message of a study tells
 import re
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from client.data.records import Record
 from client.runtime import Runtime
+from client.site import Site
 from common.config.study import Study
 from common.errors import StudyError, did_you_mean
 from common.metrics.counts import Counts
+from common.metrics.metrics import METRICS
+from common.metrics.statistics import Estimate, intervals
 from common.model.inference import load_model
+from common.page.blocks import Block, Section, Table, Text
 from server.runs.results import FEDERATED, read_results
 from server.runs.run_folder import RunFolder
 from simulations.sites import virtual_sites
@@ -55,7 +60,47 @@ def find_groups(
     Raises:
       StudyError: no hospital has such a column.
     """
-    rows = [r.columns for h in hospitals for r in h.listed or h.data.records(study.classes)]
+    return _find(columns, [r for h in hospitals for r in h.listed or h.data.records(study.classes)])
+
+
+def describe_run(run: Path, columns: Sequence[str], runtime: Runtime) -> Section:
+    """Describe how the released model of a simulated run does for groups of test patients.
+
+    Groups of fewer than LEAST patients are named, and not shown.
+
+    Raises:
+      StudyError: no hospital of the run has such a column.
+    """
+    study = RunFolder(run).study
+    sites = map(Site.read, virtual_sites.find_site_files(run))
+    records = [record for site in sites for record in site.data.records(study.classes)]
+    found = count_groups(run, _find(columns, records), runtime)
+    blocks = [block for column, groups in found.items() for block in _tabulate(column, groups)]
+    return Section("Groups of patients", blocks)
+
+
+def _tabulate(column: str, groups: Mapping[str, Subgroup]) -> Iterator[Block]:
+    shown = {name: group for name, group in groups.items() if group.patients >= LEAST}
+    names = ("accuracy", "balanced_accuracy", "auroc")
+    rows = [
+        [name, str(group.patients), str(group.counts.n)]
+        + [_format(intervals(group.counts, names, seed=0, draws=200)[metric]) for metric in names]
+        for name, group in shown.items()
+    ]
+    heads = (column, "patients", "images", *(METRICS[name].label for name in names))
+    yield Table(heads, rows, caption=f"The released model by {column}; 95 % intervals, by image")
+    if few := [name for name, group in groups.items() if group.patients and name not in shown]:
+        yield Text(f"Fewer than {LEAST} test patients, so not shown: {', '.join(few)}.", "note")
+
+
+def _format(estimate: Estimate | None) -> str:
+    if estimate is None:
+        return "undefined"
+    return f"{estimate.value:.3f} ({estimate.low:.3f} to {estimate.high:.3f})"
+
+
+def _find(columns: Sequence[str], records: Iterable[Record]) -> dict[str, dict[str, str]]:
+    rows = [record.columns for record in records]
     known = {name for row in rows for name in row}
     for column in columns:
         if column not in known:

@@ -91,6 +91,8 @@ def test_every_labelled_image_is_decided_as_by_the_released_model(
     assert (results[FEDERATED]["west"].confusion == confusion).all()
     assert facts["external"]["shared"] == {"west": {}}
     assert facts["external"]["patients"] == {"west": len({row["patient"] for row in rows})}
+    page = (run / "external/west/report.html").read_text()
+    assert "External validation: nothing was fitted to these hospitals" in page
     assert evaluate(phantoms / "west")[0] == 0  # the same report again
 
 

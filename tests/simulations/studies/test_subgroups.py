@@ -10,7 +10,7 @@ from simulations.engines.base import InProcess
 from simulations.sites.virtual_sites import find_site
 from simulations.studies import runner
 from simulations.studies.runner import Source
-from simulations.studies.subgroups import count_groups, find_groups, group_values
+from simulations.studies.subgroups import count_groups, describe_run, find_groups, group_values
 from tests.builders import make_study, write_images
 
 STUDY = make_study(
@@ -79,6 +79,10 @@ def test_each_group_is_judged_by_its_own_images_at_all_sites(tmp_path):
     assert patients == {"female": 3, "male": 2, "unknown": 3}
     right = {name: value(group.counts, "balanced_accuracy") for name, group in found.items()}
     assert right == {"female": 1, "male": 0, "unknown": 1}
+    section = describe_run(run, ["sex"], engine.runtime)
+    table, note = section.blocks
+    assert table.rows == []  # all groups are small
+    assert note.text.endswith("not shown: female, male, unknown.")
     together = sum(group.counts.confusion for group in found.values())
     told = read_results(run, 2)[0][FEDERATED].values()
     assert (together == sum(counts.confusion for counts in told)).all()
