@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 
@@ -19,13 +20,13 @@ from common.metrics.metrics import class_auroc
 from common.metrics.statistics import wilson
 from common.page.blocks import Figure
 from common.page.plots import WIDTH, add_legend, draw_cells, draw_figure, thin_out
-from common.support.names import clean_name, shorten_names
+from common.support.names import shorten_names
 from common.support.plot_style import COLOURS, GREY, INK, MARKERS, PALE
 
 _LONGEST = 12
 """Characters of the name of a class."""
 _DASHES = ("-", "--", "-.", ":")
-_THRESHOLDS: Floats = np.linspace(0.01, 0.99, 99)
+_THRESHOLDS: Floats = np.linspace(0.01, 0.9, 90)
 _COLUMNS = 3
 """Panels side by side."""
 
@@ -81,20 +82,14 @@ def plot_reliability(
     ]
 
     def draw(canvas: Canvas) -> None:
-        rows = -(-len(panels) // _COLUMNS)
-        canvas.set_size_inches(WIDTH, 0.35 + 1.15 * rows)
-        grid = canvas.subplots(rows, _COLUMNS, sharex=True, sharey=True, squeeze=False)
-        for axes, (name, bins) in zip(grid.flat, panels, strict=False):
+        grid = _draw_grid(canvas, [name for name, _ in panels])
+        for k, (axes, (_, bins)) in enumerate(zip(grid, panels, strict=True)):
             _draw_bins(axes, *bins)
-            if axes is not grid.flat[0]:  # where an image counts once a class, no interval holds
+            if k:  # of all classes an image counts once a class: no interval holds
                 _draw_intervals(axes, *bins)
-            axes.set_title(name, fontsize=8, fontweight="normal", loc="center")
-        for axes in grid.flat[len(panels) :]:
-            axes.set_axis_off()
-        for axes in grid.flat[len(panels) - _COLUMNS : len(panels)]:
-            axes.tick_params(labelbottom=True)
-        canvas.supxlabel("probability", fontsize=8.5)
-        canvas.supylabel("share that is of the class", fontsize=8.5)
+        grid[0].set(ylim=(0, 1))
+        canvas.supxlabel("probability", fontsize="medium")
+        canvas.supylabel("share that is of the class", fontsize="medium")
 
     caption = (
         f"The classwise calibration error is {_share(found.error, 3)}; a perfect model would show "
@@ -118,9 +113,6 @@ def _draw_bins(axes: Axes, predicted: Floats, observed: Floats, images: Ints) ->
     axes.stairs(0.3 * share, fill=True, color=PALE, edges=np.linspace(0, 1, len(images) + 1))
     axes.plot([0, 1], [0, 1], color=GREY, lw=0.8)
     axes.plot(predicted[some], observed[some], "o", color=COLOURS[0], ms=3, clip_on=False)
-    axes.set(xlim=(0, 1), ylim=(0, 1), xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
-    axes.set_xticklabels(["0", ".5", "1"])
-    axes.set_yticklabels(["0", ".5", "1"])
 
 
 def _draw_intervals(axes: Axes, predicted: Floats, observed: Floats, images: Ints) -> None:
@@ -168,39 +160,62 @@ def draw_confusion(canvas: Canvas, counts: Counts, classes: Sequence[str]) -> No
     axes.set_ylabel("true (images)")
 
 
-def plot_decision_curve(counts: Counts, k: int, name: str, of: str) -> Figure | None:
-    """Plot the net benefit of acting on class k, against acting on all patients and on none.
+def plot_decision_curves(counts: Counts, classes: Sequence[str], of: str) -> Figure | None:
+    """Plot the net benefit of acting on each class, against acting on all patients and on none.
+
+    It is shown as a share of what a model without errors would give, which is the share of images
+    that are of the class; of two classes the second is shown.
 
     Args:
       counts: of one model on one set of images.
-      k: the class.
-      name: its name.
+      classes: their names.
       of: which model and images, in words.
     """
-    found = net_benefit(counts, k, list(_THRESHOLDS))
-    images = int(counts.positive[k].sum())
-    if found is None or not images:
+    n, images = counts.positive.sum(), counts.positive.sum(axis=1)
+    shown = {
+        k: tuple(benefit * n / images[k] for benefit in found)
+        for k in _list_sides(counts)
+        if images[k] and (found := net_benefit(counts, k, list(_THRESHOLDS)))
+    }
+    if not shown:
         return None
-    model, everyone = found
-    top = images / int(counts.positive.sum())
+    names = shorten_names(classes, _LONGEST)
 
     def draw(canvas: Canvas) -> None:
-        axes = canvas.subplots()
-        axes.plot(_THRESHOLDS, everyone, "--", color=GREY, lw=1.2, label="act on all")
-        axes.axhline(0, color=INK, lw=0.8, ls=":", label="act on none")
-        axes.plot(_THRESHOLDS, model, color=COLOURS[0], lw=1.6, label="act by the model")
-        axes.set(xlim=(0, 1), ylim=(-0.25 * top, 1.1 * top))
-        axes.set(xlabel="probability from which on one acts", ylabel="net benefit")
-        axes.grid(axis="y")
-        canvas.legend(loc="outside upper center", ncols=3)
+        grid = _draw_grid(canvas, [f"{names[classes[k]]} ({images[k]})" for k in shown])
+        lines: dict[str, Artist] = {}
+        for axes, (model, everyone) in zip(grid, shown.values(), strict=True):
+            lines["by model"] = axes.plot(_THRESHOLDS, model, color=COLOURS[0], lw=1.4)[0]
+            lines["on all"] = axes.plot(_THRESHOLDS, everyone, "--", color=GREY, lw=1)[0]
+            lines["on none"] = axes.axhline(0, color=INK, lw=0.8, ls=":")
+        grid[0].set(ylim=(-0.25, 1))
+        add_legend(canvas, lines, "act")
+        canvas.supxlabel("probability from which on one acts", fontsize="medium")
+        canvas.supylabel("net benefit, 1 at most", fontsize="medium")
 
     caption = (
-        "In true positives an image, less false ones at the odds of the threshold. Acting by the "
-        "model pays where its line is above both others."
+        "Net benefit is the share of a class's images that are acted on, less false alarms at the "
+        "odds of the probability. Acting by the model pays where its line is above both others."
     )
-    many = f"{images} of {counts.positive.sum()} images"
-    title = f"Is it worth acting on {clean_name(name)}? {of}, {many}"
-    return draw_figure(draw, title, caption)
+    return draw_figure(draw, f"Is it worth acting on a class? {of}, {n} images", caption)
+
+
+def _draw_grid(canvas: Canvas, titles: Sequence[str]) -> list[Axes]:
+    """A small panel for each title, all with the same axes, on which 0 to 1 is marked."""
+    columns = min(_COLUMNS, len(titles))
+    rows = -(-len(titles) // columns)
+    canvas.set_size_inches(WIDTH, 0.75 + (1.05 if columns > 1 else 1.6) * rows)
+    panels = list(canvas.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat)
+    for axes in panels[len(titles) :]:
+        axes.set_axis_off()
+    for axes in panels[max(0, len(titles) - columns) : len(titles)]:  # none may stand below these
+        axes.tick_params(labelbottom=True)
+    for axes, title in zip(panels, titles, strict=False):
+        axes.set_title(title, fontsize="medium", fontweight="normal", loc="center")
+    panels[0].set(xlim=(0, 1))
+    panels[0].set_xticks((0, 0.5, 1), ("0", ".5", "1"))
+    panels[0].set_yticks((0, 0.5, 1), ("0", ".5", "1"))
+    return panels[: len(titles)]
 
 
 def _list_sides(counts: Counts) -> range:

@@ -7,7 +7,7 @@ from markupsafe import escape
 # In a picture `<` and `>` stand nowhere but around tags: in names they are escaped.
 _TAG = re.compile(r"<[^<>]*>")
 _UNUSED = re.compile(
-    r"""(?<=<g)\ id="[^"]*" | \ transform="rotate\(-0\ [^"]*\)" | \ font-family:[^;"]*;""",
+    r"""(?<=<g)\ id="[^"]*" | \ transform="rotate\(-0\ [^"]*\)" | \ font-family:[^;"]*;?""",
     re.VERBOSE,
 )
 _LONG = re.compile(r"\d+\.\d{3,}")

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from common.page.blocks import Figure
 from common.page.plots_of_counts import (
     plot_confusion,
-    plot_decision_curve,
+    plot_decision_curves,
     plot_reliability,
     plot_roc,
 )
@@ -39,12 +39,11 @@ def draw_released(facts: RunFacts) -> Iterator[Figure]:
     """Draw how the released model does on the test images of all sites."""
     study, of = facts.study, "the released model on test images"
     counts = unite_sites(facts.results, len(study.classes))[FEDERATED]
-    sides = range(1 if len(study.classes) == 2 else 0, len(study.classes))
     yield from _there(
         plot_confusion(counts, study.classes, of),
         plot_roc(counts, study.classes, of),
         plot_reliability(counts, study.classes, of, seed=study.seed),
-        *(plot_decision_curve(counts, k, study.classes[k], of) for k in sides),
+        plot_decision_curves(counts, study.classes, of),
     )
 
 
