@@ -15,6 +15,7 @@ from common.cli.models import (
     export_files,
     predict_files,
 )
+from common.errors import SiteError
 from common.support.terminal import console, table
 
 if TYPE_CHECKING:
@@ -130,4 +131,9 @@ def _find(model: str, site_file: Path) -> Path:
     from client.models.kept import find_adapted
     from client.site import Site
 
-    return Path(model) if Path(model).is_dir() else find_adapted(Site.read(site_file), model)
+    if Path(model).is_dir():
+        return Path(model)
+    if not site_file.is_file():
+        expected = "a folder with a model, or, with --site, a study that left one there"
+        raise SiteError(model, expected=expected, got="neither")
+    return find_adapted(Site.read(site_file), model)

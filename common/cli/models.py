@@ -54,14 +54,17 @@ def predict_files(
     folder: Path, images: Path, out: Path, thresholds: Sequence[str], explain: Path | None
 ) -> None:
     """The command for a model in this folder."""
-    from common.model.explaining import CAVEAT, Explainer
     from common.model.inference import load_model
     from common.model.predicting import parse_thresholds, predict_folder
 
     model = load_model(folder)
-    explainer = Explainer(model, images, explain) if explain else None
-    predict_folder(model, images, out, parse_thresholds(thresholds, model.classes), explainer)
-    if explain:
+    chosen = parse_thresholds(thresholds, model.classes)
+    if explain is None:
+        predict_folder(model, images, out, chosen)
+    else:
+        from common.model.explaining import CAVEAT, Explainer
+
+        predict_folder(model, images, out, chosen, Explainer(model, images, explain))
         console.print(f"pictures → {explain}; they are images of patients. {CAVEAT}")
     console.print("predicted: the decision, which need not be the most probable class", style="dim")
 

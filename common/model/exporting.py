@@ -64,7 +64,10 @@ def _list_facts(folder: Path) -> Iterator[tuple[str, Any]]:
     if (folder / "report.json").is_file():
         report = json.loads((folder / "report.json").read_text("utf-8"))
         yield "released_round", report["released_round"]
-        yield "results", {way: each["overall"] for way, each in report["results"].items()}
+        results = {way: dict(each["overall"]) for way, each in report["results"].items()}
+        for figures in results.values():
+            figures.pop("left_out", None)  # names of sites
+        yield "results", results
 
 
 def _tell_privacy(study: Study, own: Path) -> dict[str, Any]:

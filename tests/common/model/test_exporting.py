@@ -34,7 +34,12 @@ def run(tmp_path: Path) -> Path:
     (folder / "read_out.json").write_text(json.dumps(READ_OUT))
     report = {
         "released_round": 3,
-        "results": {"federated": {"overall": {"auroc": 0.9}, "sites": {"secret-ward": {}}}},
+        "results": {
+            "federated": {
+                "overall": {"auroc": 0.9, "left_out": ["secret-ward"]},
+                "sites": {"secret-ward": {}},
+            }
+        },
     }
     (folder / "report.json").write_text(json.dumps(report))
     (folder / "run.yaml").write_text("{fingerprint: abc, sites: {secret-ward: {}}}")

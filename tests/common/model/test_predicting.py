@@ -108,6 +108,9 @@ def test_a_model_that_a_site_keeps_is_found_by_its_study(
     assert code == 1
     assert f"left one here: lesions ({study.id}), got other" in " ".join(text.split())
     assert not out.exists()
+    code, text = run_main(main, "predict", "other", images, "--out", out)
+    assert code == 1
+    assert "other: expected a folder with a model, or, with --site, a study" in text
 
 
 def test_a_threshold_decides_by_probability_alone() -> None:
