@@ -14,6 +14,7 @@ from common.metrics.counts import Counts
 from server.evidence.report import CARD, FACTS, REPORT, write_report
 from server.runs.results import write_results
 from server.runs.run_folder import RunFolder
+from tests.browser import open_page
 from tests.builders import make_study
 
 SITE: dict[str, Any] = {
@@ -147,3 +148,15 @@ def test_no_figures_at_all_are_no_error(tmp_path: Path, told: dict[str, Counts])
     write_results(folder, {"federated": told}, released_round=0, withheld={"site-0": "all figures"})
     write_report(folder)
     assert "No site tells figures" in read(folder)
+
+
+@pytest.mark.system
+@pytest.mark.parametrize(("width", "dark"), [(375, True), (1280, False)])
+def test_a_browser_loads_nothing_else_and_it_fits(tmp_path: Path, width: int, dark: bool) -> None:
+    long = ["a class with a long name, as registries have them", "b"]
+    folder = make_run(tmp_path / "run", sites=6, classes=long, facts={"withheld": {"x": "all"}})
+    write_report(folder)
+    seen = open_page(folder.path / REPORT, width, dark=dark)
+    assert not seen.errors
+    assert not seen.requests
+    assert seen.overflow <= 0
