@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from client.site import Site
 from common.config.study import Augment
 from common.errors import DataError
 from common.heads.read_out import ReadOut
+from common.metrics.by_patient import Evidence, Tested, compare_ways
 from common.metrics.counts import Counts
 from common.model.inference import ReleasedModel
 
@@ -46,6 +48,24 @@ class Evaluated:
         """Count decisions, and probabilities by this read-out."""
         labels = torch.tensor([record.label for record in self.records])
         return Counts.of(self.logits, labels, read_out.scores(self.logits))
+
+    def estimate(self, read_out: ReadOut, way: str, select: str, *, seed: int) -> Evidence:
+        """Estimate figures with intervals by patient, as those of a way of training.
+
+        Args:
+          read_out: Of its probabilities.
+          way: The name of the way.
+          select: The metric beside AUROC.
+          seed: Of the resampling of patients.
+        """
+        number = {patient: i for i, patient in enumerate({r.patient: 0 for r in self.records})}
+        tested = Tested(
+            labels=np.array([record.label for record in self.records]),
+            patients=np.array([number[record.patient] for record in self.records]),
+            logits={way: self.logits.double().numpy()},
+            scores={way: read_out.scores(self.logits).numpy()},
+        )
+        return compare_ways(tested, select, (), seed=seed)
 
 
 def evaluate_model(

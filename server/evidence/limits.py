@@ -16,17 +16,20 @@ def list_limits(facts: RunFacts) -> list[str]:
 
 
 def _of_scope(facts: RunFacts) -> Iterator[str]:
-    if facts.external:
-        yield "External validation: nothing was fitted to these hospitals, which took no part."
-    else:
-        yield (
-            "No external validation: all figures are of patients of the sites that trained, kept "
-            "apart from training. Another hospital, camera or population may fare worse."
-        )
+    yield _describe_validation(facts)
     yield "Decisions are of single images; the model was not tried in clinical use."
     yield "One training seed: training again, with another holdout, would give other figures."
     if not facts.study.card.label_source:
         yield "Where the labels come from is not stated; figures are no truer than they are."
+
+
+def _describe_validation(facts: RunFacts) -> str:
+    if facts.external:
+        return "External validation: nothing was fitted to these hospitals, which took no part."
+    where = "all figures are of patients of the sites that trained, kept apart from training."
+    if names := sorted(path.parent.name for path in facts.folder.glob("external/*/report.json")):
+        return f"Here {where} External validation is in reports of its own: {', '.join(names)}."
+    return f"No external validation: {where} Another hospital, camera or population may fare worse."
 
 
 def _of_numbers(facts: RunFacts) -> Iterator[str]:

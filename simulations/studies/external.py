@@ -15,12 +15,15 @@ from client.models.evaluating import Evaluated, evaluate_model
 from client.site import Site
 from common.config.study import Study
 from common.errors import ConsiliumError, DataError, RunError, SiteError
+from common.metrics.by_patient import Evidence
+from common.metrics.metrics import METRICS
 from common.model.inference import ReleasedModel, load_model
 from common.support import files
+from common.support.seeds import derive
 from common.support.terminal import console
 from server.evidence.report import REPORT, write_report
 from server.reports.tables import show_results
-from server.runs.results import FEDERATED, read_results, write_results
+from server.runs.results import FEDERATED, make_facts, read_results, write_results
 from server.runs.run_folder import RunFolder
 from simulations.sites import virtual_sites
 from simulations.sites.virtual_sites import VirtualSite
@@ -70,6 +73,15 @@ def validate_model(
     files.make_private(cache, "--cache", RunError)
     told = {site.name: _evaluate(model, site, records, cache) for site, records in listed}
     results = {FEDERATED: {name: each.count(model.read_out) for name, each in told.items()}}
+    evidence = {
+        name: each.estimate(
+            model.read_out,
+            FEDERATED,
+            study.select,
+            seed=derive(study.seed, name, "evidence"),
+        )
+        for name, each in told.items()
+    }
     external = {
         "run": str(run.resolve()),
         "note": NOT_FITTED,
@@ -80,11 +92,25 @@ def validate_model(
     }
     report = RunFolder(folder) if folder.exists() else RunFolder.create(folder)
     report.write_study(study)
-    write_results(report, results, released_round=facts["released_round"], external=external)
+    beside = {"released_round": facts["released_round"], **make_facts(evidence, {})}
+    write_results(report, results, **beside, external=external)
     show_results(results, study.classes, {}, folder)
+    _show_evidence(evidence)
     console.print(NOT_FITTED, style="dim")
     write_report(report)
     console.print(f"report: {folder / REPORT}")
+
+
+def _show_evidence(evidence: Mapping[str, Evidence]) -> None:
+    """Print a line for each hospital: figures with 95 % intervals by patient."""
+    for name, found in evidence.items():
+        told = ", ".join(
+            f"{METRICS[metric].label} {estimate.value:.3f} "
+            f"({estimate.low:.3f} to {estimate.high:.3f})"
+            for metric, estimate in found.figures[FEDERATED].items()
+            if estimate is not None
+        )
+        console.print(f"{name}, {found.patients} patients, 95 % intervals by patient: {told}")
 
 
 def _evaluate(

@@ -12,7 +12,7 @@ import pytest
 from client.cli import main as client
 from common.metrics.metrics import value
 from common.model.inference import load_model
-from server.runs.results import FEDERATED, read_results
+from server.runs.results import FEDERATED, read_evidence, read_results
 from simulations.cli.main import main
 from simulations.studies.external import NOT_FITTED
 from tests.builders import CONFIGS, DEMO, PHANTOM_CLASSES, edit_site, write_site
@@ -90,9 +90,14 @@ def test_every_labelled_image_is_decided_as_by_the_released_model(
     results, facts = read_results(run / "external/west", 4)
     assert (results[FEDERATED]["west"].confusion == confusion).all()
     assert facts["external"]["shared"] == {"west": {}}
-    assert facts["external"]["patients"] == {"west": len({row["patient"] for row in rows})}
-    page = (run / "external/west/report.html").read_text()
-    assert "External validation: nothing was fitted to these hospitals" in page
+    patients = len({row["patient"] for row in rows})
+    assert facts["external"]["patients"] == {"west": patients}
+    evidence = read_evidence(facts)["west"]
+    assert (evidence.images, evidence.patients) == (len(rows), patients)
+    figure = evidence.figures[FEDERATED]["balanced_accuracy"]
+    assert figure is not None
+    assert figure.value == pytest.approx(value(results[FEDERATED]["west"], "balanced_accuracy"))
+    assert f"{patients} patients, 95 % intervals by patient" in text
     assert evaluate(phantoms / "west")[0] == 0  # the same report again
 
 
@@ -173,6 +178,20 @@ def test_a_part_is_that_of_the_data(evaluate: Command, run: Path, west: Path) ->
     assert evaluate(west)[0] == 0
     facts = read_results(run / "external/west", 4)[1]["external"]
     assert facts["patients"] == {"west": len(patients)}
+
+
+def test_reports_say_where_the_model_was_validated(
+    run_main: Command, evaluate: Command, run: Path, phantoms: Path
+) -> None:
+    def report(folder: Path) -> str:
+        assert run_main(main, "report", folder)[0] == 0
+        return (folder / "report.html").read_text()
+
+    assert "No external validation" in report(run)
+    assert evaluate(phantoms / "west")[0] == 0
+    assert "External validation is in reports of its own: west" in report(run)
+    page = (run / "external/west/report.html").read_text()
+    assert "External validation: nothing was fitted to these hospitals" in page
 
 
 def test_no_other_run_is_written_over(evaluate: Command, run: Path, phantoms: Path) -> None:
