@@ -278,7 +278,7 @@ class Session:
         prepared.network.load(prepared.network.initial)
         suffix, examples = prepared.network.split.suffix, prepared.examples[part]
         with fix_numerics(prepared.site.threads):
-            return compute_head_features(suffix, examples, view)
+            return compute_head_features(suffix, examples, prepared.network.width, view)
 
     def train(self, tensors: Tensors, round_number: int, proximal_mu: float) -> float:
         """Train the received tensors on this site's training patients; returns the mean loss.

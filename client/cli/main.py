@@ -34,6 +34,7 @@ for command, name, rest in (
     (consent.decline, "decline", "skin-lesions"),
     (consent.plan, "plan", "study.yaml"),
     (consent.adapt, "adapt", "skin-lesions"),
+    (models.report, "report", "skin-lesions"),
     (privacy.ledger, "ledger", "--picture epsilon.png"),
     (privacy.disclosed, "disclosed", "--study skin-lesions"),
     (privacy.audit, "audit", "skin-lesions"),

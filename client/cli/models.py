@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from client.cli.privacy import SiteFile
 from common.cli.models import (
     OUT,
     Explain,
@@ -89,6 +90,23 @@ def evaluate(
     _show_figures(released, found)
     if explain:
         _explain_mistakes(released, found, explain)
+
+
+def report(
+    site_file: SiteFile,
+    study: Annotated[
+        str, typer.Argument(metavar="STUDY", help="A study that ended here, by name or id.")
+    ],
+) -> None:
+    """Write this hospital's own page of a study: every figure in full, what was told, and ε.
+
+    A client that is started writes it at the end of each study. It is one file that loads nothing,
+    in the state folder. It stays here: it shows more than the coordinator was told.
+    """
+    from client.reports.page import write_page_later
+    from client.site import Site
+
+    console.print(f"page: {write_page_later(Site.read(site_file), study)}")
 
 
 def _explain_mistakes(model: "ReleasedModel", found: "Evaluated", folder: Path) -> None:

@@ -148,6 +148,19 @@ class SiteApp:
             limits.expect(self._runtime.list_shapes())
             return reply
 
+    def write_page(self, study: str) -> None:
+        """Write this hospital's own page of a study that has ended; what fails, the log says."""
+        from client.reports.page import write_page  # what draws it is slow to import
+
+        with self._turn:
+            try:
+                site_file = Path(self._config["site"])
+                path = write_page(self._runtime.open_session(site_file, study))
+            except Exception as ex:  # the study's answer has left, and no page is worth a node
+                log.warning("no page of study %s was written: %s", study, ex)
+            else:
+                log.info("this hospital's own page of the study: %s", path)
+
 
 class _Presence:
     """A site's presence at one coordinator."""
@@ -163,6 +176,7 @@ class _Presence:
         self._trouble: str | None = "not connected yet"
         self._last: Envelope | None = None
         self._study, self._doing = "", _KEPT
+        self._ended: str | None = None
 
     def _remembered(self) -> int | None:
         path = self._folder / "number"
@@ -273,6 +287,9 @@ class _Presence:
             log.info("%s answered in %.1f s, %.1f of it work", self._doing, whole, worked)
         self._doing = _KEPT
         pending.drop()
+        if self._ended is not None:  # only now: nobody waits for it
+            self._app.write_page(self._ended)
+            self._ended = None
 
     def _refusal(self, envelope: Envelope) -> Message | None:
         """No to whatever another release asks for, before anything of it is fetched."""
@@ -296,7 +313,11 @@ class _Presence:
                 return None
             self._introduce(message)
             number = self._number or 0
-            return self._app.answer(message, envelope.run, number, self._coordinator, self._limits)
+            coordinator, limits = self._coordinator, self._limits
+            reply = self._app.answer(message, envelope.run, number, coordinator, limits)
+            if envelope.kind == "evaluate" and not reply.has_error():
+                self._ended = _name_study(message)
+            return reply
         except LinkError:
             raise
         except (ContractError, RefusedError) as ex:

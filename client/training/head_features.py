@@ -14,14 +14,15 @@ from common.model.backbones import Head
 _BATCH = 256
 
 
-def compute_head_features(suffix: nn.Module, examples: Examples, view: int = 0) -> Floats:
-    """Features [n, d], float64, as they reach the head; view 0 is the images themselves."""
+def compute_head_features(
+    suffix: nn.Module, examples: Examples, width: int, view: int = 0
+) -> Floats:
+    """Features [n, width], float64, as they reach the head; view 0 is the images themselves."""
     head, device = _find_head(suffix), next(suffix.parameters()).device
     suffix.eval()
     with _listen(head) as seen, torch.inference_mode():
         for indices in torch.arange(len(examples)).split(_BATCH) if len(examples) else ():
             suffix(examples.batch(indices, view, device))
-    width = head.get_parameter("linear.weight").shape[1]
     return torch.cat(seen).double().numpy() if seen else np.zeros((0, width))
 
 

@@ -12,9 +12,9 @@ from common.metrics.statistics import Estimate
 Verdict = Literal["better", "worse", "unsure"]
 
 _WORDS: dict[Verdict, str] = {
-    "better": "better than",
-    "worse": "worse than",
-    "unsure": "not told apart by these patients from",
+    "better": "the {} model is better than one of the site's patients alone",
+    "worse": "the {} model is worse than one of the site's patients alone",
+    "unsure": "these patients cannot tell the {} model from one of the site's patients alone",
 }
 
 
@@ -46,6 +46,6 @@ def judge_own(evidence: Evidence, select: str) -> tuple[Verdict, str] | None:
             verdict = judge_difference(found, select)
             gain = f"{found.value:+.3f} ({found.low:+.3f} to {found.high:+.3f})"
             of = f"{evidence.images} test images of {evidence.patients} patients"
-            told = f"the {way} model is {_WORDS[verdict]} the one of its patients alone"
-            return verdict, f"{told}: {METRICS[select].label} {gain}, on {of}."
+            told = f"{_WORDS[verdict].format(way)}: {METRICS[select].label} {gain}, on {of}."
+            return verdict, told
     return None

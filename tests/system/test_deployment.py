@@ -164,14 +164,19 @@ def test_a_head_solved_over_tls_is_the_one_a_simulation_solves(phantoms, tmp_pat
     )
     with deployed(tmp_path / "real", wanted, phantoms) as world:
         everybody(world)
+        states = {name: Site.read(world.sites[name]).state for name in NAMES}
+        (states["south"] / "reports").write_text("in the way of its page")
         run = Run(world)
         run.ended()
         same(run.read_last(), simulated(tmp_path / "simulated", wanted, phantoms))
         told = json.loads((run.path / "solved.json").read_text())
         assert told["sites"] == list(NAMES)
-        state = Site.read(world.sites["east"]).state
-        kinds = [e.release.kind for e in read_ledger(state) if isinstance(e, Sent)]
+        kinds = [e.release.kind for e in read_ledger(states["east"]) if isinstance(e, Sent)]
         assert kinds == ["join", "means", "sums", "candidates", "validate", "final"]
+        page = states["east"] / "reports" / f"{wanted.id}.html"
+        wait_until(page.exists, 60)  # once nobody waits for the hospital any more
+        assert "It stays here." in page.read_text("utf-8")
+        wait_until(lambda: "no page of study" in world.read_output("south"), 60)
 
 
 @pytest.mark.slow
