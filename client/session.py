@@ -216,16 +216,14 @@ class Session:
         Args:
           model: The tensors to evaluate.
           parts: Of `validation` and `test`, each once.
-          read_out: Of its probabilities on test images, where scores are told; validation images
-            are told by logits as they are, as in rounds.
+          read_out: Of its probabilities, where scores are told.
         """
         agreed, drawn = self._agreed or self.prepared.offer, self.prepared.drawn
         if agreed.end is not None:
             return noise_counts([self.evaluate(model, p, drawn[p]) for p in parts], agreed.end)
         rounding = Rounding(self.prepared.site.secret(), agreed.disclosure.base)
         name = self.prepared.network.digest(model)
-        by = {"test": read_out}
-        found = {p: self.evaluate(model, p, read_out=by.get(p, AS_IT_IS)) for p in parts}
+        found = {p: self.evaluate(model, p, read_out=read_out) for p in parts}
         return [rounding.round_counts(counts, part, name) for part, counts in found.items()]
 
     def sum_all_features(self) -> tuple[int, Floats]:

@@ -10,7 +10,15 @@ from typing import Any
 
 from common.config.study import Study
 from common.metrics.by_patient import Evidence
-from server.runs.results import FEDERATED, Results, read_results
+from common.metrics.counts import Counts
+from server.runs.results import (
+    FEDERATED,
+    Results,
+    read_cross,
+    read_evidence,
+    read_results,
+    read_validation,
+)
 from server.runs.run_folder import RunFolder
 
 Line = Mapping[str, Any]
@@ -70,8 +78,17 @@ class RunFacts:
     @cached_property
     def evidence(self) -> Mapping[str, Evidence]:
         """Comparisons on the same patients, by the sites that tell them."""
-        told = self.told.get("evidence", {})
-        return {name: Evidence.read(found) for name, found in told.items()}
+        return read_evidence(self.told)
+
+    @cached_property
+    def validation(self) -> Counts:
+        """The released model on validation patients; of no images where no site tells scores."""
+        return read_validation(self.told, len(self.study.classes))
+
+    @cached_property
+    def cross(self) -> Results:
+        """The model of each site alone on test patients of all sites, where they were compared."""
+        return read_cross(self.told, len(self.study.classes))
 
     def withheld(self, name: str) -> str:
         """What a site withholds, in words."""

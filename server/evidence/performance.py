@@ -9,6 +9,7 @@ from common.metrics.calibration import (
     expected_error_if_perfect,
 )
 from common.metrics.counts import Counts
+from common.metrics.curves import apply_threshold, choose_threshold
 from common.metrics.metrics import (
     METRICS,
     average_precision,
@@ -16,13 +17,14 @@ from common.metrics.metrics import (
     class_auroc,
     value,
 )
-from common.metrics.statistics import Estimate, class_shares, intervals
+from common.metrics.statistics import Estimate, class_shares, intervals, wilson
 from common.page.blocks import Table
 from server.evidence.facts import RunFacts
 from server.runs.results import FEDERATED, compute_calibration_error, unite_sites
 
 OVERALL = "overall"
 _DRAWS = 200
+_SENSITIVITIES = (0.8, 0.9, 0.95)
 _RANKS = "auroc"
 
 
@@ -82,7 +84,30 @@ def tabulate_classes(facts: RunFacts) -> Iterator[Table]:
     heads = [name.upper() if name.endswith("pv") else name for name in shares]
     caption = "The released model on test images of all sites; 95 % Wilson intervals, by image"
     yield Table(("class", "images", *heads, "AUROC", "AP"), rows, caption=caption)
+    yield from _tabulate_thresholds(facts)
     yield from _tabulate_calibration(facts, counts)
+
+
+def _tabulate_thresholds(facts: RunFacts) -> Iterator[Table]:
+    """What thresholds of probability give on test images that were chosen on validation images."""
+    counts = unite_sites(facts.results, len(facts.study.classes))[FEDERATED]
+    rows = [
+        [name, f"{wanted:.0%}", f"{threshold:.4f}", *_judge_threshold(counts, k, threshold)]
+        for k, name in enumerate(facts.study.classes)
+        for wanted in _SENSITIVITIES
+        if counts.positive[k].any()
+        and (threshold := choose_threshold(facts.validation, k, wanted)) is not None
+    ]
+    if rows:
+        heads = ("class", "sensitivity wanted", "threshold", "sensitivity", "specificity")
+        about = f"chosen on {facts.validation.n} validation images, tried on test images"
+        yield Table(heads, rows, caption=f"Operating points of the released model: {about}")
+
+
+def _judge_threshold(counts: Counts, k: int, threshold: float) -> list[str]:
+    cells = apply_threshold(counts, k, threshold)
+    found = wilson(cells.tp, cells.tp + cells.fn), wilson(cells.tn, cells.tn + cells.fp)
+    return [_show(share) for share in found]
 
 
 def _tabulate_calibration(facts: RunFacts, counts: Counts) -> Iterator[Table]:

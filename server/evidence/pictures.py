@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from common.metrics.metrics import value
 from common.page.blocks import Figure
 from common.page.plots_of_counts import (
     plot_confusion,
@@ -10,7 +11,7 @@ from common.page.plots_of_counts import (
     plot_roc,
 )
 from common.page.plots_of_rounds import plot_learning
-from common.page.plots_of_sites import plot_differences, plot_estimates
+from common.page.plots_of_sites import plot_cross_sites, plot_differences, plot_estimates
 from server.evidence.facts import RunFacts
 from server.evidence.performance import OVERALL, Estimates
 from server.evidence.verdicts import find_gain
@@ -32,6 +33,7 @@ def draw_gains(facts: RunFacts, estimates: Estimates) -> Iterator[Figure]:
     yield from _there(
         plot_differences(gains, select, (facts.own_way, "local"), "test patients"),
         plot_estimates(by_way, select, "test patients"),
+        _draw_cross(facts),
     )
 
 
@@ -51,6 +53,18 @@ def draw_rounds(facts: RunFacts) -> Iterator[Figure]:
     """Draw how the released model was found."""
     rows = [{**line, "loss": line["train_loss"]} for line in facts.history]
     yield from _there(plot_learning(rows, facts.study.select, facts.study.name))
+
+
+def _draw_cross(facts: RunFacts) -> Figure | None:
+    """Each site's own model, and the released one, on the test patients of every site."""
+    if not facts.cross:
+        return None
+    select, ways = facts.study.select, {**facts.cross, FEDERATED: facts.results[FEDERATED]}
+    matrix = {
+        trained: {site: value(counts, select) for site, counts in at.items()}
+        for trained, at in ways.items()
+    }
+    return plot_cross_sites(matrix, select, "one site's model on test patients of another")
 
 
 def _there(*figures: Figure | None) -> Iterator[Figure]:

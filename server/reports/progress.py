@@ -155,6 +155,7 @@ class Reporter:
             "released_round": outcome.round,
             "withheld": outcome.withheld,
             "site_weights": weights,
+            "validation": outcome.validation.sparse(),
             **make_facts(outcome.evidence, {}),
         }
         write_results(self._folder, results, **facts)

@@ -294,7 +294,7 @@ class Run:
         everyone = len(members)
         replies = self._ask("evaluation", members, everyone, messages, read, enough=everyone)
         told = {name: reply.counts for name, reply in replies.items() if reply.counts}
-        self._log_validation(told, released)
+        validation = self._log_validation(told, released)
         test = {name: counts.test for name, counts in told.items()}
         own = {w: {n: c.own[w] for n, c in told.items() if w in c.own} for w in OWN}
         self._network.load(tensors)
@@ -302,6 +302,7 @@ class Run:
         outcome = Outcome(
             study=self._study,
             round=released,
+            validation=validation,
             test=test,
             own={way: counts for way, counts in own.items() if counts},
             evidence={n: c.evidence for n, c in told.items() if c.evidence},
@@ -347,8 +348,8 @@ class Run:
         self._reporter.report_choice(self._last, read_out)
         return replace(judged, read_out=read_out)
 
-    def _log_validation(self, told: dict[str, FinalCounts], released: int) -> None:
-        """Log how the released model validates, as a line after the last round's."""
+    def _log_validation(self, told: dict[str, FinalCounts], released: int) -> Counts:
+        """Log how the released model validates, after the last round; returns all sites together."""
         number = self._last.round + 1
         there = [member for member in self._federation.training if member.name in told]
         counts = {m.name: told[m.name].validation for m in there}
@@ -356,6 +357,7 @@ class Run:
         every = [*counts.items(), (None, pooled)]
         lines = [_line(number, name, None, 0, found, released) for name, found in every]
         self._folder.append_history(lines)
+        return pooled
 
 
 def _line(

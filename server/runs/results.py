@@ -70,6 +70,8 @@ class Outcome:
 
     study: Study
     round: int
+    validation: Counts
+    """On the validation patients of all sites that tell scores each round."""
     test: dict[str, Counts]
     own: Results
     """The same of each site's own models, where they are told."""
@@ -167,6 +169,12 @@ def make_facts(evidence: Mapping[str, Evidence], cross: Results) -> dict[str, An
         for site, sites in sorted(cross.items())
     }
     return ({"evidence": told} if told else {}) | ({"cross": tested} if tested else {})
+
+
+def read_validation(facts: Mapping[str, Any], classes: int) -> Counts:
+    """Read from them how the released model validates; of no images where no site tells scores."""
+    told = facts.get("validation")
+    return _read_counts(told, classes) if told else Counts.zero(classes)
 
 
 def read_evidence(facts: Mapping[str, Any]) -> dict[str, Evidence]:

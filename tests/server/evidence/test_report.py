@@ -96,6 +96,16 @@ def test_what_nobody_stated_is_not_stated(tmp_path: Path) -> None:
     assert yaml.safe_load(read(other, CARD).split("---")[1])["license"] == "CC BY 4.0"
 
 
+def test_thresholds_are_chosen_on_validation_and_tried_on_test(tmp_path: Path) -> None:
+    chosen = {"validation": count(7, 1.5).sparse()}
+    folder = make_run(tmp_path / "run", facts=chosen)
+    write_report(folder)
+    assert "chosen on 40 validation images, tried on test images" in read(folder)
+    without = make_run(tmp_path / "without")
+    write_report(without)
+    assert "Operating points" not in read(without)
+
+
 def test_names_are_text_on_the_page_and_in_the_card(tmp_path: Path) -> None:
     hostile = "<img src=x onerror=alert(1)>|$x_1$"
     folder = make_run(tmp_path / "run", classes=[hostile, "b"])
