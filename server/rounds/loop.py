@@ -349,7 +349,7 @@ class Run:
         return replace(judged, read_out=read_out)
 
     def _log_validation(self, told: dict[str, FinalCounts], released: int) -> Counts:
-        """Log how the released model validates, after the last round; returns all sites together."""
+        """Log how the released model validates, after the last round; returns all together."""
         number = self._last.round + 1
         there = [member for member in self._federation.training if member.name in told]
         counts = {m.name: told[m.name].validation for m in there}
