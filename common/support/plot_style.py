@@ -1,9 +1,10 @@
 """How every plot looks, and how it is written."""
 
+import textwrap
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
@@ -14,6 +15,9 @@ from common.support import files
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 MARKERS = ("o", "s", "D", "^", "v", "P")
 INK, GREY, PALE, PALEST = "#222222", "#9AA0A6", "#E3E6E9", "#F3F4F6"
+
+_LETTERS = 15
+"""Letters of a title in an inch."""
 
 STYLE: Any = {
     "font.size": 10,
@@ -37,11 +41,31 @@ STYLE: Any = {
 }
 
 
-def write_plot(draw: Callable[[Figure], None], path: Path) -> None:
+class Title(NamedTuple):
+    """What a plot shows, and of what, so that it can be told from others."""
+
+    what: str
+    of: str
+
+
+def write_plot(draw: Callable[[Figure], None], path: Path, title: Title | None = None) -> None:
     """Draw on a fresh figure and put the PNG in place in one step."""
     drawn = BytesIO()
     with mpl.rc_context(STYLE):
         figure = Figure(layout="constrained")
         draw(figure)
+        if title is not None:
+            _write_title(figure, title)
         figure.savefig(drawn, format="png")
     files.write(path, drawn.getvalue())
+
+
+def _write_title(figure: Figure, title: Title) -> None:
+    """The title at the left of a plot's own size, and below it of what, in as many lines as needed.
+
+    Above the axes, so legends stand elsewhere.
+    """
+    letters = int(figure.get_figwidth() * _LETTERS)
+    lines = [textwrap.wrap(title.what, int(letters * 0.8)), textwrap.wrap(title.of, letters)]
+    what, of = ("\n".join(part) for part in lines)
+    figure.suptitle(f"{what}\n{of}", x=0.01, ha="left", size=9, linespacing=1.4)

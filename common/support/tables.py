@@ -51,6 +51,19 @@ class FittedTable(Table):
         """Add a line of its own, as long as it may be, above the rows that follow."""
         self._headings.append((self.row_count, Text(text, style)))
 
+    def list_rows(self) -> Iterator[list[str]]:
+        """Every row as text; a heading is a row with nothing beside it."""
+        headings = [*self._headings]
+        for at, row in enumerate(zip(*(column.cells for column in self.columns), strict=True)):
+            while headings and headings[0][0] <= at:
+                yield [headings.pop(0)[1].plain, *[""] * (len(self.columns) - 1)]
+            yield [str(cell) for cell in row]
+
+    def explain_signs(self) -> list[str]:
+        """The reason of each sign that occurs."""
+        words = {word for row in self.list_rows() for cell in row for word in cell.split()}
+        return [f"{sign}: {why}" for sign, why in self._signs.items() if sign in words]
+
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Where rich asks for what is printed."""
         cells = [list(column.cells) for column in self.columns]
@@ -64,10 +77,8 @@ class FittedTable(Table):
             if i:
                 yield Text("")
             yield from self._draw(block, cells, self._widen(widths, block, options.max_width))
-        words = {word for column in cells for cell in column for word in str(cell).split()}
-        for sign, why in self._signs.items():
-            if sign in words:
-                yield Text(f"{sign}: {why}", "dim")
+        for line in self.explain_signs():
+            yield Text(line, "dim")
 
     def _measure(
         self, console: Console, options: ConsoleOptions, cells: Sequence[Sequence[Any]]

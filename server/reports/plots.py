@@ -11,39 +11,42 @@ from matplotlib.ticker import MaxNLocator
 
 from common.metrics.counts import Counts
 from common.metrics.metrics import label_metric
-from common.support.plot_style import COLOURS, GREY, INK, write_plot
+from common.support.plot_style import COLOURS, GREY, INK, Title, write_plot
 
 Row = Mapping[str, Any]
 
 _NOT_FIGURES = ("round", "model_round", "site")
 
 
-def plot_curves(rows: Sequence[Row], path: Path) -> None:
+def plot_curves(rows: Sequence[Row], path: Path, title: Title) -> None:
     """Plot every measured key over the rounds: overall in a thick line, each site in a thin one.
+
+    Where figures of one round alone were told, or none, there is no plot.
 
     Args:
       rows: one per round and site, with the keys `round`, `site` (None for overall), `loss` (of
         training in that round), `model_round` (rounds behind the model that was validated) and any
         validation metrics by name; None where there is no figure.
       path: the PNG to write.
+      title: what stands above it.
     """
     keys = dict.fromkeys(key for row in rows for key in row if key not in _NOT_FIGURES)
-    shown = [key for key in keys if any(row.get(key) is not None for row in rows)]
+    rounds = {key: {x["model_round"] for x in rows if x.get(key) is not None} for key in keys}
+    shown = [key for key in keys if rounds[key]]
+    if max(map(len, rounds.values()), default=0) < 2:
+        path.unlink(missing_ok=True)
+        return
 
     def draw(figure: Figure) -> None:
-        figure.set_size_inches(1.5 + 4.2 * max(1, len(shown)), 3.6)
-        panels = figure.subplots(1, max(1, len(shown)), squeeze=False)[0]
-        for axes, key in zip(panels, shown, strict=False):
+        figure.set_size_inches(1.5 + 4.2 * len(shown), 4)
+        panels = figure.subplots(1, len(shown), squeeze=False)[0]
+        for axes, key in zip(panels, shown, strict=True):
             _lines(axes, rows, key)
-        if shown:
-            lines = {line.get_label(): line for axes in panels for line in axes.get_lines()}
-            named = {n: line for n, line in lines.items() if not str(n).startswith("_")}
-            figure.legend(named.values(), named.keys(), loc="outside right upper")
-        else:
-            panels[0].set_axis_off()
-            panels[0].text(0.5, 0.5, "No figures were disclosed.", ha="center")
+        lines = {line.get_label(): line for axes in panels for line in axes.get_lines()}
+        named = {n: line for n, line in lines.items() if not str(n).startswith("_")}
+        figure.legend(named.values(), named.keys(), loc="outside right upper")
 
-    write_plot(draw, path)
+    write_plot(draw, path, title)
 
 
 def _lines(axes: Axes, rows: Sequence[Row], key: str) -> None:
@@ -74,8 +77,14 @@ def _line(axes: Axes, rows: Sequence[Row], key: str, **style: Any) -> None:
         axes.plot([row[when] for row in mine], values, marker=marker, ms=3 * style["lw"], **style)
 
 
-def plot_confusion(counts: Counts, classes: Sequence[str], path: Path) -> None:
-    """Plot the confusion matrix: shares of each true class as colour, images as numbers."""
+def plot_confusion(counts: Counts, classes: Sequence[str], path: Path, title: Title) -> None:
+    """Plot the confusion matrix: shares of each true class as colour, images as numbers.
+
+    Of no images there is no plot.
+    """
+    if not counts.confusion.any():
+        path.unlink(missing_ok=True)
+        return
     table = counts.confusion
     totals = table.sum(axis=1)
     shares = table / np.maximum(totals, 1)[:, None]
@@ -103,4 +112,4 @@ def plot_confusion(counts: Counts, classes: Sequence[str], path: Path) -> None:
             text = f"{images}\n{share:.0%}" if images else "0"
             axes.text(column, row, text, ha="center", va="center", color=ink, fontsize=8)
 
-    write_plot(draw, path)
+    write_plot(draw, path, title)

@@ -14,6 +14,8 @@ from common.protocol.join import JoinReply
 from common.support.names import shorten_names
 from common.support.terminal import console, describe_left, size
 from server.reports import plots
+from server.reports.tables import count_images
+from server.reports.titles import count_validation, title_run
 from server.runs.results import (
     FEDERATED,
     Outcome,
@@ -174,9 +176,16 @@ class Reporter:
             | {key: x[key] for key in keys if key != "loss"}
             for x in history
         ]
-        plots.plot_curves(rows, self._folder.path / "curves.png")
+        run, path = self._folder, self._folder.path
+        images = f"{count_validation(run)} validation images"
+        title = title_run(run, "training and validation, by round", outcome.round, images)
+        plots.plot_curves(rows, path / "curves.png", title)
         total = unite_counts(outcome.test.values(), len(self._study.classes))
-        plots.plot_confusion(total, self._study.classes, self._folder.path / "confusion.png")
+        silent = ", ".join(sorted(set(outcome.withheld) - set(outcome.test)))
+        images = f"{count_images(total)} of {len(outcome.test)} sites"
+        images += f", withheld by {silent}" if silent else ""
+        title = title_run(run, "who is taken for whom", outcome.round, images)
+        plots.plot_confusion(total, self._study.classes, path / "confusion.png", title)
 
 
 def fit_scores(scores: Mapping[str, float], room: int) -> str:

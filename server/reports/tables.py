@@ -128,15 +128,17 @@ def _fill_site(
     style: str,
     figures_of: Callable[[Counts], Iterator[str]],
 ) -> None:
-    shown.add_heading(f"{site}: {_count_images(ways)}", style=style)
+    told = [count_images(counts) for counts in ways.values()] or [
+        "all figures withheld by the site"
+    ]
+    shown.add_heading(f"{site}: {told[0]}", style=style)
     for way, counts in ways.items():
         shown.add_row(f"  {way}", *figures_of(counts), style=style)
 
 
-def _count_images(ways: Mapping[str, Counts]) -> str:
-    for counts in ways.values():
-        return f"{'about ' if counts.noise else ''}{counts.n} test images"
-    return "all figures withheld by the site"
+def count_images(counts: Counts) -> str:
+    """How many test images were counted, in words."""
+    return f"{'about ' if counts.noise else ''}{counts.n} test images"
 
 
 def _tabulate_classes(results: Results, way: str, classes: Sequence[str]) -> FittedTable:
@@ -146,7 +148,7 @@ def _tabulate_classes(results: Results, way: str, classes: Sequence[str]) -> Fit
     apart = sites if 1 < len(sites) <= _MOST_SITES else {}
     for site, counts in {**dict(sorted(apart.items())), _OVERALL: together}.items():
         style = "bold" if site == _OVERALL else ""
-        shown.add_heading(f"{site}: {_count_images({'': counts})}", style=style)
+        shown.add_heading(f"{site}: {count_images(counts)}", style=style)
         for k, name in enumerate(classes):
             shown.add_row(f"  {name}", *_format_shares(counts, k), style=style)
     return shown

@@ -11,7 +11,10 @@ from common.config.study import Private, Study
 from common.errors import RunError
 from common.metrics.one_run import Bound, bound_epsilon
 from common.support import files
+from common.support.plot_style import Title
 from common.support.terminal import console, table
+from server.reports.titles import title_runs
+from server.runs.run_folder import RunFolder
 from simulations.engines.audited import AUDIT, Audited, explain_interrupted
 from simulations.studies import plots
 from simulations.studies.epsilons import label_epsilon, run_epsilons
@@ -66,7 +69,10 @@ def audit_study(
     console.print()
     with console.keep() as shown:
         found = {epsilon: _bound(paths, delta) for epsilon, paths in runs.items()}
-        _report(found, delta, folder)
+        folders = [RunFolder(path) for paths in runs.values() for path in paths]
+        coins = [max(b.canaries for b in by.values()) // len(seeds) for by in found.values() if by]
+        above = title_runs(folders, "what attacks show of ε", coins or [0], "canaries")
+        _report(found, delta, folder, above)
     title = f"{study.name}: can anybody tell who took part?"
     write_page(folder, title, shown, [("ε promised, and what attacks show", "audit.png")])
     console.print(f"run folder: {folder}, with audit.json and audit.png")
@@ -113,7 +119,9 @@ def _bound(runs: Sequence[Path], delta: float) -> dict[str, Bound]:
     return found
 
 
-def _report(found: Mapping[float | None, Mapping[str, Bound]], delta: float, folder: Path) -> None:
+def _report(
+    found: Mapping[float | None, Mapping[str, Bound]], delta: float, folder: Path, title: Title
+) -> None:
     columns = ("guessed by", "right", "AUROC", "ε at least", "if Gaussian", "at most to be seen")
     shown = table("privacy", *columns, left=("privacy", "guessed by"))
     for epsilon, by_way in found.items():
@@ -137,6 +145,7 @@ def _report(found: Mapping[float | None, Mapping[str, Bound]], delta: float, fol
     plots.plot_audit(
         {e: {_WAYS[way]: b.gaussian for way, b in by.items()} for e, by in found.items()},
         folder / "audit.png",
+        title,
     )
 
 

@@ -5,17 +5,23 @@ anew, so the differences of two ways on the same test patients, over seeds, tell
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from statistics import mean
 from typing import NamedTuple
 
 from common.metrics.by_patient import Evidence
 from common.metrics.counts import Counts
 from common.metrics.metrics import METRICS, value
-from common.metrics.statistics import Estimate, difference
+from common.metrics.statistics import Estimate
 from common.metrics.verdicts import judge_difference, judge_own
 from common.support.terminal import console, table
-from server.reports.tables import format_figure
 from server.runs.results import FEDERATED, Results, list_sites, sort_ways, unite_sites
+from simulations.studies.over_seeds import (
+    SIGNS,
+    Seeded,
+    describe_seeds,
+    format_seeds,
+    join_seeds,
+    subtract_seeds,
+)
 
 PAIRS = (
     (FEDERATED, "local"),
@@ -35,13 +41,19 @@ Figures = Mapping[str, Mapping[str, Mapping[str, Sequence[float | None]]]]
 
 
 class Gain(NamedTuple):
-    """What one way gains over another at one site, in one metric."""
+    """What one way gains over another at one site, in one metric, on the seeds that have both."""
 
     site: str
     way: str
     other: str
     metric: str
-    estimate: Estimate
+    found: Seeded
+
+    def facts(self) -> dict[str, object]:
+        """The same as JSON."""
+        found = self._asdict()
+        values, estimate = found.pop("found")
+        return {**found, "values": values, "estimate": vars(estimate) if estimate else None}
 
 
 def collect_figures(runs: Sequence[Results], classes: int, select: str) -> Figures:
@@ -74,53 +86,54 @@ def _by_site(run: Results, classes: int) -> dict[str, dict[str, Counts]]:
 
 
 def find_gains(figures: Figures) -> list[Gain]:
-    """Every difference of `PAIRS`, at every site, in every metric, that has an interval."""
+    """Every difference of `PAIRS`, at every site, in every metric."""
 
     def differences() -> Iterator[Gain]:
         for site, ways in figures.items():
             for way, other in PAIRS:
                 for metric in ways.get(way, {}) if other in ways else ():
-                    if gain := difference(ways[way][metric], ways[other][metric]):
+                    gain = subtract_seeds(ways[way][metric], ways[other][metric])
+                    if gain.known:
                         yield Gain(site, way, other, metric, gain)
 
     return list(differences())
 
 
-def show_gains(
-    figures: Figures,
-    gains: Sequence[Gain],
-) -> None:
-    """Print each way's mean at each site, the differences, and what they say in words."""
+def show_gains(figures: Figures, gains: Sequence[Gain], seeds: int) -> None:
+    """Print each way at each site, the differences, and what they say in words."""
     if len(figures) > _MOST_SITES:
         figures = {OVERALL: figures[OVERALL]}
     metrics = list(dict.fromkeys(gain.metric for gain in gains))
     labels = [METRICS[metric].label for metric in metrics]
-    left, pairs = ("site", "mean over seeds"), ("site", "difference (95 % interval)")
-    shown, apart = table(*left, *labels, left=left), table(*pairs, *labels, left=pairs)
+    shown, apart = (table("", *labels, left=("",), signs=SIGNS) for _ in range(2))
     for site, ways in figures.items():
-        for i, (way, found) in enumerate(ways.items()):
-            means = [format_figure(_mean(found[metric])) for metric in metrics]
-            shown.add_row("" if i else site, way, *means)
-        there = [gain for gain in gains if gain.site == site]
-        for i, (way, other) in enumerate(dict.fromkeys((g.way, g.other) for g in there)):
-            found_gains = {g.metric: g.estimate for g in there if (g.way, g.other) == (way, other)}
-            cells = [_signed(found_gains.get(metric)) for metric in metrics]
-            apart.add_row("" if i else site, f"{way} − {other}", *cells)
-    console.print()
-    console.print(shown)
-    console.print()
-    console.print(apart)
+        shown.add_heading(site)
+        for way, found in ways.items():
+            joined = (join_seeds(found[metric], METRICS[metric].range) for metric in metrics)
+            shown.add_row(f"  {way}", *map(format_seeds, joined))
+        apart.add_heading(site)
+        there = {(g.way, g.other, g.metric): g.found for g in gains if g.site == site}
+        for way, other in dict.fromkeys((way, other) for way, other, _ in there):
+            cells = (there.get((way, other, metric), Seeded(())) for metric in metrics)
+            differences = (format_seeds(found, signed=True) for found in cells)
+            apart.add_row(f"  {way} − {other}", *differences)
+    for title, made in (("by site", shown), ("differences, paired by seed", apart)):
+        console.print(f"\n{title}, {describe_seeds(seeds)}", style="bold")
+        console.print(made)
     for line in judge_gains(gains):
         console.print(line)
 
 
 def judge_gains(gains: Sequence[Gain]) -> list[str]:
-    """One sentence a site: whether its adapted, or else the federated, model beats its own."""
+    """One sentence a site: whether its adapted, or else the federated, model beats its own.
+
+    None where there are too few seeds to say.
+    """
     lines = []
     for site in dict.fromkeys(gain.site for gain in gains if gain.site != OVERALL):
-        against = [g for g in gains if g.site == site and g.other == "local"]
+        against = [g for g in gains if g.site == site and g.other == "local" and g.found.estimate]
         way = "adapted" if any(g.way == "adapted" for g in against) else FEDERATED
-        told = [_say(g) for g in against if g.way == way]
+        told = [_say(g, g.found.estimate) for g in against if g.way == way and g.found.estimate]
         if told:
             lines.append(f"{site}, {way} against its own model alone. {'; '.join(told)}.")
     return lines
@@ -134,18 +147,7 @@ def show_verdicts(evidence: Mapping[str, Evidence], select: str) -> None:
             console.print(f"{site}: {verdict[1]}")
 
 
-def _say(gain: Gain) -> str:
-    verdict = judge_difference(gain.estimate, gain.metric)
+def _say(gain: Gain, found: Estimate) -> str:
+    verdict = judge_difference(found, gain.metric)
     told = "these holdouts cannot tell" if verdict == "unsure" else verdict
-    return f"{METRICS[gain.metric].label}: {told}, {_signed(gain.estimate)}"
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [v for v in values if v is not None]
-    return mean(known) if known else None
-
-
-def _signed(estimate: Estimate | None) -> str:
-    if estimate is None:
-        return "–"
-    return f"{estimate.value:+.3f} ({estimate.low:+.3f} to {estimate.high:+.3f})"
+    return f"{METRICS[gain.metric].label}: {told}, {format_seeds(gain.found, signed=True)}"

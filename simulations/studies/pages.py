@@ -6,11 +6,11 @@ from datetime import date
 from pathlib import Path
 
 from markupsafe import Markup
-from rich.table import Table as Printed
 
 from common.page.blocks import Block, Figure, Page, Section, Table, Text
 from common.page.render import render_page
 from common.support import files
+from common.support.tables import FittedTable
 from common.support.terminal import Shown, console
 
 REPORT = "report.html"
@@ -57,13 +57,13 @@ def _cut(shown: Sequence[Shown]) -> Iterator[Section]:
 
 
 def _convert(what: object, style: str) -> Block | None:
-    if isinstance(what, Printed):
-        columns = [list(column.cells) for column in what.columns]
+    if isinstance(what, FittedTable):
         left = [column.justify == "left" for column in what.columns]
         return Table(
             [str(column.header) for column in what.columns],
-            [[str(cell) for cell in row] for row in zip(*columns, strict=True)],
+            [*what.list_rows()],
             left=(*left, False).index(False),
+            caption="; ".join(what.explain_signs()),
         )
     text = str(what).strip()
     return Text(text, "note" if style == "dim" else "plain") if text else None

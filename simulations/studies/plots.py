@@ -2,32 +2,39 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import mean
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from common.metrics.metrics import label_metric
-from common.metrics.statistics import Estimate
-from common.support.plot_style import COLOURS, INK, MARKERS, PALEST, write_plot
+from common.support.plot_style import COLOURS, GREY, INK, MARKERS, PALEST, Title, write_plot
+from simulations.studies.over_seeds import Seeded
+
+_NOTHING = "no figure: withheld, or no test images of a class"
+_ASIDE: Any = {"ha": "center", "va": "center", "color": GREY, "fontsize": 8}
 
 
 def plot_comparison(
-    results: Mapping[str, Mapping[str | None, Estimate | None]],
-    metric: str,
-    path: Path,
-    *,
-    spread: str = "95 % interval",
+    results: Mapping[str, Mapping[str | None, Seeded]], metric: str, path: Path, title: Title
 ) -> None:
-    """Plot one metric by site and way of training: dots with their 95 % intervals.
+    """Plot one metric by site and way of training: dots with 95 % intervals, or one for each seed.
+
+    Where there is no figure at all there is no plot.
 
     Args:
       results: way of training ("local", "federated", "pooled", …; at most six) → site (None for
-        overall, if there is one) → estimate, None where it is undefined.
+        overall, if there is one) → its figures.
       metric: its name in METRICS, or in words.
       path: the PNG to write.
-      spread: the meaning of `low` and `high` of the estimates, in words.
+      title: what stands above it.
     """
+    every = [figures for by_site in results.values() for figures in by_site.values()]
+    if not any(figures.known for figures in every):
+        path.unlink(missing_ok=True)
+        return
     found = dict.fromkeys(site for by_site in results.values() for site in by_site)
     rows = sorted(found, key=lambda site: site is not None)
 
@@ -38,29 +45,34 @@ def plot_comparison(
             shift = (index - (len(results) - 1) / 2) * 0.7 / len(results)
             _dots(axes, rows, by_site, shift, setting, COLOURS[index], MARKERS[index])
         axes.set_yticks(range(len(rows)), [site or "overall" for site in rows])
+        for y, site in enumerate(rows):
+            if not any(site in by_site and by_site[site].known for by_site in results.values()):
+                axes.text(0.5, y, _NOTHING, transform=axes.get_yaxis_transform(), **_ASIDE)
         if None in found:
             axes.axhspan(-0.5, 0.5, color=PALEST, zorder=0, lw=0)
             axes.get_yticklabels()[0].set_fontweight("bold")
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.tick_params(axis="y", length=0)
-        axes.set_xlabel(f"{label_metric(metric)} (with {spread})")
+        axes.set_xlabel(f"{label_metric(metric)}, {_explain(every)}")
         axes.grid(axis="x")
-        figure.legend(loc="outside upper center", ncols=len(results))
+        figure.legend(loc="outside lower center", ncols=min(3, len(results)))
 
-    write_plot(draw, path)
+    write_plot(draw, path, title)
 
 
 def plot_privacy_utility(
-    results: Mapping[str, Mapping[float | None, Estimate | None]],
+    results: Mapping[str, Mapping[float | None, Seeded]],
     shown: Mapping[float | None, float | None],
     path: Path,
+    title: Title,
 ) -> None:
-    """Plot the cost of each ε: a line for each figure, with 95 % intervals.
+    """Plot the cost of each ε: a line for each figure, with 95 % intervals or a dot for each seed.
 
     Args:
-      results: figure → ε (None without privacy) → estimate, None where it is undefined.
+      results: figure → ε (None without privacy) → its figures.
       shown: ε → the least that an audit shows it to be, None where there was none.
       path: the PNG to write.
+      title: what stands above it.
     """
     levels = sorted({e for by in results.values() for e in by}, key=lambda e: (e is None, e or 0))
     names = ["none" if level is None else f"{level:g}" for level in levels]
@@ -71,27 +83,37 @@ def plot_privacy_utility(
         figure.set_size_inches(7, 4)
         axes = figure.subplots()
         for index, (name, by_level) in enumerate(results.items()):
-            known = [(x, f) for x, level in enumerate(levels) if (f := by_level.get(level))]
-            x, colour = [place for place, _ in known], COLOURS[index]
-            axes.vlines(x, [f.low for _, f in known], [f.high for _, f in known], color=colour)
-            heights = [f.value for _, f in known]
-            axes.plot(x, heights, MARKERS[index], ls="-", lw=1.8, color=colour, label=name)
+            known = [(x, f) for x, e in enumerate(levels) if (f := by_level[e]).known]
+            colour, marker = COLOURS[index], MARKERS[index]
+            for x, f in known:
+                if f.estimate:
+                    axes.vlines(x, f.estimate.low, f.estimate.high, color=colour)
+                else:
+                    axes.plot([x] * len(f.known), f.known, marker, color=colour, alpha=0.5)
+            sure = all(f.estimate for _, f in known)
+            style = marker if sure else ""  # of few seeds the line alone is their mean
+            places, means = [x for x, _ in known], [mean(f.known) for _, f in known]
+            axes.plot(places, means, marker=style, ls="-", lw=1.8, color=colour, label=name)
         axes.set_xticks(range(len(levels)), names)
         below = ", and what an audit shows it to be at least" if any(shown.values()) else ""
         axes.set_xlabel(f"ε of the study{below}")
-        axes.set_ylabel("on the test images of all sites")
+        told = _explain([f for by in results.values() for f in by.values()])
+        axes.set_ylabel(f"test images of all sites, {told}")
         axes.grid(axis="y")
-        figure.legend(loc="outside upper center", ncols=len(results))
+        figure.legend(loc="outside lower center", ncols=len(results))
 
-    write_plot(draw, path)
+    write_plot(draw, path, title)
 
 
-def plot_audit(bounds: Mapping[float | None, Mapping[str, float]], path: Path) -> None:
+def plot_audit(
+    bounds: Mapping[float | None, Mapping[str, float]], path: Path, title: Title
+) -> None:
     """Plot what an audit shows against what was promised; on or below the line it holds.
 
     Args:
       bounds: ε (None without privacy, which promises nothing) → way to guess → ε that is shown.
       path: the PNG to write.
+      title: what stands above it.
     """
     levels = sorted(bounds, key=lambda e: (e is None, e or 0))
     ways = list(dict.fromkeys(way for by in bounds.values() for way in by))
@@ -113,15 +135,16 @@ def plot_audit(bounds: Mapping[float | None, Mapping[str, float]], path: Path) -
         axes.set_xlabel("ε of the study")
         axes.set_ylabel("ε")
         axes.grid(axis="y")
-        figure.legend(loc="outside upper center", ncols=len(ways) + 1)
+        figure.legend(loc="outside lower center", ncols=len(ways) + 1)
 
-    write_plot(draw, path)
+    write_plot(draw, path, title)
 
 
 def plot_sweep(
     scores: Mapping[str, Sequence[float | None]],
     metric: str,
     path: Path,
+    title: Title,
     *,
     keys: str,
     chosen: str | None,
@@ -132,6 +155,7 @@ def plot_sweep(
       scores: setting → score of each seed, None where it was not disclosed.
       metric: its name in METRICS.
       path: the PNG to write.
+      title: what stands above it.
       keys: the keys of the study whose values the settings are.
       chosen: the best setting.
     """
@@ -159,23 +183,34 @@ def plot_sweep(
         axes.set_title(keys)
         axes.set_xlabel(f"validation {label_metric(metric)}")
         axes.grid(axis="x")
-        figure.legend(loc="outside upper center", ncols=2)
+        figure.legend(loc="outside lower center", ncols=2)
 
-    write_plot(draw, path)
+    write_plot(draw, path, title)
 
 
 def _dots(
     axes: Axes,
     rows: Sequence[str | None],
-    by_site: Mapping[str | None, Estimate | None],
+    by_site: Mapping[str | None, Seeded],
     shift: float,
     setting: str,
     colour: str,
     marker: str,
 ) -> None:
-    known = [(y + shift, found) for y, site in enumerate(rows) if (found := by_site.get(site))]
-    heights, values = [y for y, _ in known], [found.value for _, found in known]
-    axes.hlines(
-        heights, [f.low for _, f in known], [f.high for _, f in known], color=colour, lw=1.8
-    )
-    axes.plot(values, heights, marker, color=colour, ms=6, mec="white", mew=0.8, label=setting)
+    """The figures of one way of training; without intervals, the figure of each seed."""
+    style: Any = {"color": colour, "ms": 6, "mec": "white", "mew": 0.8}
+    axes.plot([], [], marker, label=setting, **style)
+    for y, site in enumerate(rows):
+        found = by_site.get(site, Seeded(()))
+        if found.estimate:
+            low, high = found.estimate.low, found.estimate.high
+            axes.hlines(y + shift, low, high, color=colour, lw=1.8)
+            axes.plot(found.estimate.value, y + shift, marker, **style)
+        else:
+            axes.plot(found.known, [y + shift] * len(found.known), marker, alpha=0.7, **style)
+
+
+def _explain(every: Sequence[Seeded]) -> str:
+    """What is drawn of figures."""
+    sure = any(figures.estimate for figures in every)
+    return "with 95 % intervals" if sure else "a dot for each seed"

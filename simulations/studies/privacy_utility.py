@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import permutations
+from itertools import chain, permutations
 from pathlib import Path
 from statistics import mean
 
@@ -14,9 +14,10 @@ from common.config.study import Private, Study
 from common.errors import StudyError
 from common.metrics.counts import Counts
 from common.metrics.metrics import METRICS, class_auroc, value
-from common.metrics.statistics import Estimate, difference, t_interval
+from common.metrics.statistics import FEWEST_SEEDS
 from common.support import files
 from common.support.terminal import console, table
+from server.reports.titles import title_runs
 from server.runs.results import (
     FEDERATED,
     READ_OUTS,
@@ -25,11 +26,20 @@ from server.runs.results import (
     read_results,
     unite_sites,
 )
+from server.runs.run_folder import RunFolder
 from simulations.engines.base import Engine
 from simulations.sites import virtual_sites
-from simulations.studies import plots, subgroups, summary
+from simulations.studies import plots, subgroups
 from simulations.studies.audit import read_audit
 from simulations.studies.epsilons import label_epsilon, run_epsilons
+from simulations.studies.over_seeds import (
+    SHARE,
+    SIGNS,
+    describe_seeds,
+    format_change,
+    join_seeds,
+    subtract_seeds,
+)
 from simulations.studies.pages import write_page
 from simulations.studies.runner import Source
 from simulations.studies.subgroups import Subgroup
@@ -139,7 +149,8 @@ def _report(
     }
     told = {label_epsilon(e): by_name for e, by_name in figures_of.items()}
     estimates = {
-        name: {e: _estimate(by_name[name]) for e, by_name in figures_of.items()} for name in wanted
+        name: {e: join_seeds(by_name[name], SHARE) for e, by_name in figures_of.items()}
+        for name in wanted
     }
     by_class = {
         epsilon: {
@@ -155,17 +166,19 @@ def _report(
         }
         for epsilon, found in results.items()
     }
+    seeds = len(next(iter(runs.values())))
+    console.print(f"released models, {describe_seeds(seeds)}", style="bold")
     console.print(_table("privacy", figures_of))
     console.print(_table("sensitivity of each class", by_class))
     console.print(_table("AUROC at each site", by_site))
     by_group = {column: _show_groups(column, each, wanted) for column, each in grouped.items()}
     console.print(READ_OUTS, style="dim")
     if None in runs:
-        console.print("in brackets: the difference to no privacy, paired by seed, 95 % interval")
+        console.print("in brackets: the difference to no privacy, paired by seed")
         if grouped:
-            console.print(
-                "groups that lose more are shown; of their pairs, one in twenty by luck alone"
-            )
+            enough = "groups that lose more are shown; of their pairs, one in twenty by luck alone"
+            few = f"fewer than {FEWEST_SEEDS} seeds do not tell which groups lose more"
+            console.print(few if seeds < FEWEST_SEEDS else enough)
     _positives(study, results[next(iter(runs))])
     spent = {label_epsilon(e): _spent(paths) for e, paths in runs.items() if e is not None}
     for label, paid in spent.items():
@@ -181,23 +194,19 @@ def _report(
     }
     files.write(folder / "utility.json", json.dumps(content, indent=1))
     bounds = {epsilon: shown.get(label_epsilon(epsilon)) for epsilon in runs}
-    plots.plot_privacy_utility(estimates, bounds, folder / "utility.png")
-
-
-def _estimate(values: Sequence[float | None]) -> Estimate | None:
-    """The mean with its interval; of one seed a point."""
-    known = [value for value in values if value is not None]
-    return Estimate(known[0], known[0], known[0]) if len(known) == 1 else t_interval(values)
+    images = [counts.n for each in together.values() for counts in each]
+    title = title_runs([*map(RunFolder, chain(*runs.values()))], "what privacy costs", images)
+    plots.plot_privacy_utility(estimates, bounds, folder / "utility.png", title)
 
 
 def _table(first: str, figures_of: PerEpsilon) -> Table:
     """Each ε with its figures, and how far they are from those without privacy."""
     names = list(next(iter(figures_of.values())))
-    shown = table(first, *names, left=(first,))
+    shown = table(first, *names, left=(first,), signs=SIGNS)
     plain = figures_of.get(None, {})
     for epsilon, by_name in figures_of.items():
         base = plain if epsilon else {}
-        cells = (summary.format_gain(by_name[name], base.get(name)) for name in names)
+        cells = (format_change(by_name[name], base.get(name)) for name in names)
         shown.add_row(label_epsilon(epsilon), *cells)
     return shown
 
@@ -230,11 +239,12 @@ def _table_of_groups(
     column: str, patients: Mapping[str, Sequence[int]], figures_of: PerEpsilon
 ) -> Table:
     """Each group with its test patients, the mean of seeds, and its figure at each ε."""
-    shown = table(column, "patients", *map(label_epsilon, figures_of), left=(column,))
+    columns = (column, "patients", *map(label_epsilon, figures_of))
+    shown = table(*columns, left=(column,), signs=SIGNS)
     plain = figures_of.get(None, {})
     for name, each in patients.items():
         cells = [
-            summary.format_gain(by_name[name], plain.get(name) if epsilon else None)
+            format_change(by_name[name], plain.get(name) if epsilon else None)
             for epsilon, by_name in figures_of.items()
         ]
         shown.add_row(name, f"{mean(each):.1f}", *cells)
@@ -253,7 +263,7 @@ def _compare_losses(figures_of: PerEpsilon) -> Iterator[str]:
             if epsilon and (base := plain.get(name))
         }
         for more, less in permutations(losses, 2):
-            gap = difference(losses[more], losses[less])
+            gap = subtract_seeds(losses[more], losses[less]).estimate
             if gap and gap.low > 0:
                 by = f"{gap.value:.3f} ({gap.low:.3f} to {gap.high:.3f})"
                 yield f"{label_epsilon(epsilon)}: {more} loses {by} more than {less}"

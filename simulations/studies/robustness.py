@@ -1,21 +1,29 @@
 """The robustness of strategies when some hospitals attack: each with and without the attacks."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import mean
 
 from common.config.study import Study
 from common.errors import RunError, StudyError, did_you_mean
+from common.metrics.counts import Counts
 from common.metrics.metrics import METRICS, value
-from common.metrics.statistics import Estimate
 from common.support import files
 from common.support.terminal import console, table
+from server.reports.titles import title_runs
 from server.rounds.start import check_start
 from server.rounds.strategies import REGISTRY
 from server.runs.results import FEDERATED, read_results, unite_counts
+from server.runs.run_folder import RunFolder
 from simulations.engines.attacks import ATTACKS, Attacked, Attacks
-from simulations.studies import plots, runner, summary
+from simulations.studies import plots, runner
+from simulations.studies.over_seeds import (
+    SIGNS,
+    Seeded,
+    describe_seeds,
+    format_change,
+    join_seeds,
+)
 from simulations.studies.pages import write_page
 from simulations.studies.runner import Source
 
@@ -61,6 +69,7 @@ def compare_strategies(
         _check_same_attacks(known, attacks)
     ways = _ways(attacks)
     found: Found = {}
+    done: dict[RunFolder, int] = {}
     for name, changed in studies.items():
         for way, told in ways.items():
             seeded = [changed.model_copy(update={"seed": seed}) for seed in seeds]
@@ -68,9 +77,12 @@ def compare_strategies(
             runs = runner.run_series(
                 seeded, source, place, cache, Attacked(told), title=title, results=False
             )
-            found.setdefault(name, {})[way] = [_worth(run, study, attacks) for run in runs]
+            honest = [_count_honest(run, study, attacks) for run in runs]
+            figures = [value(counts, study.select) for counts in honest]
+            found.setdefault(name, {})[way] = figures
+            done |= {RunFolder(run): counts.n for run, counts in zip(runs, honest, strict=True)}
     with console.keep() as shown:
-        _report(study, found, folder)
+        _report(study, found, done, folder)
     title = f"{study.name}: hospitals that lie, and strategies against them"
     write_page(folder, title, shown, [("What lies cost, by strategy", "poison.png")])
     console.print(f"run folder: {folder}, with poison.json and poison.png")
@@ -137,31 +149,29 @@ def _ways(attacks: Attacks) -> dict[str, Attacks]:
     return ways
 
 
-def _worth(run: Path, study: Study, attacks: Attacks) -> float | None:
+def _count_honest(run: Path, study: Study, attacks: Attacks) -> Counts:
     results, _ = read_results(run, len(study.classes))
     honest = [c for site, c in results[FEDERATED].items() if site not in attacks.attackers]
-    return value(unite_counts(honest, len(study.classes)), study.select)
+    return unite_counts(honest, len(study.classes))
 
 
-def _report(study: Study, found: Found, folder: Path) -> None:
-    label = METRICS[study.select].label
+def _report(study: Study, found: Found, runs: Mapping[RunFolder, int], folder: Path) -> None:
+    metric = METRICS[study.select]
     ways = list(next(iter(found.values())))
-    shown = table("strategy", *ways, left=("strategy",))
+    shown, within = table("strategy", *ways, left=("strategy",), signs=SIGNS), metric.range
     for name, by_way in found.items():
         base = {way: by_way[HONEST] for way in ways if way != HONEST}
-        shown.add_row(name, *(summary.format_gain(by_way[way], base.get(way)) for way in ways))
-    console.print(f"\n{label} on test images of the hospitals that never lie", style="bold")
+        shown.add_row(name, *(format_change(by_way[way], base.get(way), within) for way in ways))
+    seeds = len(next(iter(found.values()))[HONEST])
+    what = f"{metric.label} on test images of the hospitals that never lie"
+    console.print(f"\n{what}, {describe_seeds(seeds)}", style="bold")
     console.print(shown)
-    if len(next(iter(found.values()))[HONEST]) > 1:
-        console.print(f"in brackets: the difference to {HONEST}, paired by seed, 95 % interval")
-    drawn: dict[str, dict[str | None, Estimate | None]] = {
-        way: {name: _drawn(by_way[way]) for name, by_way in found.items()} for way in ways
+    console.print(f"in brackets: the difference to {HONEST}, paired by seed")
+    drawn: dict[str, dict[str | None, Seeded]] = {
+        way: {name: join_seeds(by_way[way], within) for name, by_way in found.items()}
+        for way in ways
     }
     files.write(folder / "poison.json", json.dumps({"metric": study.select, "found": found}))
-    title, spread = f"{label} at honest hospitals", "lowest and highest seed"
-    plots.plot_comparison(drawn, title, folder / "poison.png", spread=spread)
-
-
-def _drawn(values: Sequence[float | None]) -> Estimate | None:
-    known = [figure for figure in values if figure is not None]
-    return Estimate(mean(known), min(known), max(known)) if known else None
+    title = title_runs([*runs], "strategies, with attacks and without", [*runs.values()])
+    label = f"{metric.label} at honest hospitals"
+    plots.plot_comparison(drawn, label, folder / "poison.png", title)

@@ -260,7 +260,7 @@ def _conclude(run: RunFolder, engine: Engine, *, compare: bool) -> dict[str, Evi
     if study.private and "spent" not in facts:
         facts["spent"] = virtual_sites.read_spending(site_files)
         write_results(run, results, **facts)
-    summary.plot_results(study, results, run.path / "comparison.png")
+    summary.plot_results(run, results, facts)
     show_results(results, study.classes, facts.get("withheld", {}), run.path)
     write_report(run)
     console.print(f"report: {run.path / REPORT}")

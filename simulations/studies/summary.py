@@ -1,16 +1,19 @@
 """Tables and plots of several runs, or of several ways of training, together."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import mean, stdev
+from typing import Any
 
 from common.config.study import Study
 from common.metrics.counts import Counts
 from common.metrics.metrics import METRICS, value
-from common.metrics.statistics import Estimate, difference, gap_closed, intervals, t_interval
+from common.metrics.statistics import gap_closed, intervals
 from common.support import files
+from common.support.plot_style import Title
 from common.support.terminal import console, table
+from server.reports.tables import count_images
+from server.reports.titles import title_run, title_runs
 from server.runs.results import (
     FEDERATED,
     READ_OUTS,
@@ -22,25 +25,41 @@ from server.runs.results import (
 from server.runs.run_folder import RunFolder
 from simulations.studies import plots
 from simulations.studies.gains import collect_figures, find_gains, show_gains
+from simulations.studies.over_seeds import (
+    SIGNS,
+    Seeded,
+    describe_seeds,
+    format_metric,
+    format_seeds,
+    join_seeds,
+    subtract_seeds,
+)
 from simulations.studies.pages import write_page
 
 SUMMARY = "summary.json"
 _MOST_SITES_DRAWN = 20
 
 
-def plot_results(study: Study, results: Results, path: Path) -> None:
+def plot_results(run: RunFolder, results: Results, facts: Mapping[str, Any]) -> None:
     """Plot each way of training by site, with bootstrap intervals."""
+    study = run.study
     name, together = study.select, unite_sites(results, len(study.classes))
-    estimates: dict[str, dict[str | None, Estimate | None]] = {}
+    found: dict[str, dict[str | None, Seeded]] = {}
     for way, sites in results.items():
         shown: dict[str | None, Counts] = {None: together[way]}
         if len(sites) <= _MOST_SITES_DRAWN:
             shown.update(sites.items())
-        estimates[way] = {
-            site: intervals(counts, [name], seed=study.seed, draws=300)[name] if counts.n else None
-            for site, counts in shown.items()
-        }
-    plots.plot_comparison(estimates, name, path)
+        found[way] = {site: _bootstrap(counts, name, study.seed) for site, counts in shown.items()}
+    images = count_images(next(iter(together.values())))
+    title = title_run(
+        run, "ways of training, with intervals by image", facts["released_round"], images
+    )
+    plots.plot_comparison(found, name, run.path / "comparison.png", title)
+
+
+def _bootstrap(counts: Counts, name: str, seed: int) -> Seeded:
+    found = intervals(counts, [name], seed=seed, draws=300)[name] if counts.n else None
+    return Seeded((found.value,), found) if found else Seeded(())
 
 
 def read_seeds(folder: Path) -> list[int]:
@@ -50,18 +69,20 @@ def read_seeds(folder: Path) -> list[int]:
 
 
 def summarise_seeds(folder: Path, seeds: Sequence[int]) -> None:
-    """Print mean ± sd over seeds of the overall figures, and the gain of federating, by seed."""
-    study = RunFolder(folder / f"seed-{seeds[0]}").study
+    """Print the overall figures, and the gains of federating, over seeds or of each of a few."""
+    folders = [RunFolder(folder / f"seed-{seed}") for seed in seeds]
+    study = folders[0].study
     with console.keep() as shown:
-        _summarise(study, folder, seeds)
+        _summarise(study, folder, folders)
     title = f"{study.name}: what federating gave, over {len(seeds)} seeds"
     write_page(folder, title, shown, [("Ways of training, by site", "comparison.png")])
     console.print(f"run folder: {folder}")
 
 
-def _summarise(study: Study, folder: Path, seeds: Sequence[int]) -> None:
+def _summarise(study: Study, folder: Path, folders: Sequence[RunFolder]) -> None:
+    seeds = [run.study.seed for run in folders]
     classes = len(study.classes)
-    loaded = [read_results(folder / f"seed-{seed}", classes) for seed in seeds]
+    loaded = [read_results(run.path, classes) for run in folders]
     runs = [results for results, _ in loaded]
     together = [unite_sites(run, classes) for run in runs]
     figures_of = {
@@ -69,11 +90,10 @@ def _summarise(study: Study, folder: Path, seeds: Sequence[int]) -> None:
         for way in runs[0]
         if all(way in run for run in runs)
     }
-    ways = f"{len(seeds)} seeds"
-    shown = table(ways, *(metric.label for metric in METRICS.values()), left=(ways,))
+    shown = table("", *(metric.label for metric in METRICS.values()), left=("",), signs=SIGNS)
     for way, by_metric in figures_of.items():
-        shown.add_row(way, *(format_mean_sd(values) for values in by_metric.values()))
-    console.print()
+        shown.add_row(way, *(format_metric(values, name) for name, values in by_metric.items()))
+    console.print(f"\nall test images, {describe_seeds(len(seeds))}", style="bold")
     console.print(shown)
     console.print(READ_OUTS, style="dim")
     if below := describe_gaps(runs[0], loaded[0][1].get("withheld", {})):
@@ -82,28 +102,31 @@ def _summarise(study: Study, folder: Path, seeds: Sequence[int]) -> None:
     told["gains"] = _gains(study.select, {w: f[study.select] for w, f in figures_of.items()})
     figures = collect_figures(runs, classes, study.select)
     gains = find_gains(figures)
-    show_gains(figures, gains)
+    show_gains(figures, gains, len(seeds))
     told["sites"] = figures
-    told["differences"] = [{**gain._asdict(), "estimate": vars(gain.estimate)} for gain in gains]
+    told["differences"] = [gain.facts() for gain in gains]
     files.write(folder / SUMMARY, json.dumps(told, indent=1))
-    _plot_seeds(study, runs, folder / "comparison.png")
+    images = [next(iter(each.values())).n for each in together]
+    title = title_runs(folders, "ways of training, by site", images)
+    _plot_seeds(study, runs, folder / "comparison.png", title)
 
 
-def _gains(name: str, figures_of: dict[str, list[float | None]]) -> dict[str, object]:
+def _gains(name: str, figures_of: Mapping[str, Sequence[float | None]]) -> dict[str, object]:
     """Federated against local and pooled in the study's metric; printed, and returned."""
     label = METRICS[name].label
     gains: dict[str, object] = {}
-    means = {way: found for way, values in figures_of.items() if (found := t_interval(values))}
-    for way, found in means.items():
-        console.print(f"{label}, {way}: {_interval(found)}")
     for other in ("local", "pooled"):
-        if other in means and (gain := difference(figures_of[FEDERATED], figures_of[other])):
-            gains[f"federated - {other}"] = [gain.value, gain.low, gain.high]
-            console.print(f"{label}, federated − {other}: {_interval(gain)}")
+        if other in figures_of:
+            gain = subtract_seeds(figures_of[FEDERATED], figures_of[other])
+            told = format_seeds(gain, signed=True)
+            console.print(f"{label}, federated − {other}, paired by seed: {told}")
+            if found := gain.estimate:
+                gains[f"federated - {other}"] = [found.value, found.low, found.high]
+    means = {way: found.value for way, x in figures_of.items() if (found := join_seeds(x).estimate)}
     if {"local", "pooled", FEDERATED} <= means.keys():
-        local, federated, pooled = (means[way].value for way in ("local", FEDERATED, "pooled"))
+        local, federated, pooled = (means[way] for way in ("local", FEDERATED, "pooled"))
         closed = gap_closed(name, local=local, federated=federated, pooled=pooled)
-        gap = difference(figures_of["pooled"], figures_of["local"])
+        gap = subtract_seeds(figures_of["pooled"], figures_of["local"]).estimate
         if gap is None or gap.low <= 0 <= gap.high:  # then its share means nothing
             closed, text = None, "these seeds do not tell pooled from local"
         elif closed is None:
@@ -115,35 +138,14 @@ def _gains(name: str, figures_of: dict[str, list[float | None]]) -> dict[str, ob
     return gains
 
 
-def _plot_seeds(study: Study, runs: Sequence[Results], path: Path) -> None:
+def _plot_seeds(study: Study, runs: Sequence[Results], path: Path, title: Title) -> None:
     name, classes = study.select, len(study.classes)
-    estimates: dict[str, dict[str | None, Estimate | None]] = {}
+    found: dict[str, dict[str | None, Seeded]] = {}
     for way in (w for w in runs[0] if all(w in run for run in runs)):
         sites = sorted(set.intersection(*(set(run[way]) for run in runs)))
         shown = sites if len(sites) <= _MOST_SITES_DRAWN else []
-        estimates[way] = {
-            None: t_interval([value(unite_sites(run, classes)[way], name) for run in runs])
-        }
-        estimates[way] |= {s: t_interval([value(r[way][s], name) for r in runs]) for s in shown}
-    plots.plot_comparison(estimates, name, path)
-
-
-def format_mean_sd(values: Sequence[float | None]) -> str:
-    """Format mean ± standard deviation of the figures that are defined; a dash without any."""
-    known = [v for v in values if v is not None]
-    if not known:
-        return "–"
-    spread = f" ± {stdev(known):.3f}" if len(known) > 1 else ""
-    return f"{mean(known):.3f}{spread}"
-
-
-def format_gain(values: Sequence[float | None], base: Sequence[float | None] | None) -> str:
-    """Format the mean of figures, and its paired difference to `base` with a 95 % interval."""
-    known = [figure for figure in values if figure is not None]
-    text = f"{mean(known):.3f}" if known else "–"
-    gain = difference(values, base) if base else None
-    return f"{text} ({gain.value:+.3f}, {gain.low:+.3f} to {gain.high:+.3f})" if gain else text
-
-
-def _interval(estimate: Estimate) -> str:
-    return f"{estimate.value:.3f} (95 % {estimate.low:.3f} to {estimate.high:.3f})"
+        whole = [value(unite_sites(run, classes)[way], name) for run in runs]
+        figures: dict[str | None, list[float | None]] = {None: whole}
+        figures |= {site: [value(run[way][site], name) for run in runs] for site in shown}
+        found[way] = {site: join_seeds(x, METRICS[name].range) for site, x in figures.items()}
+    plots.plot_comparison(found, name, path, title)

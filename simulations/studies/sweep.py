@@ -17,15 +17,23 @@ from common.config.yaml import alternatives
 from common.errors import RunError, StudyError
 from common.metrics.counts import Counts
 from common.metrics.metrics import METRICS, better, value
-from common.metrics.statistics import difference
 from common.support import files
 from common.support.terminal import console, table
+from server.reports.tables import UNDEFINED
+from server.reports.titles import count_validation, title_runs
 from server.rounds.start import check_start
 from server.runs.results import FEDERATED, READ_OUTS, read_results, unite_counts
 from server.runs.run_folder import RunFolder
 from simulations.engines.base import Engine
 from simulations.sites import virtual_sites
-from simulations.studies import plots, runner, summary
+from simulations.studies import plots, runner
+from simulations.studies.over_seeds import (
+    SIGNS,
+    describe_seeds,
+    format_metric,
+    format_seeds,
+    subtract_seeds,
+)
 from simulations.studies.pages import write_page
 from simulations.studies.runner import Source
 
@@ -217,7 +225,7 @@ def _report(tried: dict[Setting, Tried], seeds: Sequence[int], folder: Path) -> 
     console.print()
     console.print(_scores(tried, chosen, select))
     over = ", ".join(map(str, seeds))
-    console.print(f"of the released models, mean ± sd over seeds {over}", style="dim")
+    console.print(f"released models, seeds {over}: {describe_seeds(len(seeds))}", style="dim")
     if chosen:
         console.print(_lead(tried, chosen, select))
     told = {
@@ -232,10 +240,13 @@ def _report(tried: dict[Setting, Tried], seeds: Sequence[int], folder: Path) -> 
     name = chosen.folder.name if chosen else None
     content = {"select": select, "seeds": list(seeds), "chosen": name, "settings": told}
     files.write(folder / "sweep.json", json.dumps(content, indent=1))
+    runs = [RunFolder(s.folder / f"seed-{seed}") for s in tried for seed in seeds]
+    images = [count_validation(run) for run in runs]
     plots.plot_sweep(
         {setting.label: found.scores for setting, found in tried.items()},
         select,
         folder / "sweep.png",
+        title_runs(runs, "settings, by validation", images, "validation images"),
         keys=" · ".join(keys),
         chosen=chosen.label if chosen else None,
     )
@@ -244,26 +255,27 @@ def _report(tried: dict[Setting, Tried], seeds: Sequence[int], folder: Path) -> 
 
 def _scores(tried: dict[Setting, Tried], chosen: Setting | None, select: str) -> Table:
     keys = list(next(iter(tried)).values)
-    shown = table(*keys, f"validation {METRICS[select].label}", "", left=(*keys, ""))
+    columns, left = (*keys, f"validation {METRICS[select].label}", ""), (*keys, "")
+    shown = table(*columns, left=left, signs=SIGNS)
     for setting, found in tried.items():
-        score = "–" if found.score is None else summary.format_mean_sd(found.scores)
+        score = UNDEFINED if found.score is None else format_metric(found.scores, select)
         mark, style = ("chosen", "bold") if setting is chosen else ("", "")
         shown.add_row(*setting.values.values(), score, mark, style=style)
     return shown
 
 
 def _lead(tried: dict[Setting, Tried], chosen: Setting, select: str) -> str:
-    """Say how far the chosen setting is from the next best, with an interval over seeds."""
+    """Say how far the chosen setting is from the next best, on the same seeds."""
     next_best: Setting | None = None
     for setting, found in tried.items():
         score = tried[next_best].score if next_best else None
         if setting is not chosen and better(select, found.score, score):
             next_best = setting
-    gain = next_best and difference(tried[chosen].scores, tried[next_best].scores)
-    if not next_best or not gain:
+    if not next_best:
         return f"chosen: {chosen.label}"
-    interval = f"{gain.value:+.3f} (95 % {gain.low:+.3f} to {gain.high:+.3f}), paired by seed"
-    return f"chosen: {chosen.label}; to the next best, {next_best.label}: {interval}"
+    gain = subtract_seeds(tried[chosen].scores, tried[next_best].scores)
+    told = f"{format_seeds(gain, signed=True)}, paired by seed"
+    return f"chosen: {chosen.label}; to the next best, {next_best.label}: {told}"
 
 
 def _show_test(chosen: Setting | None, tried: dict[Setting, Tried]) -> None:
@@ -275,7 +287,7 @@ def _show_test(chosen: Setting | None, tried: dict[Setting, Tried]) -> None:
     keys = list(chosen.values)
     shown = table(*keys, *(metric.label for metric in METRICS.values()), left=keys)
     test = tried[chosen].test
-    cells = (summary.format_mean_sd([value(counts, name) for counts in test]) for name in METRICS)
+    cells = (format_metric([value(counts, name) for counts in test], name) for name in METRICS)
     shown.add_row(*chosen.values.values(), *cells)
     console.print("\ntest images of all sites", style="bold")
     console.print(shown)

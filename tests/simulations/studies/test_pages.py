@@ -10,8 +10,11 @@ from simulations.studies.pages import write_page
 def test_a_page_shows_what_was_printed_and_drawn(tmp_path: Path) -> None:
     write_plot(lambda figure: None, tmp_path / "drawn.png")
     with console.keep() as shown:
-        printed = table("strategy", "honest", left=("strategy",))
+        signs = {"–": "not defined", "×": "not told"}
+        printed = table("strategy", "honest", left=("strategy",), signs=signs)
+        printed.add_heading("with two of four & more", "")
         printed.add_row("<b>krum</b>", "0.625")
+        printed.add_row("median", "–")
         console.print(printed)
         console.print("in brackets: differences", style="dim")
         console.print("\ntest images", style="bold")
@@ -24,6 +27,8 @@ def test_a_page_shows_what_was_printed_and_drawn(tmp_path: Path) -> None:
         "lies &amp; strategies",
         "&lt;b&gt;krum&lt;/b&gt;",
         '<td class="number">0.625</td>',
+        "with two of four &amp; more",
+        "–: not defined",
         '<p class="note">in brackets: differences</p>',
         "<h2>Test images</h2>",
         "chosen: krum",
@@ -31,5 +36,6 @@ def test_a_page_shows_what_was_printed_and_drawn(tmp_path: Path) -> None:
     ):
         assert words in page
     assert "<b>krum" not in page
+    assert "not told" not in page
     assert "Missing" not in page
     assert "not of the page" not in page

@@ -72,13 +72,23 @@ def test_a_study_at_several_epsilons_is_compared_on_the_same_holdouts(
 
 def test_a_group_is_said_to_lose_more_only_beyond_the_interval_of_pairs_by_seed():
     figures_of = {
-        None: {"old": [0.9, 0.7, 0.8], "young": [0.8, 0.6, 0.9], "few": [None, 0.5, 0.5]},
-        8.0: {"old": [0.7, 0.49, 0.61], "young": [0.7, 0.51, 0.79], "few": [0.1, None, 0.5]},
+        None: {
+            "old": [0.9, 0.7, 0.8, 0.8, 0.8],
+            "young": [0.8, 0.6, 0.9, 0.9, 0.9],
+            "few": [None, 0.5, 0.5, 0.5, 0.5],
+        },
+        8.0: {
+            "old": [0.7, 0.49, 0.61, 0.6, 0.6],
+            "young": [0.7, 0.51, 0.79, 0.8, 0.8],
+            "few": [0.1, None, 0.5, 0.5, 0.5],
+        },
     }
     (line,) = privacy_utility._compare_losses(figures_of)
-    assert line == "ε = 8: old loses 0.100 (0.050 to 0.150) more than young"
+    assert line == "ε = 8: old loses 0.100 (0.082 to 0.118) more than young"
+    three = {e: {name: x[:3] for name, x in by.items()} for e, by in figures_of.items()}
+    assert not list(privacy_utility._compare_losses(three))  # too few seeds to say
     assert not list(privacy_utility._compare_losses({8.0: figures_of[8.0]}))
-    alike = {None: figures_of[None], 8.0: {**figures_of[8.0], "old": [0.7, 0.69, 0.71]}}
+    alike = {None: figures_of[None], 8.0: {**figures_of[8.0], "old": [0.7, 0.69, 0.71, 0.7, 0.7]}}
     assert not list(privacy_utility._compare_losses(alike))
 
 

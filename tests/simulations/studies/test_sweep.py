@@ -120,11 +120,13 @@ def _the_better_is_shown(text: str) -> None:
     assert told()["settings"][told()["chosen"]] == best
     rows = [line for line in text.splitlines() if re.match(r"(0\.001|1\.0e-1) ", line)]
     assert len(rows) == 3  # two scores, and the test figures of one
-    assert f"{best['mean']:.3f} ± " in next(row for row in rows if "chosen" in row)
+    told_scores = ", ".join(f"{score:.3f}" for score in best["validation"])
+    assert told_scores in next(row for row in rows if "chosen" in row)
     assert rows[2].startswith(best["set"]["train.lr"])
-    assert f"{sum(best['test']['accuracy']) / 2:.3f} ± " in rows[2]
-    gap = min(setting["mean"] for setting in settings) - max(s["mean"] for s in settings)
-    assert re.search(rf"to the next best, \S+: {gap:+.3f} \(95 % ", text)
+    assert ", ".join(f"{figure:.3f}" for figure in best["test"]["accuracy"]) in rows[2]
+    (other,) = (setting["validation"] for setting in settings if setting is not best)
+    gaps = ", ".join(f"{a - b:+.3f}" for a, b in zip(best["validation"], other, strict=True))
+    assert f"to the next best, {settings[best is settings[0]]['set']['train.lr']}: {gaps}" in text
     assert "test patients never choose" in text
     assert "two read-outs" in text
     assert "sensitivity per class" not in text  # no run shows its own test figures
