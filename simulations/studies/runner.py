@@ -254,7 +254,8 @@ def _conclude(run: RunFolder, engine: Engine, *, compare: bool) -> dict[str, Evi
     results, facts = read_results(run.path, len(study.classes))
     if compare and "pooled" not in results:
         comparison = _compare(run, results, site_files, engine)
-        results = sort_ways(results | comparison.results)
+        found = {way: sites for way, sites in comparison.results.items() if sites}
+        results = sort_ways(results | found)
         facts |= comparison.facts(PAIRS)
         write_results(run, results, **facts)
     if study.private and "spent" not in facts:
@@ -278,13 +279,13 @@ def _compare(
     """What the study is compared with: local and pooled training, and parts of what it does."""
     study, runtime = run.study, engine.runtime
     comparison = baselines.train_baselines(study, site_files, runtime)
-    if solved := baselines.find_solved(run, site_files, runtime):
-        comparison.test("solved", solved)
     sessions = baselines.open_sessions(study, site_files, runtime)
     comparison.add_told(FEDERATED, told[FEDERATED], dict.fromkeys(sessions, run.path))
     own = {s: name_folder(s.prepared.site, study) for s in sessions}
     comparison.add_told("adapted", told.get("adapted", {}), own)
     if study.model.init == "solved":
+        if solved := baselines.find_solved(run, site_files, runtime):
+            comparison.test("solved", solved)
         plain = _average_from_zero(run, site_files, engine)
         sessions = baselines.open_sessions(plain.study, site_files, runtime)
         averaged = read_results(plain.path, len(study.classes))[0][FEDERATED]
