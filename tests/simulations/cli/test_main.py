@@ -80,6 +80,10 @@ def test_run_compare_predict(command: Command, site_options: list[str], phantoms
     assert list(report["results"]) == ways
     assert set(json.loads(Path("run/sites/hospitals.json").read_text())) == set(PHANTOMS)
     assert Path("run/comparison.png").exists()
+    page = Path("run/report.html").read_text()
+    for words in ("north: ", "test images of", "adapted less local", "one site&#39;s model"):
+        assert words in page
+    assert "not stated" in Path("run/card.md").read_text()
     code, text = command("predict", "run", phantoms / "west/images", "--out", "p.csv")
     assert code == 0, text
     assert "predicted: the decision, which need not be the most probable class" in text
