@@ -23,21 +23,10 @@ WIDTH = 3.6
 _POINTS = 300
 """The most points of a line: more cannot be told apart."""
 
+_LETTERS = 14
+"""Letters of a legend in an inch; before each name a mark takes room of five."""
 _DARK = 0.715
 """The shade from which on white text can be read better than black."""
-
-_SMALL: Any = {
-    "font.size": 8.5,
-    "axes.titlesize": 8.5,
-    "axes.linewidth": 0.6,
-    "grid.linewidth": 0.6,
-    "xtick.major.width": 0.6,
-    "ytick.major.width": 0.6,
-    "legend.handlelength": 1.3,
-    "legend.columnspacing": 1.2,
-    "figure.constrained_layout.w_pad": 0.03,
-    "figure.constrained_layout.h_pad": 0.03,
-}
 
 
 def draw_figure(draw: Callable[[Canvas], None], title: str, caption: str = "") -> Figure:
@@ -49,7 +38,7 @@ def draw_figure(draw: Callable[[Canvas], None], title: str, caption: str = "") -
       caption: What the reader should know.
     """
     # The salt keeps names in the SVG apart from those of other figures on the page.
-    style = {**STYLE, **_SMALL, "svg.fonttype": "none", "svg.hashsalt": title}
+    style = {**STYLE, "svg.fonttype": "none", "svg.hashsalt": title}
     text = StringIO()
     with mpl.rc_context(style), warnings.catch_warnings():
         # A browser has the letters that the font measured with lacks.
@@ -61,14 +50,24 @@ def draw_figure(draw: Callable[[Canvas], None], title: str, caption: str = "") -
     return Figure(title, tidy_svg(text.getvalue(), (width, height), title), caption)
 
 
-def add_legend(canvas: Canvas, handles: Mapping[str, Artist], title: str | None = None) -> None:
-    """Explain marks and lines above the plots, in as many columns as their names leave room for."""
+def add_legend(
+    canvas: Canvas, handles: Mapping[str, Artist], title: str | None = None, *, below: bool = False
+) -> None:
+    """Explain marks and lines, in as many columns as their names leave room for.
+
+    Args:
+      canvas: to draw on.
+      handles: mark or line → what it means.
+      title: of the legend.
+      below: Whether it stands below the plots, as where a title stands above them.
+    """
+    columns = int(canvas.get_figwidth() * _LETTERS / (5 + max(map(len, handles))))
     canvas.legend(
         list(handles.values()),
         list(handles),
         title=title,
-        loc="outside upper center",
-        ncols=min(3 if max(map(len, handles)) <= 11 else 2, len(handles)),
+        loc="outside lower center" if below else "outside upper center",
+        ncols=max(1, min(columns, len(handles))),
     )
 
 

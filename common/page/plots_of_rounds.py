@@ -1,6 +1,6 @@
 """Plots of how a study went, over its rounds."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,8 @@ Row = Mapping[str, Any]
 def plot_learning(rows: Sequence[Row], metric: str, of: str) -> Figure | None:
     """Plot validation and training loss over the rounds: overall thick, each site thin.
 
+    None where figures of one round alone were told, or none.
+
     Args:
       rows: one per round and site, with the keys `round`, `site` (None for overall), `loss` (of
         training in that round), `model_round` (rounds behind the model that was validated) and
@@ -27,7 +29,7 @@ def plot_learning(rows: Sequence[Row], metric: str, of: str) -> Figure | None:
       metric: the metric of validation, its name in METRICS.
       of: what was trained, in words.
     """
-    keys = [key for key in (metric, "loss") if any(row.get(key) is not None for row in rows)]
+    keys = list_drawn(rows, (metric, "loss"))
     if not keys:
         return None
 
@@ -38,14 +40,33 @@ def plot_learning(rows: Sequence[Row], metric: str, of: str) -> Figure | None:
     return draw_figure(draw, f"Learning over the rounds: {of}")
 
 
+def list_drawn(rows: Sequence[Row], keys: Iterable[str]) -> list[str]:
+    """List the keys that have figures; none where no key has figures of two rounds, a line."""
+    rounds = {key: {x["model_round"] for x in rows if x.get(key) is not None} for key in keys}
+    return [key for key, found in rounds.items() if found and max(map(len, rounds.values())) > 1]
+
+
 def draw_curves(
-    canvas: Canvas, panels: Sequence[Axes], rows: Sequence[Row], keys: Sequence[str]
+    canvas: Canvas,
+    panels: Sequence[Axes],
+    rows: Sequence[Row],
+    keys: Sequence[str],
+    *,
+    below: bool = False,
 ) -> None:
-    """Draw each key of `rows` over the rounds on a panel of its own, with one legend for all."""
+    """Draw each key of `rows` over the rounds on a panel of its own, with one legend for all.
+
+    Args:
+      canvas: of the panels.
+      panels: one of each key.
+      rows: as of `plot_learning`.
+      keys: with a figure in some row.
+      below: Whether the legend stands below the panels.
+    """
     for axes, key in zip(panels, keys, strict=True):
         _draw_key(axes, rows, key)
     lines = {str(line.get_label()): line for axes in panels for line in axes.get_lines()}
-    add_legend(canvas, {name: line for name, line in lines.items() if name != "_"})
+    add_legend(canvas, {name: line for name, line in lines.items() if name != "_"}, below=below)
 
 
 def _draw_key(axes: Axes, rows: Sequence[Row], key: str) -> None:

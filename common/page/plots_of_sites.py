@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 
@@ -24,6 +25,9 @@ Site = str | None
 Shown = TypeVar("Shown")
 
 OVERALL = "overall"
+_NOTHING = "withheld, or no images of a class"
+_DOTS: Any = {"ls": "", "ms": 4}
+_ASIDE: Any = {"ha": "center", "va": "center", "fontsize": 7}
 _LONGEST = 16
 """Characters of a name beside a plot."""
 
@@ -97,21 +101,15 @@ def plot_estimates(
         return None
 
     def draw(canvas: Canvas) -> None:
-        draw_estimates(canvas, ways, metric)
+        draw_by_site(canvas, ways, label_metric(metric), draw_estimate)
 
     return draw_figure(draw, f"{_name(metric)} by site: {of}", f"Lines are {spread}.")
 
 
-def draw_estimates(
-    canvas: Canvas, ways: Mapping[str, Mapping[Site, Estimate | None]], metric: str
-) -> None:
-    """Draw what `plot_estimates` shows."""
-
-    def mark(axes: Axes, y: float, found: Estimate, style: dict[str, Any]) -> None:
-        axes.hlines(y, found.low, found.high, color=style["color"], lw=1.2)
-        axes.plot(found.value, y, **style)
-
-    _draw_by_site(canvas, ways, metric, mark)
+def draw_estimate(axes: Axes, y: float, found: Estimate, style: Mapping[str, Any]) -> None:
+    """Draw a mark with its interval at a height."""
+    axes.hlines(y, found.low, found.high, color=style["color"], lw=1.2)
+    axes.plot(found.value, y, **style)
 
 
 def plot_seeds(
@@ -132,55 +130,57 @@ def plot_seeds(
         return None
 
     def draw(canvas: Canvas) -> None:
-        draw_seeds(canvas, known, metric)
+        draw_by_site(canvas, known, label_metric(metric), draw_values)
 
     return draw_figure(draw, f"{_name(metric)} by site: {of}", "Each mark is one seed.")
 
 
-def draw_seeds(
-    canvas: Canvas, ways: Mapping[str, Mapping[Site, Sequence[float]]], metric: str
-) -> None:
-    """Draw what `plot_seeds` shows."""
-
-    def mark(axes: Axes, y: float, values: Sequence[float], style: dict[str, Any]) -> None:
-        axes.plot(values, np.full(len(values), y), **{**style, "mfc": "none"})
-
-    _draw_by_site(canvas, ways, metric, mark)
+def draw_values(axes: Axes, y: float, values: Sequence[float], style: Mapping[str, Any]) -> None:
+    """Draw a hollow mark for each value at a height."""
+    axes.plot(values, np.full(len(values), y), **{**style, "mfc": "none"})
 
 
-def _draw_by_site(
+def draw_by_site(
     canvas: Canvas,
     ways: Mapping[str, Mapping[Site, Shown | None]],
-    metric: str,
-    mark: Callable[[Axes, float, Shown, dict[str, Any]], None],
+    label: str,
+    mark: Callable[[Axes, float, Shown, Mapping[str, Any]], None],
+    *,
+    below: bool = False,
 ) -> None:
-    """Draw a row for each site, overall first, and in it a line below another for each way."""
+    """Draw a row for each site, overall first, and in it a line below another for each way.
+
+    Args:
+      canvas: to draw on.
+      ways: way (at most six) → site → what `mark` draws; nothing, if None or empty.
+      label: of the axis.
+      mark: draws it on axes, at a height, in the way's style.
+      below: Whether the legend stands below the plot.
+    """
     found = dict.fromkeys(site for by_site in ways.values() for site in by_site)
     sites = sorted(found, key=lambda site: site is not None)
     names = shorten_names((site for site in sites if site is not None), _LONGEST)
     labels = shorten_names(ways, _LONGEST)
     canvas.set_size_inches(WIDTH, 1 + (0.1 + 0.08 * len(ways)) * len(sites))
     axes = canvas.subplots()
-    handles = []
-    for index, by_site in enumerate(ways.values()):
-        style: dict[str, Any] = {
-            "color": COLOURS[index],
-            "marker": MARKERS[index],
-            "ls": "",
-            "ms": 4,
-        }
-        handles += axes.plot([], [], **style)
+    handles: dict[str, Artist] = {}
+    for index, (way, by_site) in enumerate(ways.items()):
+        style: dict[str, Any] = {"color": COLOURS[index], "marker": MARKERS[index]} | _DOTS
+        (handles[labels[way]],) = axes.plot([], [], **style)
         shift = (index - (len(ways) - 1) / 2) * 0.75 / len(ways)
         for y, site in enumerate(sites):
-            if (known := by_site.get(site)) is not None:
+            if known := by_site.get(site):
                 mark(axes, y + shift, known, style)
+    for y, site in enumerate(sites):
+        if not any(by_site.get(site) for by_site in ways.values()):
+            axes.text(0.5, y, _NOTHING, transform=axes.get_yaxis_transform(), **_ASIDE)
     _name_rows(axes, [OVERALL if site is None else names[site] for site in sites])
     if None in found:
         axes.axhspan(-0.5, 0.5, color=PALEST, zorder=0, lw=0)
         axes.get_yticklabels()[0].set_fontweight("bold")
-    axes.set_xlabel(label_metric(metric))
+    axes.set_xlabel(label)
     axes.grid(axis="x")
-    add_legend(canvas, dict(zip((labels[way] for way in ways), handles, strict=True)))
+    add_legend(canvas, handles, below=below)
 
 
 def plot_cross_sites(

@@ -18,12 +18,15 @@ INK, GREY, PALE, PALEST = "#222222", "#9AA0A6", "#E3E6E9", "#F3F4F6"
 
 _LETTERS = 15
 """Letters of a title in an inch."""
+_LINE = 0.175
+"""Inches of a line of a title."""
 
 STYLE: Any = {
-    "font.size": 10,
+    "font.size": 8.5,
     "text.color": INK,
     "axes.labelcolor": INK,
-    "axes.titlesize": 11,
+    "axes.titlesize": 8.5,
+    "axes.linewidth": 0.6,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
     "axes.spines.top": False,
@@ -32,11 +35,16 @@ STYLE: Any = {
     "axes.axisbelow": True,
     "xtick.color": INK,
     "ytick.color": INK,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
     "grid.color": PALE,
+    "grid.linewidth": 0.6,
     "legend.frameon": False,
-    "figure.constrained_layout.w_pad": 0.1,
-    "figure.constrained_layout.h_pad": 0.1,
-    "savefig.dpi": 150,
+    "legend.handlelength": 1.3,
+    "legend.columnspacing": 1.2,
+    "figure.constrained_layout.w_pad": 0.03,
+    "figure.constrained_layout.h_pad": 0.03,
+    "savefig.dpi": 200,
     "text.parse_math": False,  # names of sites and classes are text, never formulas
 }
 
@@ -66,6 +74,6 @@ def _write_title(figure: Figure, title: Title) -> None:
     Above the axes, so legends stand elsewhere.
     """
     letters = int(figure.get_figwidth() * _LETTERS)
-    lines = [textwrap.wrap(title.what, int(letters * 0.8)), textwrap.wrap(title.of, letters)]
-    what, of = ("\n".join(part) for part in lines)
-    figure.suptitle(f"{what}\n{of}", x=0.01, ha="left", size=9, linespacing=1.4)
+    lines = [line for part in title for line in textwrap.wrap(part, letters)]
+    figure.suptitle("\n".join(lines), x=0.01, ha="left", size=9, linespacing=1.4)
+    figure.set_figheight(figure.get_figheight() + _LINE * len(lines))

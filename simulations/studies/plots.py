@@ -10,11 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from common.metrics.metrics import label_metric
-from common.support.plot_style import COLOURS, GREY, INK, MARKERS, PALEST, Title, write_plot
+from common.page.plots_of_sites import draw_by_site, draw_estimate, draw_values
+from common.support.plot_style import COLOURS, INK, MARKERS, PALEST, Title, write_plot
 from simulations.studies.over_seeds import Seeded
-
-_NOTHING = "no figure: withheld, or no test images of a class"
-_ASIDE: Any = {"ha": "center", "va": "center", "color": GREY, "fontsize": 8}
 
 
 def plot_comparison(
@@ -35,27 +33,14 @@ def plot_comparison(
     if not any(figures.known for figures in every):
         path.unlink(missing_ok=True)
         return
-    found = dict.fromkeys(site for by_site in results.values() for site in by_site)
-    rows = sorted(found, key=lambda site: site is not None)
+    known = {
+        way: {site: figures if figures.known else None for site, figures in by_site.items()}
+        for way, by_site in results.items()
+    }
 
     def draw(figure: Figure) -> None:
-        figure.set_size_inches(7, 1.4 + (0.12 + 0.16 * len(results)) * len(rows))
-        axes = figure.subplots()
-        for index, (setting, by_site) in enumerate(results.items()):
-            shift = (index - (len(results) - 1) / 2) * 0.7 / len(results)
-            _dots(axes, rows, by_site, shift, setting, COLOURS[index], MARKERS[index])
-        axes.set_yticks(range(len(rows)), [site or "overall" for site in rows])
-        for y, site in enumerate(rows):
-            if not any(site in by_site and by_site[site].known for by_site in results.values()):
-                axes.text(0.5, y, _NOTHING, transform=axes.get_yaxis_transform(), **_ASIDE)
-        if None in found:
-            axes.axhspan(-0.5, 0.5, color=PALEST, zorder=0, lw=0)
-            axes.get_yticklabels()[0].set_fontweight("bold")
-        axes.set_ylim(len(rows) - 0.5, -0.5)
-        axes.tick_params(axis="y", length=0)
-        axes.set_xlabel(f"{label_metric(metric)}, {_explain(every)}")
-        axes.grid(axis="x")
-        figure.legend(loc="outside lower center", ncols=min(3, len(results)))
+        label = f"{label_metric(metric)}, {_explain(every)}"
+        draw_by_site(figure, known, label, _mark, below=True)
 
     write_plot(draw, path, title)
 
@@ -188,26 +173,12 @@ def plot_sweep(
     write_plot(draw, path, title)
 
 
-def _dots(
-    axes: Axes,
-    rows: Sequence[str | None],
-    by_site: Mapping[str | None, Seeded],
-    shift: float,
-    setting: str,
-    colour: str,
-    marker: str,
-) -> None:
-    """The figures of one way of training; without intervals, the figure of each seed."""
-    style: Any = {"color": colour, "ms": 6, "mec": "white", "mew": 0.8}
-    axes.plot([], [], marker, label=setting, **style)
-    for y, site in enumerate(rows):
-        found = by_site.get(site, Seeded(()))
-        if found.estimate:
-            low, high = found.estimate.low, found.estimate.high
-            axes.hlines(y + shift, low, high, color=colour, lw=1.8)
-            axes.plot(found.estimate.value, y + shift, marker, **style)
-        else:
-            axes.plot(found.known, [y + shift] * len(found.known), marker, alpha=0.7, **style)
+def _mark(axes: Axes, y: float, found: Seeded, style: Mapping[str, Any]) -> None:
+    """Draw the mean with its interval or, of few seeds, the figure of each."""
+    if found.estimate:
+        draw_estimate(axes, y, found.estimate, style)
+    else:
+        draw_values(axes, y, found.known, style)
 
 
 def _explain(every: Sequence[Seeded]) -> str:
