@@ -14,7 +14,7 @@ Verdict = Literal["better", "worse", "unsure"]
 _WORDS: dict[Verdict, str] = {
     "better": "the {} model is better than one of the site's patients alone",
     "worse": "the {} model is worse than one of the site's patients alone",
-    "unsure": "these patients cannot tell the {} model from one of the site's patients alone",
+    "unsure": "the {} model cannot be told from one of the site's patients alone",
 }
 
 

@@ -14,14 +14,13 @@ from common.page.plots_of_rounds import plot_learning
 from common.page.plots_of_sites import plot_cross_sites, plot_differences, plot_estimates
 from server.evidence.facts import RunFacts
 from server.evidence.performance import OVERALL, Estimates
-from server.evidence.verdicts import find_gain
+from server.evidence.verdicts import list_gains
 from server.runs.results import FEDERATED, unite_sites
 
 
 def draw_gains(facts: RunFacts, estimates: Estimates) -> Iterator[Figure]:
     """Draw whom federating helped, and how each way of training does at each site."""
     select = facts.study.select
-    gains = [(name, find_gain(facts, found)) for name, found in facts.evidence.items()]
     by_way = {
         way: {
             None if site == OVERALL else site: found[way][select]
@@ -31,7 +30,7 @@ def draw_gains(facts: RunFacts, estimates: Estimates) -> Iterator[Figure]:
         for way in facts.results
     }
     yield from _there(
-        plot_differences(gains, select, (facts.own_way, "local"), "test patients"),
+        plot_differences(list_gains(facts), select, (facts.own_way, "local"), "test patients"),
         plot_estimates(by_way, select, "test patients"),
         _draw_cross(facts),
     )
