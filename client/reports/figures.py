@@ -5,12 +5,11 @@ from collections.abc import Iterator
 from client.reports.outcome import SiteOutcome
 from common.metrics.by_patient import Evidence
 from common.metrics.calibration import brier_interval, calibration
-from common.metrics.counts import Counts
-from common.metrics.metrics import METRICS, class_auroc, value
-from common.metrics.statistics import Estimate, class_shares
+from common.metrics.metrics import METRICS, value
 from common.metrics.verdicts import Verdict, judge_own
 from common.page.blocks import Block, Table, Text, Tone
 from common.page.plots_of_counts import plot_confusion, plot_reliability, plot_roc
+from common.page.tables import format_estimate, format_figure, tabulate_classes
 from common.support.seeds import derive
 
 _TONES: dict[Verdict, Tone] = {"better": "good", "worse": "bad", "unsure": "unsure"}
@@ -45,10 +44,10 @@ def tabulate_ways(outcome: SiteOutcome, evidence: Evidence) -> Iterator[Block]:
     rows = [
         [
             way,
-            *(_show(evidence.figures[way][name]) for name in names),
-            _figure(value(counts, "accuracy")),
-            _show(brier_interval(counts)),
-            _figure(found.error if (found := calibration(counts)) else None),
+            *(format_estimate(evidence.figures[way][name]) for name in names),
+            format_figure(value(counts, "accuracy")),
+            format_estimate(brier_interval(counts)),
+            format_figure(found.error if (found := calibration(counts)) else None),
         ]
         for way, counts in outcome.counts.items()
     ]
@@ -59,7 +58,7 @@ def tabulate_ways(outcome: SiteOutcome, evidence: Evidence) -> Iterator[Block]:
     pairs = [
         [
             f"{pair.first} less {pair.second}",
-            *(_show(pair.differences[name], signed=True) for name in names),
+            *(format_estimate(pair.differences[name], signed=True) for name in names),
             *map(str, pair.joint),
         ]
         for pair in evidence.pairs
@@ -73,8 +72,8 @@ def tabulate_ways(outcome: SiteOutcome, evidence: Evidence) -> Iterator[Block]:
 def show_classes(outcome: SiteOutcome) -> Iterator[Block]:
     """How the model that the hospital is left with calls each class."""
     study, way, counts = outcome.prepared.study, outcome.way, outcome.counts[outcome.way]
-    yield _tabulate_classes(counts, study.classes, way)
     of = f"the {way} model"
+    yield tabulate_classes(counts, study.classes, of.capitalize())
     seed = derive(study.seed, outcome.prepared.site.name, "page")
     pictures = (
         plot_confusion(counts, study.classes, of),
@@ -82,30 +81,3 @@ def show_classes(outcome: SiteOutcome) -> Iterator[Block]:
         plot_reliability(counts, study.classes, of, seed=seed),
     )
     yield from (picture for picture in pictures if picture is not None)
-
-
-def _tabulate_classes(counts: Counts, classes: tuple[str, ...], way: str) -> Table:
-    shares = class_shares(counts)
-    rows = [
-        [
-            name,
-            str(counts.confusion[k].sum()),
-            *(_show(found[k]) for found in shares.values()),
-            _figure(class_auroc(counts, k)),
-        ]
-        for k, name in enumerate(classes)
-    ]
-    heads = [name.upper() if name.endswith("pv") else name for name in shares]
-    caption = f"The {way} model; 95 % Wilson intervals, by image"
-    return Table(("class", "images", *heads, "AUROC"), rows, caption=caption)
-
-
-def _show(found: Estimate | None, *, signed: bool = False) -> str:
-    if found is None:
-        return "undefined"
-    sign = "+" if signed else ""
-    return f"{found.value:{sign}.3f} ({found.low:{sign}.3f} to {found.high:{sign}.3f})"
-
-
-def _figure(number: float | None) -> str:
-    return "undefined" if number is None else f"{number:.3f}"

@@ -12,13 +12,12 @@ from common.metrics.counts import Counts
 from common.metrics.curves import apply_threshold, choose_threshold
 from common.metrics.metrics import (
     METRICS,
-    average_precision,
     brier_score,
-    class_auroc,
     value,
 )
-from common.metrics.statistics import Estimate, class_shares, intervals, wilson
+from common.metrics.statistics import Estimate, intervals, wilson
 from common.page.blocks import Table
+from common.page.tables import format_estimate, format_figure, tabulate_classes
 from server.evidence.facts import RunFacts
 from server.runs.results import FEDERATED, compute_calibration_error, unite_sites
 
@@ -52,9 +51,9 @@ def tabulate_sites(facts: RunFacts, estimates: Estimates) -> Table:
             "" if i else site,
             way,
             f"about {max(counts.n, 0)}" if counts.noise else str(counts.n),
-            *(_show(estimates[site][way][name]) for name in names),
-            *map(_figure, (value(counts, "accuracy"), brier_score(counts))),
-            _figure(compute_calibration_error(counts)),
+            *(format_estimate(estimates[site][way][name]) for name in names),
+            *map(format_figure, (value(counts, "accuracy"), brier_score(counts))),
+            format_figure(compute_calibration_error(counts)),
         ]
         for site, ways in _by_site(facts).items()
         for i, (way, counts) in enumerate(ways.items())
@@ -65,25 +64,13 @@ def tabulate_sites(facts: RunFacts, estimates: Estimates) -> Table:
     return Table(heads, rows, left=2, caption=caption)
 
 
-def tabulate_classes(facts: RunFacts) -> Iterator[Table]:
+def show_classes(facts: RunFacts) -> Iterator[Table]:
     """How the released model calls each class, over all sites."""
     counts = unite_sites(facts.results, len(facts.study.classes))[FEDERATED]
     if counts.n <= 0:
         return
-    shares = class_shares(counts)
-    rows = [
-        [
-            name,
-            str(counts.confusion[k].sum()),
-            *(_show(found[k]) for found in shares.values()),
-            _figure(class_auroc(counts, k)),
-            _figure(average_precision(counts, k)),
-        ]
-        for k, name in enumerate(facts.study.classes)
-    ]
-    heads = [name.upper() if name.endswith("pv") else name for name in shares]
-    caption = "The released model on test images of all sites; 95 % Wilson intervals, by image"
-    yield Table(("class", "images", *heads, "AUROC", "AP"), rows, caption=caption)
+    of = "The released model on test images of all sites"
+    yield tabulate_classes(counts, facts.study.classes, of)
     yield from _tabulate_thresholds(facts)
     yield from _tabulate_calibration(facts, counts)
 
@@ -107,7 +94,7 @@ def _tabulate_thresholds(facts: RunFacts) -> Iterator[Table]:
 def _judge_threshold(counts: Counts, k: int, threshold: float) -> list[str]:
     cells = apply_threshold(counts, k, threshold)
     found = wilson(cells.tp, cells.tp + cells.fn), wilson(cells.tn, cells.tn + cells.fp)
-    return [_show(share) for share in found]
+    return [format_estimate(share) for share in found]
 
 
 def _tabulate_calibration(facts: RunFacts, counts: Counts) -> Iterator[Table]:
@@ -117,14 +104,19 @@ def _tabulate_calibration(facts: RunFacts, counts: Counts) -> Iterator[Table]:
         return
     perfect = expected_error_if_perfect(counts, seed=facts.study.seed)
     rows = [
-        ["Brier score (0 is perfect)", _show(brier_interval(counts))],
-        ["calibration error (ECE, by class)", _figure(found.error)],
-        ["that of a perfect model on so few images", _figure(perfect)],
-        ["root mean square error, without chance", _figure(found.debiased)],
+        ["Brier score (0 is perfect)", format_estimate(brier_interval(counts))],
+        ["calibration error (ECE, by class)", format_figure(found.error)],
+        ["that of a perfect model on so few images", format_figure(perfect)],
+        ["root mean square error, without chance", format_figure(found.debiased)],
     ]
     for k, name in enumerate(facts.study.classes):
         slope, at = calibration_slope(counts, k) or (None, None)
-        rows.append([f"{name}: slope and intercept (1 and 0)", f"{_figure(slope)}, {_figure(at)}"])
+        rows.append(
+            [
+                f"{name}: slope and intercept (1 and 0)",
+                f"{format_figure(slope)}, {format_figure(at)}",
+            ]
+        )
     yield Table(("probabilities", "of the released model"), rows, caption="Calibration")
 
 
@@ -141,13 +133,3 @@ def _estimate(
     if evidence and way in evidence.figures:
         return evidence.figures[way]
     return intervals(counts, names, seed=facts.study.seed, draws=_DRAWS)
-
-
-def _show(estimate: Estimate | None) -> str:
-    if estimate is None:
-        return "not told"
-    return f"{estimate.value:.3f} ({estimate.low:.3f} to {estimate.high:.3f})"
-
-
-def _figure(number: float | None) -> str:
-    return "not told" if number is None else f"{number:.3f}"

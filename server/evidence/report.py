@@ -12,7 +12,7 @@ from server.evidence.limits import list_limits
 from server.evidence.performance import (
     Estimates,
     estimate_figures,
-    tabulate_classes,
+    show_classes,
     tabulate_sites,
 )
 from server.evidence.pictures import draw_gains, draw_released, draw_rounds
@@ -53,7 +53,7 @@ def compose_sections(
     return [
         Section(question, list(judge_sites(facts))),
         Section("Figures on test patients", [tabulate_sites(facts, estimates)]),
-        Section("By class", list(tabulate_classes(facts))),
+        Section("By class", list(show_classes(facts))),
         *groups,
         Section("What the model is for", [describe_use(facts)]),
         Section("Limits of this evidence", [Text(line) for line in list_limits(facts)]),

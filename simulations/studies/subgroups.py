@@ -19,9 +19,10 @@ from common.config.study import Study
 from common.errors import StudyError, did_you_mean
 from common.metrics.counts import Counts
 from common.metrics.metrics import METRICS
-from common.metrics.statistics import Estimate, intervals
+from common.metrics.statistics import intervals
 from common.model.inference import load_model
 from common.page.blocks import Block, Section, Table, Text
+from common.page.tables import format_estimate
 from server.runs.results import FEDERATED, read_results
 from server.runs.run_folder import RunFolder
 from simulations.sites import virtual_sites
@@ -84,19 +85,16 @@ def _tabulate(column: str, groups: Mapping[str, Subgroup]) -> Iterator[Block]:
     names = ("accuracy", "balanced_accuracy", "auroc")
     rows = [
         [name, str(group.patients), str(group.counts.n)]
-        + [_format(intervals(group.counts, names, seed=0, draws=200)[metric]) for metric in names]
+        + [
+            format_estimate(intervals(group.counts, names, seed=0, draws=200)[metric])
+            for metric in names
+        ]
         for name, group in shown.items()
     ]
     heads = (column, "patients", "images", *(METRICS[name].label for name in names))
     yield Table(heads, rows, caption=f"The released model by {column}; 95 % intervals, by image")
     if few := [name for name, group in groups.items() if group.patients and name not in shown]:
         yield Text(f"Fewer than {LEAST} test patients, so not shown: {', '.join(few)}.", "note")
-
-
-def _format(estimate: Estimate | None) -> str:
-    if estimate is None:
-        return "undefined"
-    return f"{estimate.value:.3f} ({estimate.low:.3f} to {estimate.high:.3f})"
 
 
 def _find(columns: Sequence[str], records: Iterable[Record]) -> dict[str, dict[str, str]]:
