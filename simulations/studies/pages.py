@@ -50,23 +50,20 @@ def _cut(shown: Sequence[Shown]) -> Iterator[Section]:
             if blocks:
                 yield Section(title, blocks)
             title, blocks = what.strip().capitalize(), []
-        elif block := _convert(what, style):
-            blocks.append(block)
+        else:
+            blocks += _convert(what, style)
     if blocks:
         yield Section(title, blocks)
 
 
-def _convert(what: object, style: str) -> Block | None:
+def _convert(what: object, style: str) -> list[Block]:
     if isinstance(what, FittedTable):
         left = [column.justify == "left" for column in what.columns]
-        return Table(
-            [str(column.header) for column in what.columns],
-            [*what.list_rows()],
-            left=(*left, False).index(False),
-            caption="; ".join(what.explain_signs()),
-        )
+        heads = [str(column.header) for column in what.columns]
+        shown = Table(heads, [*what.list_rows()], left=(*left, False).index(False))
+        return [shown, *(Text(line, "note") for line in what.explain_signs())]
     text = str(what).strip()
-    return Text(text, "note" if style == "dim" else "plain") if text else None
+    return [Text(text, "note" if style == "dim" else "plain")] if text else []
 
 
 def _embed(title: str, path: Path) -> Figure:
