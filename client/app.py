@@ -300,9 +300,8 @@ class Handlers:
             solved = sums, request.solved.shrinkage
         received = network.digest(released)
         rounds, ends = (opened.ledger.models(study.id, kind) for kind in ("round", "final"))
-        told = agreed.disclosure.metrics == "every_round" and received in rounds
-        if not told and (request.solved or request.read_out != AS_IT_IS):
-            # What is told depends on these, too.
+        if request.solved or request.read_out != AS_IT_IS:
+            # What is told depends on these, too, and no round told it.
             beside = [request.solved.digest if request.solved else "", request.read_out.facts()]
             received = hashlib.sha256(json.dumps([received, *beside]).encode()).hexdigest()
         given = opened.ledger.models(study.id, "sums", "prototypes")

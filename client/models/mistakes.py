@@ -7,7 +7,7 @@ from PIL import Image
 
 from client.data.records import Record
 from client.models.evaluating import Evaluated
-from common.model.explaining import compute_cam, draw_cam
+from common.model.explaining import compute_cam, draw_cam, save_picture
 from common.model.inference import ReleasedModel
 
 _MOST, _COLUMNS = 12, 2
@@ -51,7 +51,7 @@ def draw_mistakes(model: ReleasedModel, mistakes: list[Mistake], folder: Path) -
         sheet.paste(picture, (column * width, row * height))
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     path = folder / "mistakes.png"
-    sheet.save(path)
+    save_picture(sheet, path)
     return path
 
 

@@ -3,7 +3,9 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, StrictInt
 
 from common.config.study import ClassName, Name, Sha256, Study, Word
 from common.config.yaml import Section, YamlFile
@@ -22,7 +24,7 @@ class HeadLayers(Section):
 
     centre: bool
     unit: bool
-    directions: int | None
+    directions: Annotated[StrictInt, Field(ge=2, le=512)] | None
 
 
 class Description(YamlFile):
@@ -30,8 +32,8 @@ class Description(YamlFile):
 
     format: Literal["consilium model 1"] = "consilium model 1"
     study: Name
-    study_id: str
-    classes: tuple[ClassName, ...]
+    study_id: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
+    classes: Annotated[tuple[ClassName, ...], Field(min_length=2, max_length=1000)]
     """The names of its outputs, in their order."""
     backbone: Word
     head: HeadLayers
@@ -61,10 +63,14 @@ def read_description(folder: Path) -> Description:
     if not (folder / WEIGHTS).is_file():
         raise _explain_absence(folder)
     if (folder / DESCRIPTION).is_file():
-        return _read_exported(folder / DESCRIPTION)
-    if (folder / STUDY).is_file():
-        return _describe_run(Study.read(folder / STUDY), _read_out(folder))
-    raise _explain_absence(folder)
+        about = _read_exported(folder / DESCRIPTION)
+    elif (folder / STUDY).is_file():
+        about = _describe_run(Study.read(folder / STUDY), _read_out(folder))
+    else:
+        raise _explain_absence(folder)
+    if not about.read_out.good(len(about.classes)):
+        raise RunError(folder, expected="a read-out of the model's classes", got="another")
+    return about
 
 
 def _describe_run(study: Study, read_out: ReadOut) -> Description:
@@ -87,7 +93,7 @@ def _describe_run(study: Study, read_out: ReadOut) -> Description:
 def _read_exported(path: Path) -> Description:
     try:
         return Description.parse(json.loads(path.read_text("utf-8")), str(path), RunError)
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         raise RunError(path, expected="a model's description", got="a damaged one") from None
 
 
@@ -119,5 +125,5 @@ def _read_out(folder: Path) -> ReadOut:
         return ReadOut(float(told["temperature"]), tuple(map(float, told["log_prior"])))
     except FileNotFoundError:
         return AS_IT_IS
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise RunError(path, expected="the model's read-out", got="a damaged one") from None

@@ -1,5 +1,6 @@
 """Where in an image the last features react for a class: Grad-CAM, laid over the image."""
 
+from io import BytesIO
 from pathlib import Path
 
 import matplotlib
@@ -13,6 +14,7 @@ from common.errors import RunError
 from common.model import backbones
 from common.model.inference import ReleasedModel
 from common.model.predicting import Prediction
+from common.support import files
 
 CAVEAT = "Grad-CAM shows where the last features react, not why."
 _COLOURS, _ALPHA = "magma", 0.45
@@ -77,6 +79,13 @@ def draw_cam(square: Tensor, cam: Tensor, caption: str) -> Image.Image:
     return page
 
 
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """Write a picture of a patient, which this user alone can read."""
+    content = BytesIO()
+    picture.save(content, "PNG")
+    files.write(path, content.getvalue(), mode=0o600, durable=False)
+
+
 class Explainer:
     """Writes a picture of each image whose prediction it is given.
 
@@ -102,8 +111,9 @@ class Explainer:
         cam = compute_cam(self._model, each.square, each.called)
         inside = each.path.relative_to(self._images)
         path = self._out / inside.with_name(f"{inside.name}.cam.png")
+        self._out.mkdir(mode=0o700, parents=True, exist_ok=True)
         path.parent.mkdir(parents=True, exist_ok=True)
-        draw_cam(each.square, cam, describe_prediction(self._model, each)).save(path)
+        save_picture(draw_cam(each.square, cam, describe_prediction(self._model, each)), path)
 
 
 def describe_prediction(model: ReleasedModel, each: Prediction) -> str:

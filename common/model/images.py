@@ -3,13 +3,14 @@
 import io
 import math
 from dataclasses import dataclass, field, replace
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
+from pydantic import Field
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as vision
@@ -86,6 +87,11 @@ def _rgb(image: Image.Image) -> NDArray[np.uint8]:
     return np.array(image.convert("RGB"))
 
 
+# What a description of somebody else's making may ask of this machine.
+_Side = Annotated[int, Field(ge=1, le=1024)]
+_Deviation = Annotated[float, Field(gt=0)]
+
+
 @dataclass(frozen=True)
 class Preprocess:
     """From an image file to a backbone's input.
@@ -99,10 +105,10 @@ class Preprocess:
       version: raised whenever the same file comes to give other pixels, or other views.
     """
 
-    resize: int
-    crop: int
+    resize: _Side
+    crop: _Side
     mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    std: tuple[_Deviation, _Deviation, _Deviation]
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     version: int = field(default=2, init=False)
 

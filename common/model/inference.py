@@ -109,6 +109,8 @@ def load_model(run: str | Path) -> ReleasedModel:
         if about.sha256 not in (None, hashlib.sha256(content).hexdigest()):
             raise OSError("another file")
         network.load_state_dict(load(content))
+        if not all(tensor.isfinite().all() for tensor in network.state_dict().values()):
+            raise OSError("numbers that are none")
     except (SafetensorError, RuntimeError, OSError):
         expected, got = "the released model", "a damaged one"
         raise RunError(folder / WEIGHTS, expected=expected, got=got) from None

@@ -16,6 +16,8 @@ from common.model.inference import ReleasedModel
 from common.support.terminal import console
 
 _BATCH = 32
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+"""A spreadsheet computes a cell that begins so; names of files and classes come from others."""
 
 Thresholds = Mapping[int, float]
 """By position of a class, in the order given: the least probability for which it is called."""
@@ -124,7 +126,8 @@ def predict_folder(
     """Write a CSV file with a row for each image of a folder, as the model reads them.
 
     Its columns are image (the path below `folder`), predicted, each class, and error. A byte of a
-    file name that is not UTF-8 is written as an escape.
+    file name that is not UTF-8 is written as an escape. No cell is a formula to a spreadsheet: a
+    path that begins like one is written with `./` before it, the name of a class with `'`.
 
     Args:
       model: The model.
@@ -139,14 +142,15 @@ def predict_folder(
     """
     listing = list_files(folder)
     total, unread = len(listing.images), 0
+    classes = [_write_text(name, "'") for name in model.classes]
     found = predict_images(model, listing.images, thresholds)
     with out.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
         table = csv.writer(file)
-        table.writerow(("image", "predicted", *model.classes, "error"))
+        table.writerow(("image", "predicted", *classes, "error"))
         hidden = not console.is_terminal
         for each in track(found, "images", total=total, console=console, disable=hidden):
-            name = each.path.relative_to(folder).as_posix()
-            table.writerow((name, *_row(model.classes, each)))
+            name = _write_text(each.path.relative_to(folder).as_posix(), "./")
+            table.writerow((name, *_row(classes, each)))
             file.flush()
             if each.error:
                 unread += 1
@@ -156,6 +160,11 @@ def predict_folder(
     told = [f"{total} images → {out}", f"{unread} of them not read" * bool(unread)]
     told.append(f"no images: {count_kinds(listing.others)}" * bool(listing.others))
     console.print("; ".join(filter(None, told)))
+
+
+def _write_text(text: str, before: str) -> str:
+    """A text that no spreadsheet takes for a formula."""
+    return before + text if text.startswith(_FORMULA) else text
 
 
 def _row(classes: Sequence[str], each: Prediction) -> tuple[str, ...]:

@@ -1,5 +1,6 @@
 """Everything that a finished run knows of itself, read from its folder."""
 
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from common.config.study import Study
+from common.errors import StudyError
 from common.metrics.by_patient import Evidence
 from common.metrics.counts import Counts
 from server.runs.results import (
@@ -49,7 +51,7 @@ class RunFacts:
 
     Attributes:
       folder: Its folder.
-      study: Its study.
+      study: Its study, as sites were shown it: without paths of this machine.
       results: Counts on test patients by way of training and site.
       told: What stands beside the results in `report.json`.
       facts: What was said at join: sites, contract, versions, refusals.
@@ -131,7 +133,7 @@ class RunFacts:
 
 def read_facts(folder: RunFolder, audit: float | None = None) -> RunFacts:
     """Read a finished run; raises `RunError` if it is not finished."""
-    study = folder.study
+    study = Study.parse(json.loads(folder.study.proposal()), str(folder.path), StudyError)
     results, told = read_results(folder.path, len(study.classes))
     return RunFacts(
         folder=folder.path,

@@ -38,5 +38,6 @@ def test_a_site_draws_its_mistakes_and_is_told_that_they_stay(
     assert code == 0, text
     assert "must stay here" in text
     assert (tmp_path / "sheet").stat().st_mode & 0o077 == 0
+    assert (tmp_path / "sheet/mistakes.png").stat().st_mode & 0o077 == 0
     sheet = Image.open(tmp_path / "sheet/mistakes.png")
     assert sheet.width == 2 * 640

@@ -136,3 +136,18 @@ def test_thresholds_that_are_none() -> None:
         with pytest.raises(RunError) as caught:
             parse_thresholds(texts, CLASSES)
         assert got in str(caught.value)
+
+
+def test_no_cell_is_a_formula_to_a_spreadsheet(tmp_path: Path) -> None:
+    names = ("=HYPERLINK(A1)", "+b", "c")
+    model = load_model(write_model(tmp_path / "run", classes=list(names)))
+    images = tmp_path / "images"
+    (images / "-1").mkdir(parents=True)
+    for name in ("=cmd|.png", "-1/a.png", "@a\nb,c.png"):
+        Image.fromarray(paint_noise(1, "a")).save(images / name)
+    predict_folder(model, images, tmp_path / "p.csv", {})
+    with (tmp_path / "p.csv").open(encoding="utf-8", newline="") as file:
+        head, *rows = csv.reader(file)
+    assert head == ["image", "predicted", "'=HYPERLINK(A1)", "'+b", "c", "error"]
+    assert not any(cell.startswith(("=", "+", "-", "@")) for row in rows for cell in row)
+    assert all((images / row[0]).is_file() for row in rows)

@@ -114,6 +114,14 @@ def test_names_are_text_on_the_page_and_in_the_card(tmp_path: Path) -> None:
     assert "<img" not in read(folder, CARD).replace("\\<img", "")
 
 
+def test_no_path_of_the_coordinator_is_in_what_is_made_to_be_shown(tmp_path: Path) -> None:
+    own = {"weights": "/home/me/secret/w.pth", "init": "/home/me/runs/before"}
+    folder = make_run(tmp_path / "run", model=own)
+    write_report(folder)
+    assert not any("/home/me" in read(folder, name) for name in (REPORT, CARD, FACTS))
+    assert "w.pth" in read(folder, FACTS)
+
+
 def test_the_same_run_has_the_same_report(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run")
     write_report(folder)

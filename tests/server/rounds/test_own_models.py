@@ -357,3 +357,24 @@ def test_after_the_end_no_other_read_out_tells_of_the_same_model(tmp_path, phant
     final = policies(TELLS | {"metrics": "final"})
     run(tmp_path / "run", phantoms, study(), app, final)
     assert answers == [False, "contract"] * 4
+
+
+def test_nor_does_it_of_a_model_that_a_site_trained_and_told_of(tmp_path, phantoms):
+    answers, trained = [], {}
+
+    def app(message, context):
+        site = message.metadata.dst_node_id
+        if message.metadata.message_type == "train":
+            trained[site] = message.content["arrays"]
+        if message.metadata.message_type != "evaluate":
+            return client_app(message, context)
+        message.content["arrays"], replies = trained[site], []
+        for temperature in (3.25, 0.5):
+            message.content["config"]["temperatures"] = [temperature]
+            replies.append(client_app(message, context))
+        answers.extend(reply.has_error() for reply in replies)
+        return replies[0]
+
+    model = HEAD | {"head": "linear", "init": "zero"}
+    run(tmp_path / "run", phantoms, study(model=model, train={"rounds": 1}), app, policies(TELLS))
+    assert answers == [False, True] * 4
