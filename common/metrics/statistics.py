@@ -86,6 +86,10 @@ _MISJUDGED = 0.25
 do not show that there is none. Intervals with 0.1 cover too seldom, as tests measure it."""
 
 
+_FEWEST_PAIRS = 6
+"""Where all of n units speak for one of two, chance does so, too, with 2⁻ⁿ⁺¹: 6 % for five."""
+
+
 def form_estimate(
     name: str, figure: float | None, drawn: Floats, units: Ints, *, difference: bool = False
 ) -> Estimate | None:
@@ -95,7 +99,8 @@ def form_estimate(
     without errors. So the variance of the draws says how many independent trials the figure is
     worth, and the interval is Wilson's of so many, with Student's t in place of a normal quantile
     (as surveys do it: Franco, Little, Louis and Slud 2019). A difference has a t interval; a loss
-    has one of its logarithm, which a few sure mistakes can still escape.
+    has one of its logarithm, which a few sure mistakes can still escape. A difference on fewer than
+    six units always holds 0: as a sign test of them shows, so few decide nothing at 5 %.
 
     Args:
       name: of METRICS.
@@ -121,7 +126,10 @@ def form_estimate(
     variance += errors / size
     if difference:
         half = t * math.sqrt(variance)
-        return Estimate(figure, max(-most, figure - half), min(most, figure + half))
+        low, high = max(-most, figure - half), min(most, figure + half)
+        if units.sum() < _FEWEST_PAIRS:
+            low, high = min(low, 0.0), max(high, 0.0)
+        return Estimate(figure, low, high)
     return _score_interval(figure, (figure * (1 - figure) + errors) / variance, t)
 
 

@@ -170,6 +170,19 @@ def measure_coverage(site: dict[str, Any], *, times: int = 400) -> dict[tuple[st
     return {key: float(np.mean(found)) for key, found in hits.items()}
 
 
+@pytest.mark.parametrize("select", ["balanced_accuracy", "loss"])
+def test_five_patients_decide_nothing(select: str) -> None:
+    """All for one of two ways: 2⁻⁴ of equal ways do so by chance, and that is more than 5 %."""
+    for patients, sure in ((3, False), (5, False), (8, True)):
+        labels = np.arange(patients) % 2
+        logits = {way: k * np.eye(2)[labels] for way, k in zip(PAIR, (1.0, -1.0), strict=True)}
+        tested = by_patient.Tested(labels, np.arange(patients), logits, logits)
+        (pair,) = compare_ways(tested, select, [PAIR], seed=1, draws=100).pairs
+        for found in pair.differences.values():
+            assert found is not None
+            assert (found.low <= 0 <= found.high) != sure
+
+
 SITES = {
     "30 patients": {"patients": 30},
     "30 patients with one image each": {"patients": 30, "images": (1, 1)},
