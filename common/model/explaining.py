@@ -1,6 +1,6 @@
 """Where in an image the last features react for a class: Grad-CAM, laid over the image."""
 
-from io import BytesIO
+import os
 from pathlib import Path
 
 import matplotlib
@@ -14,7 +14,6 @@ from common.errors import RunError
 from common.model import backbones
 from common.model.inference import ReleasedModel
 from common.model.predicting import Prediction
-from common.support import files
 
 CAVEAT = "Grad-CAM shows where the last features react, not why."
 _COLOURS, _ALPHA = "magma", 0.45
@@ -81,9 +80,9 @@ def draw_cam(square: Tensor, cam: Tensor, caption: str) -> Image.Image:
 
 def save_picture(picture: Image.Image, path: Path) -> None:
     """Write a picture of a patient, which this user alone can read."""
-    content = BytesIO()
-    picture.save(content, "PNG")
-    files.write(path, content.getvalue(), mode=0o600, durable=False)
+    opened = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(opened, "wb") as file:
+        picture.save(file, "PNG")
 
 
 class Explainer:

@@ -81,6 +81,8 @@ def write_onnx(model: ReleasedModel, path: Path) -> None:
             dynamic_shapes={"images": {0: torch.export.Dim("n", min=1)}},
         )
     assert program is not None  # noqa: S101  (as without a file to write to)
+    for node in program.model.graph.all_nodes():
+        node.metadata_props.clear()  # of PyTorch's own debugging: paths of this machine
     about = model.about
     program.model.metadata_props.update(
         {

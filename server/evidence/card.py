@@ -108,8 +108,8 @@ def _write_block(block: Block) -> Iterator[str]:
         yield from (f"- **{_escape(k)}**: {_escape(v)}" for k, v in block.rows.items())
         yield ""
     elif isinstance(block, Table):
-        yield from (f"{block.caption}.\n",) if block.caption else ()
-        yield _row(block.columns)
+        yield from (f"{_escape(block.caption)}.\n",) if block.caption else ()
+        yield _row(list(map(_escape, block.columns)))
         yield _row(["---"] * block.left + ["---:"] * (len(block.columns) - block.left))
         yield from (_row(list(map(_escape, row))) for row in block.rows)
         yield ""
@@ -122,4 +122,4 @@ def _row(cells: Any) -> str:
 def _escape(text: str) -> str:
     """Text that Markdown shows as it is, on one line."""
     plain = " ".join(text.split())
-    return "".join(f"\\{c}" if c in r"\`*_{}[]<>|#" else c for c in plain)
+    return "".join(f"\\{c}" if c in r"\`*_{}[]<>|#&~$" else c for c in plain)

@@ -19,7 +19,7 @@ from common.model.inference import ReleasedModel, load_model
 from common.model.onnx_file import PACKAGES, Served, check_onnx
 from server.cli import main as server
 from simulations.cli import main as simulations
-from tests.builders import make_study, paint_noise, write_model, write_site
+from tests.builders import ROOT, make_study, paint_noise, write_model, write_site
 
 READ_OUT = {"temperature": 2.0, "log_prior": [-6.0, -0.1, -3.0]}
 SIZES = {"inception_v3": 80, "vit_b_16": 224}
@@ -210,6 +210,8 @@ def test_one_onnx_file_is_the_whole_model(run: Path, tmp_path: Path) -> None:
     assert torch.allclose(torch.from_numpy(shares), expected, atol=1e-5)
     assert called.tolist() == logits.argmax(1).tolist()
     assert called.tolist() != expected.argmax(1).tolist()
+    content = (out / "model.onnx").read_bytes()
+    assert not any(path in content for path in (b"site-packages", str(ROOT).encode()))
 
 
 def test_a_file_of_another_model_does_not_pass(run: Path, tmp_path: Path) -> None:

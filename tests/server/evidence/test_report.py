@@ -107,11 +107,13 @@ def test_thresholds_are_chosen_on_validation_and_tried_on_test(tmp_path: Path) -
 
 
 def test_names_are_text_on_the_page_and_in_the_card(tmp_path: Path) -> None:
-    hostile = "<img src=x onerror=alert(1)>|$x_1$"
+    hostile = "<img src=x onerror=alert(1)>|$x_1$&lt;b&gt;"
     folder = make_run(tmp_path / "run", classes=[hostile, "b"])
     write_report(folder)
     assert "<img" not in read(folder)
-    assert "<img" not in read(folder, CARD).replace("\\<img", "")
+    card = read(folder, CARD).partition("\n# ")[2]
+    assert "<img" not in card.replace("\\<img", "")
+    assert not re.search(r"(?<!\\)[&$]", card)
 
 
 def test_no_path_of_the_coordinator_is_in_what_is_made_to_be_shown(tmp_path: Path) -> None:
