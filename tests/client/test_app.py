@@ -250,7 +250,10 @@ def test_a_second_process_is_refused_and_told_no_more(tmp_path, caplog):
 
 
 @pytest.mark.usefixtures("quick")
-def test_many_sites_of_one_process_hold_few_files_and_forget_nothing(tmp_path, monkeypatch):
+def test_many_sites_of_one_process_hold_few_files_and_forget_nothing(
+    tmp_path, monkeypatch, new_process
+):
+    new_process()  # other tests of this one hold theirs
     monkeypatch.setattr(runtime, "_AWAKE", 2)
     servers = [Server(hospital(tmp_path / f"s{i}"), study()) for i in range(5)]
     for server in servers:

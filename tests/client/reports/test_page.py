@@ -12,15 +12,18 @@ from client.ledger.ledger import read_ledger
 from client.ledger.spending import Spending
 from client.reports.page import FOOTER
 from client.site import Site
-from tests.builders import RUNTIME
 from tests.server.rounds.test_own_models import HEAD, TELLS, policies, run, study
 
 SILENT = {"counts": "none", "sums": 1, "metrics": "none"}
 
 
+@pytest.fixture(autouse=True)
+def _own_process(new_process):
+    new_process()
+
+
 def write(run_main, site_file, wanted, name):
     """The page as `report` writes it, and where."""
-    RUNTIME.close()
     code, said = run_main(main, "report", site_file, name)
     assert code == 0, said
     path = Site.read(site_file).state / "reports" / f"{wanted.id}.html"
@@ -68,7 +71,6 @@ def test_a_private_study_shows_its_own_model_once_it_is_fitted(
         holdout={"validation": 0.1, "test": 0.5},
     )
     _, site_files = run(tmp_path / "run", phantoms, wanted, policy=policies(TELLS))
-    RUNTIME.close()
     if adapted:
         run_main(main, "adapt", site_files[1], wanted.name)
     text = shown(write(run_main, site_files[1], wanted, wanted.name)[1])
