@@ -1,8 +1,8 @@
 """Plots of what one model did on some images, by class.
 
 Each takes `of`, words for the model and the images, for its title, and tells their number. Each
-gives None where there is nothing to show, as where scores are withheld. Names of classes may be
-any text.
+gives None where there is nothing to show, as where scores are withheld, and of more than 40
+classes, which nobody can tell apart, and a page could not hold. Names of classes may be any text.
 """
 
 from collections.abc import Sequence
@@ -25,6 +25,8 @@ from common.support.plot_style import COLOURS, GREY, INK, MARKERS, PALE
 
 _LONGEST = 12
 """Characters of the name of a class."""
+_MOST = 40
+"""Classes in a picture: of hundreds, drawing would take hours."""
 _DASHES = ("-", "--", "-.", ":")
 _THRESHOLDS: Floats = np.linspace(0.01, 0.9, 90)
 _COLUMNS = 3
@@ -40,7 +42,7 @@ def plot_roc(counts: Counts, classes: Sequence[str], of: str) -> Figure | None:
       of: which model and images, in words.
     """
     shown = {k: curve for k in _list_sides(counts) if (curve := roc_curve(counts, k))}
-    if not shown:
+    if not shown or len(classes) > _MOST:
         return None
     names, images = shorten_names(classes, _LONGEST), counts.positive.sum(axis=1)
 
@@ -72,7 +74,7 @@ def plot_reliability(
       seed: of what a perfectly calibrated model would show, see `expected_error_if_perfect`.
     """
     found = calibration(counts)
-    if found is None:
+    if found is None or len(classes) > _MOST:
         return None
     perfect = expected_error_if_perfect(counts, seed=seed)
     names = shorten_names(classes, _LONGEST)
@@ -129,7 +131,7 @@ def plot_confusion(counts: Counts, classes: Sequence[str], of: str) -> Figure | 
       classes: their names.
       of: which model and images, in words.
     """
-    if not counts.confusion.any():
+    if not counts.confusion.any() or len(classes) > _MOST:
         return None
 
     def draw(canvas: Canvas) -> None:
@@ -177,7 +179,7 @@ def plot_decision_curves(counts: Counts, classes: Sequence[str], of: str) -> Fig
         for k in _list_sides(counts)
         if images[k] and (found := net_benefit(counts, k, list(_THRESHOLDS)))
     }
-    if not shown:
+    if not shown or len(classes) > _MOST:
         return None
     names = shorten_names(classes, _LONGEST)
 

@@ -85,6 +85,11 @@ def test_names_stay_text_whatever_they_are() -> None:
             assert f">{name}" in figure.svg, (figure.title, name)
 
 
+def test_of_hundreds_of_classes_there_are_tables_alone() -> None:
+    assert len(draw_counts([f"class {k}" for k in range(40)])) == 4
+    assert draw_counts([f"class {k}" for k in range(41)]) == []
+
+
 def test_names_inside_pictures_differ_and_are_found() -> None:
     figures = draw_all(["north", "south"])
     names = [re.findall(r'\bid="([^"]*)"', figure.svg) for figure in figures]
