@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from common.config.study import Study
-from common.errors import RunError
+from common.errors import ContractError, RunError
 from common.metrics.by_patient import Evidence
 from common.metrics.calibration import calibration
 from common.metrics.counts import Counts
@@ -141,18 +141,24 @@ def write_results(folder: RunFolder, results: Results, **facts: Any) -> None:
 
 
 def read_results(path: Path, classes: int) -> tuple[Results, dict[str, Any]]:
-    """Read `report.json` of a finished run: its results, and the facts beside them."""
+    """Read `report.json` of a finished run: its results, and the facts beside them.
+
+    Raises:
+      RunError: there is none, or a damaged one.
+    """
     try:
         report = json.loads((path / "report.json").read_text(encoding="utf-8"))
+        results = {
+            way: {n: _read_counts(site["counts"], classes) for n, site in told["sites"].items()}
+            for way, told in report.pop("results").items()
+        }
     except OSError:
         remedy = f"Finish it with --resume {path}."
         expected, got = "a finished run", "no report.json"
         raise RunError(path, expected=expected, got=got, remedy=remedy) from None
-    told = report.pop("results")
-    results = {
-        way: {name: _read_counts(site["counts"], classes) for name, site in result["sites"].items()}
-        for way, result in told.items()
-    }
+    except (ValueError, KeyError, TypeError, AttributeError, ContractError):
+        where, expected = path / "report.json", "results as a run writes them"
+        raise RunError(where, expected=expected, got="others", remedy="Restore it.") from None
     return results, report
 
 
