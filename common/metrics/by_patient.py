@@ -137,17 +137,6 @@ def compare_ways(
     )
 
 
-def mcnemar(only_first: int, only_second: int) -> float:
-    """Exact p of two ways that are right equally often, from images that one alone calls right.
-
-    Images that share a patient make it too small.
-    """
-    from scipy.stats import binomtest  # slow to import
-
-    both = only_first + only_second
-    return float(binomtest(only_first, both).pvalue) if both else 1.0
-
-
 def _compute(answers: Answers, names: Sequence[str], times: Ints | None = None) -> Floats:
     """Each metric, NaN where it is undefined."""
     counts = answers.count(times)

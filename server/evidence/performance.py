@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from common.metrics.by_patient import Joint
 from common.metrics.calibration import (
     brier_interval,
     calibration,
@@ -62,6 +63,20 @@ def tabulate_sites(facts: RunFacts, estimates: Estimates) -> Table:
     heads = ("site", "trained", "test images", *labels, "accuracy", "Brier score", "ECE")
     caption = "Test patients; 95 % intervals, by patient where the site tells them, else by image"
     return Table(heads, rows, left=2, caption=caption)
+
+
+def tabulate_pairs(facts: RunFacts) -> Iterator[Table]:
+    """On how many images of the same patients each of two ways is right, over sites that tell."""
+    pairs = [pair for found in facts.evidence.values() for pair in found.pairs]
+    joints: dict[tuple[str, str], list[Joint]] = {}
+    for pair in pairs:
+        joints.setdefault((pair.first, pair.second), []).append(pair.joint)
+    rows = [
+        [*ways, *map(str, map(sum, zip(*found, strict=True)))] for ways, found in joints.items()
+    ]
+    if rows:
+        heads = ("first", "second", "both right", "only the first", "only the second", "neither")
+        yield Table(heads, rows, left=2, caption="Test images of all sites, by which way is right")
 
 
 def show_classes(facts: RunFacts) -> Iterator[Table]:

@@ -13,6 +13,7 @@ from server.evidence.performance import (
     Estimates,
     estimate_figures,
     show_classes,
+    tabulate_pairs,
     tabulate_sites,
 )
 from server.evidence.pictures import draw_gains, draw_released, draw_rounds
@@ -50,9 +51,10 @@ def compose_sections(
 ) -> list[Section]:
     """Everything that is said in words and tables, in the order in which it is read."""
     question = "How does it do elsewhere?" if facts.external else "Did federating help?"
+    figures = [tabulate_sites(facts, estimates), *tabulate_pairs(facts)]
     return [
         Section(question, list(judge_sites(facts))),
-        Section("Figures on test patients", [tabulate_sites(facts, estimates)]),
+        Section("Figures on test patients", figures),
         Section("By class", list(show_classes(facts))),
         *groups,
         Section("What the model is for", [describe_use(facts)]),

@@ -83,7 +83,7 @@ def validate_model(
         for name, each in told.items()
     }
     external = {
-        "run": str(run.resolve()),
+        "run": run.resolve().name,
         "note": NOT_FITTED,
         "part": part or "all",
         "patients": {name: each.patients for name, each in told.items()},

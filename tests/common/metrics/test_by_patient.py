@@ -11,7 +11,7 @@ import torch
 from scipy import stats
 
 from common.metrics import by_patient
-from common.metrics.by_patient import Evidence, compare_ways, mcnemar
+from common.metrics.by_patient import Evidence, compare_ways
 from common.metrics.counts import Counts
 from common.metrics.metrics import METRICS, value
 
@@ -94,11 +94,6 @@ def test_undefined_figures_stay_undefined() -> None:
         np.zeros(0, np.int64), np.zeros(0, np.int64), *[{"local": np.zeros((0, 3))}] * 2
     )
     assert compare_ways(nothing, "f1", [], seed=0).figures["local"] == {"f1": None, "auroc": None}
-
-
-def test_mcnemar_is_the_exact_binomial_test() -> None:
-    assert mcnemar(0, 0) == 1
-    assert mcnemar(3, 12) == pytest.approx(stats.binomtest(3, 15).pvalue) == mcnemar(12, 3)
 
 
 def delong(scores: np.ndarray, own: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -10,7 +10,9 @@ import pytest
 import torch
 import yaml
 
+from common.metrics.by_patient import Evidence, Joint, Pair
 from common.metrics.counts import Counts
+from common.metrics.statistics import Estimate
 from server.evidence.report import CARD, FACTS, REPORT, write_report
 from server.runs.results import write_results
 from server.runs.run_folder import RunFolder
@@ -104,6 +106,28 @@ def test_thresholds_are_chosen_on_validation_and_tried_on_test(tmp_path: Path) -
     without = make_run(tmp_path / "without")
     write_report(without)
     assert "Operating points" not in read(without)
+
+
+def test_ways_are_compared_on_the_same_patients(tmp_path: Path) -> None:
+    def compare(gain: Estimate, joint: Joint) -> dict[str, Any]:
+        figure = {"balanced_accuracy": Estimate(0.7, 0.6, 0.8), "auroc": None}
+        differences = {"balanced_accuracy": gain, "auroc": None}
+        figures = {"federated": figure, "local": figure}
+        pairs = (Pair("federated", "local", differences, joint),)
+        return Evidence(40, 12, figures, pairs).facts()
+
+    told = {
+        "site-0": compare(Estimate(0.1, 0.02, 0.18), Joint(20, 9, 3, 8)),
+        "site-1": compare(Estimate(-0.1, -0.18, -0.02), Joint(21, 2, 8, 9)),
+    }
+    folder = make_run(tmp_path / "run", facts={"evidence": told})
+    write_report(folder)
+    page = read(folder)
+    assert "site-0: the federated model is better than one of the site" in page
+    assert "site-1: the federated model is worse than one of the site" in page
+    assert "on 40 test images of 12 patients" in page
+    assert "0.700 (0.600 to 0.800)" in page
+    assert "| federated | local | 41 | 11 | 11 | 17 |" in read(folder, CARD)
 
 
 def test_names_are_text_on_the_page_and_in_the_card(tmp_path: Path) -> None:
