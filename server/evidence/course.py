@@ -26,7 +26,8 @@ def describe_course(facts: RunFacts) -> Iterator[Block]:
         ("site", "role", "training patients", "weight", "rounds", "bytes sent", "left out"),
         [_row(facts, name) for name in facts.sites],
         left=2,
-        caption="Participation; bytes are those of trained tensors, as many came to each site",
+        caption="Participation; bytes are of trained tensors in rounds, as many came to each site; "
+        "what a head was solved from comes on top",
     )
     for name, why in facts.facts.get("refused", {}).items():
         yield Text(f"{name} took no part: {why}.")

@@ -54,12 +54,12 @@ def explain_promise(epsilon: float, delta: float, *, gaussian: bool) -> str:
     told = (
         f"Who thought it as likely as not that a patient took part can become at most {belief:.2%} "
         f"sure by all that left (but for a chance of δ). A test that wrongly accuses {_FEW:.0%} of "
-        f"others finds at most {any_power:.1%} of those who took part"
+        f"others finds at most {any_power:.2%} of those who took part"
     )
     if not gaussian:
         return f"{told}."
     power = bound_gaussian_power(epsilon, delta, _FEW)
-    return f"{told}; as the noise is Gaussian, at most {power:.1%}."
+    return f"{told}; as the noise is Gaussian, at most {power:.2%}."
 
 
 def _describe_promise(facts: RunFacts, privacy: DpSgd | Gaussian) -> Iterator[Block]:
