@@ -39,7 +39,7 @@ def plot_comparison(
     }
 
     def draw(figure: Figure) -> None:
-        label = f"{label_metric(metric)}, {_explain(every)}"
+        label = f"{label_metric(metric)},\n{_explain(every)}"
         draw_by_site(figure, known, label, _mark, below=True)
 
     write_plot(draw, path, title)
