@@ -14,6 +14,8 @@ import yaml
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn.functional import one_hot
 
 from client.app import make_app
 from client.preparation import Workspace, prepare_site
@@ -23,6 +25,7 @@ from client.site import Site
 from common.config.study import Study
 from common.config.yaml import dump
 from common.errors import StudyError
+from common.metrics.counts import Counts
 from common.model import backbones
 from common.model.network import Network, assemble, build_model
 from server.runs.run_folder import RunFolder
@@ -198,6 +201,36 @@ def create_run(found: Sequence[VirtualSite], study: Study, run: Path, cache: Pat
     """The site files of a run that was just created."""
     RunFolder.create(run).write_study(study)
     return write_sites(found, study, run, cache)
+
+
+# --- figures ---
+
+
+def read_curves(run: RunFolder) -> dict[str, list[tuple[int, float]]]:
+    """Step and figure of every curve of a run that is shown as it goes on, by its tag."""
+    found: dict[str, list[tuple[int, float]]] = {}
+    for line in run.read_history():
+        of = f"/{line['site']}" if line["site"] else ""
+        for tag, step, key in (
+            ("training loss", "round", "train_loss"),
+            ("validation balanced accuracy", "model_round", "balanced_accuracy"),
+            ("validation AUROC", "model_round", "auroc"),
+        ):
+            if line[key] is not None:
+                found.setdefault(tag + of, []).append((line[step], line[key]))
+    return found
+
+
+def draw_scores(n: int, classes: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Logits of a model that is often right, and labels that take turns."""
+    labels = torch.arange(n) % classes
+    noise = torch.randn(n, classes, generator=torch.Generator().manual_seed(seed))
+    return 1.5 * noise + 1.5 * one_hot(labels, classes), labels
+
+
+def count_scores(n: int, classes: int, seed: int) -> Counts:
+    """Counts of `draw_scores`."""
+    return Counts.of(*draw_scores(n, classes, seed))
 
 
 # --- plots ---

@@ -6,13 +6,12 @@ from client.reports.outcome import SiteOutcome
 from common.metrics.by_patient import Evidence
 from common.metrics.calibration import brier_interval, calibration
 from common.metrics.metrics import METRICS, value
-from common.metrics.verdicts import Verdict, judge_own
-from common.page.blocks import Block, Table, Text, Tone
+from common.metrics.verdicts import judge_own
+from common.page.blocks import VERDICT_TONES, Block, Table, Text
 from common.page.plots_of_counts import plot_confusion, plot_reliability, plot_roc
 from common.page.tables import format_estimate, format_figure, tabulate_classes
 from common.support.seeds import derive
 
-_TONES: dict[Verdict, Tone] = {"better": "good", "worse": "bad", "unsure": "unsure"}
 _ALONE = (
     "The released model is not compared with one of this hospital's patients alone: none is fitted "
     "here where the study or site.yaml says adapt: false, or none trains here. After a private "
@@ -33,7 +32,7 @@ def judge_outcome(outcome: SiteOutcome) -> Iterator[Block]:
         yield Text(_ALONE, "unsure")
         return
     verdict, sentence = told
-    yield Text(f"{sentence[0].upper()}{sentence[1:]}", _TONES[verdict])
+    yield Text(f"{sentence[0].upper()}{sentence[1:]}", VERDICT_TONES[verdict])
     yield Text(_FEW, "note")
 
 

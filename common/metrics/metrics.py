@@ -46,28 +46,42 @@ def find_cells(counts: Counts, k: int) -> Cells:
     return Cells(tp, fn, fp, counts.n - tp - fn - fp)
 
 
+SHARES: Mapping[str, Callable[[Cells], tuple[int, int]]] = {
+    "sensitivity": lambda cells: (cells.tp, cells.fn),
+    "specificity": lambda cells: (cells.tn, cells.fp),
+    "ppv": lambda cells: (cells.tp, cells.fp),
+    "npv": lambda cells: (cells.tn, cells.fn),
+}
+"""Shares of decisions about one class: the images that were right, and those that were wrong."""
+
+SHARE_LABELS = {"ppv": "PPV", "npv": "NPV"}
+"""How shares are called in tables, where that is not their name."""
+
+
+def class_share(counts: Counts, k: int, name: str) -> float | None:
+    """One of SHARES of decisions about class k; None without images that it is a share of."""
+    right, wrong = SHARES[name](find_cells(counts, k))
+    return _number(_share(right, right + wrong))
+
+
 def sensitivity(counts: Counts, k: int) -> float | None:
     """Share of class k's images that were called k; None without such images."""
-    tp, fn, _, _ = find_cells(counts, k)
-    return _number(_share(tp, tp + fn))
+    return class_share(counts, k, "sensitivity")
 
 
 def specificity(counts: Counts, k: int) -> float | None:
     """Share of the other classes' images that were not called k; None without such images."""
-    _, _, fp, tn = find_cells(counts, k)
-    return _number(_share(tn, fp + tn))
+    return class_share(counts, k, "specificity")
 
 
 def ppv(counts: Counts, k: int) -> float | None:
     """Positive predictive value: share of class k in the images called k; None if none was."""
-    tp, _, fp, _ = find_cells(counts, k)
-    return _number(_share(tp, tp + fp))
+    return class_share(counts, k, "ppv")
 
 
 def npv(counts: Counts, k: int) -> float | None:
     """Negative predictive value: share of other classes in the images not called k, or None."""
-    _, fn, _, tn = find_cells(counts, k)
-    return _number(_share(tn, fn + tn))
+    return class_share(counts, k, "npv")
 
 
 def class_auroc(counts: Counts, k: int) -> float | None:

@@ -1,13 +1,13 @@
 """How sure a figure is: intervals by image, and over seeds. Pure, from counts alone."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from common.metrics.counts import CENTRES, Counts, Floats, Ints
-from common.metrics.metrics import METRICS, Cells, Metric, better, find_cells, value
+from common.metrics.metrics import METRICS, SHARES, Metric, better, find_cells, value
 
 
 @dataclass(frozen=True)
@@ -162,15 +162,6 @@ def _score_interval(share: float, n: float, z: float) -> Estimate:
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     low, high = min(share, middle - half), max(share, middle + half)  # however it is rounded
     return Estimate(share, max(0.0, low), min(1.0, high))
-
-
-SHARES: Mapping[str, Callable[[Cells], tuple[int, int]]] = {
-    "sensitivity": lambda cells: (cells.tp, cells.fn),
-    "specificity": lambda cells: (cells.tn, cells.fp),
-    "ppv": lambda cells: (cells.tp, cells.fp),
-    "npv": lambda cells: (cells.tn, cells.fn),
-}
-"""Shares of decisions about one class: the images that were right, and those that were wrong."""
 
 
 def class_shares(counts: Counts) -> dict[str, list[Estimate | None]]:

@@ -4,8 +4,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from common.metrics.verdicts import Verdict
+
 Tone = Literal["plain", "good", "bad", "unsure", "note"]
 """How a sentence is meant: a verdict is `good`, `bad` or `unsure`; a `note` is small print."""
+
+
+VERDICT_TONES: Mapping[Verdict, Tone] = {"better": "good", "worse": "bad", "unsure": "unsure"}
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from common.metrics.counts import Counts
-from common.metrics.metrics import average_precision, class_auroc
+from common.metrics.metrics import SHARE_LABELS, average_precision, class_auroc
 from common.metrics.statistics import Estimate, class_shares
 from common.page.blocks import Table
 
@@ -30,7 +30,7 @@ def tabulate_classes(counts: Counts, classes: Sequence[str], of: str) -> Table:
         ]
         for k, name in enumerate(classes)
     ]
-    heads = [name.upper() if name.endswith("pv") else name for name in shares]
+    heads = [SHARE_LABELS.get(name, name) for name in shares]
     caption = f"{of}; 95 % Wilson intervals, by image"
     return Table(("class", "images", *heads, "AUROC", "AP"), rows, caption=caption)
 

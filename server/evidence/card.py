@@ -14,7 +14,7 @@ from common.config.study import Private
 from common.metrics.metrics import METRICS, value
 from common.page.blocks import Block, Facts, Section, Table, Text
 from server.evidence.facts import RunFacts
-from server.runs.results import FEDERATED, unite_sites
+from server.runs.results import FEDERATED
 
 _NOT_STATED = "not stated"
 
@@ -91,7 +91,7 @@ def _make_head(facts: RunFacts) -> dict[str, Any]:
 
 
 def _measure(facts: RunFacts) -> Mapping[str, Mapping[str, float | None]]:
-    whole = unite_sites(facts.results, len(facts.study.classes))
+    whole = facts.united
     return {way: {m: value(counts, m) for m in METRICS} for way, counts in whole.items()}
 
 

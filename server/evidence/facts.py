@@ -13,6 +13,7 @@ from common.config.study import Study
 from common.errors import StudyError
 from common.metrics.by_patient import Evidence
 from common.metrics.counts import Counts
+from common.protocol.evidence import ADAPTED
 from server.runs.results import (
     FEDERATED,
     Results,
@@ -20,6 +21,7 @@ from server.runs.results import (
     read_evidence,
     read_results,
     read_validation,
+    unite_sites,
 )
 from server.runs.run_folder import RunFolder
 
@@ -72,6 +74,11 @@ class RunFacts:
     audit: float | None = None
 
     @cached_property
+    def united(self) -> Mapping[str, Counts]:
+        """Counts on the test patients of all sites together, by way of training."""
+        return unite_sites(self.results, len(self.study.classes))
+
+    @cached_property
     def sites(self) -> Mapping[str, Any]:
         """What each member said of itself when it joined, by name."""
         found: Mapping[str, Any] = self.facts.get("sites", {})
@@ -111,9 +118,9 @@ class RunFacts:
     @property
     def own_way(self) -> str:
         """The way of training by which sites are served: adapted, where they fitted it."""
-        return "adapted" if "adapted" in self.results else FEDERATED
+        return ADAPTED if ADAPTED in self.results else FEDERATED
 
-    @property
+    @cached_property
     def happened(self) -> Happened:
         """When the run was at work, and what went wrong."""
         times = {what: self._times(what) for what in ("joined", "finished")}

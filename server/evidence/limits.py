@@ -3,8 +3,9 @@
 from collections.abc import Iterator
 
 from common.metrics.counts import Counts
+from common.protocol.evidence import LOCAL
 from server.evidence.facts import RunFacts
-from server.runs.results import find_left_out, unite_sites
+from server.runs.results import find_left_out
 
 _FEW = 10
 """Test images of a class, below which its sensitivity is hardly known."""
@@ -33,7 +34,7 @@ def _describe_validation(facts: RunFacts) -> str:
 
 
 def _of_numbers(facts: RunFacts) -> Iterator[str]:
-    whole = unite_sites(facts.results, len(facts.study.classes))[facts.own_way]
+    whole = facts.united[facts.own_way]
     if few := _find_few(whole, facts):
         yield f"Few test images of some classes over all sites: {few}."
     for name, counts in facts.results[facts.own_way].items():
@@ -55,7 +56,7 @@ def _of_sites(facts: RunFacts) -> Iterator[str]:
         yield f"Overall figures leave out {', '.join(out)}: not every way was tested there."
     for name, words in sorted(facts.told.get("withheld", {}).items()):
         yield f"{name} withholds {words}."
-    if "local" not in facts.results and not facts.external:
+    if LOCAL not in facts.results and not facts.external:
         yield "No site's own model alone was tested, so nothing here shows that federating helped."
 
 

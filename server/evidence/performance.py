@@ -20,7 +20,7 @@ from common.metrics.statistics import Estimate, intervals, wilson
 from common.page.blocks import Table
 from common.page.tables import format_estimate, format_figure, tabulate_classes
 from server.evidence.facts import RunFacts
-from server.runs.results import FEDERATED, compute_calibration_error, unite_sites
+from server.runs.results import FEDERATED, compute_calibration_error
 
 OVERALL = "overall"
 _DRAWS = 200
@@ -81,7 +81,7 @@ def tabulate_pairs(facts: RunFacts) -> Iterator[Table]:
 
 def show_classes(facts: RunFacts) -> Iterator[Table]:
     """How the released model calls each class, over all sites."""
-    counts = unite_sites(facts.results, len(facts.study.classes))[FEDERATED]
+    counts = facts.united[FEDERATED]
     if counts.n <= 0:
         return
     of = "The released model on test images of all sites"
@@ -92,7 +92,7 @@ def show_classes(facts: RunFacts) -> Iterator[Table]:
 
 def _tabulate_thresholds(facts: RunFacts) -> Iterator[Table]:
     """What thresholds of probability give on test images that were chosen on validation images."""
-    counts = unite_sites(facts.results, len(facts.study.classes))[FEDERATED]
+    counts = facts.united[FEDERATED]
     rows = [
         [name, f"{wanted:.0%}", f"{threshold:.4f}", *_judge_threshold(counts, k, threshold)]
         for k, name in enumerate(facts.study.classes)
@@ -138,7 +138,7 @@ def _tabulate_calibration(facts: RunFacts, counts: Counts) -> Iterator[Table]:
 def _by_site(facts: RunFacts) -> Mapping[str, Mapping[str, Counts]]:
     sites = sorted({name for way in facts.results.values() for name in way})
     found = {s: {w: r[s] for w, r in facts.results.items() if s in r} for s in sites}
-    return {**found, OVERALL: unite_sites(facts.results, len(facts.study.classes))}
+    return {**found, OVERALL: facts.united}
 
 
 def _estimate(

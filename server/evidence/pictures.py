@@ -12,10 +12,11 @@ from common.page.plots_of_counts import (
 )
 from common.page.plots_of_rounds import plot_learning
 from common.page.plots_of_sites import plot_cross_sites, plot_differences, plot_estimates
+from common.protocol.evidence import LOCAL
 from server.evidence.facts import RunFacts
 from server.evidence.performance import OVERALL, Estimates
 from server.evidence.verdicts import list_gains
-from server.runs.results import FEDERATED, unite_sites
+from server.runs.results import FEDERATED
 
 
 def draw_gains(facts: RunFacts, estimates: Estimates) -> Iterator[Figure]:
@@ -30,7 +31,7 @@ def draw_gains(facts: RunFacts, estimates: Estimates) -> Iterator[Figure]:
         for way in facts.results
     }
     yield from _there(
-        plot_differences(list_gains(facts), select, (facts.own_way, "local"), "test patients"),
+        plot_differences(list_gains(facts), select, (facts.own_way, LOCAL), "test patients"),
         plot_estimates(by_way, select, "test patients"),
         _draw_cross(facts),
     )
@@ -39,7 +40,7 @@ def draw_gains(facts: RunFacts, estimates: Estimates) -> Iterator[Figure]:
 def draw_released(facts: RunFacts) -> Iterator[Figure]:
     """Draw how the released model does on the test images of all sites."""
     study, of = facts.study, "the released model on test images"
-    counts = unite_sites(facts.results, len(study.classes))[FEDERATED]
+    counts = facts.united[FEDERATED]
     yield from _there(
         plot_confusion(counts, study.classes, of),
         plot_roc(counts, study.classes, of),

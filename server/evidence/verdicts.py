@@ -5,12 +5,11 @@ from collections.abc import Iterator
 from common.metrics.counts import Counts
 from common.metrics.metrics import METRICS, value
 from common.metrics.statistics import Estimate
-from common.metrics.verdicts import Verdict, find_pair, judge_own
-from common.page.blocks import Text, Tone
+from common.metrics.verdicts import find_pair, judge_own
+from common.page.blocks import VERDICT_TONES, Text
+from common.protocol.evidence import LOCAL
 from server.evidence.facts import RunFacts
-from server.runs.results import list_sites, unite_sites
-
-_TONES: dict[Verdict, Tone] = {"better": "good", "worse": "bad", "unsure": "unsure"}
+from server.runs.results import list_sites
 
 
 def judge_sites(facts: RunFacts) -> Iterator[Text]:
@@ -28,14 +27,14 @@ def judge_sites(facts: RunFacts) -> Iterator[Text]:
 
 def list_gains(facts: RunFacts) -> list[tuple[str, Estimate | None]]:
     """By how much each site's model beats its own alone, in the study's metric, where compared."""
-    pairs = {n: find_pair(found, facts.own_way, "local") for n, found in facts.evidence.items()}
+    pairs = {n: find_pair(found, facts.own_way, LOCAL) for n, found in facts.evidence.items()}
     return [(n, pair.differences.get(facts.study.select)) for n, pair in pairs.items() if pair]
 
 
 def _tell_all(facts: RunFacts) -> Text:
     """How each way of training does on the test patients of all sites together."""
     select = facts.study.select
-    whole = unite_sites(facts.results, len(facts.study.classes))
+    whole = facts.united
     figures = {way: value(counts, select) for way, counts in whole.items()}
     told = [f"{way} {found:.3f}" for way, found in figures.items() if found is not None]
     if not told:
@@ -49,7 +48,7 @@ def _judge(facts: RunFacts, name: str) -> Text:
     evidence = facts.evidence.get(name)
     if evidence and (judged := judge_own(evidence, facts.study.select)):
         verdict, told = judged
-        return Text(f"{name}: {told}", _TONES[verdict])
+        return Text(f"{name}: {told}", VERDICT_TONES[verdict])
     return _tell(facts, name)
 
 
@@ -59,7 +58,7 @@ def _tell(facts: RunFacts, name: str) -> Text:
     figure = value(counts, facts.study.select) if counts else None
     if counts is None or figure is None:
         return Text(f"{name}: no figure; it withholds {facts.withheld(name)}.", "unsure")
-    local = facts.results.get("local", {}).get(name)
+    local = facts.results.get(LOCAL, {}).get(name)
     alone = value(local, facts.study.select) if local else None
     told = f"{metric.label} {figure:.3f} of the {facts.own_way} model, {_count(counts)} test images"
     if alone is None:

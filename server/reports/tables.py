@@ -4,8 +4,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from common.metrics.counts import Counts
-from common.metrics.metrics import METRICS, brier_score, find_cells, macro_average_precision
-from common.metrics.statistics import SHARES
+from common.metrics.metrics import (
+    METRICS,
+    SHARE_LABELS,
+    SHARES,
+    brier_score,
+    find_cells,
+    macro_average_precision,
+)
 from common.support.tables import FittedTable
 from common.support.terminal import console, table
 from server.runs.results import (
@@ -30,7 +36,6 @@ _FEW = 5
 _MOST_SITES = 8
 _OVERALL = "overall"
 _DECISIONS = ("balanced_accuracy", "f1")
-_SHARES = {"sensitivity": "sensitivity", "specificity": "specificity", "ppv": "PPV", "npv": "NPV"}
 
 _SCORES: Mapping[str, Callable[[Counts], float | None]] = {
     "AUROC": METRICS["auroc"].of,
@@ -144,7 +149,7 @@ def count_images(counts: Counts) -> str:
 def _tabulate_classes(results: Results, way: str, classes: Sequence[str]) -> FittedTable:
     """How one way of training decides about each class, at each site and overall."""
     sites, together = results[way], unite_sites(results, len(classes))[way]
-    shown = table("", *_SHARES.values(), left=("",), signs=SIGNS)
+    shown = table("", *(SHARE_LABELS.get(name, name) for name in SHARES), left=("",), signs=SIGNS)
     apart = sites if 1 < len(sites) <= _MOST_SITES else {}
     for site, counts in {**dict(sorted(apart.items())), _OVERALL: together}.items():
         style = "bold" if site == _OVERALL else ""
@@ -157,8 +162,8 @@ def _tabulate_classes(results: Results, way: str, classes: Sequence[str]) -> Fit
 def _format_shares(counts: Counts, k: int) -> Iterator[str]:
     """Each share with its images; where these have noise, the share alone."""
     cells = find_cells(counts, k)
-    for name in _SHARES:
-        right, wrong = SHARES[name](cells)
+    for split in SHARES.values():
+        right, wrong = split(cells)
         if right + wrong <= 0:
             yield UNDEFINED
             continue

@@ -13,18 +13,18 @@ from common.metrics.calibration import calibration
 from common.metrics.counts import Counts
 from common.metrics.metrics import (
     METRICS,
+    SHARES,
     brier_score,
+    class_share,
     macro_average_precision,
-    npv,
-    ppv,
     sensitivity,
-    specificity,
     value,
 )
+from common.protocol.evidence import ADAPTED, LOCAL
+from common.protocol.evidence import FEDERATED as FEDERATED  # who reads results needs it, too
 from server.runs.run_folder import RunFolder
 
-FEDERATED = "federated"
-WAYS = ("local", "fedavg", "solved", FEDERATED, "adapted", "pooled")
+WAYS = (LOCAL, "fedavg", "solved", FEDERATED, ADAPTED, "pooled")
 """Ways of training, in the order in which they are shown."""
 
 READ_OUTS = (
@@ -207,11 +207,7 @@ def _metrics(counts: Counts) -> dict[str, Any]:
         "average_precision": macro_average_precision(counts),
         "brier": brier_score(counts),
         "calibration_error": compute_calibration_error(counts),
-        "sensitivity": compute_sensitivities(counts),
-        **{
-            share.__name__: [share(counts, k) for k in range(counts.classes)]
-            for share in (specificity, ppv, npv)
-        },
+        **{name: [class_share(counts, k, name) for k in range(counts.classes)] for name in SHARES},
     }
 
 

@@ -17,19 +17,9 @@ from common.metrics.calibration import (
 )
 from common.metrics.counts import Counts
 from common.metrics.metrics import brier_score
+from tests.builders import count_scores, draw_scores
 
 pytestmark = pytest.mark.numbers
-
-
-def scores(n: int, classes: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.arange(n) % classes
-    noise = torch.randn(n, classes, generator=generator)
-    return 1.5 * noise + 1.5 * one_hot(labels, classes), labels
-
-
-def counted(n: int, classes: int, seed: int) -> Counts:
-    return Counts.of(*scores(n, classes, seed))
 
 
 def exact_error(logits: torch.Tensor, labels: torch.Tensor, bins: int) -> float:
@@ -46,7 +36,7 @@ def exact_error(logits: torch.Tensor, labels: torch.Tensor, bins: int) -> float:
 @pytest.mark.parametrize("classes", [2, 5])
 @pytest.mark.parametrize("scale", [0.3, 1.0, 10.0])
 def test_calibration_is_the_exact_one(classes: int, scale: float) -> None:
-    logits, labels = scores(3000, classes, 3)
+    logits, labels = draw_scores(3000, classes, 3)
     found = calibration(Counts.of(logits * scale, labels))
     assert found is not None
     assert found.error == pytest.approx(exact_error(logits * scale, labels, 10), abs=0.005)
@@ -71,7 +61,7 @@ def test_calibration_tells_honest_from_overconfident() -> None:
 
 
 def test_calibration_leaves_out_a_class_without_images() -> None:
-    logits, labels = scores(300, 2, 0)
+    logits, labels = draw_scores(300, 2, 0)
     padded = torch.cat([logits, torch.full((300, 1), -50.0)], dim=1)
     without, padded_one = (calibration(Counts.of(z, labels)) for z in (logits, padded))
     assert without is not None
@@ -81,7 +71,7 @@ def test_calibration_leaves_out_a_class_without_images() -> None:
 
 
 def test_calibration_is_of_the_images_with_scores() -> None:
-    one, other = counted(120, 3, 0), counted(90, 3, 1)
+    one, other = count_scores(120, 3, 0), count_scores(90, 3, 1)
     withheld = other.coarse(other.confusion, 1.0)
     assert calibration(withheld) is None
     assert calibration(one + withheld).error == pytest.approx(calibration(one).error)
@@ -150,7 +140,7 @@ def test_a_slope_that_has_no_end_is_undefined() -> None:
 
 @pytest.mark.parametrize("classes", [2, 5])
 def test_the_brier_interval_is_that_of_the_images(classes: int) -> None:
-    logits, labels = scores(400, classes, 0)
+    logits, labels = draw_scores(400, classes, 0)
     squares = (torch.softmax(logits.double(), 1) - one_hot(labels, classes)).square().sum(1).numpy()
     counts = Counts.of(logits, labels)
     found = brier_interval(counts)

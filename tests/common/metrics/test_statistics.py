@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from torch.nn.functional import one_hot
 
 from common.metrics.counts import Counts
 from common.metrics.metrics import METRICS, npv, ppv, sensitivity, specificity, value
@@ -17,25 +16,15 @@ from common.metrics.statistics import (
     t_interval,
     wilson,
 )
+from tests.builders import count_scores, draw_scores
 
 pytestmark = pytest.mark.numbers
-
-
-def scores(n: int, classes: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.arange(n) % classes
-    noise = torch.randn(n, classes, generator=generator)
-    return 1.5 * noise + 1.5 * one_hot(labels, classes), labels
-
-
-def counted(n: int, classes: int, seed: int) -> Counts:
-    return Counts.of(*scores(n, classes, seed))
 
 
 @pytest.mark.parametrize("name", METRICS)
 @pytest.mark.parametrize("classes", [2, 4])
 def test_an_interval_is_as_wide_as_resampling_the_images(name: str, classes: int) -> None:
-    logits, labels = scores(240, classes, 1)
+    logits, labels = draw_scores(240, classes, 1)
     counts, rng = Counts.of(logits, labels), np.random.default_rng(0)
     groups = [np.flatnonzero(labels.numpy() == k) for k in range(classes)]
     exact = []
@@ -53,16 +42,16 @@ def test_an_interval_is_as_wide_as_resampling_the_images(name: str, classes: int
 
 
 def test_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
-    truth = value(counted(100_000, 2, 999), "auroc")
+    truth = value(count_scores(100_000, 2, 999), "auroc")
     hits = 0
     for seed in range(60):
-        found = intervals(counted(120, 2, seed), ["auroc"], seed=seed, draws=100)["auroc"]
+        found = intervals(count_scores(120, 2, seed), ["auroc"], seed=seed, draws=100)["auroc"]
         hits += found is not None and found.low <= truth <= found.high
     assert 52 <= hits <= 60
 
 
 def test_intervals_follow_the_seed_and_shrink_with_images() -> None:
-    small, large = counted(100, 3, 0), counted(1600, 3, 0)
+    small, large = count_scores(100, 3, 0), count_scores(1600, 3, 0)
     names = list(METRICS)
     first = intervals(small, names, seed=1, draws=100)
     assert first == intervals(small, names, seed=1, draws=100)
@@ -158,7 +147,7 @@ def test_gap_closed() -> None:
 
 
 def test_without_scores_the_other_intervals_stay() -> None:
-    counts = counted(120, 3, 0)
+    counts = count_scores(120, 3, 0)
     withheld = counts.coarse(counts.confusion, 1.0)
     found = intervals(withheld, list(METRICS), seed=0, draws=50)
     assert {name for name, estimate in found.items() if estimate} == {
@@ -169,7 +158,7 @@ def test_without_scores_the_other_intervals_stay() -> None:
 
 
 def test_auroc_is_of_the_images_with_scores() -> None:
-    one, other = counted(120, 3, 0), counted(90, 3, 1)
+    one, other = count_scores(120, 3, 0), count_scores(90, 3, 1)
     together = one + other.coarse(other.confusion, 1.0)
     found = intervals(together, ["auroc", "accuracy", "loss"], seed=0, draws=50)
     assert found["accuracy"].value == value(one + other, "accuracy")

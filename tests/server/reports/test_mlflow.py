@@ -28,6 +28,7 @@ from tests.builders import (
     create_run,
     edit_site,
     find_phantoms,
+    read_curves,
     read_study,
     write_study,
 )
@@ -107,21 +108,6 @@ def read(store: str) -> tuple[dict[str, str], dict[str, list[tuple[int, float]]]
     return dict(found.data.params), curves, found.info.status
 
 
-def record(run: RunFolder) -> dict[str, list[tuple[int, float]]]:
-    """The curves of rounds, from `metrics.jsonl`."""
-    found: dict[str, list[tuple[int, float]]] = {}
-    for line in run.read_history():
-        of = f"/{line['site']}" if line["site"] else ""
-        for tag, step, key in (
-            ("training loss", "round", "train_loss"),
-            ("validation balanced accuracy", "model_round", "balanced_accuracy"),
-            ("validation AUROC", "model_round", "auroc"),
-        ):
-            if line[key] is not None:
-                found.setdefault(tag + of, []).append((line[step], line[key]))
-    return found
-
-
 def rounds_of(curves: dict[str, list[tuple[int, float]]]) -> dict[str, list[tuple[int, float]]]:
     return {tag: points for tag, points in curves.items() if not tag.startswith("test ")}
 
@@ -132,12 +118,12 @@ def test_an_interrupted_run_is_one_run_and_each_figure_there_once(
     with pytest.raises(Interrupted):
         go_on(run, store, stop_in(3))
     _, curves, status = read(store)
-    assert curves == record(run)
+    assert curves == read_curves(run)
     assert [step for step, _ in curves["training loss"]] == [1, 2]
     assert status == "RUNNING"
     go_on(run, store)
     parameters, curves, status = read(store)
-    assert rounds_of(curves) == record(run)
+    assert rounds_of(curves) == read_curves(run)
     assert [step for step, _ in curves["training loss/north"]] == [1, 2, 3]
     assert [step for step, _ in curves["validation AUROC"]] == [0, 1, 2, 3]
     assert status == "FINISHED"
@@ -162,7 +148,7 @@ def test_what_a_server_missed_is_there_once_the_run_goes_on(
     assert caplog.text.count(said) == 1
     assert PASSWORD not in caplog.text
     go_on(run, store)
-    assert rounds_of(read(store)[1]) == record(run)
+    assert rounds_of(read(store)[1]) == read_curves(run)
 
 
 def test_a_run_ends_without_a_server(
@@ -191,7 +177,7 @@ def test_what_a_site_keeps_to_itself_is_absent(run: RunFolder, store: str) -> No
     edit_site(run.path / "sites/north/site.yaml", policy={"disclose": {"metrics": "none"}})
     go_on(run, store)
     _, curves, _ = read(store)
-    assert rounds_of(curves) == record(run)
+    assert rounds_of(curves) == read_curves(run)
     assert not [tag for tag in curves if "north" in tag]
 
 

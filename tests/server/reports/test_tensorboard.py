@@ -14,7 +14,7 @@ from server.reports.tensorboard import Events
 from server.runs.run_folder import RunFolder
 from simulations.engines.grid import simulate_run
 from simulations.sites import virtual_sites
-from tests.builders import PHANTOMS, client_app, create_run, edit_site, read_study
+from tests.builders import PHANTOMS, client_app, create_run, edit_site, read_curves, read_study
 
 ClientApp = Callable[[Message, Context], Message]
 
@@ -50,21 +50,6 @@ def curves(run: RunFolder) -> dict[str, list[tuple[int, float]]]:
     }
 
 
-def recorded(run: RunFolder) -> dict[str, list[tuple[int, float]]]:
-    """The same from `metrics.jsonl`."""
-    found: dict[str, list[tuple[int, float]]] = {}
-    for line in run.read_history():
-        of = f"/{line['site']}" if line["site"] else ""
-        for tag, step, key in (
-            ("training loss", "round", "train_loss"),
-            ("validation balanced accuracy", "model_round", "balanced_accuracy"),
-            ("validation AUROC", "model_round", "auroc"),
-        ):
-            if line[key] is not None:
-                found.setdefault(tag + of, []).append((line[step], line[key]))
-    return found
-
-
 def test_an_interrupted_run_shows_each_round_once(tmp_path: Path, four: list[Path]) -> None:
     run = create_demo(tmp_path / "run", four, "train.rounds=5")
 
@@ -77,14 +62,14 @@ def test_an_interrupted_run_shows_each_round_once(tmp_path: Path, four: list[Pat
     with pytest.raises(Interrupted):
         run_apps(run, stops)
     (written,) = (run.path / "tensorboard").iterdir()
-    assert curves(run) == recorded(run)
+    assert curves(run) == read_curves(run)
     assert [step for step, _ in curves(run)["training loss"]] == [1, 2, 3]
     # As after a SIGKILL in the middle of writing: the end of round 2 and all of 3 are missing.
     whole = written.read_bytes()
     written.write_bytes(whole[: len(whole) // 2])
     run_apps(run)
     told = curves(run)
-    assert told == recorded(run)
+    assert told == read_curves(run)
     assert {"training loss/west", "validation balanced accuracy/north"} < set(told)
     assert [step for step, _ in told["training loss/north"]] == [1, 2, 3, 4, 5]
     assert [step for step, _ in told["validation AUROC"]] == [0, 1, 2, 3, 4, 5]
@@ -97,7 +82,7 @@ def test_what_a_site_keeps_to_itself_is_absent(tmp_path: Path, four: list[Path])
         edit_site(path, policy={"disclose": tells})
     run_apps(run)
     told = curves(run)
-    assert told == recorded(run)
+    assert told == read_curves(run)
     assert not [tag for tag in told if "north" in tag]
     assert "validation AUROC/south" not in told  # it takes scores, which are withheld
     assert "training loss/east" in told
